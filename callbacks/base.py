@@ -1,0 +1,86 @@
+"""The hooks of a probe run: every hook that any callback may define is listed in `ProbeCallback`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from probe.module import EntropyProbe
+    from probe.results import ProbeResult
+    from probe.runner import ProbeRunner
+
+PHASES = ("sample", "entropy_gradient", "update", "prediction", "ground_truth", "report")
+"""The phases of a run, in order. `sample` and `report` always run; a phase between them runs when a callback
+asks for it in `ProbeCallback.phases`."""
+
+
+class ProbeCallback:
+    """Base class of the callbacks of a probe run; every hook does nothing unless overridden.
+
+    `runner.state` (a `probe.state.ProbeState`) holds what the phases produced so far.
+
+    Attributes:
+        phases: the phases this callback computes; it must define `run_<phase>` for each of them.
+    """
+
+    phases: tuple[str, ...] = ()
+
+    def on_probe_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Called when the policy is loaded and nothing is drawn yet."""
+
+    def on_sample_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Called before E and U are drawn."""
+
+    def on_sample_end(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Called when E, U, rewards and advantages are there and E is scored."""
+
+    def on_entropy_gradient_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Called before the entropy's gradient X is computed on E."""
+
+    def run_entropy_gradient(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Compute X."""
+
+    def on_entropy_gradient_end(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Called when X is there."""
+
+    def on_update_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Called before the gradient on U and the optimizer's step."""
+
+    def run_update(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Compute the step."""
+
+    def on_update_end(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Called when the step is there; the parameters are unchanged."""
+
+    def on_prediction_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Called before X and the step are put together."""
+
+    def run_prediction(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Compute deltaH1."""
+
+    def on_prediction_end(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Called when deltaH1 is there."""
+
+    def on_ground_truth_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Called before the real step is measured."""
+
+    def run_ground_truth(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Compute deltaH_true."""
+
+    def on_ground_truth_end(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Called when deltaH_true is there; the parameters are restored."""
+
+    def on_report_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Called before the result object is built."""
+
+    def on_report_end(self, runner: ProbeRunner, module: EntropyProbe, result: ProbeResult) -> None:
+        """Called with the finished result: the place to publish it."""
+
+    def on_progress(self, runner: ProbeRunner, phase: str, done: int, total: int, what: str) -> None:
+        """Called as a phase advances: `done` of `total` sequences of the pass named `what`."""
+
+    def on_probe_end(self, runner: ProbeRunner, module: EntropyProbe, result: ProbeResult) -> None:
+        """Called last, also after everything is published."""
+
+    def on_exception(self, runner: ProbeRunner, module: EntropyProbe, exception: BaseException) -> None:
+        """Called when a run stops with an exception (Ctrl-C included), after everything is restored."""

@@ -1,0 +1,338 @@
+"""The configuration schema: one dataclass per section of the YAML, one doc line per field.
+
+The same schema serves the command line (`entropy-probe run --config FILE`), `OfflineEntropyProbe(config)` and
+`OfflineEntropyProbe.from_config_file(FILE)`. Values are checked where a section is built; every message names the
+key, what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from probe.errors import ConfigError
+
+LogLevel = Literal["minimal", "standard", "detailed", "debug"]
+LOG_LEVELS: tuple[LogLevel, ...] = ("minimal", "standard", "detailed", "debug")
+
+
+def _require(condition: bool, key: str, expected: str, found: Any) -> None:
+    """Raise `ConfigError` naming `key` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{key}: expected {expected}, found {found!r}")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Which policy is probed, and how it is loaded."""
+
+    checkpoint_path: str | None = None
+    """Folder of the checkpoint: `.../checkpoint` or `.../checkpoint/model` (with `optimizer.pt` beside `model/`), or a
+    flat `checkpoint-N` as transformers' Trainer and TRL write it. `demo` is the built-in demo policy."""
+    optimizer_path: str | None = None
+    """File with the optimizer's `state_dict`; by default `optimizer.pt` found from `checkpoint_path`."""
+    backbone: str | None = None
+    """Base model of an adapter: a short name (`qwen2_5_15`), a hub id or a local folder. Default: the adapter's own."""
+    tokenizer_path: str | None = None
+    """Folder or hub id of the tokenizer; by default the checkpoint's, else the base model's."""
+    revision: str | None = None
+    """Hub revision of the base model."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Type of the frozen weights. Trainable weights are always kept in float32 or better."""
+    load_in_4bit: bool = False
+    """Quantise the frozen base with bitsandbytes (QLoRA)."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 4-bit data type."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantise the quantisation constants as well."""
+    device_map: str | None = None
+    """`device_map` of `from_pretrained` (for example `auto`); by default Fabric's device holds the whole model."""
+    attn_implementation: str | None = "sdpa"
+    """Attention implementation of `from_pretrained`."""
+    optimizer: Literal["auto", "adam", "adamw"] = "auto"
+    """Which rule the saved Adam moments belong to; `auto` reads it from the state (AdamW where it does not say)."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""
+
+    def __post_init__(self) -> None:
+        """Refuse combinations that cannot be loaded."""
+        _require(
+            not (self.load_in_4bit and self.dtype == "float64"),
+            "checkpoint.dtype",
+            "float32, bfloat16 or float16 with load_in_4bit",
+            self.dtype,
+        )
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Prompts, rewards and the sizes of the batches E (evaluation) and U (update)."""
+
+    dataset_name: str = "gsm8k_r1_template"
+    """`gsm8k_r1_template`, `gsm8k`, `arithmetic` (built in), a hub data set, or a local .jsonl, .parquet or .csv file."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set."""
+    dataset_path: str | None = None
+    """Read the named data set from this local file or folder instead of the hub."""
+    split: str = "test"
+    """Split of the data set."""
+    prompt_column: str | None = None
+    """Column with the prompt or question; by default the named data set's own, else `prompt`, else `question`."""
+    answer_column: str | None = None
+    """Column with the reference answer; by default the named data set's own, else `answer` where there is one."""
+    prompt_template: str | None = None
+    """Text in which `{prompt}` is replaced by the prompt column; by default the named data set's own."""
+    use_chat_template: bool = False
+    """Wrap the prompt as a user message with the tokenizer's chat template."""
+    system_prompt: str | None = None
+    """System message used with `use_chat_template`."""
+    reward: str | list[str] | None = None
+    """Registered reward (`exact_number`, `tag_format`, `gsm8k`), or `module:function`; of a list, the sum. Default: the
+    named data set's own."""
+    reward_columns: list[str] | None = None
+    """Columns of a rollout file that add up to the reward; by default `reward`, else every column TRL logs as one."""
+    E_rollouts: str | None = None
+    """Take E from this rollout file (.jsonl or .parquet) instead of sampling."""
+    U_rollouts: str | None = None
+    """Take U from this rollout file instead of sampling."""
+    B_E: int = 64
+    """Sequences in E: prompts drawn with replacement, one response each."""
+    B_U: int = 16
+    """Prompts in U."""
+    G: int = 8
+    """Responses per prompt of U."""
+    disjoint: bool = True
+    """Draw E and U from disjoint sets of prompts."""
+    max_prompt_tokens: int | None = None
+    """Refuse prompts with more tokens than this."""
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        _require(self.B_E >= 2, "batch_config.B_E", "an integer of at least 2", self.B_E)
+        _require(self.B_U >= 1, "batch_config.B_U", "an integer of at least 1", self.B_U)
+        _require(
+            self.G >= 2 or self.U_rollouts is not None,
+            "batch_config.G",
+            "an integer of at least 2 (a group of one response has advantage 0)",
+            self.G,
+        )
+        _require(
+            self.prompt_template is None or "{prompt}" in self.prompt_template,
+            "batch_config.prompt_template",
+            "a text that contains {prompt}",
+            self.prompt_template,
+        )
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How responses are sampled. The same temperature is used in scoring, so that sampling equals scoring."""
+
+    max_new_tokens: int = 256
+    """Responses are cut off after this many tokens; the estimand is the entropy of the capped process."""
+    temperature: float = 1.0
+    """The probed policy is softmax(logits / temperature), in sampling, log-probs, entropies and loss alike."""
+    top_p: float = 1.0
+    """Nucleus sampling; below 1 the support is truncated: refused unless `allow_truncated_support`."""
+    top_k: int = 0
+    """Top-k sampling; 0 is off. Refused unless `allow_truncated_support`."""
+    min_p: float = 0.0
+    """Min-p sampling; 0 is off. Refused unless `allow_truncated_support`."""
+    stop_strings: list[str] = field(default_factory=list)
+    """A response ends with the token that completes one of these strings, or with EOS."""
+    allow_truncated_support: bool = False
+    """Sample with top_p, top_k or min_p all the same; every result is then marked biased."""
+    batch_size: int = 64
+    """Sequences generated at a time."""
+
+    def __post_init__(self) -> None:
+        """Check ranges, and that the sampler draws from the policy that is scored."""
+        _require(self.max_new_tokens >= 1, "generation.max_new_tokens", "at least 1", self.max_new_tokens)
+        _require(self.temperature > 0, "generation.temperature", "a number above 0", self.temperature)
+        _require(0 < self.top_p <= 1, "generation.top_p", "a number in (0, 1]", self.top_p)
+        _require(self.top_k >= 0, "generation.top_k", "0 (off) or a positive integer", self.top_k)
+        _require(0 <= self.min_p < 1, "generation.min_p", "a number in [0, 1)", self.min_p)
+        _require(self.batch_size >= 1, "generation.batch_size", "at least 1", self.batch_size)
+        for key, on, off in (("top_p", self.top_p < 1, 1.0), ("top_k", self.top_k > 0, 0), ("min_p", self.min_p > 0, 0.0)):
+            if on and not self.allow_truncated_support:
+                raise ConfigError(
+                    f"generation.{key}: expected {off} (importance weights and score terms are undefined for tokens "
+                    f"outside a truncated support), found {getattr(self, key)}; set "
+                    "generation.allow_truncated_support: true to go on with results marked biased"
+                )
+
+    @property
+    def truncates_support(self) -> bool:
+        """Whether the sampler's support is smaller than the scored policy's."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What bounds memory. None of it changes a result beyond the last digits."""
+
+    microbatch_size: int = 2
+    """Sequences per forward or backward pass."""
+    head_chunk_tokens: int = 256
+    """Response tokens whose logits over the whole vocabulary are held at a time."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.microbatch_size >= 1, "memory_config.microbatch_size", "at least 1", self.microbatch_size)
+        _require(self.head_chunk_tokens >= 1, "memory_config.head_chunk_tokens", "at least 1", self.head_chunk_tokens)
+
+
+@dataclass(frozen=True)
+class ProbeReworkConfig:
+    """The prediction deltaH1 and the update it is for."""
+
+    compute_delta_h1: bool = True
+    """Run phases 1 to 3: the first-order prediction."""
+    master_seed: int | None = None
+    """Seed of the batches; by default `seed_everything`. The same seed gives the same batches."""
+    weighting: Literal["causal", "matched"] = "causal"
+    """Score weights of grad H: entropy still to come (`causal`), or the whole sequence's (`matched`)."""
+    baseline: Literal["loo_position", "ridge", "none"] = "loo_position"
+    """Baseline of the `causal` weights: leave-one-out mean per position, cross-fitted ridge regression, or none."""
+    loss: Literal["grpo", "dr_grpo", "dapo", "reinforce"] = "grpo"
+    """The policy-gradient loss of the update."""
+    advantage: Literal["auto", "grpo", "dr_grpo"] = "auto"
+    """Group advantages: normalised by the group's standard deviation (`grpo`) or only centred (`dr_grpo`); `auto` takes
+    `dr_grpo` for that loss and `grpo` for the others."""
+    clip_range: float = 0.2
+    """Lower PPO clip range of the ratio, used where a rollout file gives old log-probs."""
+    clip_range_high: float | None = None
+    """Upper PPO clip range; by default `clip_range`."""
+    kl_coef: float = 0.0
+    """Weight of the KL penalty to the reference policy (the base model without its adapter)."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus in the loss."""
+    step: Literal["optimizer", "closed_form", "preconditioned"] = "optimizer"
+    """The step that deltaH1 is for: the optimizer's real one, its closed form, or g / (sqrt(v_hat) + eps)."""
+    learning_rate: float | None = None
+    """Learning rate of the update; by default the one saved in the optimizer's state."""
+    max_grad_norm: float | None = 1.0
+    """Gradient clipping before the step, as in transformers' Trainer; null switches it off."""
+    derivative_check: bool = True
+    """Compare one directional derivative by backward and by finite differences before trusting the gradients."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(
+            self.learning_rate is None or self.learning_rate > 0,
+            "probe_rework.learning_rate",
+            "a number above 0, or null for the saved one",
+            self.learning_rate,
+        )
+        _require(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            "probe_rework.max_grad_norm",
+            "a number above 0, or null",
+            self.max_grad_norm,
+        )
+        _require(0 < self.clip_range < 1, "probe_rework.clip_range", "a number in (0, 1)", self.clip_range)
+        _require(
+            self.clip_range_high is None or self.clip_range_high > 0,
+            "probe_rework.clip_range_high",
+            "a number above 0, or null",
+            self.clip_range_high,
+        )
+        _require(self.kl_coef >= 0, "probe_rework.kl_coef", "a number of at least 0", self.kl_coef)
+
+    @property
+    def advantage_kind(self) -> Literal["grpo", "dr_grpo"]:
+        """The advantage that `auto` resolves to."""
+        if self.advantage != "auto":
+            return self.advantage
+        return "dr_grpo" if self.loss == "dr_grpo" else "grpo"
+
+
+@dataclass(frozen=True)
+class ImportanceConfig:
+    """The ground truth deltaH_true by importance sampling."""
+
+    enabled: bool = True
+    """Run phase 5: take the real step on a snapshot and measure."""
+    is_mode: Literal["snis"] = "snis"
+    """Estimator: self-normalised importance sampling with one weight per sequence."""
+    report_per_token: bool = True
+    """Report the ground truth in nats per token (`_tok` keys) as well as per response."""
+    snapshot_device: str = "cpu"
+    """Device that holds the snapshot of the trainable weights and of the optimizer's state."""
+
+
+@dataclass(frozen=True)
+class DetailedLoggingConfig:
+    """The log files of a run."""
+
+    enabled: bool = True
+    """Write the log files."""
+    level: LogLevel = "standard"
+    """`minimal` (~1 KB), `standard` (~10 KB), `detailed` (~100 KB) or `debug` (~MB)."""
+    log_sequences: bool | None = None
+    """Texts of prompts and responses, from level `detailed` on; by default on there."""
+    log_tokens: bool | None = None
+    """Token-by-token values, at level `debug`; by default on there."""
+    log_raw_tensors: bool | None = None
+    """Raw arrays, at level `debug`; by default on there."""
+    output_directory: str = "lightning_logs"
+    """Folder in which a folder per date is made."""
+    compress: bool = True
+    """Compress the main log (`.json.gz`)."""
+    filename_template: str = "entropy_probe_{time}_{checkpoint}"
+    """Name without ending; `{time}`, `{date}`, `{checkpoint}`, `{level}` and `{seed}` are filled in."""
+    max_files: int | None = None
+    """Keep at most this many runs in `output_directory`; the oldest are deleted. Default: keep all."""
+
+    def __post_init__(self) -> None:
+        """Check the template and the count."""
+        _require(
+            self.max_files is None or self.max_files >= 1,
+            "detailed_logging.max_files",
+            "an integer of at least 1, or null",
+            self.max_files,
+        )
+        fields = {"time": "", "date": "", "checkpoint": "", "level": "", "seed": ""}
+        try:
+            name = self.filename_template.format(**fields)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ConfigError(
+                f"detailed_logging.filename_template: expected only the fields {{{'}, {'.join(fields)}}}, "
+                f"found {self.filename_template!r} ({error})"
+            ) from error
+        _require(
+            "/" not in name and "\\" not in name and name not in ("", ".", ".."),
+            "detailed_logging.filename_template",
+            "a file name without folders",
+            self.filename_template,
+        )
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """What is written besides the logs."""
+
+    results_path: str | None = None
+    """Write the result mapping to this JSON file."""
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """All sections that describe a probe (devices and precision belong to `trainer:`, see `ProbeRunner`)."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    batch_config: BatchConfig = field(default_factory=BatchConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    memory_config: MemoryConfig = field(default_factory=MemoryConfig)
+    probe_rework: ProbeReworkConfig = field(default_factory=ProbeReworkConfig)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    detailed_logging: DetailedLoggingConfig = field(default_factory=DetailedLoggingConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        """Check what spans sections."""
+        if not (self.probe_rework.compute_delta_h1 or self.importance.enabled):
+            raise ConfigError(
+                "probe_rework.compute_delta_h1 and importance.enabled: expected at least one of them true, found both "
+                "false; there is nothing to compute"
+            )

@@ -1,0 +1,35 @@
+"""The exceptions of the package: each message says what was expected, what was found and the remedy."""
+
+from __future__ import annotations
+
+
+class ProbeError(Exception):
+    """Base class. The command line prints its message as one line and exits with code 2."""
+
+
+class ConfigError(ProbeError, ValueError):
+    """A configuration key is unknown, has the wrong type or an impossible value."""
+
+
+class CheckpointError(ProbeError):
+    """A checkpoint, adapter, tokenizer or base model is missing, unreadable or has non-finite weights."""
+
+
+class OptimizerStateError(ProbeError):
+    """The saved optimizer state is missing, unsafe to load, or does not match the model's parameters."""
+
+
+class DataError(ProbeError):
+    """A data set, a rollout file, a prompt template or a reward cannot be used."""
+
+
+class RolloutError(ProbeError):
+    """Sampling gave nothing to probe, or its settings do not describe the policy that is scored."""
+
+
+class NumericalError(ProbeError):
+    """A number that should be finite or consistent is not."""
+
+
+class LogError(ProbeError):
+    """A log or result file cannot be written or read."""

@@ -1,0 +1,106 @@
+"""X, the gradient of the policy's entropy, from a batch of its own samples (the reverse-mode way).
+
+    grad H_seq = E[ sum_t grad h_t + sum_t grad l_t (sum_{s>t} h_s - b_t) ]
+    grad H_tok = ( grad H_seq - H_tok grad E[T] ) / E[T]
+
+`H_seq = E[N]` is the entropy of a response (nats per response), `H_tok = E[N] / E[T]` that of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from probe.estimators.weighting import Baseline, ScoreWeights, Weighting, score_weights
+from probe.rollouts.batch import RolloutBatch
+from probe.scoring.passes import Policy, Progress, token_gradients
+from probe.scoring.scores import TokenScores
+
+
+@dataclass(frozen=True)
+class EntropyGradient:
+    """X in three parts, from which the gradient of both estimands follows.
+
+    Attributes:
+        pathwise: `mean_i sum_t grad h[i, t]`, by parameter name.
+        score: `mean_i sum_t entropy_weight[i, t] grad l[i, t]`.
+        length: `mean_i sum_t length_weight[i, t] grad l[i, t]`, the gradient of `E[T]`.
+        H_seq: mean of `N` on this batch, nats per response.
+        H_tok: `mean(N) / mean(T)`, nats per token.
+        mean_length: mean of `T`, tokens.
+        weights: the score weights used.
+        weighting: `causal` or `matched`.
+        scores: scores of the batch seen on the way.
+    """
+
+    pathwise: Mapping[str, Tensor]
+    score: Mapping[str, Tensor]
+    length: Mapping[str, Tensor]
+    H_seq: float
+    H_tok: float
+    mean_length: float
+    weights: ScoreWeights
+    weighting: Weighting
+    scores: TokenScores
+
+    def sequence(self, name: str) -> Tensor:
+        """`grad H_seq` with respect to the parameter `name`."""
+        return self.pathwise[name] + self.score[name]
+
+    def token(self, name: str) -> Tensor:
+        """`grad H_tok` with respect to the parameter `name`."""
+        return (self.sequence(name) - self.H_tok * self.length[name]) / self.mean_length
+
+
+def entropy_gradient(
+    policy: Policy,
+    batch: RolloutBatch,
+    scores: TokenScores,
+    weighting: Weighting = "causal",
+    baseline: Baseline = "loo_position",
+    sequence_weights: Tensor | None = None,
+    progress: Progress | None = None,
+) -> EntropyGradient:
+    """The gradient of the entropy from samples of the policy itself.
+
+    Unbiased for `sequence` with `causal` weights; `token` divides by estimates of `E[T]` and `H_tok` from the same
+    batch, a bias of order `1 / B`; `matched` see `score_weights`.
+
+    Args:
+        policy: the policy the batch was drawn from.
+        batch: E, `B` responses.
+        scores: the scores of E at the same weights: they make the score weights, which are constants.
+        weighting: see `score_weights`.
+        baseline: see `score_weights`.
+        sequence_weights: `(B,)` probabilities of the sequences where `batch` enumerates them; by default `1 / B`.
+        progress: called after each microbatch.
+
+    Raises:
+        RolloutError: all responses are empty.
+        NumericalError: a score or gradient is not finite.
+    """
+    B = len(batch)
+    w = torch.full((B,), 1.0 / B, dtype=torch.float64) if sequence_weights is None else sequence_weights.double()
+    weights = score_weights(scores, weighting, baseline, w)
+
+    def token_weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+        of_logprob = torch.stack([torch.zeros_like(l), weights.entropy[i, t], weights.length[i, t]])
+        of_entropy = torch.stack([torch.ones_like(h), torch.zeros_like(h), torch.zeros_like(h)])
+        return w[i] * of_logprob, w[i] * of_entropy
+
+    (pathwise, score, length), seen = token_gradients(policy, batch, token_weights, 3, progress)
+    H_seq, mean_length = float((w * scores.sequence_entropy).sum()), float((w * scores.lengths).sum())
+    return EntropyGradient(
+        pathwise=pathwise,
+        score=score,
+        length=length,
+        H_seq=H_seq,
+        H_tok=H_seq / mean_length,
+        mean_length=mean_length,
+        weights=weights,
+        weighting=weighting,
+        scores=seen,
+    )

@@ -1,0 +1,266 @@
+"""The update: the loss's gradient on U, and the step the optimizer takes with it.
+
+`step = theta_new - theta_old` is what `optimizer.step()` really does, taken on a snapshot: clipping, momentum, bias
+correction, weight decay and per-group settings included. `Y = step / eta` is the step per unit of learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from probe.errors import NumericalError, OptimizerStateError
+from probe.estimators.losses import LossSettings, loss_weights, token_normaliser
+from probe.rollouts.batch import RolloutBatch
+from probe.scoring.passes import Policy, Progress, token_gradients
+from probe.scoring.scores import TokenScores
+from probe.snapshot import preserved
+
+
+@dataclass(frozen=True)
+class LossGradient:
+    """The gradient of the loss on U.
+
+    Attributes:
+        gradient: by parameter name, before clipping.
+        weights: `d loss / d l[i, t]`, `(B, T)` float64.
+        scores: scores of U at the current weights.
+    """
+
+    gradient: Mapping[str, Tensor]
+    weights: Tensor
+    scores: TokenScores
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step.
+
+    Attributes:
+        step: `theta_new - theta_old` by parameter name, on the snapshot device.
+        new_parameters: `theta_new`, bitwise what the optimizer left.
+        gradient: the loss's gradient before clipping.
+        gradient_norm: its Euclidean norm over all parameters.
+        clip_factor: what clipping multiplied it by (1 when it did nothing).
+        learning_rate: `eta`, the reference learning rate of the optimizer's groups.
+        loss_weights: `d loss / d l[i, t]`, `(B, T)`.
+        scores: scores of U.
+    """
+
+    step: Mapping[str, Tensor]
+    new_parameters: Mapping[str, Tensor]
+    gradient: Mapping[str, Tensor]
+    gradient_norm: float
+    clip_factor: float
+    learning_rate: float
+    loss_weights: Tensor
+    scores: TokenScores
+
+
+@dataclass(frozen=True)
+class ClosedFormStep:
+    """An Adam(W) step in the parts it is exactly the sum of, float64, by parameter name.
+
+    Attributes:
+        momentum: the part of the saved first moment.
+        decay: the part of weight decay.
+        gradient: the part of the gradient: elementwise `P * clip * g`, the denominator held at the step's own.
+    """
+
+    momentum: Mapping[str, Tensor]
+    decay: Mapping[str, Tensor]
+    gradient: Mapping[str, Tensor]
+
+    def total(self) -> dict[str, Tensor]:
+        """The step."""
+        return {name: self.momentum[name] + self.decay[name] + self.gradient[name] for name in self.gradient}
+
+
+def loss_gradient(
+    policy: Policy,
+    batch: RolloutBatch,
+    settings: LossSettings,
+    ref_logprobs: Tensor | None = None,
+    progress: Progress | None = None,
+) -> LossGradient:
+    """Gradient of the policy-gradient loss on U, summed over microbatches: their size changes nothing.
+
+    Args:
+        policy: the policy.
+        batch: U, with advantages; with `old_logprobs` the PPO ratio and clipping apply.
+        settings: the loss.
+        ref_logprobs: `(B, T)` log-probs of the reference policy, needed where `kl_coef > 0`.
+        progress: called after each microbatch.
+
+    Raises:
+        ValueError: U has no advantages.
+        RolloutError: all responses are empty.
+        NumericalError: a score or gradient is not finite.
+    """
+    if batch.advantages is None:
+        raise ValueError("expected an update batch with advantages, found none; see probe.estimators.advantages")
+    advantages, old = batch.advantages, batch.old_logprobs
+    normaliser = token_normaliser(settings.loss, batch.mask, settings.max_new_tokens)
+    kept = torch.zeros(batch.mask.shape, dtype=torch.float64)
+
+    def token_weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+        a, b = loss_weights(
+            settings,
+            normaliser[i, t],
+            advantages[i],
+            l,
+            None if old is None else old[i, t],
+            None if ref_logprobs is None else ref_logprobs[i, t],
+        )
+        kept[i, t] = a
+        return a.unsqueeze(0), b.unsqueeze(0)
+
+    (gradient,), scores = token_gradients(policy, batch, token_weights, 1, progress)
+    return LossGradient(gradient=gradient, weights=kept, scores=scores)
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    gradient: Mapping[str, Tensor],
+    max_grad_norm: float | None,
+    snapshot_device: torch.device | str = "cpu",
+) -> tuple[dict[str, Tensor], dict[str, Tensor], float, float]:
+    """What `optimizer.step()` would do with `gradient`; parameters, grads and optimizer are bitwise restored.
+
+    Args:
+        optimizer: any torch optimizer over `parameters`, with its state.
+        parameters: by name.
+        gradient: by the same names.
+        max_grad_norm: clip the total norm to this first, as training does; None does not clip.
+        snapshot_device: where the snapshot and the results are kept.
+
+    Returns:
+        `(step, new_parameters, gradient_norm, clip_factor)`.
+
+    Raises:
+        NumericalError: the step is not finite.
+    """
+    with preserved(parameters, optimizer, snapshot_device):
+        before = {name: p.detach().to(snapshot_device, copy=True) for name, p in parameters.items()}
+        for name, p in parameters.items():
+            p.grad = gradient[name].clone()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+        factor = 1.0
+        if max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(list(parameters.values()), max_grad_norm, norm)
+            factor = min(1.0, max_grad_norm / (float(norm) + 1e-6))  # torch's own formula
+        optimizer.step()
+        new = {name: p.detach().to(snapshot_device, copy=True) for name, p in parameters.items()}
+    step = {name: new[name] - before[name] for name in new}
+    for name, change in step.items():
+        if not bool(torch.isfinite(change).all()):
+            raise NumericalError(f"expected a finite optimizer step, found NaN or infinity in that of {name}")
+    return step, new, float(norm), factor
+
+
+def adam_closed_form(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    gradient: Mapping[str, Tensor],
+    clip_factor: float = 1.0,
+) -> ClosedFormStep:
+    """The step of torch's Adam or AdamW written out, in float64, from the optimizer's own groups and state.
+
+    With `k` steps taken before, `m`, `v` the moments and `g` the clipped gradient,
+
+        v_new = beta2 v + (1 - beta2) g^2,    denom = sqrt(v_new / (1 - beta2^(k+1))) + eps
+        step  = -eta (beta1 m + (1 - beta1) g) / (1 - beta1^(k+1)) / denom - eta lambda theta
+
+    the last term for AdamW; Adam adds `lambda theta` to `g` instead, whose linear part is then the `decay`.
+
+    Args:
+        optimizer: torch.optim.Adam or AdamW.
+        parameters: by name.
+        gradient: before clipping, by name.
+        clip_factor: what clipping multiplies the gradient by.
+
+    Raises:
+        OptimizerStateError: the optimizer is not Adam or AdamW, or a parameter is in none of its groups.
+    """
+    groups = _groups_by_name(optimizer, parameters)
+    parts: tuple[dict[str, Tensor], ...] = ({}, {}, {})
+    for name, p in parameters.items():
+        terms = _adam_terms(groups[name], optimizer.state.get(p, {}), p, gradient[name].double() * clip_factor)
+        for part, term in zip(parts, terms, strict=True):
+            part[name] = term
+    return ClosedFormStep(*parts)
+
+
+def preconditioned_direction(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    gradient: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The direction `Y = -g / (sqrt(v_hat_old) + eps)`, float64: the gradient scaled by the *saved* second moment.
+
+    Without momentum, clipping and decay this is not the step any optimizer takes; it is kept so that numbers
+    published with it can be reproduced.
+
+    Args:
+        optimizer: torch.optim.Adam or AdamW, with state.
+        parameters: by name.
+        gradient: gradient of the loss by name (the step descends it, hence the sign).
+
+    Raises:
+        OptimizerStateError: not Adam or AdamW, a parameter in no group, or no second moment yet.
+    """
+    groups = _groups_by_name(optimizer, parameters)
+    out = {}
+    for name, p in parameters.items():
+        state, group = optimizer.state.get(p, {}), groups[name]
+        k = float(state.get("step", 0))
+        if k < 1:
+            raise OptimizerStateError(
+                f"step: preconditioned expects a saved second moment, found none for {name}; use step: optimizer"
+            )
+        v_hat = state["exp_avg_sq"].to(p.device).double() / (1 - float(group["betas"][1]) ** k)
+        out[name] = -gradient[name].double() / (v_hat.sqrt() + float(group["eps"]))
+    return out
+
+
+def _groups_by_name(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, dict[str, Any]]:
+    """The parameter group of each parameter."""
+    if not isinstance(optimizer, torch.optim.Adam):  # AdamW is a subclass
+        raise OptimizerStateError(
+            f"the closed form is that of torch.optim.Adam and AdamW, found {type(optimizer).__name__}; "
+            "use step: optimizer"
+        )
+    by_id = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in parameters.items() if id(p) not in by_id]
+    if missing:
+        raise OptimizerStateError(f"expected every parameter in the optimizer, found none for {missing[:10]}")
+    return {name: by_id[id(p)] for name, p in parameters.items()}
+
+
+def _adam_terms(
+    group: Mapping[str, Any], state: Mapping[str, Any], p: nn.Parameter, g: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(momentum, decay, gradient)` parts of one parameter's step."""
+    lr, eps, decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
+    beta1, beta2 = (float(b) for b in group["betas"])
+    k = float(state.get("step", 0)) + 1
+    theta = p.detach().double()
+    m = state["exp_avg"].to(p.device).double() if "exp_avg" in state else torch.zeros_like(theta)
+    v = state["exp_avg_sq"].to(p.device).double() if "exp_avg_sq" in state else torch.zeros_like(theta)
+    g = -g if group["maximize"] else g
+    decoupled = bool(group.get("decoupled_weight_decay", False))
+    coupled = torch.zeros_like(theta) if decoupled else decay * theta
+    second = beta2 * v + (1 - beta2) * (g + coupled) ** 2
+    if group["amsgrad"] and "max_exp_avg_sq" in state:
+        second = torch.maximum(second, state["max_exp_avg_sq"].to(p.device).double())
+    denominator = (second / (1 - beta2**k)).sqrt() + eps
+    scale = -lr / (1 - beta1**k) / denominator
+    of_decay = -lr * decay * theta if decoupled else scale * (1 - beta1) * coupled
+    return scale * beta1 * m, of_decay, scale * (1 - beta1) * g

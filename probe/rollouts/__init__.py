@@ -1,0 +1,1 @@
+"""Rollouts: drawing prompts, sampling responses, reading and writing them."""

@@ -1,0 +1,306 @@
+"""Sampling responses from exactly the policy that is scored.
+
+transformers' `generate` runs the decoding loop (caches, padding, stopping); the token is chosen here, by inverting
+the cumulative distribution of `softmax(logits / temperature)` at a uniform number that belongs to the sequence and
+the step. So the draw does not depend on how sequences are batched, no hidden `top_k` or repetition penalty can enter,
+and the global random state is neither read nor advanced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import LogitsProcessor, StoppingCriteria
+from transformers.generation import MinPLogitsWarper, StopStringCriteria, TopKLogitsWarper, TopPLogitsWarper
+
+from probe.config import GenerationConfig
+from probe.errors import DataError, RolloutError
+from probe.rollouts.batch import PromptExample, RolloutBatch
+from probe.scoring.passes import Policy, Progress
+
+NEUTRAL = {
+    "do_sample": False,  # the token is chosen by `_InverseCdfSampler`; "greedy" then picks that token
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "sequence_bias": None,
+    "guidance_scale": None,
+    "exponential_decay_length_penalty": None,
+    "watermarking_config": None,
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+}
+"""Generation settings under which `generate` passes the model's own logits on."""
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """What sampling itself saw, for the check that sampling equals scoring.
+
+    Attributes:
+        logprob: log-prob of each sampled token at the time, `(B, T)` float64, 0 outside the mask.
+        entropy: entropy of the distribution it was drawn from, `(B, T)` float64.
+    """
+
+    logprob: Tensor
+    entropy: Tensor
+
+
+def sample_rollouts(
+    policy: Policy,
+    tokenizer: Any,
+    prompts: Sequence[PromptExample],
+    settings: GenerationConfig,
+    seed: int,
+    group: Tensor | None = None,
+    progress: Progress | None = None,
+) -> tuple[RolloutBatch, SampledTokens]:
+    """Draw one response per entry of `prompts` (repeat a prompt to draw several).
+
+    The response of entry `i` is a function of the prompt, the weights, `seed` and `i` alone, up to the rounding of
+    the logits: the batch size changes a token only where a uniform number falls within rounding of a boundary.
+    The sampled EOS belongs to the response; nothing after it does.
+
+    Args:
+        policy: the policy.
+        tokenizer: its tokenizer, with an EOS token.
+        prompts: `B` entries.
+        settings: temperature, cap on tokens, stop strings and batch size.
+        seed: of the uniform numbers, one independent stream per entry.
+        group: `(B,)` group of each entry; by default every entry is its own.
+        progress: called after each batch.
+
+    Returns:
+        The batch, and the scores seen while sampling.
+
+    Raises:
+        ValueError: `policy.temperature` differs from the settings' (sampling would not equal scoring).
+        DataError: no prompts, or a prompt without tokens.
+        RolloutError: the model's generation settings change the distribution.
+    """
+    if settings.temperature != policy.temperature:
+        raise ValueError(f"expected one temperature, found {settings.temperature} and {policy.temperature}")
+    prompt_ids = encode_prompts(tokenizer, prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompt_ids[i]))
+    rows: dict[int, tuple[list[int], list[float], list[float], bool]] = {}
+    with own_generation_config(policy.model, tokenizer, settings) as eos_ids:
+        for start in range(0, len(order), settings.batch_size):
+            indices = order[start : start + settings.batch_size]
+            rows.update(_sample_batch(policy, tokenizer, prompt_ids, indices, settings, seed, eos_ids))
+            if progress is not None:
+                progress(len(rows), len(prompts))
+    return _assemble(tokenizer, prompts, prompt_ids, [rows[i] for i in range(len(prompts))], settings, group)
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[PromptExample]) -> list[tuple[int, ...]]:
+    """Token ids of the prompts.
+
+    Raises:
+        DataError: there are no prompts, or one has no tokens.
+    """
+    if not prompts:
+        raise DataError("expected at least one prompt, found none")
+    out = []
+    for prompt in prompts:
+        ids = tokenizer(prompt.text, add_special_tokens=prompt.add_special_tokens)["input_ids"]
+        if len(ids) == 0:
+            raise DataError(f"prompt {prompt.index}: expected at least one token, found none in {prompt.text!r}")
+        out.append(tuple(int(i) for i in ids))
+    return out
+
+
+@contextmanager
+def own_generation_config(model: Any, tokenizer: Any, settings: GenerationConfig) -> Iterator[tuple[int, ...]]:
+    """Give the model a generation config under which `generate` changes nothing about its logits, and put its own back.
+
+    `generate` fills whatever a caller leaves unset from the model's own configuration (checkpoints ship with top_k,
+    repetition penalties and the like), so the model's own is replaced for the time being.
+
+    Yields:
+        The ids that end a response.
+    """
+    own = model.generation_config
+    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    eos_ids = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+    if any(i is None for i in eos_ids):
+        raise RolloutError("expected an EOS token, found none in the tokenizer or the generation config")
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos_ids:
+        eos_ids = (*eos_ids, tokenizer.eos_token_id)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
+    neutral = transformers.GenerationConfig(
+        **NEUTRAL, max_new_tokens=settings.max_new_tokens, eos_token_id=list(eos_ids), pad_token_id=pad, use_cache=True
+    )
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = base.generation_config
+    base.generation_config = neutral
+    try:
+        yield eos_ids
+    finally:
+        base.generation_config = before
+
+
+def _sample_batch(
+    policy: Policy,
+    tokenizer: Any,
+    prompt_ids: Sequence[tuple[int, ...]],
+    indices: list[int],
+    settings: GenerationConfig,
+    seed: int,
+    eos_ids: tuple[int, ...],
+) -> dict[int, tuple[list[int], list[float], list[float], bool]]:
+    """Sample the entries `indices`: `(ids, log-probs, entropies, truncated)` of each."""
+    widest = max(len(prompt_ids[i]) for i in indices)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
+    input_ids = torch.full((len(indices), widest), pad, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, i in enumerate(indices):
+        ids = prompt_ids[i]
+        input_ids[row, widest - len(ids) :] = torch.tensor(ids)  # generation continues on the right: pad on the left
+        attention_mask[row, widest - len(ids) :] = 1
+    sampler = _InverseCdfSampler(uniforms(seed, indices, settings.max_new_tokens), settings)
+    stop = _Stop(eos_ids, widest, settings.stop_strings, tokenizer)
+    with torch.no_grad(), policy.autocast():
+        policy.model.generate(  # type: ignore[operator]
+            input_ids=input_ids.to(policy.device),
+            attention_mask=attention_mask.to(policy.device),
+            logits_processor=[sampler],
+            stopping_criteria=[stop],
+        )
+    tokens, logprobs, entropies = sampler.collect()
+    out = {}
+    for row, i in enumerate(indices):
+        length = int(stop.length[row])
+        finished = length > 0
+        n = length if finished else tokens.shape[1]
+        out[i] = (tokens[row, :n].tolist(), logprobs[row, :n].tolist(), entropies[row, :n].tolist(), not finished)
+    return out
+
+
+def uniforms(seed: int, indices: Sequence[int], steps: int) -> Tensor:
+    """`(len(indices), steps)` uniform numbers in float64; row `i` depends on `seed` and on its index only."""
+    rows = []
+    for i in indices:
+        # torch's Mersenne twister wants well-mixed seeds: neighbouring indices go through SplitMix64 first.
+        rows.append(torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(_mix(seed, i))))
+    return torch.stack(rows)
+
+
+def _mix(seed: int, index: int) -> int:
+    """SplitMix64 of a pair of integers, as a non-negative 63-bit seed."""
+    z = (seed * 0x9E3779B97F4A7C15 + (index + 1) * 0xBF58476D1CE4E5B9) % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = ((z ^ (z >> shift)) * factor) % 2**64
+    return (z ^ (z >> 31)) >> 1
+
+
+class _InverseCdfSampler(LogitsProcessor):
+    """Chooses the next token of every row and leaves it as the only one with a finite score."""
+
+    def __init__(self, uniform: Tensor, settings: GenerationConfig) -> None:
+        self._uniform = uniform
+        self._temperature = settings.temperature
+        self._warpers: list[Callable[..., Any]] = []
+        if settings.top_k > 0:
+            self._warpers.append(TopKLogitsWarper(top_k=settings.top_k))
+        if settings.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(top_p=settings.top_p))
+        if settings.min_p > 0:
+            self._warpers.append(MinPLogitsWarper(min_p=settings.min_p))
+        self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        dtype = torch.promote_types(scores.dtype, torch.float32)
+        logits = scores.to(dtype) / self._temperature
+        if not bool(torch.isfinite(logits).all()):
+            raise RolloutError(
+                "expected finite logits while sampling, found NaN or infinity; check the weights and checkpoint.dtype"
+            )
+        logp = torch.log_softmax(logits, dim=-1)
+        entropy = -(logp.exp() * logp).sum(-1)
+        support = logits
+        for warper in self._warpers:
+            support = warper(input_ids, support)
+        token = self._invert(torch.softmax(support.double(), dim=-1), len(self._steps))
+        self._steps.append((token, logp.gather(-1, token.unsqueeze(-1)).squeeze(-1), entropy))
+        return torch.full_like(scores, float("-inf")).scatter(-1, token.unsqueeze(-1), 0.0)
+
+    def _invert(self, probabilities: Tensor, step: int) -> Tensor:
+        """The token whose interval of the cumulative distribution holds the row's uniform number."""
+        cdf = probabilities.cumsum(-1)
+        u = self._uniform[:, step].to(cdf.device).unsqueeze(-1) * cdf[:, -1:]
+        token = torch.searchsorted(cdf, u, right=True).squeeze(-1)
+        return token.clamp_max(cdf.shape[-1] - 1)
+
+    def collect(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`(tokens, log-probs, entropies)`, each `(b, steps)` on the CPU."""
+        tokens, logprobs, entropies = (torch.stack(x, dim=1).cpu() for x in zip(*self._steps, strict=True))
+        return tokens, logprobs.double(), entropies.double()
+
+
+class _Stop(StoppingCriteria):
+    """Ends a response at EOS or a stop string, and records after how many tokens.
+
+    The record is what the mask is made from: token ids cannot tell a sampled EOS from padding when they are equal.
+    """
+
+    def __init__(self, eos_ids: tuple[int, ...], prompt_width: int, stop_strings: list[str], tokenizer: Any) -> None:
+        self.eos_token_id = torch.tensor(eos_ids)  # its presence makes `generate` pad finished rows
+        self._prompt_width = prompt_width
+        self._strings = StopStringCriteria(tokenizer, stop_strings) if stop_strings else None
+        self.length = torch.zeros(0, dtype=torch.int64)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        if len(self.length) == 0:
+            self.length = torch.zeros(len(input_ids), dtype=torch.int64)
+        done = torch.isin(input_ids[:, -1], self.eos_token_id.to(input_ids.device))
+        if self._strings is not None:
+            done = done | self._strings(input_ids, scores).to(done.device)
+        count = input_ids.shape[1] - self._prompt_width
+        self.length = torch.where((self.length == 0) & done.cpu(), count, self.length)
+        return (self.length > 0).to(input_ids.device)
+
+
+def _assemble(
+    tokenizer: Any,
+    prompts: Sequence[PromptExample],
+    prompt_ids: Sequence[tuple[int, ...]],
+    rows: list[tuple[list[int], list[float], list[float], bool]],
+    settings: GenerationConfig,
+    group: Tensor | None,
+) -> tuple[RolloutBatch, SampledTokens]:
+    """Pad the rows into a batch."""
+    B, T = len(rows), max(len(ids) for ids, *_ in rows)
+    completion_ids = torch.zeros(B, T, dtype=torch.int64)
+    mask = torch.zeros(B, T, dtype=torch.bool)
+    logprob, entropy = torch.zeros(B, T, dtype=torch.float64), torch.zeros(B, T, dtype=torch.float64)
+    for i, (ids, l, h, _) in enumerate(rows):
+        n = len(ids)
+        completion_ids[i, :n], mask[i, :n] = torch.tensor(ids), True
+        logprob[i, :n], entropy[i, :n] = torch.tensor(l, dtype=torch.float64), torch.tensor(h, dtype=torch.float64)
+    batch = RolloutBatch(
+        prompts=tuple(p.text for p in prompts),
+        completions=tuple(tokenizer.batch_decode([ids for ids, *_ in rows], skip_special_tokens=True)),
+        prompt_ids=tuple(prompt_ids),
+        completion_ids=completion_ids,
+        mask=mask,
+        truncated=torch.tensor([cut for *_, cut in rows]),
+        group=torch.arange(B) if group is None else group,
+        rows=tuple(p.row for p in prompts),
+        bias_flags=("truncated_support",) if settings.truncates_support else (),
+    )
+    return batch, SampledTokens(logprob, entropy)

@@ -1,0 +1,228 @@
+"""The model passes: scoring a batch, and gradients of weighted sums of its token scores.
+
+Everything the probe reports is a cheap reduction of what these passes give. They stream over microbatches, so that
+memory does not grow with the size of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from probe.errors import NumericalError, RolloutError
+from probe.rollouts.batch import RolloutBatch
+from probe.scoring.head import OutputHead, token_statistics
+from probe.scoring.microbatch import MicroBatch, microbatches
+from probe.scoring.scores import TokenScores
+
+Progress = Callable[[int, int], None]
+"""Called with the number of sequences done and the total."""
+
+TokenWeights = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`(sequence, position, l, h) -> (a, b)`: for `n` tokens, given their place in the batch and their detached scores
+(all `(n,)`, CPU, float64), the constant weights `(K, n)` of `l` and of `h` in each of `K` objectives."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal LM as the probe sees it: `pi = softmax(logits / temperature)`.
+
+    Attributes:
+        model: a transformers causal LM, possibly wrapped by peft, in evaluation mode.
+        temperature: `tau`.
+        microbatch_size: sequences per pass.
+        head_chunk_tokens: tokens whose logits are held at a time.
+        autocast: a context manager factory for mixed precision (Fabric's `autocast`).
+    """
+
+    model: nn.Module
+    temperature: float = 1.0
+    microbatch_size: int = 2
+    head_chunk_tokens: int = 256
+    autocast: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the input embedding."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name, in the model's order; `D` numbers in all."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def hidden_states(self, head: OutputHead, inputs: MicroBatch) -> Tensor:
+        """Hidden states `(n, D_model)` that predict the microbatch's `n` response tokens."""
+        with head.capture() as captured, self.autocast():
+            output = self.model(
+                input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, use_cache=False
+            )
+        head.check(captured[-1], output.logits)
+        return captured[-1][inputs.row.to(captured[-1].device), inputs.column.to(captured[-1].device)]
+
+
+def score_tokens(policy: Policy, batch: RolloutBatch, progress: Progress | None = None) -> TokenScores:
+    """Teacher-forced log-prob and exact entropy of every response token, without gradients.
+
+    Args:
+        policy: the policy, at the weights to score with.
+        batch: `B` responses.
+        progress: called after each microbatch.
+
+    Returns:
+        `(B, T)` arrays in float64 on the CPU. A value does not depend on the microbatch size beyond rounding.
+
+    Raises:
+        RolloutError: all responses are empty.
+        NumericalError: a score is not finite.
+    """
+    collector = _Collector(batch, progress)
+    head = OutputHead(policy.model)
+    with torch.no_grad():
+        for inputs in microbatches(batch, policy.microbatch_size, policy.device):
+            hidden = policy.hidden_states(head, inputs)
+            for rows in torch.arange(len(inputs.labels)).split(policy.head_chunk_tokens):
+                on_device = rows.to(hidden.device)
+                logprob, entropy = token_statistics(
+                    head.logits(hidden[on_device]), inputs.labels[on_device], policy.temperature
+                )
+                collector.add(inputs.sequence[rows], inputs.position[rows], logprob, entropy)
+            collector.advance(inputs.size)
+    return collector.finish()
+
+
+def token_gradients(
+    policy: Policy,
+    batch: RolloutBatch,
+    weights: TokenWeights,
+    objectives: int,
+    progress: Progress | None = None,
+) -> tuple[list[dict[str, Tensor]], TokenScores]:
+    """Gradients of `sum_(i,t) a_k[i,t] l[i,t] + b_k[i,t] h[i,t]` for `k = 1..K`, the weights being constants.
+
+    Since the weights are constants, the gradient of a chunk's logits is taken as soon as they exist: each chunk goes
+    through the output head once, and the network below it is run once forward and `K` times backward.
+
+    Args:
+        policy: the policy; gradients are with respect to `policy.parameters`.
+        batch: `B` responses.
+        weights: gives the weights, see `TokenWeights`.
+        objectives: `K`.
+        progress: called after each microbatch.
+
+    Returns:
+        `K` dictionaries of gradients by parameter name (shape and type of the parameter; the parameters' own `.grad`
+        is not touched), and the scores seen on the way.
+
+    Raises:
+        RolloutError: all responses are empty.
+        NumericalError: there is nothing to train, or a score or gradient is not finite.
+    """
+    parameters = policy.parameters
+    if not parameters:
+        raise NumericalError("expected trainable parameters, found none with requires_grad=True")
+    totals = [{name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(objectives)]
+    collector = _Collector(batch, progress)
+    head = OutputHead(policy.model)
+    with torch.enable_grad():
+        for inputs in microbatches(batch, policy.microbatch_size, policy.device):
+            hidden = policy.hidden_states(head, inputs)
+            through_head = _head_gradients(policy, head, hidden, inputs, weights, objectives, parameters, totals, collector)
+            _network_gradients(hidden, through_head, parameters, totals)
+            collector.advance(inputs.size)
+    for name in parameters:
+        for total in totals:
+            if not bool(torch.isfinite(total[name]).all()):
+                raise NumericalError(f"expected finite gradients, found NaN or infinity in that of {name}")
+    return totals, collector.finish()
+
+
+def _head_gradients(
+    policy: Policy,
+    head: OutputHead,
+    hidden: Tensor,
+    inputs: MicroBatch,
+    weights: TokenWeights,
+    objectives: int,
+    parameters: Mapping[str, nn.Parameter],
+    totals: list[dict[str, Tensor]],
+    collector: _Collector,
+) -> list[Tensor]:
+    """Gradients `(n, D_model)` of each objective with respect to `hidden`; the head's own are added to `totals`."""
+    head_parameters = {name: p for name, p in parameters.items() if any(p is q for q in head.layer.parameters())}
+    grads = [torch.zeros_like(hidden) for _ in range(objectives)]
+    for rows in torch.arange(len(inputs.labels)).split(policy.head_chunk_tokens):
+        on_device = rows.to(hidden.device)
+        leaf = hidden.detach()[on_device].requires_grad_()
+        logprob, entropy = token_statistics(head.logits(leaf), inputs.labels[on_device], policy.temperature)
+        sequence, position = inputs.sequence[rows], inputs.position[rows]
+        a, b = weights(sequence, position, *collector.add(sequence, position, logprob, entropy))
+        for k in range(objectives):
+            value = (a[k].to(logprob) * logprob + b[k].to(entropy) * entropy).sum()
+            found = torch.autograd.grad(
+                value, [leaf, *head_parameters.values()], retain_graph=k < objectives - 1, allow_unused=True
+            )
+            grads[k][on_device] = found[0].to(hidden.dtype)
+            for name, grad in zip(head_parameters, found[1:], strict=True):
+                if grad is not None:
+                    totals[k][name] += grad
+    return grads
+
+
+def _network_gradients(
+    hidden: Tensor, grads: list[Tensor], parameters: Mapping[str, nn.Parameter], totals: list[dict[str, Tensor]]
+) -> None:
+    """Carry the gradients with respect to `hidden` down the network and add them to `totals`."""
+    if not hidden.requires_grad:  # only the output layer is trainable
+        return
+    for k, grad in enumerate(grads):
+        found = torch.autograd.grad(
+            hidden, list(parameters.values()), grad_outputs=grad, retain_graph=k < len(grads) - 1, allow_unused=True
+        )
+        for name, part in zip(parameters, found, strict=True):
+            if part is not None:
+                totals[k][name] += part
+
+
+class _Collector:
+    """Gathers token scores into `(B, T)` arrays and reports progress."""
+
+    def __init__(self, batch: RolloutBatch, progress: Progress | None) -> None:
+        if not bool(batch.mask.any()):
+            raise RolloutError(
+                f"expected at least one response token, found {len(batch)} empty responses; check the sampling "
+                "settings or the rollout file"
+            )
+        self._mask = batch.mask
+        self._logprob = torch.zeros(batch.mask.shape, dtype=torch.float64)
+        self._entropy = torch.zeros(batch.mask.shape, dtype=torch.float64)
+        self._progress = progress
+        self._done = int((batch.lengths == 0).sum())
+
+    def add(self, sequence: Tensor, position: Tensor, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        """Store scores; returns them detached, on the CPU, in float64."""
+        found = [x.detach().to("cpu", torch.float64) for x in (logprob, entropy)]
+        self._logprob[sequence, position], self._entropy[sequence, position] = found
+        return found[0], found[1]
+
+    def advance(self, count: int) -> None:
+        """Report `count` more sequences."""
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done, len(self._mask))
+
+    def finish(self) -> TokenScores:
+        """The scores, checked."""
+        for name, values in (("log-prob", self._logprob), ("entropy", self._entropy)):
+            bad = ~torch.isfinite(values)
+            if bool(bad.any()):
+                i, t = (int(x) for x in bad.nonzero()[0])
+                raise NumericalError(
+                    f"expected finite scores, found a {name} of {values[i, t]} at sequence {i}, token {t} "
+                    f"({int(bad.sum())} in all); check the weights and checkpoint.dtype"
+                )
+        return TokenScores(self._logprob, self._entropy, self._mask)

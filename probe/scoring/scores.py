@@ -1,0 +1,37 @@
+"""Token-level scores of a batch: log-prob of the sampled token and entropy of its distribution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores of `B` sequences of at most `T` tokens under one set of weights; CPU, float64, 0 outside `mask`.
+
+    Attributes:
+        logprob: `l[i, t] = log pi(y_t | x, y_<t)` in nats, `(B, T)`.
+        entropy: `h[i, t]`, entropy of `pi(. | x, y_<t)` over the whole vocabulary in nats, `(B, T)`.
+        mask: `(B, T)` bool, the response tokens.
+    """
+
+    logprob: Tensor
+    entropy: Tensor
+    mask: Tensor
+
+    @property
+    def sequence_entropy(self) -> Tensor:
+        """`N_i = sum_t h[i, t]`, nats per response, `(B,)`."""
+        return self.entropy.sum(dim=1)
+
+    @property
+    def sequence_logprob(self) -> Tensor:
+        """`S_i = sum_t l[i, t]`, nats, `(B,)`."""
+        return self.logprob.sum(dim=1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """`T_i`, tokens, `(B,)` float64."""
+        return self.mask.sum(dim=1).to(self.logprob.dtype)

@@ -1,0 +1,169 @@
+"""The identities every implementation must pass, on a policy that can be enumerated, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from probe.estimators.entropy_gradient import entropy_gradient
+from probe.estimators.losses import LossSettings
+from probe.estimators.prediction import first_order, inner_product
+from probe.estimators.snis import snis
+from probe.estimators.update import adam_closed_form, loss_gradient, optimizer_step
+from probe.scoring import score_tokens
+from probe.snapshot import parameters_at
+from tests.enumerable import all_sequences, exact_entropies, naive_scores, subset, tiny_policy
+
+
+def flat(gradient) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in gradient.values()])
+
+
+def exact_gradients(policy, batch):
+    H_seq, H_tok, probability = exact_entropies(policy, batch)
+    parameters = policy.parameters
+    out = []
+    for value in (H_seq, H_tok):
+        found = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
+        out.append(
+            torch.cat(
+                [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters.values(), found, strict=True)]
+            )
+        )
+    return out[0], out[1], probability.detach()
+
+
+def sampled(probability, batch, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return subset(batch, torch.multinomial(probability, count, replacement=True, generator=generator))
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_scores_equal_a_naive_reference(monkeypatch, lora):
+    policy, batch = tiny_policy(monkeypatch, lora=lora), all_sequences()
+    scores = score_tokens(policy, batch)
+    l, h = (x.detach() for x in naive_scores(policy, batch))
+    torch.testing.assert_close(scores.logprob, l, rtol=0, atol=1e-12)
+    torch.testing.assert_close(scores.entropy, h, rtol=0, atol=1e-12)
+    assert scores.sequence_logprob.exp().sum().item() == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize(("weighting", "baseline"), [("causal", "none"), ("matched", "none")])
+def test_mean_of_x_is_the_exact_gradient(monkeypatch, lora, weighting, baseline):
+    policy, batch = tiny_policy(monkeypatch, lora=lora), all_sequences()
+    exact_seq, exact_tok, probability = exact_gradients(policy, batch)
+    x = entropy_gradient(policy, batch, score_tokens(policy, batch), weighting, baseline, probability)
+    names = policy.parameters
+    found_seq, found_tok = (torch.cat([of(n).flatten() for n in names]) for of in (x.sequence, x.token))
+    assert exact_seq.norm() > 0.1
+    torch.testing.assert_close(found_seq, exact_seq, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found_tok, exact_tok, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("baseline", ["loo_position", "ridge"])
+def test_baselines_from_other_sequences_leave_the_gradient_unbiased(monkeypatch, baseline):
+    """Over all pairs of sequences, weighted by their probability, the mean of X is the exact gradient."""
+    policy, batch = tiny_policy(monkeypatch, seed=1), all_sequences(cap=2)
+    exact_seq, _, probability = exact_gradients(policy, batch)
+    scores = score_tokens(policy, batch)
+    mean = torch.zeros_like(exact_seq)
+    for i in range(len(batch)):
+        for j in range(len(batch)):
+            pair = torch.tensor([i, j])
+            pair_scores = replace(
+                scores, logprob=scores.logprob[pair], entropy=scores.entropy[pair], mask=scores.mask[pair]
+            )
+            x = entropy_gradient(policy, subset(batch, pair), pair_scores, "causal", baseline)
+            mean += probability[i] * probability[j] * torch.cat([x.sequence(n).flatten() for n in policy.parameters])
+    torch.testing.assert_close(mean, exact_seq, rtol=0, atol=1e-10)
+
+
+def test_reverse_mode_equals_a_finite_difference_of_the_objective(monkeypatch):
+    """<X, v> against differences of the sum whose gradient X is, score weights held."""
+    policy, batch = tiny_policy(monkeypatch), all_sequences()
+    scores = score_tokens(policy, batch)
+    x = entropy_gradient(policy, batch, scores, "causal", "loo_position")
+    generator = torch.Generator().manual_seed(3)
+    v = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in policy.parameters.items()}
+
+    def objective(eps):
+        shifted = {n: p.detach() + eps * v[n] for n, p in policy.parameters.items()}
+        with parameters_at(policy.parameters, shifted):
+            s = score_tokens(policy, batch)
+        return float((s.entropy + x.weights.entropy * s.logprob).sum() / len(batch))
+
+    eps = 1e-5
+    difference = (objective(eps) - objective(-eps)) / (2 * eps)
+    assert inner_product(x.sequence, v) == pytest.approx(difference, rel=1e-6)
+
+
+@pytest.mark.parametrize("estimand", ["sequence", "token"])
+def test_matched_weights_are_the_derivative_of_snis(monkeypatch, estimand):
+    """d/d eta deltaH_snis at 0 equals bars_dot(matched) on the same E: no sampling error at all."""
+    policy, batch = tiny_policy(monkeypatch), all_sequences()
+    probability = exact_gradients(policy, batch)[2]
+    E = sampled(probability, batch, 64, seed=5)
+    scores = score_tokens(policy, E)
+    generator = torch.Generator().manual_seed(7)
+    Y = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in policy.parameters.items()}
+    prediction = first_order(entropy_gradient(policy, E, scores, "matched"), Y, learning_rate=1.0)
+
+    def measured(eta):
+        with parameters_at(policy.parameters, {n: p.detach() + eta * Y[n] for n, p in policy.parameters.items()}):
+            return getattr(snis(scores, score_tokens(policy, E)), estimand).delta
+
+    eta = 1e-4
+    fourth_order = (8 * (measured(eta) - measured(-eta)) - (measured(2 * eta) - measured(-2 * eta))) / (12 * eta)
+    expected = prediction.bars_dot if estimand == "sequence" else prediction.bars_dot_tok
+    assert abs(expected) > 1e-2
+    assert fourth_order == pytest.approx(expected, rel=1e-8)
+
+
+def make_update(policy, E, optimizer, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    U = replace(E, advantages=torch.randn(len(E), generator=generator, dtype=torch.float64))
+    gradient = loss_gradient(policy, U, LossSettings()).gradient
+    return gradient, optimizer_step(optimizer, policy.parameters, gradient, max_grad_norm=0.01)
+
+
+@pytest.mark.parametrize("rule", ["adam", "adamw", "amsgrad", "maximize", "adam_decay"])
+def test_the_closed_form_is_the_step(monkeypatch, rule):
+    policy, batch = tiny_policy(monkeypatch), all_sequences(cap=3)
+    parameters = list(policy.parameters.values())
+    settings = {"lr": 1e-3, "betas": (0.8, 0.95), "eps": 1e-6}
+    optimizer = {
+        "adam": lambda: torch.optim.Adam(parameters, **settings),
+        "adam_decay": lambda: torch.optim.Adam(parameters, **settings, weight_decay=0.1),
+        "adamw": lambda: torch.optim.AdamW(
+            [{"params": parameters[:3], "weight_decay": 0.1, "lr": 3e-3}, {"params": parameters[3:]}], **settings
+        ),
+        "amsgrad": lambda: torch.optim.AdamW(parameters, **settings, amsgrad=True),
+        "maximize": lambda: torch.optim.AdamW(parameters, **settings, maximize=True),
+    }[rule]()
+    generator = torch.Generator().manual_seed(11)
+    for _ in range(3):  # moments with a history
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        optimizer.step()
+    optimizer.zero_grad()
+    gradient, (step, _, norm, factor) = make_update(policy, batch, optimizer)
+    assert norm > 0.01 > norm * factor * 0.99  # clipping was at work
+    closed = adam_closed_form(optimizer, policy.parameters, gradient, factor).total()
+    torch.testing.assert_close(flat(step), flat(closed), rtol=1e-9, atol=1e-15)
+
+
+def test_numbers_do_not_depend_on_the_microbatch_size(monkeypatch):
+    batch = all_sequences()
+    results = []
+    for size, chunk in ((1, 1), (7, 3), (200, 10_000)):
+        policy = tiny_policy(monkeypatch, microbatch_size=size, head_chunk_tokens=chunk)
+        scores = score_tokens(policy, batch)
+        x = entropy_gradient(policy, batch, scores, "causal", "loo_position")
+        U = replace(batch, advantages=torch.linspace(-1, 1, len(batch), dtype=torch.float64))
+        g = loss_gradient(policy, U, LossSettings(loss="dapo")).gradient
+        results.append(torch.cat([flat(x.pathwise), flat(x.score), flat(x.length), flat(g), scores.logprob.flatten()]))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-10, atol=1e-12)
