@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -86,21 +85,6 @@ def as_batch(rows: list[tuple[int, ...]], truncated: list[bool] | None = None) -
         mask=mask,
         truncated=torch.tensor(truncated if truncated is not None else [False] * B),
         group=torch.arange(B),
-    )
-
-
-def subset(batch: RolloutBatch, indices: Tensor) -> RolloutBatch:
-    """The batch of the sequences `indices` (repeats allowed)."""
-    take = indices.tolist()
-    return replace(
-        batch,
-        prompts=tuple(batch.prompts[i] for i in take),
-        completions=tuple(batch.completions[i] for i in take),
-        prompt_ids=tuple(batch.prompt_ids[i] for i in take),
-        completion_ids=batch.completion_ids[indices],
-        mask=batch.mask[indices],
-        truncated=batch.truncated[indices],
-        group=torch.arange(len(take)),
     )
 
 

@@ -14,7 +14,7 @@ from probe.estimators.snis import snis
 from probe.estimators.update import adam_closed_form, loss_gradient, optimizer_step
 from probe.scoring import score_tokens
 from probe.snapshot import parameters_at
-from tests.enumerable import all_sequences, exact_entropies, naive_scores, subset, tiny_policy
+from tests.enumerable import all_sequences, exact_entropies, naive_scores, tiny_policy
 
 
 def flat(gradient) -> torch.Tensor:
@@ -37,7 +37,7 @@ def exact_gradients(policy, batch):
 
 def sampled(probability, batch, count, seed):
     generator = torch.Generator().manual_seed(seed)
-    return subset(batch, torch.multinomial(probability, count, replacement=True, generator=generator))
+    return batch.subset(torch.multinomial(probability, count, replacement=True, generator=generator))
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -76,7 +76,7 @@ def test_baselines_from_other_sequences_leave_the_gradient_unbiased(monkeypatch,
             pair_scores = replace(
                 scores, logprob=scores.logprob[pair], entropy=scores.entropy[pair], mask=scores.mask[pair]
             )
-            x = entropy_gradient(policy, subset(batch, pair), pair_scores, "causal", baseline)
+            x = entropy_gradient(policy, batch.subset(pair), pair_scores, "causal", baseline)
             mean += probability[i] * probability[j] * torch.cat([x.sequence(n).flatten() for n in policy.parameters])
     torch.testing.assert_close(mean, exact_seq, rtol=0, atol=1e-10)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -88,3 +88,16 @@ class RolloutBatch:
     def lengths(self) -> Tensor:
         """Response lengths `T_i` in tokens, `(B,)` int64."""
         return self.mask.sum(dim=1)
+
+    def subset(self, indices: Tensor) -> RolloutBatch:
+        """The batch of the sequences `indices`, `(n,)` int64, repetitions allowed."""
+        take = indices.tolist()
+        tensors = {
+            name: None if getattr(self, name) is None else getattr(self, name)[indices]
+            for name in ("completion_ids", "mask", "truncated", "group", "rewards", "advantages", "old_logprobs")
+        }
+        texts = {
+            name: tuple(getattr(self, name)[i] for i in take) for name in ("prompts", "completions", "prompt_ids")
+        }
+        rows = tuple(self.rows[i] for i in take) if self.rows else ()
+        return replace(self, **tensors, **texts, rows=rows)

@@ -1,0 +1,41 @@
+# Two commands are enough on a fresh machine with Python >= 3.10:
+#   make demo   set up, then probe the built-in demo policy
+#   make test   set up, then run linters, type checks, doctests and all tests
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# bash -e would hide which step failed behind a pipe
+SHELL := /bin/bash
+
+.PHONY: demo test setup setup-test lint clean
+
+demo: setup
+	$(BIN)/entropy-probe demo
+
+test: setup-test lint
+	$(BIN)/python -m pytest --doctest-modules probe tests
+
+setup: $(VENV)/.installed
+setup-test: $(VENV)/.installed-test
+
+lint: setup-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 needed, found " + sys.version) if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[test]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,29 @@
+"""Phases 1 to 3: the first-order prediction deltaH1."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from probe.callbacks.base import ProbeCallback
+
+if TYPE_CHECKING:
+    from probe.module import EntropyProbe
+    from probe.runner import ProbeRunner
+
+
+class DeltaH1(ProbeCallback):
+    """Computes X on E, the optimizer's step from U, and their inner product."""
+
+    phases = ("entropy_gradient", "update", "prediction")
+
+    def run_entropy_gradient(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Compute X."""
+        runner.state.entropy_gradient = module.entropy_gradient(runner.state, runner.progress("entropy_gradient"))
+
+    def run_update(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Compute the step."""
+        runner.state.update = module.update(runner.state, runner.progress("update"))
+
+    def run_prediction(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Compute deltaH1."""
+        runner.state.prediction = module.prediction(runner.state)

@@ -1,0 +1,53 @@
+"""Entropy Probe: what the next RL update does to a language model's entropy, predicted and measured.
+
+>>> from probe import OfflineEntropyProbe
+>>> probe = OfflineEntropyProbe.from_config_file("configs/quickstart.yaml")  # doctest: +SKIP
+>>> results = probe.run_mixed_probe()  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from probe.config import ProbeConfig
+    from probe.errors import ProbeError
+    from probe.logs import load_log
+    from probe.module import EntropyProbe
+    from probe.offline import OfflineEntropyProbe
+    from probe.results import ProbeResult
+    from probe.runner import ProbeRunner
+
+try:
+    __version__ = version("entropy-probe")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+unknown"
+
+_HOME = {
+    "EntropyProbe": "probe.module",
+    "OfflineEntropyProbe": "probe.offline",
+    "ProbeConfig": "probe.config",
+    "ProbeError": "probe.errors",
+    "ProbeResult": "probe.results",
+    "ProbeRunner": "probe.runner",
+    "load_log": "probe.logs",
+}
+
+__all__ = [
+    "EntropyProbe",
+    "OfflineEntropyProbe",
+    "ProbeConfig",
+    "ProbeError",
+    "ProbeResult",
+    "ProbeRunner",
+    "load_log",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use: `import probe` alone does not load transformers and Lightning."""
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,192 @@
+"""From YAML, mappings or the command line to checked configuration objects, with one parser for all of them."""
+
+from __future__ import annotations
+
+import difflib
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, Namespace, set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser
+
+from probe.config import ProbeConfig
+from probe.errors import ConfigError
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+SECTIONS = {f.name: f.default_factory for f in fields(ProbeConfig)}
+"""The sections of a configuration and their dataclasses."""
+DEFAULT_SEED = 42
+SHIPPED_CONFIGS = Path(__file__).parent / "configs"
+"""Folder of the configurations that come with the package."""
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A checked configuration.
+
+    Attributes:
+        probe: the sections.
+        trainer: arguments of `ProbeRunner`.
+        seed: master seed.
+        mapping: everything as plain types, defaults filled in: what is saved with the results.
+    """
+
+    probe: ProbeConfig
+    trainer: dict[str, Any]
+    seed: int
+    mapping: dict[str, Any]
+
+
+def add_probe_arguments(parser: LightningArgumentParser) -> None:
+    """Add every section of the schema, `trainer` and `seed_everything` to a parser."""
+    from probe.runner import ProbeRunner  # imports the module, which needs this package's configuration first
+
+    parser.add_argument(
+        "--seed_everything",
+        type=bool | int,
+        default=DEFAULT_SEED,
+        help="Master seed of the batches; true takes a random one.",
+    )
+    for name, section in SECTIONS.items():
+        parser.add_class_arguments(section, name)
+    parser.add_class_arguments(ProbeRunner, "trainer", instantiate=False, sub_configs=True)
+
+
+def parse_config(config: Mapping[str, Any]) -> ResolvedConfig:
+    """Check a configuration given as mappings.
+
+    Args:
+        config: sections as mappings; a missing section or key has its default.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest valid one), a wrong type or an impossible value.
+    """
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"expected a mapping with sections such as `checkpoint:`, found {type(config).__name__}")
+    for name in [*SECTIONS, "trainer"]:
+        if not isinstance(config.get(name) or {}, Mapping):
+            raise ConfigError(f"{name}: expected a mapping of keys, found {type(config[name]).__name__}")
+    parser = LightningArgumentParser(exit_on_error=False)
+    add_probe_arguments(parser)
+    given = {key: value for key, value in config.items() if value is not None}
+    try:
+        namespace = parser.parse_object(given)
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(explain(str(error), parser)) from error
+    return resolve(parser, namespace)
+
+
+def resolve(parser: LightningArgumentParser, namespace: Namespace) -> ResolvedConfig:
+    """Build the objects of a parsed configuration.
+
+    Raises:
+        ConfigError: an impossible value.
+    """
+    seed = _resolve_seed(namespace)
+    mapping = yaml.safe_load(parser.dump(namespace, skip_none=False, format="yaml"))
+    mapping.pop("config", None)
+    try:
+        objects = parser.instantiate_classes(namespace)
+    except ConfigError:
+        raise
+    except (ArgumentError, TypeError, ValueError) as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise ConfigError(explain(str(error), parser)) from error
+    probe = ProbeConfig(**{name: objects[name] for name in SECTIONS})
+    trainer = dict(objects["trainer"].items()) if isinstance(objects["trainer"], Namespace) else dict(objects["trainer"])
+    return ResolvedConfig(probe=probe, trainer=trainer, seed=seed, mapping=mapping)
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """The content of a YAML configuration file, or of the shipped configuration of that name.
+
+    Raises:
+        ConfigError: the file is missing or not a YAML mapping.
+    """
+    file = find_config_file(path)
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: expected a YAML file, found something that cannot be read: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected a mapping with sections such as `checkpoint:`, found {type(content).__name__}")
+    return content
+
+
+def find_config_file(path: str | Path) -> Path:
+    """The file at `path`, or the shipped configuration of that name.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    file = Path(path).expanduser()
+    if file.is_file():
+        return file
+    shipped = SHIPPED_CONFIGS / f"{file.name.removesuffix('.yaml')}.yaml"
+    if file.name == str(path) and shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(p.stem for p in SHIPPED_CONFIGS.glob("*.yaml")))
+    raise ConfigError(f"--config: expected a YAML file, or one of the shipped configurations ({names}), found no {path}")
+
+
+def explain(message: str, parser: LightningArgumentParser) -> str:
+    """One line from jsonargparse's message: `key: expected ..., found ...`, or the nearest key to an unknown one."""
+    text = _one_line(message)
+    in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
+    if in_group is not None:
+        return _unknown_key(".".join(in_group.groups()), parser)
+    alone = re.search(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments?: --([\w.]+)", text)
+    if alone is not None:
+        return _unknown_key(alone.group(1) or alone.group(2), parser)
+    wrong = re.match(r"Parser key \"([\w.]+)\": (.*)", text)
+    if wrong is None:
+        return text
+    key, rest = wrong.groups()
+    expected = list(dict.fromkeys(_plain_type(e) for e in re.findall(r"Expected an? (.*?)(?:\.? Got value| Given value| - |\. |$)", rest)))
+    found = re.search(r".*(?:Got|Given) value: (.*)$", rest)
+    if not expected or found is None:
+        return f"{key}: {rest}"
+    return f"{key}: expected {' or '.join(expected)}, found {found.group(1)!r}"
+
+
+def _unknown_key(key: str, parser: LightningArgumentParser) -> str:
+    """Name the nearest valid key."""
+    keys = [k for k in parser.get_defaults().keys() if "." in k or k == "seed_everything"]
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if not near:  # the right name in the wrong section
+        leaves = {k.rsplit(".", 1)[-1]: k for k in keys}
+        near = [leaves[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(leaves), n=1, cutoff=0.6)]
+    hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join([*SECTIONS, 'trainer'])}"
+    return f"{key}: unknown configuration key; {hint}"
+
+
+def _plain_type(name: str) -> str:
+    """`int` for `<class 'int'>`, `'a' or 'b'` for `typing.Literal['a', 'b']`."""
+    name = re.sub(r"<class '([\w.]+)'>", r"\1", name).strip()
+    choices = re.fullmatch(r"typing\.Literal\[(.*)\]", name)
+    return choices.group(1).replace(", ", " or ") if choices else name
+
+
+def _resolve_seed(namespace: Namespace) -> int:
+    """The master seed, written back so that the saved configuration reproduces the run."""
+    seed = namespace["seed_everything"]
+    if seed is True:
+        seed = random.SystemRandom().randrange(2**31)
+    elif seed is None or seed is False:
+        seed = DEFAULT_SEED
+    if seed < 0:
+        raise ConfigError(f"seed_everything: expected an integer of at least 0, found {seed}")
+    namespace["seed_everything"] = seed
+    return int(seed)
+
+
+def _one_line(error: object) -> str:
+    """A message with its line breaks folded."""
+    return " ".join(str(error).split())

@@ -1,0 +1,234 @@
+"""Runs the phases of a probe on a device, with Lightning Fabric."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.loggers import Logger
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from probe.callbacks.base import PHASES, ProbeCallback
+from probe.config import ProbeConfig
+from probe.errors import ConfigError, ProbeError
+from probe.module import EntropyProbe
+from probe.results import ProbeResult, build_values
+from probe.scoring.passes import Progress
+from probe.snapshot import evaluation_mode, exact_float32
+from probe.state import ProbeState
+
+Precision = Literal["32-true", "64-true", "bf16-mixed", "16-mixed"]
+"""Fabric's name of the precision of forward passes. Trainable weights, moments and steps stay as loaded."""
+
+
+NEXT_STEPS = """
+Next:
+  tensorboard --logdir lightning_logs            look at the diagnostics
+  entropy-probe demo --probe_rework.learning_rate 2e-3     a larger step: where does first order end?
+  entropy-probe run --config detailed_logging_example --checkpoint PATH      your own checkpoint
+  entropy-probe run --help                       every option"""
+
+
+class ProbeRunner:
+    """Owns the devices, calls the phases of an `EntropyProbe` in order and the callbacks around each.
+
+    Attributes:
+        fabric: devices, precision, loggers and callbacks.
+        state: what the phases of the current (or last) run produced.
+        errors: what went wrong while publishing a result; raised when everything else is published.
+    """
+
+    def __init__(
+        self,
+        accelerator: str = "auto",
+        devices: list[int] | str | int = 1,
+        num_nodes: int = 1,
+        strategy: str = "auto",
+        precision: Precision = "32-true",
+        callbacks: list[ProbeCallback] | ProbeCallback | None = None,
+        logger: Logger | list[Logger] | bool | None = True,
+    ) -> None:
+        """Set the devices up.
+
+        Args:
+            accelerator: `cpu`, `gpu`, `mps` or `auto`.
+            devices: how many devices, or which.
+            num_nodes: number of machines.
+            strategy: how processes work together.
+            precision: precision of forward passes.
+            callbacks: further callbacks, called after the built-in ones.
+            logger: a Lightning logger or several; true is a TensorBoardLogger under `lightning_logs`, false is none.
+
+        Raises:
+            ConfigError: the devices or the precision cannot be had.
+        """
+        if precision not in ("32-true", "64-true", "bf16-mixed", "16-mixed"):
+            raise ConfigError(
+                f"trainer.precision: expected 32-true, 64-true, bf16-mixed or 16-mixed, found {precision!r}; the "
+                "trainable weights must stay in float32 (checkpoint.dtype sets the type of the frozen ones)"
+            )
+        self.extra_callbacks = [callbacks] if isinstance(callbacks, ProbeCallback) else list(callbacks or [])
+        self.state = ProbeState()
+        self.errors: list[ProbeError] = []
+        self.config = ProbeConfig()
+        self.resolved: dict[str, Any] = {}
+        try:
+            self.fabric = Fabric(
+                accelerator=accelerator,
+                devices=devices,
+                num_nodes=num_nodes,
+                strategy=strategy,
+                precision=precision,
+                loggers=_loggers(logger),
+            )
+        except (ValueError, RuntimeError, TypeError) as error:  # Lightning's MisconfigurationException is one of them
+            raise ConfigError(f"trainer: the devices cannot be set up: {_first_line(error)}") from error
+        if self.fabric.world_size > 1:
+            raise ConfigError(
+                f"trainer.devices: expected 1 device, found {self.fabric.world_size}; probing on several devices is not "
+                "supported by this version"
+            )
+
+    def run(self, module: EntropyProbe) -> ProbeResult:
+        """Probe a checkpoint: load it, draw E and U, predict, measure, report.
+
+        Args:
+            module: the policy to probe.
+
+        Returns:
+            The result. Global random state, and the module's parameters, optimizer and flags, are as before.
+
+        Raises:
+            ProbeError: see the phases; publishing errors come last and carry the mapping as `.results`.
+        """
+        self.config, self.state, self.errors = module.config, ProbeState(), []
+        started = datetime.now().astimezone()
+        callbacks = [*default_callbacks(module.config), *self.extra_callbacks]
+        self.fabric._callbacks = callbacks
+        self.fabric.launch()
+        try:
+            with isolate_rng(), exact_float32():
+                _seed_globals(module.seed)
+                result = self._phases(module, callbacks, started)
+        except BaseException as error:
+            self.fabric.call("on_exception", self, module, error)
+            raise
+        if self.errors:
+            error = self.errors[0]
+            error.results = dict(result.values)  # type: ignore[attr-defined]
+            raise error
+        return result
+
+    def demo(self, module: EntropyProbe) -> ProbeResult:
+        """Probe the built-in demo policy (made when absent) and say what to try next.
+
+        Args:
+            module: as configured by `configs/quickstart.yaml`.
+        """
+        result = self.run(module)
+        print(NEXT_STEPS)
+        return result
+
+    def progress(self, phase: str) -> Callable[[str], Progress]:
+        """For a phase, a function from the name of a pass to its progress callback."""
+
+        def of_pass(what: str) -> Progress:
+            return lambda done, total: self.fabric.call("on_progress", self, phase, done, total, what)
+
+        return of_pass
+
+    def _phases(self, module: EntropyProbe, callbacks: Sequence[ProbeCallback], started: datetime) -> ProbeResult:
+        """Run the phases in order, timed."""
+        self.fabric.call("on_probe_start", self, module)
+        with self._timed("load"):
+            module.autocast = self.fabric.autocast
+            module.load(self.fabric.device)
+        with evaluation_mode(module):
+            with self._phase("sample", module):
+                module.sample(self.state, self.progress("sample"))
+            for phase in PHASES[1:-1]:
+                if any(phase in callback.phases for callback in callbacks):
+                    with self._phase(phase, module):
+                        self.fabric.call(f"run_{phase}", self, module)
+        self.fabric.call("on_report_start", self, module)
+        self.state.timing["total"] = sum(self.state.timing.values())
+        result = ProbeResult(
+            values=build_values(self.state, module),
+            config=self.resolved or asdict(module.config),
+            checkpoint_name=module.files.name if module.files is not None else "policy",
+            started_at=started.isoformat(timespec="seconds"),
+        )
+        self.fabric.call("on_report_end", self, module, result)
+        self.fabric.call("on_probe_end", self, module, result)
+        return result
+
+    @contextmanager
+    def _phase(self, phase: str, module: EntropyProbe) -> Iterator[None]:
+        """Call the hooks around a phase and time it."""
+        self.fabric.call(f"on_{phase}_start", self, module)
+        with self._timed(phase):
+            yield
+        self.fabric.call(f"on_{phase}_end", self, module)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.state.timing[phase] = time.perf_counter() - start
+
+
+def default_callbacks(config: ProbeConfig) -> list[ProbeCallback]:
+    """The built-in callbacks that the sections of a configuration ask for."""
+    from probe.callbacks import (
+        ConsoleReport,
+        DeltaH1,
+        DetailedLogging,
+        GroundTruth,
+        ProgressBars,
+        ResultsFile,
+        TensorBoardDiagnostics,
+    )
+
+    callbacks: list[ProbeCallback] = [ProgressBars()]
+    if config.probe_rework.compute_delta_h1:
+        callbacks.append(DeltaH1())
+    if config.importance.enabled:
+        callbacks.append(GroundTruth())
+    callbacks.append(ConsoleReport())
+    if config.output.results_path is not None:
+        callbacks.append(ResultsFile(config.output.results_path))
+    callbacks.append(TensorBoardDiagnostics())
+    if config.detailed_logging.enabled:
+        callbacks.append(DetailedLogging(config.detailed_logging))
+    return callbacks
+
+
+def _seed_globals(seed: int) -> None:
+    """Seed the global generators, for rewards that use them; the batches have streams of their own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _loggers(logger: Logger | list[Logger] | bool | None) -> list[Logger]:
+    """Lightning's convention for the `logger` argument."""
+    if logger is True:
+        return [TensorBoardLogger(save_dir=Path("lightning_logs"), name="entropy_probe")]
+    if logger is False or logger is None:
+        return []
+    return list(logger) if isinstance(logger, (list, tuple)) else [logger]
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of an exception's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

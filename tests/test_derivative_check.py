@@ -1,0 +1,46 @@
+"""Gradients that are wrong without an error are caught before they are used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from probe.errors import NumericalError
+from probe.estimators.derivative_check import derivative_check
+from tests.enumerable import all_sequences, tiny_policy
+
+
+class Distort(torch.autograd.Function):
+    """Identity forward; backward drops most of the gradient, as some quantised kernels do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 0.3
+
+
+def test_right_gradients_pass_and_parameters_are_untouched(monkeypatch):
+    policy = tiny_policy(monkeypatch)
+    before = {n: p.detach().clone() for n, p in policy.parameters.items()}
+    check = derivative_check(policy, all_sequences(cap=3))
+    assert check.relative_error < 0.01
+    assert all(torch.equal(before[n], p) for n, p in policy.parameters.items())
+
+
+def test_distorted_gradients_are_refused(monkeypatch):
+    policy = tiny_policy(monkeypatch)
+    layer = policy.model.get_base_model().model.layers[0]
+    layer.register_forward_hook(lambda module, args, output: Distort.apply(output))
+    with pytest.raises(NumericalError, match="by backward and by finite differences disagree"):
+        derivative_check(policy, all_sequences(cap=3))
+
+
+def test_a_parameter_without_influence_is_refused(monkeypatch):
+    policy = tiny_policy(monkeypatch)
+    layer = policy.model.get_base_model().model.layers[0]
+    layer.register_forward_hook(lambda module, args, output: output * 0.0)
+    with pytest.raises(NumericalError, match="exactly zero"):
+        derivative_check(policy, all_sequences(cap=3))

@@ -1,0 +1,147 @@
+"""Sampling draws from exactly the policy that is scored."""
+
+from __future__ import annotations
+
+
+import pytest
+import torch
+from transformers import GenerationConfig as HfGenerationConfig
+
+from probe.config import GenerationConfig
+from probe.rollouts.batch import PromptExample
+from probe.errors import DataError, RolloutError
+from probe.rollouts.sampling import sample_rollouts, uniforms
+from probe.scoring import score_tokens
+from tests.enumerable import CAP, EOS, all_sequences, exact_entropies, tiny_policy
+
+
+class TokenizerStub:
+    """Maps any text to the enumerable policy's one prompt."""
+
+    eos_token_id = EOS
+    pad_token_id = EOS
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [0, 1] if text == "short" else [0] * len(text)}
+
+    def batch_decode(self, rows, skip_special_tokens=True):
+        return [" ".join(str(i) for i in ids if i != EOS) for ids in rows]
+
+
+def prompts(count, text="short"):
+    return [PromptExample(text=text, row={}, index=i) for i in range(count)]
+
+
+def draw(policy, count, seed=0, **settings):
+    settings = {"max_new_tokens": CAP, "temperature": policy.temperature, "batch_size": 500, **settings}
+    return sample_rollouts(policy, TokenizerStub(), prompts(count), GenerationConfig(**settings), seed)
+
+
+def test_frequencies_are_the_policys_probabilities(monkeypatch):
+    """Chi-square of 4,000 samples against the exact probability of every sequence; EOS and cap included."""
+    policy, batch = tiny_policy(monkeypatch), all_sequences()
+    expected = exact_entropies(policy, batch)[2].detach()
+    index = {tuple(ids[m].tolist()): i for i, (ids, m) in enumerate(zip(batch.completion_ids, batch.mask, strict=True))}
+    n = 4000
+    found = torch.zeros(len(batch), dtype=torch.float64)
+    sampled, _ = draw(policy, n)
+    for i in range(n):
+        key = tuple(sampled.completion_ids[i][sampled.mask[i]].tolist())
+        found[index[key]] += 1
+        assert bool(sampled.truncated[i]) == (key[-1] != EOS)
+    common = expected * n >= 5
+    groups = [(found[common], expected[common] * n), (found[~common].sum()[None], expected[~common].sum()[None] * n)]
+    chi2 = float(sum(((f - e) ** 2 / e).sum() for f, e in groups))
+    dof = int(common.sum())
+    assert chi2 < dof + 4 * (2 * dof) ** 0.5
+
+
+def test_sampling_sees_what_scoring_sees(monkeypatch):
+    policy = tiny_policy(monkeypatch)
+    batch, seen = draw(policy, 50)
+    scores = score_tokens(policy, batch)
+    torch.testing.assert_close(seen.logprob, scores.logprob, rtol=0, atol=1e-6)  # generate hands logits on in float32
+    torch.testing.assert_close(seen.entropy, scores.entropy, rtol=0, atol=1e-6)  # generate hands logits on in float32
+
+
+def test_batches_do_not_depend_on_their_split(monkeypatch):
+    policy = tiny_policy(monkeypatch)
+    whole, _ = draw(policy, 40)
+    split, _ = draw(policy, 40, batch_size=7)
+    prefix, _ = draw(policy, 10)
+    assert torch.equal(whole.completion_ids, split.completion_ids)
+    assert torch.equal(whole.mask, split.mask)
+    assert torch.equal(whole.mask[:10, : prefix.mask.shape[1]], prefix.mask)
+    other, _ = draw(policy, 40, seed=1)
+    assert whole.mask.shape != other.mask.shape or not torch.equal(whole.completion_ids, other.completion_ids)
+
+
+def test_prompts_of_mixed_length_do_not_change_each_other(monkeypatch):
+    policy = tiny_policy(monkeypatch)
+    settings = GenerationConfig(max_new_tokens=CAP, temperature=policy.temperature)
+    mixed = [PromptExample("0" * n, {}, n) for n in (1, 5, 3)]
+    together, seen = sample_rollouts(policy, TokenizerStub(), mixed, settings, seed=4)
+    scores = score_tokens(policy, together)
+    torch.testing.assert_close(seen.logprob, scores.logprob, rtol=0, atol=1e-6)  # generate hands logits on in float32
+    assert [len(ids) for ids in together.prompt_ids] == [1, 5, 3]
+
+
+def test_the_models_own_generation_settings_do_not_enter(monkeypatch):
+    policy = tiny_policy(monkeypatch)
+    plain, _ = draw(policy, 30)
+    base = policy.model.get_base_model()
+    own = HfGenerationConfig(top_k=1, repetition_penalty=5.0, do_sample=True, temperature=0.1, eos_token_id=EOS)
+    monkeypatch.setattr(base, "generation_config", own)
+    with_own, _ = draw(policy, 30)
+    assert torch.equal(plain.completion_ids, with_own.completion_ids)
+    assert base.generation_config is own
+    with monkeypatch.context() as m:
+        m.setattr(policy.model, "generate", lambda **_: (_ for _ in ()).throw(RuntimeError("boom")))
+        with pytest.raises(RuntimeError, match="boom"):
+            draw(policy, 2)
+    assert base.generation_config is own
+
+
+def test_global_random_state_is_neither_read_nor_advanced(monkeypatch):
+    policy = tiny_policy(monkeypatch)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    a, _ = draw(policy, 10)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    b, _ = draw(policy, 10)
+    assert torch.equal(a.completion_ids, b.completion_ids)
+
+
+def test_truncated_support_marks_the_batch(monkeypatch):
+    policy = tiny_policy(monkeypatch)
+    batch, _ = draw(policy, 50, top_k=1, allow_truncated_support=True)
+    assert batch.bias_flags == ("truncated_support",)
+    assert len({tuple(ids[m].tolist()) for ids, m in zip(batch.completion_ids, batch.mask, strict=True)}) == 1
+
+
+def test_refusals(monkeypatch):
+    policy = tiny_policy(monkeypatch)
+    with pytest.raises(ValueError, match="one temperature"):
+        draw(policy, 2, temperature=1.3)
+    with pytest.raises(DataError, match="at least one prompt"):
+        draw(policy, 0)
+    settings = GenerationConfig(max_new_tokens=CAP, temperature=policy.temperature)
+    with pytest.raises(DataError, match="at least one token"):
+        sample_rollouts(policy, TokenizerStub(), prompts(1, ""), settings, 0)
+    broken = tiny_policy(monkeypatch)
+    next(iter(broken.parameters.values())).data.fill_(float("nan"))
+    with pytest.raises(RolloutError, match="finite logits"):
+        draw(broken, 2)
+    no_eos = TokenizerStub()
+    no_eos.eos_token_id = None
+    monkeypatch.setattr(policy.model.get_base_model(), "generation_config", HfGenerationConfig())
+    with pytest.raises(RolloutError, match="EOS"):
+        sample_rollouts(policy, no_eos, prompts(1), settings, 0)
+
+
+def test_uniform_streams_are_independent_of_their_neighbours():
+    rows = uniforms(0, range(2000), 2)
+    assert torch.equal(rows[5], uniforms(0, [5], 2)[0])
+    assert abs(float(torch.corrcoef(torch.stack([rows[:-1, 0], rows[1:, 0]]))[0, 1])) < 0.1
+    assert float(rows.mean()) == pytest.approx(0.5, abs=0.02)

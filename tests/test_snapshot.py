@@ -1,0 +1,133 @@
+"""Temporary state is bitwise restored, also after an exception."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from probe.estimators.update import optimizer_step
+from probe.snapshot import evaluation_mode, exact_float32, parameters_at, preserved
+
+
+def trained():
+    """A model with every kind of state: moments, a grad, a learning rate as a tensor, mixed train/eval flags."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    model[1].eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-2), amsgrad=True)
+    for _ in range(3):
+        model(torch.randn(5, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model(torch.randn(5, 3)).square().sum().backward()
+    model[2].bias.grad = None
+    return model, optimizer
+
+
+def everything(model, optimizer):
+    return copy.deepcopy(
+        (
+            {n: p.detach().clone() for n, p in model.named_parameters()},
+            {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
+            optimizer.state_dict(),
+            {n: m.training for n, m in model.named_modules()},
+        )
+    )
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("failure", [None, RuntimeError, KeyboardInterrupt])
+def test_preserved_restores_everything(failure):
+    model, optimizer = trained()
+    parameters = dict(model.named_parameters())
+    before, moments = everything(model, optimizer), optimizer.state[model[0].weight]["exp_avg"]
+    grad = model[0].weight.grad
+
+    def work():
+        with preserved(parameters, optimizer):
+            for p in parameters.values():
+                p.grad = torch.full_like(p, 7.0)
+            optimizer.param_groups[0]["weight_decay"] = 0.5
+            optimizer.param_groups[0]["extra"] = 1
+            optimizer.step()
+            optimizer.state[model[0].weight]["new"] = torch.ones(1)
+            grad.fill_(3.0)
+            assert not equal(everything(model, optimizer), before)
+            if failure:
+                raise failure("boom")
+
+    if failure:
+        with pytest.raises(failure):
+            work()
+    else:
+        work()
+    assert equal(everything(model, optimizer), before)
+    assert optimizer.state[model[0].weight]["exp_avg"] is moments  # references to the state hold
+    assert model[0].weight.grad is grad
+
+
+def test_preserved_drops_state_that_a_fresh_optimizer_made():
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    with preserved(dict(model.named_parameters()), optimizer):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    assert len(optimizer.state) == 0
+    assert model.weight.grad is None
+
+
+def test_a_second_step_equals_the_first():
+    """Moments that were only shallowly copied would drift from one step to the next."""
+    model, optimizer = trained()
+    parameters = dict(model.named_parameters())
+    gradient = {n: torch.ones_like(p) for n, p in parameters.items()}
+    first = optimizer_step(optimizer, parameters, gradient, 1.0)
+    second = optimizer_step(optimizer, parameters, gradient, 1.0)
+    assert equal(first[0], second[0])
+    assert equal(first[1], second[1])
+
+
+def test_parameters_at_restores_after_an_exception():
+    model, optimizer = trained()
+    before = everything(model, optimizer)
+    parameters = dict(model.named_parameters())
+    values = {n: torch.zeros_like(p) for n, p in parameters.items()}
+    with pytest.raises(RuntimeError, match="boom"), parameters_at(parameters, values):
+        assert float(model[0].weight.detach().abs().sum()) == 0.0
+        raise RuntimeError("boom")
+    assert equal(everything(model, optimizer), before)
+    with pytest.raises(ValueError, match="one value per parameter"), parameters_at(parameters, {}):
+        pass
+
+
+def test_evaluation_mode_restores_each_modules_flag():
+    model, _ = trained()
+    flags = [m.training for m in model.modules()]
+    assert len(set(flags)) == 2
+    with pytest.raises(RuntimeError, match="boom"), evaluation_mode(model):
+        assert not any(m.training for m in model.modules())
+        raise RuntimeError("boom")
+    assert [m.training for m in model.modules()] == flags
+
+
+def test_exact_float32_restores_the_users_setting():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with exact_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
