@@ -1,0 +1,384 @@
+"""Rewards of responses: the registered ones, and any reward function written for TRL by `module:function`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Real
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probe.data.names import nearest
+from probe.errors import DataError
+from probe.rollouts.batch import RolloutBatch
+
+RewardFunction = Callable[..., Sequence[float | None]]
+"""`fn(prompts=[...], completions=[...], **columns)`: one number for each completion, or None where the reward
+does not apply. Prompts and completions are texts, or lists of messages where the prompt is one (TRL's
+conversational format); every column of the data set comes as a list of the same length."""
+
+# A minus counts as a sign only where it cannot be a subtraction, a range or a hyphen.
+_SIGN = r"(?:(?<![\w.)])[-\u2212]\$?)?"
+_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+_EXPONENT = r"(?:[eE][-+]?\d{1,3}(?!\w))?"
+_NUMBER = re.compile(_SIGN + _DIGITS + _EXPONENT, re.ASCII)
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_TAGGED = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+_TAG = re.compile(r"</?(?:think|answer)>")
+_PROMPT_HEAD = 60
+
+
+def compute_rewards(reward: RewardFunction, batch: RolloutBatch) -> Tensor:
+    """Rewards of a batch, `(B,)` float64, in the reward's own units.
+
+    The function is called for one response at a time, so that a failure names the response it is about. It
+    gets `prompts`, `completions`, `completion_ids` and every column of `batch.rows`, each as a list of one.
+    Where a row's column `prompt` holds a list of messages, prompt and completion are passed as messages, as
+    TRL does.
+
+    Args:
+        reward: a function with TRL's signature, see `RewardFunction`.
+        batch: the responses.
+
+    Raises:
+        DataError: the function fails, or returns anything but one finite number; the message names the
+            sample.
+    """
+    values = []
+    for index in range(len(batch)):
+        try:
+            values.append(_reward_of(reward, batch, index))
+        except DataError as error:
+            head = batch.prompts[index][:_PROMPT_HEAD]
+            raise DataError(f"sample {index} (prompt {head!r}): {error}") from error
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def resolve_reward(spec: str | Sequence[str]) -> RewardFunction:
+    """The reward function that a configuration names.
+
+    Args:
+        spec: a registered name (`exact_number`, `gsm8k`, `tag_format`), `module:function` as in an import
+            statement (the current directory counts, as with `python -m`), or a list of these, which is
+            summed.
+
+    Returns:
+        The function; for a list, one that adds up those of its parts that apply.
+
+    Raises:
+        DataError: the name is not registered, or the module or the function cannot be found.
+
+    >>> resolve_reward(["exact_number", "tag_format"])(
+    ...     prompts=["2 + 2?"], completions=["<think>Easy.</think><answer>4</answer>"], answer=["4"])
+    [2.0]
+    """
+    if isinstance(spec, str):
+        return _resolve_name(spec)
+    if not spec:
+        raise DataError("batch_config.reward: expected at least one reward, found an empty list")
+    return SummedReward(tuple(_resolve_name(name) for name in spec))
+
+
+@dataclass(frozen=True)
+class SummedReward:
+    """The sum of several rewards, each with weight 1 as TRL's default; a part that returns None is left out.
+
+    Attributes:
+        parts: the rewards that are added up.
+    """
+
+    parts: tuple[RewardFunction, ...]
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
+        """The sum for each completion, None where no part applies.
+
+        Raises:
+            DataError: a part fails, or does not return a number or None for each completion.
+        """
+        rewards = [call_reward(part, prompts, completions, columns) for part in self.parts]
+        applying = [[value for value in values if value is not None] for values in zip(*rewards, strict=True)]
+        return [math.fsum(values) if values else None for values in applying]
+
+
+def call_reward(
+    reward: RewardFunction, prompts: list[Any], completions: list[Any], columns: Mapping[str, Any]
+) -> list[float | None]:
+    """Call a reward function and check what it returns.
+
+    Args:
+        reward: the function.
+        prompts: `n` prompts.
+        completions: `n` completions.
+        columns: further keyword arguments; those that the function does not accept are left out.
+
+    Returns:
+        A finite number or None for each completion.
+
+    Raises:
+        DataError: the function is a coroutine, raises, or returns something else than `n` finite numbers or
+            None.
+    """
+    name = _name_of(reward)
+    if inspect.iscoroutinefunction(reward):
+        raise DataError(
+            f"reward {name}: expected a plain function, found a coroutine; wrap it in a function that runs it"
+        )
+    try:
+        values = list(reward(prompts=prompts, completions=completions, **_accepted(reward, columns)))
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"reward {name} failed with {type(error).__name__}: {error}; it was given prompts, completions "
+            f"and the columns {', '.join(sorted(columns)) or 'none'}"
+        ) from error
+    if len(values) != len(completions):
+        raise DataError(f"reward {name}: expected {len(completions)} numbers, found {len(values)}")
+    return [_to_number(value, name) for value in values]
+
+
+def exact_number(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    """1 where the number a completion gives equals the reference answer, else 0.
+
+    The number is the last one inside the last `<answer>...</answer>`, or in the whole text where there is no
+    such pair of tags. Thousands separators, `$`, `%`, a period at the end and trailing zeros make no
+    difference.
+
+    Args:
+        prompts: not looked at.
+        completions: `n` texts (or lists of messages).
+        columns: `answer` holds the `n` reference answers; the last number of each counts.
+
+    Raises:
+        DataError: there is no column `answer`, or a reference without a number.
+
+    >>> exact_number(["?"] * 3, ["It costs $1,200.", "1200.0 or 7", "none"], answer=["1200"] * 3)
+    [1.0, 0.0, 0.0]
+    """
+    references = [_reference_number(answer) for answer in _answers(columns, "exact_number")]
+    return [float(_given_number(c) == r) for c, r in zip(completions, references, strict=True)]
+
+
+def gsm8k(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    """`exact_number` for GSM8K, whose reference answers are worked solutions with the result after `####`.
+
+    Args:
+        prompts: not looked at.
+        completions: `n` texts (or lists of messages).
+        columns: `answer` holds the `n` reference solutions.
+
+    Raises:
+        DataError: there is no column `answer`, or a reference without `####` and a number behind it.
+
+    >>> gsm8k(["?"], ["3 times 4 is 12, so the answer is 12."], answer=["3 * 4 = 12 #### 12"])
+    [1.0]
+    """
+    results = []
+    for answer in _answers(columns, "gsm8k"):
+        _, mark, result = str(answer).rpartition("####")
+        if not mark:
+            raise DataError(
+                f"reward gsm8k: expected a reference answer with the result after ####, found "
+                f"{str(answer)[:80]!r}; for plain numbers set batch_config.reward: exact_number"
+            )
+        results.append(result)
+    return exact_number(prompts, completions, answer=results)
+
+
+def tag_format(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    """1 where a completion is one `<think>...</think>` and then one `<answer>...</answer>`, else 0.
+
+    Nothing but white space may stand around the two, and no further tag inside them.
+
+    Args:
+        prompts: not looked at.
+        completions: `n` texts (or lists of messages).
+        columns: not looked at.
+
+    >>> tag_format(["?", "?"], ["<think>2</think> <answer>4</answer>", "<answer>4</answer>"])
+    [1.0, 0.0]
+    """
+    return [float(_is_tagged(_text(completion))) for completion in completions]
+
+
+REWARDS: dict[str, RewardFunction] = {"exact_number": exact_number, "gsm8k": gsm8k, "tag_format": tag_format}
+"""The registered rewards by the name that the configuration uses."""
+
+
+def _reward_of(reward: RewardFunction, batch: RolloutBatch, index: int) -> float:
+    """The reward of one response."""
+    row = batch.rows[index] if batch.rows else {}
+    prompt: Any = batch.prompts[index]
+    completion: Any = batch.completions[index]
+    if isinstance(row.get("prompt"), list):
+        prompt, completion = row["prompt"], [{"role": "assistant", "content": completion}]
+    columns = {key: [value] for key, value in row.items() if key not in ("prompt", "completion")}
+    # What TRL's trainer passes besides the columns, so that functions which name these arguments work here.
+    columns |= {"completion_ids": [batch.completion_ids[index][batch.mask[index]].tolist()]}
+    extras = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
+    value = call_reward(reward, [prompt], [completion], {**columns, **extras})[0]
+    if value is None:
+        raise DataError(
+            f"reward {_name_of(reward)}: expected a number, found None (the reward does not apply); leave "
+            "such prompts out, or add a reward that applies to all"
+        )
+    return value
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Stands in for the trainer's logging functions."""
+
+
+def _accepted(reward: RewardFunction, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that a function takes: all of them where it has `**kwargs`."""
+    own = {key: value for key, value in columns.items() if key not in ("prompts", "completions")}
+    try:
+        parameters = inspect.signature(reward).parameters
+    except (TypeError, ValueError):
+        return own
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return own
+    return {key: value for key, value in own.items() if key in parameters}
+
+
+def _to_number(value: Any, name: str) -> float | None:
+    """A returned reward as a float; None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if not isinstance(value, Real):
+        raise DataError(
+            f"reward {name}: expected a number or None, found {value!r} of type {type(value).__name__}"
+        )
+    if not math.isfinite(value):
+        raise DataError(f"reward {name}: expected a finite number, found {float(value)}")
+    return float(value)
+
+
+def _name_of(reward: RewardFunction) -> str:
+    """A name for messages."""
+    if isinstance(reward, SummedReward):
+        return " + ".join(_name_of(part) for part in reward.parts)
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+def _resolve_name(name: str) -> RewardFunction:
+    """A registered reward, or one that is imported."""
+    if name in REWARDS:
+        return REWARDS[name]
+    if ":" in name:
+        return _import_reward(name)
+    raise DataError(
+        f"batch_config.reward: expected one of {', '.join(REWARDS)}, or module:function, found "
+        f"{name!r}{nearest(name, REWARDS)}"
+    )
+
+
+def _import_reward(spec: str) -> RewardFunction:
+    """The function that `module:function` names."""
+    module_name, _, attribute = spec.partition(":")
+    if not re.fullmatch(r"\w+(?:\.\w+)*:\w+", spec):
+        raise DataError(
+            f"batch_config.reward: expected module:function (for example rewards:accuracy), found {spec!r}"
+        )
+    module = _import_module(module_name)
+    if not hasattr(module, attribute):
+        functions = [key for key, value in vars(module).items() if callable(value)]
+        raise DataError(
+            f"batch_config.reward: module {module_name!r} ({module.__file__}) has no function "
+            f"{attribute!r}{nearest(attribute, functions)}"
+        )
+    function = getattr(module, attribute)
+    if not callable(function):
+        raise DataError(
+            f"batch_config.reward: expected {spec} to be a function, found {type(function).__name__}"
+        )
+    return function
+
+
+def _import_module(name: str) -> ModuleType:
+    """Import a module, also from the current directory."""
+    try:
+        with _current_directory_importable():
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise DataError(
+                f"batch_config.reward: module {name!r} was not found; start in the folder that holds it, or "
+                "put that folder on PYTHONPATH"
+            ) from error
+        raise DataError(
+            f"batch_config.reward: module {name!r} needs a package that is missing: {error}"
+        ) from error
+    except Exception as error:
+        raise DataError(
+            f"batch_config.reward: importing module {name!r} failed with {type(error).__name__}: {error}"
+        ) from error
+
+
+@contextmanager
+def _current_directory_importable() -> Iterator[None]:
+    """Let imports see the current directory first; a console script, unlike `python -m`, does not have it."""
+    importlib.invalidate_caches()
+    sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the imported module may have changed the path itself
+            sys.path.remove("")
+
+
+def _text(completion: Any) -> str:
+    """The text of a completion, which may be a list of messages."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(message["content"] for message in completion)
+
+
+def _answers(columns: Mapping[str, Any], reward: str) -> list[Any]:
+    """The column with the reference answers."""
+    if "answer" not in columns:
+        raise DataError(
+            f"reward {reward}: expected the reference answers in the column answer, found the columns "
+            f"{', '.join(sorted(columns)) or 'none'}; set batch_config.answer_column"
+        )
+    return columns["answer"]
+
+
+def _reference_number(answer: Any) -> Decimal:
+    """The number of a reference answer."""
+    number = _last_number(str(answer))
+    if number is None:
+        raise DataError(f"expected a reference answer with a number, found {str(answer)[:80]!r}")
+    return number
+
+
+def _given_number(completion: Any) -> Decimal | None:
+    """The number that a completion answers with, None where there is none."""
+    text = _text(completion)
+    tagged = _ANSWER.findall(text)
+    return _last_number(tagged[-1] if tagged else text)
+
+
+def _last_number(text: str) -> Decimal | None:
+    """The last number in a text, exactly (a float would make 0.1 + 0.2 differ from 0.3)."""
+    numbers = _NUMBER.findall(text)
+    if not numbers:
+        return None
+    return Decimal(numbers[-1].replace(",", "").replace("$", "").replace("\u2212", "-"))
+
+
+def _is_tagged(text: str) -> bool:
+    """Whether a text is one pair of think tags and one pair of answer tags, each once."""
+    return _TAGGED.fullmatch(text) is not None and len(_TAG.findall(text)) == 4

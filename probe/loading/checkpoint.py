@@ -1,0 +1,230 @@
+"""Where the parts of a checkpoint stand: model or adapter, optimizer state, tokenizer, step."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from probe.config import CheckpointConfig
+from probe.errors import CheckpointError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MODEL_CONFIG = "config.json"
+MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
+TRAINER_STATE = "trainer_state.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+
+_PICKLED_WEIGHTS = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_SAVE_ADVICE = (
+    "save the model with `save_pretrained` and the optimizer with `torch.save(optimizer.state_dict(), ...)`"
+)
+_FOREIGN_LAYOUTS = (
+    ("*.ckpt", "a Lightning checkpoint"),
+    ("global_step*/*optim_states.pt", "DeepSpeed optimizer shards"),
+    ("*_optim_states.pt", "DeepSpeed optimizer shards"),
+    ("optimizer_*/*.distcp", "a sharded FSDP optimizer"),
+    ("*.distcp", "a torch.distributed.checkpoint folder"),
+    ("optim_world_size_*_rank_*.pt", "verl's FSDP optimizer shards"),
+    ("rank*-of-*-optimizer.pt", "an optimizer sharded by rank"),
+)
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """The parts of one checkpoint, all of them existing files and folders.
+
+    Attributes:
+        kind: `lora` for a PEFT adapter, `full` for a whole model.
+        model_dir: folder with the adapter or the model.
+        optimizer_file: file with the optimizer's `state_dict`.
+        tokenizer_dirs: folders of the checkpoint that hold a tokenizer, best first; may be empty.
+        name: short label for file names and tables (`step_60`, `checkpoint-60`).
+        step: the training step, from trainer_state.json or the name; None where neither says.
+        trainer_state_file: trainer_state.json of transformers' Trainer, or None.
+    """
+
+    kind: Literal["lora", "full"]
+    model_dir: Path
+    optimizer_file: Path
+    tokenizer_dirs: tuple[Path, ...]
+    name: str
+    step: int | None
+    trainer_state_file: Path | None
+
+
+def locate_checkpoint(config: CheckpointConfig) -> CheckpointFiles:
+    """Find the parts of the checkpoint that `config.checkpoint_path` names. Nothing is loaded.
+
+    Three layouts are understood: `.../checkpoint` with `model/` and `optimizer.pt` in it, the same given as
+    `.../checkpoint/model`, and a flat `checkpoint-N` as transformers' Trainer and TRL write it.
+
+    Args:
+        config: the `checkpoint` section.
+
+    Returns:
+        The files found.
+
+    Raises:
+        CheckpointError: a part is missing, ambiguous, pickled, or in a format of another framework; the
+            message lists what was looked for.
+    """
+    root = _existing_folder(config.checkpoint_path)
+    kind, model_dir = _find_model(root)
+    # `model/` is a part of its parent folder; any other folder is a checkpoint of its own.
+    container = model_dir.parent if model_dir.name == "model" else model_dir
+    folders = tuple(dict.fromkeys((model_dir, container)))
+    optimizer_file = _find_optimizer(folders, config.optimizer_path)
+    states = [folder / TRAINER_STATE for folder in folders if (folder / TRAINER_STATE).is_file()]
+    trainer_state_file = states[0] if states else None
+    return CheckpointFiles(
+        kind=kind,
+        model_dir=model_dir,
+        optimizer_file=optimizer_file,
+        tokenizer_dirs=tuple(folder for folder in folders if _has_any(folder, TOKENIZER_FILES)),
+        name=container.name,
+        step=_training_step(trainer_state_file, container.name),
+        trainer_state_file=trainer_state_file,
+    )
+
+
+def read_trainer_state(file: Path) -> dict:
+    """The content of a trainer_state.json.
+
+    Args:
+        file: the file.
+
+    Returns:
+        The JSON object.
+
+    Raises:
+        CheckpointError: the file is not a JSON object.
+    """
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: expected JSON as transformers' Trainer writes it, found {error}"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found {type(state).__name__}")
+    return state
+
+
+def _existing_folder(path: str | None) -> Path:
+    if not path:
+        raise CheckpointError(
+            "checkpoint.checkpoint_path: expected the folder of a checkpoint (or `demo`), found nothing"
+        )
+    # The user's own spelling is kept (a link `latest` stays `latest`), only made absolute.
+    root = Path(os.path.abspath(Path(path).expanduser()))
+    if root.suffix == ".ckpt":
+        raise CheckpointError(_foreign_message("a Lightning checkpoint", root))
+    if root.is_file():
+        raise CheckpointError(f"checkpoint.checkpoint_path: expected a folder, found the file {root}")
+    if not root.is_dir():
+        raise CheckpointError(f"Checkpoint not found: checkpoint.checkpoint_path: there is no folder {root}")
+    return root
+
+
+def _find_model(root: Path) -> tuple[Literal["lora", "full"], Path]:
+    candidates = (root, root / "model")
+    for folder in candidates:
+        if (folder / ADAPTER_CONFIG).is_file() and (folder / ADAPTER_WEIGHTS).is_file():
+            return "lora", folder
+        # A PEFT folder may hold the base model's config.json as well, so the adapter is tried first.
+        if (folder / MODEL_CONFIG).is_file() and _has_any(folder, MODEL_WEIGHTS):
+            return "full", folder
+    for folder in candidates:
+        pickled = [name for name in _PICKLED_WEIGHTS if (folder / name).is_file()]
+        if pickled:
+            raise CheckpointError(
+                f"Checkpoint not usable: expected safetensors weights in {folder}, found the pickle "
+                f"{pickled[0]}, which "
+                "can run code when it is loaded; load it where you trust it and save it again with "
+                "`save_pretrained`"
+            )
+    for folder in (root, root.parent if root.name == "model" else root):
+        _refuse_foreign_layout(folder)
+    looked_for = ", ".join(
+        f"{folder}/{name}"
+        for folder in candidates
+        for name in (
+            f"{ADAPTER_CONFIG} + {ADAPTER_WEIGHTS}",
+            f"{MODEL_CONFIG} + {MODEL_WEIGHTS[0]} (or its index)",
+        )
+    )
+    nested = sorted(str(file.parent) for file in root.glob(f"*/{ADAPTER_CONFIG}"))
+    hint = (
+        f"; adapters stand in {', '.join(nested[:5])}: give that folder, and checkpoint.optimizer_path"
+        if nested
+        else ""
+    )
+    raise CheckpointError(
+        f"Checkpoint not found: no adapter or model in {root}; looked for {looked_for}{hint}"
+    )
+
+
+def _find_optimizer(folders: tuple[Path, ...], given: str | None) -> Path:
+    if given is not None:
+        file = Path(os.path.abspath(Path(given).expanduser()))
+        if file.suffix == ".ckpt":
+            raise CheckpointError(_foreign_message("a Lightning checkpoint", file))
+        if file.is_dir():
+            _refuse_foreign_layout(file)
+            raise CheckpointError(f"checkpoint.optimizer_path: expected a file, found the folder {file}")
+        if not file.is_file():
+            raise CheckpointError(f"checkpoint.optimizer_path: expected an existing file, found no {file}")
+        return file
+    found = []
+    for folder in folders:
+        # `optimizer.bin` is what accelerate and the Trainer write under FSDP; the first name of a folder
+        # wins.
+        found += [folder / name for name in OPTIMIZER_FILES if (folder / name).is_file()][:1]
+    if len(found) > 1:
+        raise CheckpointError(
+            f"Optimizer state is ambiguous: expected one file, found {', '.join(map(str, found))}; name the "
+            "right one in "
+            "checkpoint.optimizer_path"
+        )
+    if not found:
+        for folder in folders:
+            _refuse_foreign_layout(folder)
+        looked_for = ", ".join(str(folder / name) for folder in folders for name in OPTIMIZER_FILES)
+        raise CheckpointError(
+            f"Optimizer state not found: looked for {looked_for}; name the file in checkpoint.optimizer_path"
+        )
+    return found[0]
+
+
+def _refuse_foreign_layout(folder: Path) -> None:
+    for pattern, what in _FOREIGN_LAYOUTS:
+        match = next(iter(sorted(folder.glob(pattern))), None)
+        if match is not None:
+            raise CheckpointError(_foreign_message(what, match))
+
+
+def _foreign_message(what: str, file: Path) -> str:
+    return (
+        f"Checkpoint not usable: expected an adapter or model folder with optimizer.pt, found {what} "
+        f"({file}); "
+        f"gather it in one process and {_SAVE_ADVICE}"
+    )
+
+
+def _has_any(folder: Path, names: tuple[str, ...]) -> bool:
+    return any((folder / name).is_file() for name in names)
+
+
+def _training_step(trainer_state_file: Path | None, name: str) -> int | None:
+    if trainer_state_file is not None:
+        step = read_trainer_state(trainer_state_file).get("global_step")
+        if isinstance(step, int):
+            return step
+    match = re.search(r"(?:^|[-_.])(\d+)$", name)
+    return int(match.group(1)) if match else None

@@ -1,0 +1,480 @@
+"""The policy: a base model with a LoRA or QLoRA adapter, or a whole model, ready to be differentiated.
+
+The model comes in evaluation mode (no dropout), its trainable weights in float32 or better, its 4-bit layers
+with an exact forward, checked for finite weights and logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from probe.config import CheckpointConfig
+from probe.errors import CheckpointError, ProbeError
+from probe.loading.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CheckpointFiles
+from probe.loading.quantization import dequantized_weight, find_4bit_layers, use_exact_4bit_layers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+BACKBONES: dict[str, str] = {
+    f"qwen2_5_{short}{suffix}": f"Qwen/Qwen2.5-{size}{ending}"
+    for short, size in (
+        ("05", "0.5B"),
+        ("15", "1.5B"),
+        ("3", "3B"),
+        ("7", "7B"),
+        ("14", "14B"),
+        ("32", "32B"),
+    )
+    for suffix, ending in (("", ""), ("_instruct", "-Instruct"))
+}
+"""Short names of `checkpoint.backbone` and the hub ids they stand for."""
+
+_LISTED = 10
+
+
+def load_policy_model(
+    config: CheckpointConfig, files: CheckpointFiles, device: torch.device | str
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load the policy and its tokenizer. The torch random state is left as it was.
+
+    An adapter's weights are trainable and its base is frozen, in `config.dtype`. Of a whole model every
+    parameter is trainable. Trainable weights are float32, or float64 where `config.dtype` says so (the whole
+    model then).
+
+    Args:
+        config: the `checkpoint` section.
+        files: the checkpoint's parts, from `locate_checkpoint`.
+        device: where the model goes, unless `config.device_map` distributes it.
+
+    Returns:
+        The model (a `PreTrainedModel` or a `PeftModel`) in evaluation mode, and the tokenizer.
+
+    Raises:
+        CheckpointError: a part cannot be loaded or does not fit the others, the model is no causal language
+            model, the tokenizer has no EOS token, or weights or logits are not finite.
+    """
+    device = torch.device(device)
+    with quiet_libraries(), _fork_torch_rng():
+        if files.kind == "lora":
+            adapter = _read_adapter_config(files.model_dir)
+            base, revision = resolve_base(config, files.model_dir, adapter)
+            tokenizer = _load_tokenizer(config, files, base, revision)
+            model = _load_base(config, base, revision, device)
+            model = _attach_adapter(model, files.model_dir, device)
+        else:
+            if config.load_in_4bit:
+                raise CheckpointError(
+                    "checkpoint.load_in_4bit: expected an adapter checkpoint, found a whole model, whose weights "
+                    f"are all trainable, in {files.model_dir}; set it to false"
+                )
+            tokenizer = _load_tokenizer(config, files, _full_name(config.backbone), config.revision)
+            model = _load_base(config, str(files.model_dir), None, device, trainable=True)
+        use_exact_4bit_layers(model)
+        _settle_precision(model, config)
+        model.eval()
+        _check_finite_weights(model)
+        _check_vocabulary(model, tokenizer)
+        _check_forward(model)
+    return model, tokenizer
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that an update changes, in the order of `named_parameters` (tied ones once).
+
+    Args:
+        model: the policy.
+
+    Returns:
+        Name to parameter.
+    """
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def resolve_base(
+    config: CheckpointConfig, adapter_dir: Path, adapter: dict[str, Any]
+) -> tuple[str, str | None]:
+    """The base model of an adapter.
+
+    Args:
+        config: the `checkpoint` section; its `backbone` goes before what the adapter says.
+        adapter_dir: folder of the adapter, to which a relative name in it may refer.
+        adapter: content of adapter_config.json.
+
+    Returns:
+        A local folder or hub id, and the hub revision.
+
+    Raises:
+        CheckpointError: neither names a base model, or a path does not exist.
+    """
+    if config.backbone:
+        name = _full_name(config.backbone)
+        assert name is not None
+        if _looks_local(name) and not Path(name).expanduser().is_dir():
+            raise CheckpointError(f"checkpoint.backbone: expected an existing folder, found no {name}")
+        return str(Path(name).expanduser()) if _looks_local(name) else name, config.revision
+    name = adapter.get("base_model_name_or_path")
+    if not name:
+        raise CheckpointError(
+            f"{adapter_dir / ADAPTER_CONFIG}: expected base_model_name_or_path, found none; name the base "
+            "model in "
+            "checkpoint.backbone"
+        )
+    for folder in (adapter_dir / name, Path(name)):
+        if folder.is_dir():
+            return str(folder.resolve()), None
+    if _looks_local(name):
+        raise CheckpointError(
+            f"{adapter_dir / ADAPTER_CONFIG}: expected the base model in {name}, found no such folder; name "
+            "the base model "
+            "in checkpoint.backbone"
+        )
+    return name, config.revision or adapter.get("revision")
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the messages of transformers, peft and bitsandbytes down; their Python warnings are logged.
+
+    Verbosity, progress bars and warning filters are as before afterwards.
+    """
+    from transformers.utils import logging as hf_logging
+
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    bnb_logger = logging.getLogger("bitsandbytes")
+    bnb_level = bnb_logger.level
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    bnb_logger.setLevel(logging.ERROR)
+    recorded: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as recorded:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+        bnb_logger.setLevel(bnb_level)
+        for category, message in dict.fromkeys((entry.category, str(entry.message)) for entry in recorded):
+            # A library's plans for its next version are no news to the user.
+            notice = issubclass(category, (DeprecationWarning, PendingDeprecationWarning, FutureWarning))
+            logger.log(logging.DEBUG if notice else logging.INFO, "while loading: %s", message)
+
+
+def _load_base(
+    config: CheckpointConfig, source: str, revision: str | None, device: torch.device, trainable: bool = False
+) -> Any:
+    """The model in `source`, on its device, in `config.dtype` (trainable ones in float32 or better)."""
+    from transformers import AutoModelForCausalLM
+
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    if trainable and dtype != torch.float64:
+        dtype = torch.float32
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": revision or "main"}
+    model_config = _read_model_config(source, options)
+    quantized = config.load_in_4bit or getattr(model_config, "quantization_config", None) is not None
+    if config.load_in_4bit:
+        options["quantization_config"] = _quantization_config(config, dtype)
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    if config.device_map is not None or quantized:
+        options["device_map"] = config.device_map or {"": device}
+    with _rewritten(f"model {source}", _source_remedy(source)):
+        # Sizes that do not match are collected, not raised, so that the message below can name them.
+        loader: Any = AutoModelForCausalLM
+        model, report = loader.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    _check_loading_report(source, report)
+    for layer in find_4bit_layers(model).values():
+        layer.compute_dtype = dtype
+        layer.compute_type_is_set = True
+    if "device_map" not in options:
+        model.to(device)
+    model.requires_grad_(trainable)
+    return model
+
+
+def _read_model_config(source: str, options: dict[str, Any]) -> PretrainedConfig:
+    """The model's configuration; refuses what is not a causal language model before any weight is read."""
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto
+
+    with _rewritten(f"model {source}", _source_remedy(source)):
+        model_config = AutoConfig.from_pretrained(source, **options)
+    kind = model_config.model_type
+    causal = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    own_code = "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or {})
+    masked = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if getattr(model_config, "is_encoder_decoder", False):
+        found = "an encoder-decoder (seq2seq) model"
+    elif masked and not getattr(model_config, "is_decoder", False):
+        found = "an encoder-only model"
+    elif not causal and not own_code:
+        found = "a model without a causal language-model head"
+    else:
+        _check_quantization(source, getattr(model_config, "quantization_config", None))
+        return model_config
+    raise CheckpointError(f"model {source}: expected a causal language model, found {found} ({kind})")
+
+
+def _check_quantization(source: str, quantization: Any) -> None:
+    if quantization is None:
+        return
+    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if settings.get("quant_method") == "bitsandbytes" and settings.get("load_in_4bit"):
+        return
+    found = "8-bit bitsandbytes" if settings.get("load_in_8bit") else settings.get("quant_method")
+    raise CheckpointError(
+        f"model {source}: expected plain or 4-bit bitsandbytes weights, found {found} quantisation, whose "
+        "derivatives "
+        "cannot be relied on; name the unquantised base in checkpoint.backbone"
+    )
+
+
+def _quantization_config(config: CheckpointConfig, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise CheckpointError(
+            "checkpoint.load_in_4bit: expected the package bitsandbytes, found none; install it, or set it "
+            "to false"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _check_loading_report(source: str, report: dict[str, Any]) -> None:
+    """A weight that the file lacks would be random: refused, not warned of."""
+    mismatched = [
+        f"{name} {tuple(found)} instead of {tuple(expected)}"
+        for name, found, expected in report["mismatched_keys"]
+    ]
+    if mismatched:
+        raise CheckpointError(
+            f"model {source}: weights do not fit its config.json: {_some(sorted(mismatched))}; the folder "
+            "mixes two models"
+        )
+    if report["missing_keys"]:
+        raise CheckpointError(
+            f"model {source}: expected all weights of the model, missing are "
+            f"{_some(sorted(report['missing_keys']))}"
+        )
+    if report["unexpected_keys"]:
+        logger.warning("model %s: unused weights %s", source, _some(sorted(report["unexpected_keys"])))
+
+
+def _read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json; refuses adapters that have no weights inside the model, or another task."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PromptLearningConfig
+
+    file = folder / ADAPTER_CONFIG
+    try:
+        adapter = json.loads(file.read_text(encoding="utf-8"))
+        kind, task = adapter["peft_type"], adapter.get("task_type")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: expected PEFT's JSON with a peft_type, found {error!r}") from error
+    if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(kind, PeftConfig), PromptLearningConfig):
+        raise CheckpointError(
+            f"{file}: expected an adapter of the model's weights such as LoRA, found {kind}"
+        )
+    if task not in (None, "CAUSAL_LM"):
+        raise CheckpointError(f"{file}: expected task_type CAUSAL_LM, found {task}")
+    return adapter
+
+
+def _attach_adapter(model: Any, folder: Path, device: torch.device) -> nn.Module:
+    """The base model with the adapter in `folder`, trainable."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    remedy = "the adapter must belong to this base model; name the right one in checkpoint.backbone"
+    with _rewritten(f"adapter {folder}", remedy), warnings.catch_warnings():
+        # peft only warns when the file lacks weights, which then stay random.
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            saved = {key for key in file.keys() if "lora_" in key}  # noqa: SIM118
+        placed: dict[str, Any] = {} if hasattr(model, "hf_device_map") else {"torch_device": str(device)}
+        policy = PeftModel.from_pretrained(model, str(folder), is_trainable=True, **placed)
+        loaded = {
+            key for key in get_peft_model_state_dict(policy, save_embedding_layers=False) if "lora_" in key
+        }
+    # peft drops weights that have no place in the model without a word. Only counts are compared first,
+    # because peft renames keys of older files.
+    if len(saved) > len(loaded):
+        raise CheckpointError(
+            f"adapter {folder}: expected {len(loaded)} LoRA weights as in the base model, found "
+            f"{len(saved)}: "
+            f"{_some(sorted(saved - loaded))} have no place in it; {remedy}"
+        )
+    if not trainable_parameters(policy):
+        raise CheckpointError(f"adapter {folder}: expected trainable weights, found none")
+    return policy
+
+
+def _settle_precision(model: nn.Module, config: CheckpointConfig) -> None:
+    """Trainable weights in float32 or better: 16 bits round steps of a learning rate's size away."""
+    if config.dtype == "float64":
+        model.to(torch.float64)
+        return
+    low = [p for p in trainable_parameters(model).values() if p.dtype in (torch.bfloat16, torch.float16)]
+    for parameter in low:
+        parameter.data = parameter.data.float()
+    if low:
+        logger.info("%d trainable weights are kept in float32 instead of 16 bits", len(low))
+
+
+def _check_finite_weights(model: nn.Module) -> None:
+    bad = []
+    count = 0
+    for name, parameter in model.named_parameters():
+        count += 1
+        if parameter.is_floating_point():
+            wrong = int((~torch.isfinite(parameter.detach())).sum())
+            if wrong:
+                bad.append(f"{name} ({wrong} of {parameter.numel()} values)")
+    for name, layer in find_4bit_layers(model).items():
+        wrong = int((~torch.isfinite(dequantized_weight(layer, torch.float32))).sum())
+        if wrong:
+            bad.append(f"{name}.weight ({wrong} values)")
+    if bad:
+        raise CheckpointError(
+            f"non-finite weights in {len(bad)} of {count} parameters: {_some(bad)}; the checkpoint is "
+            "broken, take an "
+            "earlier one"
+        )
+
+
+def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise CheckpointError(
+            f"tokenizer {tokenizer.name_or_path}: expected at most the {rows} tokens the model has "
+            "embeddings for, found "
+            f"{len(tokenizer)}; name the model's own in checkpoint.tokenizer_path"
+        )
+
+
+@torch.no_grad()
+def _check_forward(model: Any) -> None:
+    """Four tokens through the model: they must go through, be finite, and not depend on what follows."""
+    embeddings = model.get_input_embeddings().weight
+    last = embeddings.shape[0] - 1
+    ids = torch.tensor([[0, last // 2, last, 0], [0, last // 2, last, last]], device=embeddings.device)
+    remedy = "set checkpoint.dtype: float32, or another checkpoint.attn_implementation"
+    with _rewritten("a forward pass of the policy", remedy):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        logits = logits.detach().double().cpu()
+    if not torch.isfinite(logits).all():
+        raise CheckpointError(
+            "a forward pass of the policy: expected finite logits, found "
+            f"{int((~torch.isfinite(logits)).sum())} of "
+            f"{logits.numel()} that are not; {remedy}"
+        )
+    # The rows differ in the last token only. A batch row is rounded like the other one to far better than
+    # this.
+    difference = (logits[0, :3] - logits[1, :3]).abs().max()
+    if difference > 0.05 * logits.abs().max():
+        raise CheckpointError(
+            "a forward pass of the policy: expected a causal language model, found logits that change by "
+            f"{difference:.3g} "
+            "with a later token (a bidirectional or diffusion model)"
+        )
+
+
+def _load_tokenizer(
+    config: CheckpointConfig, files: CheckpointFiles, base: str | None, revision: str | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the first place that has one; a place that has one must be readable."""
+    from transformers import AutoTokenizer
+
+    source: str | None
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.tokenizer_path is not None:
+        source = _full_name(str(Path(config.tokenizer_path).expanduser()))
+    elif files.tokenizer_dirs:
+        source = str(files.tokenizer_dirs[0])
+    else:
+        source = base
+        options["revision"] = revision or "main"
+    if source is None:
+        raise CheckpointError(f"no tokenizer in {files.model_dir}; name one in checkpoint.tokenizer_path")
+    with _rewritten(
+        f"tokenizer {source}", "name a folder or hub id with a tokenizer in checkpoint.tokenizer_path"
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(
+            f"tokenizer {source}: expected an EOS token, with which a response ends, found none; set "
+            "eos_token in its "
+            "tokenizer_config.json, or name another in checkpoint.tokenizer_path"
+        )
+    return tokenizer
+
+
+def _full_name(backbone: str | None) -> str | None:
+    return BACKBONES.get(backbone, backbone) if backbone else None
+
+
+def _looks_local(name: str) -> bool:
+    return (
+        Path(name).expanduser().is_dir()
+        or Path(name).is_absolute()
+        or name.startswith((".", "~"))
+        or name.count("/") > 1
+    )
+
+
+def _source_remedy(source: str) -> str:
+    if os.path.isdir(source):
+        return "the folder must be one that `save_pretrained` wrote"
+    return (
+        "expected a local folder, a hub id that can be reached or is cached, or one of the short names "
+        f"{', '.join(BACKBONES)}; set checkpoint.backbone"
+    )
+
+
+@contextlib.contextmanager
+def _rewritten(what: str, remedy: str) -> Iterator[None]:
+    """Turn a library's error into one line with a remedy. Running out of memory stays what it is."""
+    try:
+        yield
+    except (ProbeError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if "trust_remote_code" in text:
+            remedy = "it comes with code of its own: set checkpoint.trust_remote_code: true if you trust it"
+        text = text if len(text) <= 400 else text[:400] + " ..."
+        raise CheckpointError(f"{what}: {type(error).__name__}: {text}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def _fork_torch_rng() -> Iterator[None]:
+    """Loading draws random numbers for weights that are then overwritten; they must not move the seed."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _some(items: list[str]) -> str:
+    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+    return ", ".join(items[:_LISTED]) + more

@@ -1,0 +1,344 @@
+"""The saved optimizer: its moments put beside the right parameters, or an error that says why they cannot be.
+
+A moment that belongs to another parameter gives a wrong step without any other sign. So a state is matched by
+name where the file has names, and otherwise only by a layout that fits in every count and every shape.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from probe.config import CheckpointConfig
+from probe.errors import OptimizerStateError
+from probe.loading.checkpoint import TRAINER_STATE, CheckpointFiles, read_trainer_state
+from probe.loading.matching import match_parameters
+from probe.loading.model import trainable_parameters
+from probe.loading.moments import Moments, SavedKey, moment_shape, read_moments
+
+logger = logging.getLogger(__name__)
+
+Rule = Literal["adam", "adamw"]
+
+_SUPPORTED = "torch's Adam and AdamW, and bitsandbytes' 8-bit and 32-bit Adam and AdamW"
+_WRAPPERS = ("optimizer", "optimizer_state_dict", "optim_state_dict")
+
+
+@dataclass(frozen=True)
+class LoadedOptimizer:
+    """An optimizer at the saved state.
+
+    Attributes:
+        optimizer: torch's Adam or AdamW over the model's own parameters, in the file's groups.
+        rule: `adam` (decay inside the gradient) or `adamw` (decoupled decay).
+        reference_group: index of the group whose learning rate stands for the optimizer's.
+        saved_learning_rate: that group's learning rate in the file.
+        step: number of steps taken so far (the largest over the parameters).
+        notes: what was decided or changed while loading, for the report.
+    """
+
+    optimizer: torch.optim.Optimizer
+    rule: Rule
+    reference_group: int
+    saved_learning_rate: float
+    step: int
+    notes: tuple[str, ...]
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step: the optimizer's own, in the reference group."""
+        return float(self.optimizer.param_groups[self.reference_group]["lr"])
+
+
+def load_optimizer(
+    model: nn.Module,
+    files_or_path: CheckpointFiles | str | Path,
+    config: CheckpointConfig,
+    learning_rate: float | None = None,
+) -> LoadedOptimizer:
+    """Rebuild the optimizer of a checkpoint over the parameters of `model`.
+
+    Moments are kept in the parameters' type (float32 or better); the file is only read, and no random number
+    is drawn. bitsandbytes' states are dequantised; both its Adam and its AdamW decay the weights decoupled,
+    so both become torch's AdamW. (bitsandbytes' CUDA kernels shrink the weight after the Adam update instead of
+    before it, which changes the update by the factor 1 - lr * weight_decay.)
+
+    Args:
+        model: the policy; every trainable parameter must have a state.
+        files_or_path: the checkpoint's parts, or the file with the optimizer's `state_dict`.
+        config: the `checkpoint` section; `optimizer` tells Adam from AdamW where the file does not.
+        learning_rate: learning rate of the reference group; those of other groups keep their ratio to it. By
+            default the file's.
+
+    Returns:
+        The optimizer, with what was found and decided.
+
+    Raises:
+        OptimizerStateError: the file cannot be read safely, is of another optimizer, does not fit the model,
+            has non-finite moments, or has a learning rate of 0 and none is given.
+    """
+    file, trainer_state = _files(files_or_path)
+    payload, notes = _read_state_dict(file)
+    groups = [group for group in payload["param_groups"] if group["params"]]
+    states: Mapping[SavedKey, Any] = {key: state for key, state in payload["state"].items() if state}
+    family = _family(file, groups, states)
+    matching = match_parameters(
+        model, groups, {key: moment_shape(key, state) for key, state in states.items()}
+    )
+    rule, rule_notes = _rule(file, groups, family, config)
+    # Groups of parameters that were never trained (frozen ones) have nothing to step.
+    members = [[matching.names[key] for key in group["params"] if key in states] for group in groups]
+    groups = [group for group, names in zip(groups, members, strict=True) if names]
+    members = [names for names in members if names]
+    moments = read_moments(
+        {matching.names[key]: state for key, state in states.items()},
+        amsgrad={
+            name: bool(group.get("amsgrad"))
+            for group, names in zip(groups, members, strict=True)
+            for name in names
+        },
+    )
+    parameters = trainable_parameters(model)
+    rates, reference, rate_notes = _learning_rates(file, groups, learning_rate, trainer_state)
+    optimizer = _build(rule, groups, members, parameters, rates)
+    notes += matching.notes + rule_notes + rate_notes + _place(optimizer, moments, parameters)
+    if family == "bitsandbytes":
+        notes += (
+            "the moments are bitsandbytes' (8-bit ones dequantised); the step is torch's AdamW from them",
+        )
+    for note in notes:
+        logger.info("optimizer: %s", note)
+    return LoadedOptimizer(
+        optimizer=optimizer,
+        rule=rule,
+        reference_group=reference,
+        saved_learning_rate=float(groups[reference]["lr"]),
+        step=max(moment.step for moment in moments.values()),
+        notes=notes,
+    )
+
+
+def _files(files_or_path: CheckpointFiles | str | Path) -> tuple[Path, Path | None]:
+    """The optimizer's file, and trainer_state.json where there is one."""
+    if isinstance(files_or_path, CheckpointFiles):
+        return files_or_path.optimizer_file, files_or_path.trainer_state_file
+    file = Path(files_or_path)
+    beside = file.parent / TRAINER_STATE
+    return file, beside if beside.is_file() else None
+
+
+def _read_state_dict(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The `state_dict` in `file`, read without running any code in it."""
+    try:
+        payload = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise OptimizerStateError(f"{file}: expected the optimizer's state, found no such file") from error
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise OptimizerStateError(
+            f"{file}: expected only tensors and plain values, found a pickle that needs more, which could "
+            "run code "
+            f"({reason}); load it where you trust it and save `optimizer.state_dict()` again with torch.save"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise OptimizerStateError(
+            f"{file}: expected a file that torch.save wrote, found {reason or 'nothing'}"
+        ) from error
+    notes: tuple[str, ...] = ()
+    for key in _WRAPPERS:
+        if isinstance(payload, dict) and "param_groups" not in payload and isinstance(payload.get(key), dict):
+            payload, notes = payload[key], (f"the state was read from the entry {key!r} of {file.name}",)
+    if not isinstance(payload, dict) or not {"state", "param_groups"} <= payload.keys():
+        found = (
+            f"the keys {sorted(map(str, payload))[:10]}"
+            if isinstance(payload, dict)
+            else type(payload).__name__
+        )
+        raise OptimizerStateError(
+            f"{file}: expected an optimizer's state_dict (state, param_groups), found {found}"
+        )
+    if not any(payload["state"].values()):
+        raise OptimizerStateError(
+            f"{file}: expected the moments of an optimizer that has taken steps, found an empty state; take "
+            "a later "
+            "checkpoint"
+        )
+    return payload, notes
+
+
+def _family(
+    file: Path, groups: list[dict[str, Any]], states: Mapping[SavedKey, dict[str, Any]]
+) -> Literal["torch", "bitsandbytes"]:
+    """Which library's Adam wrote the state; anything that is no Adam is refused."""
+    keys = set().union(*(_flat_keys(state) for state in states.values()))
+    options = {key for group in groups for key in group}
+    found = f"state keys {sorted(keys)}, group keys {sorted(options - {'params', 'param_names'})}"
+    refusal = f"{file}: expected the state of {_SUPPORTED}, found {{}} ({found})"
+    if {"lr", "betas", "eps", "weight_decay"} - options:
+        raise OptimizerStateError(refusal.format("another optimizer"))
+    if "state1" in keys:
+        _refuse_foreign_bitsandbytes(refusal, keys, groups)
+        return "bitsandbytes"
+    if not {"exp_avg", "exp_avg_sq", "step"} <= keys or keys - {
+        "exp_avg",
+        "exp_avg_sq",
+        "step",
+        "max_exp_avg_sq",
+    }:
+        raise OptimizerStateError(refusal.format("another optimizer"))
+    # RAdam, and other relatives, have the same moments but not Adam's `amsgrad` option.
+    if "amsgrad" not in options or "momentum_decay" in options:
+        raise OptimizerStateError(refusal.format("a relative of Adam with another step"))
+    return "torch"
+
+
+def _refuse_foreign_bitsandbytes(refusal: str, keys: set[str], groups: list[dict[str, Any]]) -> None:
+    if "state2" not in keys:
+        raise OptimizerStateError(refusal.format("a one-moment bitsandbytes optimizer such as Lion or SGD"))
+    if "unorm_vec" in keys:
+        raise OptimizerStateError(refusal.format("bitsandbytes' LAMB or an update-norm limit"))
+    if "gnorm_vec" in keys:
+        raise OptimizerStateError(refusal.format("bitsandbytes' percentile clipping"))
+    if keys & {"max1", "max2", "new_max1", "new_max2"}:
+        raise OptimizerStateError(refusal.format("bitsandbytes' older 8-bit states, which are not blockwise"))
+    if any(len(group["betas"]) != 2 or group.get("alpha") for group in groups):
+        raise OptimizerStateError(refusal.format("bitsandbytes' AdEMAMix"))
+
+
+def _flat_keys(state: Mapping[str, Any]) -> set[str]:
+    """The keys of one parameter's state, those in a nested mapping (bitsandbytes) included."""
+    nested = [_flat_keys(value) if isinstance(value, Mapping) else {key} for key, value in state.items()]
+    return set().union(*nested)
+
+
+def _rule(
+    file: Path, groups: list[dict[str, Any]], family: str, config: CheckpointConfig
+) -> tuple[Rule, tuple[str, ...]]:
+    """Adam or AdamW: from the file where it says, from the configuration where it does not."""
+    said = {bool(group["decoupled_weight_decay"]) for group in groups if "decoupled_weight_decay" in group}
+    if family == "bitsandbytes":
+        said = {True}
+    if len(said) > 1:
+        raise OptimizerStateError(f"{file}: expected one rule for all groups, found Adam and AdamW mixed")
+    decays = any(group["weight_decay"] for group in groups)
+    if said:
+        rule: Rule = "adamw" if said.pop() else "adam"
+        if config.optimizer not in ("auto", rule) and decays:
+            raise OptimizerStateError(
+                f"checkpoint.optimizer: expected {rule} (or auto), which is how {file} decays the weights, "
+                "found "
+                f"{config.optimizer}"
+            )
+        return rule, ()
+    if config.optimizer != "auto":
+        return config.optimizer, ()
+    # Without weight decay the two are the same.
+    guess = "the file does not say whose weight decay it is: AdamW's is assumed (checkpoint.optimizer)"
+    return "adamw", (guess,) if decays else ()
+
+
+def _learning_rates(
+    file: Path, groups: list[dict[str, Any]], override: float | None, trainer_state: Path | None
+) -> tuple[list[float], int, tuple[str, ...]]:
+    """The learning rate of every group, the reference group, and notes."""
+    saved = [float(group["lr"]) for group in groups]
+    if not all(math.isfinite(rate) and rate >= 0 for rate in saved):
+        raise OptimizerStateError(f"{file}: expected finite learning rates of at least 0, found {saved}")
+    reference = next((index for index, rate in enumerate(saved) if rate > 0), None)
+    if reference is None:
+        history = _rate_history(groups, trainer_state)
+        if override is None:
+            raise OptimizerStateError(
+                f"{file}: expected a learning rate above 0, found 0 in every group (the schedule had "
+                f"ended{history}); set "
+                "probe_rework.learning_rate"
+            )
+        note = f"the saved learning rate is 0{history}; {override:g} is used for all groups"
+        return [override] * len(saved), 0, (note,)
+    if override is None:
+        return saved, reference, ()
+    ratio = override / saved[reference]
+    rates = [rate * ratio for rate in saved]
+    rates[reference] = override
+    note = f"learning rate {override:g} instead of the saved {saved[reference]:g}"
+    return rates, reference, (note,) if override != saved[reference] else ()
+
+
+def _rate_history(groups: list[dict[str, Any]], trainer_state: Path | None) -> str:
+    """What is known of earlier learning rates, as the end of a sentence."""
+    parts = []
+    initial = [float(group["initial_lr"]) for group in groups if "initial_lr" in group]
+    if initial:
+        parts.append(f"initial_lr {initial[0]:g}")
+    if trainer_state is not None:
+        entries = read_trainer_state(trainer_state).get("log_history") or []
+        rates = [entry["learning_rate"] for entry in entries if entry.get("learning_rate")]
+        if rates:
+            parts.append(f"last logged above 0: {rates[-1]:g}")
+    return f"; {', '.join(parts)}" if parts else ""
+
+
+def _build(
+    rule: Rule,
+    groups: list[dict[str, Any]],
+    members: list[list[str]],
+    parameters: Mapping[str, nn.Parameter],
+    rates: list[float],
+) -> torch.optim.Optimizer:
+    """The optimizer without its state; one tensor at a time, so that steps do not depend on grouping."""
+    settings = [
+        {
+            "params": [parameters[name] for name in names],
+            "lr": rate,
+            "betas": tuple(float(beta) for beta in group["betas"]),
+            "eps": float(group["eps"]),
+            "weight_decay": float(group["weight_decay"]),
+            "amsgrad": bool(group.get("amsgrad", False)),
+            "maximize": bool(group.get("maximize", False)),
+        }
+        for group, names, rate in zip(groups, members, rates, strict=True)
+    ]
+    kind = torch.optim.Adam if rule == "adam" else torch.optim.AdamW
+    try:
+        return kind(settings, foreach=False, capturable=False)
+    except ValueError as error:
+        raise OptimizerStateError(
+            f"saved optimizer settings: expected values that {kind.__name__} takes, {error}"
+        ) from error
+
+
+def _place(
+    optimizer: torch.optim.Optimizer, moments: Mapping[str, Moments], parameters: Mapping[str, nn.Parameter]
+) -> tuple[str, ...]:
+    """Put the moments into the optimizer, on the parameters' devices and in their type; returns notes."""
+    found = set()
+    for name, moment in moments.items():
+        parameter = parameters[name]
+        tensors = {
+            "exp_avg": moment.exp_avg,
+            "exp_avg_sq": moment.exp_avg_sq,
+            "max_exp_avg_sq": moment.max_exp_avg_sq,
+        }
+        found |= {tensor.dtype for tensor in tensors.values() if tensor is not None} - {parameter.dtype}
+        state: dict[str, Tensor] = {"step": torch.tensor(float(moment.step), dtype=torch.float32)}
+        for key, tensor in tensors.items():
+            if tensor is not None:
+                state[key] = tensor.to(device=parameter.device, dtype=parameter.dtype)
+        optimizer.state[parameter] = state
+    notes = [
+        f"moments saved as {str(dtype).removeprefix('torch.')} are kept in the weights' type"
+        for dtype in found
+    ]
+    steps = {moment.step for moment in moments.values()}
+    if len(steps) > 1:
+        notes.append(f"parameters have taken between {min(steps)} and {max(steps)} steps")
+    return tuple(sorted(notes))
