@@ -18,7 +18,9 @@ class DeltaH1(ProbeCallback):
 
     def run_entropy_gradient(self, runner: ProbeRunner, module: EntropyProbe) -> None:
         """Compute X."""
-        runner.state.entropy_gradient = module.entropy_gradient(runner.state, runner.progress("entropy_gradient"))
+        runner.state.entropy_gradient = module.entropy_gradient(
+            runner.state, runner.progress("entropy_gradient")
+        )
 
     def run_update(self, runner: ProbeRunner, module: EntropyProbe) -> None:
         """Compute the step."""

@@ -77,12 +77,12 @@ class ProbeCLI(LightningCLI):
         """Build the module and the runner from the parsed configuration."""
         resolved = resolve(self._parser(self.subcommand), self.config[self.subcommand])
         self.model = EntropyProbe(resolved.probe, resolved.seed)
-        self.trainer = ProbeRunner(**resolved.trainer)
-        self.trainer.resolved = resolved.mapping
+        self.runner = ProbeRunner(**resolved.trainer)
+        self.runner.resolved = resolved.mapping
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Call the runner's method."""
-        getattr(self.trainer, subcommand)(self.model)
+        getattr(self.runner, subcommand)(self.model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _fail(error, "interrupted; everything is restored", INTERRUPTED, debug)
     except Exception as error:
-        return _fail(error, f"unexpected {type(error).__name__}: {error} (--debug shows where)", INTERNAL_ERROR, debug)
+        return _fail(
+            error, f"unexpected {type(error).__name__}: {error} (--debug shows where)", INTERNAL_ERROR, debug
+        )
     return 0
 
 
@@ -138,7 +140,7 @@ def _quiet_libraries() -> None:
     if not package.handlers:
         package.addHandler(handler)
     package.setLevel(logging.INFO)
-    for name in ("lightning", "transformers", "datasets", "bitsandbytes", "torch"):
+    for name in ("lightning", "transformers", "datasets", "huggingface_hub", "bitsandbytes", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)

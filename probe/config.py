@@ -69,7 +69,8 @@ class BatchConfig:
     """Prompts, rewards and the sizes of the batches E (evaluation) and U (update)."""
 
     dataset_name: str = "gsm8k_r1_template"
-    """`gsm8k_r1_template`, `gsm8k`, `arithmetic` (built in), a hub data set, or a local .jsonl, .parquet or .csv file."""
+    """`gsm8k_r1_template`, `gsm8k`, `arithmetic` (built in), a hub data set, or a local .jsonl, .parquet or .csv
+    file."""
     dataset_config: str | None = None
     """Configuration of a hub data set."""
     dataset_path: str | None = None
@@ -153,7 +154,11 @@ class GenerationConfig:
         _require(self.top_k >= 0, "generation.top_k", "0 (off) or a positive integer", self.top_k)
         _require(0 <= self.min_p < 1, "generation.min_p", "a number in [0, 1)", self.min_p)
         _require(self.batch_size >= 1, "generation.batch_size", "at least 1", self.batch_size)
-        for key, on, off in (("top_p", self.top_p < 1, 1.0), ("top_k", self.top_k > 0, 0), ("min_p", self.min_p > 0, 0.0)):
+        for key, on, off in (
+            ("top_p", self.top_p < 1, 1.0),
+            ("top_k", self.top_k > 0, 0),
+            ("min_p", self.min_p > 0, 0.0),
+        ):
             if on and not self.allow_truncated_support:
                 raise ConfigError(
                     f"generation.{key}: expected {off} (importance weights and score terms are undefined for tokens "
@@ -178,8 +183,15 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(self.microbatch_size >= 1, "memory_config.microbatch_size", "at least 1", self.microbatch_size)
-        _require(self.head_chunk_tokens >= 1, "memory_config.head_chunk_tokens", "at least 1", self.head_chunk_tokens)
+        _require(
+            self.microbatch_size >= 1, "memory_config.microbatch_size", "at least 1", self.microbatch_size
+        )
+        _require(
+            self.head_chunk_tokens >= 1,
+            "memory_config.head_chunk_tokens",
+            "at least 1",
+            self.head_chunk_tokens,
+        )
 
 
 @dataclass(frozen=True)

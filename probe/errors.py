@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class ProbeError(Exception):
-    """Base class. The command line prints its message as one line and exits with code 2."""
+    """Base class. The command line prints its message as one line and exits with code 2.
+
+    Attributes:
+        results: the result mapping where a run came to its end but could not be published, else None.
+    """
+
+    results: dict[str, Any] | None = None
 
 
 class ConfigError(ProbeError, ValueError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -31,7 +30,13 @@ from probe.estimators.update import (
     optimizer_step,
     preconditioned_direction,
 )
-from probe.loading import CheckpointFiles, LoadedOptimizer, load_optimizer, load_policy_model, locate_checkpoint
+from probe.loading import (
+    CheckpointFiles,
+    LoadedOptimizer,
+    load_optimizer,
+    load_policy_model,
+    locate_checkpoint,
+)
 from probe.rollouts.batch import PromptExample, RolloutBatch
 from probe.rollouts.draw import draw_prompts
 from probe.rollouts.files import read_rollouts
@@ -40,8 +45,6 @@ from probe.scoring.passes import Policy, Progress, score_tokens
 from probe.scoring.scores import TokenScores
 from probe.snapshot import parameters_at
 from probe.state import ProbeState
-
-logger = logging.getLogger(__name__)
 
 MakeProgress = Callable[[str], Progress]
 """Given the name of a pass, the function to call with its progress."""
@@ -106,8 +109,6 @@ class EntropyProbe(LightningModule):
         self.optimizer = load_optimizer(
             model, self.files, checkpoint, learning_rate=self.config.probe_rework.learning_rate
         )
-        for note in self.optimizer.notes:
-            logger.info(note)
         self.model = model
 
     @property
@@ -309,7 +310,11 @@ class EntropyProbe(LightningModule):
 
     def ground_truth(self, state: ProbeState, progress: MakeProgress = _no_progress) -> GroundTruth:
         """DeltaH_true: E rescored at the weights the optimizer's step leads to, which are then put back."""
-        E, scores, update = _there(state.E, "E"), _there(state.E_scores, "E_scores"), _there(state.update, "update")
+        E, scores, update = (
+            _there(state.E, "E"),
+            _there(state.E_scores, "E_scores"),
+            _there(state.update, "update"),
+        )
         policy = self.policy
         with parameters_at(policy.parameters, update.new_parameters):
             new = score_tokens(policy, E, progress("score E after the step"))
@@ -339,5 +344,3 @@ def stream_seed(seed: int, name: str) -> int:
     """A seed for the random stream `name`, 63 bits."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-

@@ -68,7 +68,9 @@ def parse_config(config: Mapping[str, Any]) -> ResolvedConfig:
         ConfigError: an unknown key (with the nearest valid one), a wrong type or an impossible value.
     """
     if not isinstance(config, Mapping):
-        raise ConfigError(f"expected a mapping with sections such as `checkpoint:`, found {type(config).__name__}")
+        raise ConfigError(
+            f"expected a mapping with sections such as `checkpoint:`, found {type(config).__name__}"
+        )
     for name in [*SECTIONS, "trainer"]:
         if not isinstance(config.get(name) or {}, Mapping):
             raise ConfigError(f"{name}: expected a mapping of keys, found {type(config[name]).__name__}")
@@ -100,7 +102,11 @@ def resolve(parser: LightningArgumentParser, namespace: Namespace) -> ResolvedCo
             raise error.__cause__ from None
         raise ConfigError(explain(str(error), parser)) from error
     probe = ProbeConfig(**{name: objects[name] for name in SECTIONS})
-    trainer = dict(objects["trainer"].items()) if isinstance(objects["trainer"], Namespace) else dict(objects["trainer"])
+    trainer = (
+        dict(objects["trainer"].items())
+        if isinstance(objects["trainer"], Namespace)
+        else dict(objects["trainer"])
+    )
     return ResolvedConfig(probe=probe, trainer=trainer, seed=seed, mapping=mapping)
 
 
@@ -114,9 +120,13 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: expected a YAML file, found something that cannot be read: {_one_line(error)}") from error
+        raise ConfigError(
+            f"{file}: expected a YAML file, found something that cannot be read: {_one_line(error)}"
+        ) from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{file}: expected a mapping with sections such as `checkpoint:`, found {type(content).__name__}")
+        raise ConfigError(
+            f"{file}: expected a mapping with sections such as `checkpoint:`, found {type(content).__name__}"
+        )
     return content
 
 
@@ -133,7 +143,9 @@ def find_config_file(path: str | Path) -> Path:
     if file.name == str(path) and shipped.is_file():
         return shipped
     names = ", ".join(sorted(p.stem for p in SHIPPED_CONFIGS.glob("*.yaml")))
-    raise ConfigError(f"--config: expected a YAML file, or one of the shipped configurations ({names}), found no {path}")
+    raise ConfigError(
+        f"--config: expected a YAML file, or one of the shipped configurations ({names}), found no {path}"
+    )
 
 
 def explain(message: str, parser: LightningArgumentParser) -> str:
@@ -149,7 +161,12 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
     if wrong is None:
         return text
     key, rest = wrong.groups()
-    expected = list(dict.fromkeys(_plain_type(e) for e in re.findall(r"Expected an? (.*?)(?:\.? Got value| Given value| - |\. |$)", rest)))
+    expected = list(
+        dict.fromkeys(
+            _plain_type(e)
+            for e in re.findall(r"Expected an? (.*?)(?:\.? Got value| Given value| - |\. |$)", rest)
+        )
+    )
     found = re.search(r".*(?:Got|Given) value: (.*)$", rest)
     if not expected or found is None:
         return f"{key}: {rest}"
@@ -158,11 +175,14 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
 
 def _unknown_key(key: str, parser: LightningArgumentParser) -> str:
     """Name the nearest valid key."""
-    keys = [k for k in parser.get_defaults().keys() if "." in k or k == "seed_everything"]
+    keys = [k for k in vars(parser.get_defaults().as_flat()) if "." in k or k == "seed_everything"]
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     if not near:  # the right name in the wrong section
         leaves = {k.rsplit(".", 1)[-1]: k for k in keys}
-        near = [leaves[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(leaves), n=1, cutoff=0.6)]
+        near = [
+            leaves[n]
+            for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(leaves), n=1, cutoff=0.6)
+        ]
     hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join([*SECTIONS, 'trainer'])}"
     return f"{key}: unknown configuration key; {hint}"
 

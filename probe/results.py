@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from probe.estimators.snis import GroundTruth
     from probe.module import EntropyProbe
+    from probe.rollouts.batch import RolloutBatch
     from probe.state import ProbeState
 
 RESULT_KEYS: dict[str, str] = {
@@ -76,7 +78,9 @@ def build_values(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
     if state.prediction is not None:
         values |= _prediction_values(state)
     if state.ground_truth is not None:
-        values |= _ground_truth_values(state, per_token=module.config.importance.report_per_token)
+        values |= _ground_truth_values(
+            state.ground_truth, per_token=module.config.importance.report_per_token
+        )
     for suffix in ("", "_tok"):
         if f"deltaH1{suffix}" in values and f"deltaH_true{suffix}" in values:
             values[f"residual{suffix}"] = values[f"deltaH1{suffix}"] - values[f"deltaH_true{suffix}"]
@@ -91,14 +95,23 @@ def build_values(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
     }
 
 
+def _batches(state: ProbeState) -> tuple[RolloutBatch, RolloutBatch]:
+    """E and U, which every run draws first."""
+    if state.E is None or state.U is None:
+        raise RuntimeError("expected E and U, found none; the phase `sample` comes first")
+    return state.E, state.U
+
+
 def _prediction_values(state: ProbeState) -> dict[str, Any]:
     names = ("bars_dot", "deltaH1", "pathwise", "score")
-    return {f"{name}{suffix}": getattr(state.prediction, name + suffix) for suffix in ("", "_tok") for name in names}
+    return {
+        f"{name}{suffix}": getattr(state.prediction, name + suffix)
+        for suffix in ("", "_tok")
+        for name in names
+    }
 
 
-def _ground_truth_values(state: ProbeState, per_token: bool) -> dict[str, Any]:
-    truth = state.ground_truth
-    assert truth is not None
+def _ground_truth_values(truth: GroundTruth, per_token: bool) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for suffix, change in (("", truth.sequence), ("_tok", truth.token)):
         if suffix and not per_token:
@@ -114,18 +127,17 @@ def _ground_truth_values(state: ProbeState, per_token: bool) -> dict[str, Any]:
 
 
 def _batch_sizes(state: ProbeState) -> dict[str, Any]:
-    assert state.E is not None and state.U is not None
-    _, sizes = state.U.group.unique(return_counts=True)
+    _, sizes = _batches(state)[1].group.unique(return_counts=True)
     uniform = bool((sizes == sizes[0]).all())
-    return {"B_E": len(state.E), "B_U": len(sizes), "G": int(sizes[0]) if uniform else None}
+    return {"B_E": len(_batches(state)[0]), "B_U": len(sizes), "G": int(sizes[0]) if uniform else None}
 
 
 def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
     from probe.module import ON_POLICY_LIMIT  # the module imports this file
 
-    assert state.E is not None and state.U is not None
+    E, U = _batches(state)
     found: dict[str, Any] = dict(state.diagnostics)
-    found["truncated_fraction"] = float(state.E.truncated.double().mean())
+    found["truncated_fraction"] = float(E.truncated.double().mean())
     if state.ground_truth is not None:
         truth = state.ground_truth
         found |= {"ESS": truth.ess, "w_max": truth.w_max, "w_min": truth.w_min}
@@ -136,7 +148,7 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
             "clip_factor": state.update.clip_factor,
             "step_norm": squares**0.5,
         }
-    flags = [*state.E.bias_flags, *state.U.bias_flags]
+    flags = [*E.bias_flags, *U.bias_flags]
     if state.prediction is not None:
         found["derivative_mode"] = "reverse"
         if module.config.probe_rework.step == "preconditioned":
@@ -148,8 +160,7 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
 
 
 def _batch_statistics(state: ProbeState) -> dict[str, Any]:
-    E, U = state.E, state.U
-    assert E is not None and U is not None
+    E, U = _batches(state)
     lengths = [E.lengths.double(), U.lengths.double()]
     statistics: dict[str, Any] = {
         "avg_generation_length": (sum(float(x.sum()) for x in lengths)) / sum(len(x) for x in lengths),

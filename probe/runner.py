@@ -91,7 +91,11 @@ class ProbeRunner:
                 precision=precision,
                 loggers=_loggers(logger),
             )
-        except (ValueError, RuntimeError, TypeError) as error:  # Lightning's MisconfigurationException is one of them
+        except (
+            ValueError,
+            RuntimeError,
+            TypeError,
+        ) as error:  # Lightning's MisconfigurationException is one of them
             raise ConfigError(f"trainer: the devices cannot be set up: {_first_line(error)}") from error
         if self.fabric.world_size > 1:
             raise ConfigError(
@@ -124,9 +128,9 @@ class ProbeRunner:
             self.fabric.call("on_exception", self, module, error)
             raise
         if self.errors:
-            error = self.errors[0]
-            error.results = dict(result.values)  # type: ignore[attr-defined]
-            raise error
+            unpublished = self.errors[0]
+            unpublished.results = dict(result.values)
+            raise unpublished
         return result
 
     def demo(self, module: EntropyProbe) -> ProbeResult:
@@ -147,7 +151,9 @@ class ProbeRunner:
 
         return of_pass
 
-    def _phases(self, module: EntropyProbe, callbacks: Sequence[ProbeCallback], started: datetime) -> ProbeResult:
+    def _phases(
+        self, module: EntropyProbe, callbacks: Sequence[ProbeCallback], started: datetime
+    ) -> ProbeResult:
         """Run the phases in order, timed."""
         self.fabric.call("on_probe_start", self, module)
         with self._timed("load"):

@@ -62,10 +62,13 @@ def preserved(
     grads = {name: p.grad for name, p in parameters.items()}
     grad_values = {name: None if g is None else _copy(g, device) for name, g in grads.items()}
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    groups = [{k: _copy(v, device) if isinstance(v, Tensor) else v for k, v in group.items()} for group in groups]
+    groups = [
+        {k: _copy(v, device) if isinstance(v, Tensor) else v for k, v in group.items()} for group in groups
+    ]
     state = {p: dict(entries) for p, entries in optimizer.state.items()}
     state_values = {
-        p: {k: _copy(v, device) for k, v in entries.items() if isinstance(v, Tensor)} for p, entries in state.items()
+        p: {k: _copy(v, device) for k, v in entries.items() if isinstance(v, Tensor)}
+        for p, entries in state.items()
     }
     try:
         yield

@@ -104,7 +104,7 @@ def naive_scores(policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
 
 def exact_entropies(policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Tensor, Tensor]:
     """`(H_seq, H_tok, probabilities)` of the enumerated process, differentiable."""
-    l, h = naive_scores(policy, batch)  # noqa: E741
+    l, h = naive_scores(policy, batch)
     probability = l.sum(1).exp()
     H_seq = (probability * h.sum(1)).sum()
     return H_seq, H_seq / (probability * batch.mask.sum(1)).sum(), probability

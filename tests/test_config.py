@@ -41,7 +41,10 @@ def test_defaults():
 
 
 MISTAKES = [
-    ({"batch_config": {"BE": 3}}, r"batch_config.BE: unknown configuration key; did you mean batch_config.B_E\?"),
+    (
+        {"batch_config": {"BE": 3}},
+        r"batch_config.BE: unknown configuration key; did you mean batch_config.B_E\?",
+    ),
     ({"batchconfig": {"B_E": 3}}, r"did you mean batch_config.B_E\?"),
     ({"checkpoint": {"temperature": 1}}, r"did you mean generation.temperature\?"),
     ({"zzz": 1}, r"zzz: unknown configuration key; the sections are checkpoint"),
@@ -69,9 +72,15 @@ MISTAKES = [
     ({"detailed_logging": {"level": "all"}}, "detailed_logging.level: expected"),
     ({"detailed_logging": {"max_files": 0}}, "detailed_logging.max_files: expected"),
     ({"detailed_logging": {"filename_template": "{foo}"}}, "filename_template: expected only the fields"),
-    ({"detailed_logging": {"filename_template": "a/b"}}, "filename_template: expected a file name without folders"),
+    (
+        {"detailed_logging": {"filename_template": "a/b"}},
+        "filename_template: expected a file name without folders",
+    ),
     ({"checkpoint": {"load_in_4bit": True, "dtype": "float64"}}, "checkpoint.dtype: expected"),
-    ({"probe_rework": {"compute_delta_h1": False}, "importance": {"enabled": False}}, "at least one of them true"),
+    (
+        {"probe_rework": {"compute_delta_h1": False}, "importance": {"enabled": False}},
+        "at least one of them true",
+    ),
     ({"seed_everything": "x"}, "seed_everything: expected bool or int"),
     ({"seed_everything": -1}, "seed_everything: expected an integer of at least 0"),
     ({"trainer": {"precision": "bf16-true"}}, "trainer.precision: expected"),
@@ -103,7 +112,9 @@ def test_not_a_mapping():
 
 def test_files(tmp_path):
     assert find_config_file("quickstart").name == "quickstart.yaml"
-    with pytest.raises(ConfigError, match=r"shipped configurations \(.*quickstart.*\), found no nowhere.yaml"):
+    with pytest.raises(
+        ConfigError, match=r"shipped configurations \(.*quickstart.*\), found no nowhere.yaml"
+    ):
         read_config_file("nowhere.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match="expected a mapping with sections"):

@@ -29,7 +29,10 @@ def exact_gradients(policy, batch):
         found = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
         out.append(
             torch.cat(
-                [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters.values(), found, strict=True)]
+                [
+                    (torch.zeros_like(p) if g is None else g).flatten()
+                    for p, g in zip(parameters.values(), found, strict=True)
+                ]
             )
         )
     return out[0], out[1], probability.detach()
@@ -77,7 +80,11 @@ def test_baselines_from_other_sequences_leave_the_gradient_unbiased(monkeypatch,
                 scores, logprob=scores.logprob[pair], entropy=scores.entropy[pair], mask=scores.mask[pair]
             )
             x = entropy_gradient(policy, batch.subset(pair), pair_scores, "causal", baseline)
-            mean += probability[i] * probability[j] * torch.cat([x.sequence(n).flatten() for n in policy.parameters])
+            mean += (
+                probability[i]
+                * probability[j]
+                * torch.cat([x.sequence(n).flatten() for n in policy.parameters])
+            )
     torch.testing.assert_close(mean, exact_seq, rtol=0, atol=1e-10)
 
 
@@ -112,11 +119,15 @@ def test_matched_weights_are_the_derivative_of_snis(monkeypatch, estimand):
     prediction = first_order(entropy_gradient(policy, E, scores, "matched"), Y, learning_rate=1.0)
 
     def measured(eta):
-        with parameters_at(policy.parameters, {n: p.detach() + eta * Y[n] for n, p in policy.parameters.items()}):
+        with parameters_at(
+            policy.parameters, {n: p.detach() + eta * Y[n] for n, p in policy.parameters.items()}
+        ):
             return getattr(snis(scores, score_tokens(policy, E)), estimand).delta
 
     eta = 1e-4
-    fourth_order = (8 * (measured(eta) - measured(-eta)) - (measured(2 * eta) - measured(-2 * eta))) / (12 * eta)
+    fourth_order = (8 * (measured(eta) - measured(-eta)) - (measured(2 * eta) - measured(-2 * eta))) / (
+        12 * eta
+    )
     expected = prediction.bars_dot if estimand == "sequence" else prediction.bars_dot_tok
     assert abs(expected) > 1e-2
     assert fourth_order == pytest.approx(expected, rel=1e-8)
@@ -138,7 +149,8 @@ def test_the_closed_form_is_the_step(monkeypatch, rule):
         "adam": lambda: torch.optim.Adam(parameters, **settings),
         "adam_decay": lambda: torch.optim.Adam(parameters, **settings, weight_decay=0.1),
         "adamw": lambda: torch.optim.AdamW(
-            [{"params": parameters[:3], "weight_decay": 0.1, "lr": 3e-3}, {"params": parameters[3:]}], **settings
+            [{"params": parameters[:3], "weight_decay": 0.1, "lr": 3e-3}, {"params": parameters[3:]}],
+            **settings,
         ),
         "amsgrad": lambda: torch.optim.AdamW(parameters, **settings, amsgrad=True),
         "maximize": lambda: torch.optim.AdamW(parameters, **settings, maximize=True),
@@ -164,6 +176,8 @@ def test_numbers_do_not_depend_on_the_microbatch_size(monkeypatch):
         x = entropy_gradient(policy, batch, scores, "causal", "loo_position")
         U = replace(batch, advantages=torch.linspace(-1, 1, len(batch), dtype=torch.float64))
         g = loss_gradient(policy, U, LossSettings(loss="dapo")).gradient
-        results.append(torch.cat([flat(x.pathwise), flat(x.score), flat(x.length), flat(g), scores.logprob.flatten()]))
+        results.append(
+            torch.cat([flat(x.pathwise), flat(x.score), flat(x.length), flat(g), scores.logprob.flatten()])
+        )
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-10, atol=1e-12)

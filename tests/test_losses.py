@@ -12,13 +12,13 @@ def batch(B=5, T=7, seed=0):
     g = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([7, 1, 3, 5, 2])
     mask = torch.arange(T) < lengths.unsqueeze(1)
-    l, old, ref, h = (torch.rand(B, T, generator=g, dtype=torch.float64) - 1.5 for _ in range(4))  # noqa: E741
+    l, old, ref, h = (torch.rand(B, T, generator=g, dtype=torch.float64) - 1.5 for _ in range(4))
     A = torch.randn(B, generator=g, dtype=torch.float64)
     A[2] = 0.0
     return mask, l, old, ref, h, A
 
 
-def written_out(name, mask, l, old, ref, h, A, kl, ent, low, high, max_new_tokens):  # noqa: E741
+def written_out(name, mask, l, old, ref, h, A, kl, ent, low, high, max_new_tokens):
     """The loss as one would write it in a trainer: loops over sequences."""
     ratio = (l - (l.detach() if old is None else old)).exp()
     A = A.unsqueeze(1)
@@ -39,12 +39,14 @@ def written_out(name, mask, l, old, ref, h, A, kl, ent, low, high, max_new_token
 @pytest.mark.parametrize(("kl", "ent"), [(0.0, 0.0), (0.3, 0.01)])
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "reinforce"])
 def test_weights_are_the_gradient_of_the_loss(name, kl, ent, with_old):
-    mask, l, old, ref, h, A = batch()  # noqa: E741
+    mask, l, old, ref, h, A = batch()
     old = old if with_old else None
     l.requires_grad_(), h.requires_grad_()
     value = written_out(name, mask, l, old, ref, h, A, kl, ent, 0.2, 0.3, 11)
     of_l, of_h = torch.autograd.grad(value, [l, h], allow_unused=True)
-    settings = LossSettings(loss=name, max_new_tokens=11, clip_low=0.2, clip_high=0.3, kl_coef=kl, entropy_coef=ent)
+    settings = LossSettings(
+        loss=name, max_new_tokens=11, clip_low=0.2, clip_high=0.3, kl_coef=kl, entropy_coef=ent
+    )
     found_l, found_h = loss_weights(
         settings, token_normaliser(name, mask, 11), A.unsqueeze(1), l.detach(), old, ref
     )
@@ -53,7 +55,7 @@ def test_weights_are_the_gradient_of_the_loss(name, kl, ent, with_old):
 
 
 def test_refusals():
-    mask, l, *_ = batch()  # noqa: E741
+    mask, l, *_ = batch()
     with pytest.raises(ValueError, match="expected 'grpo'"):
         token_normaliser("ppo", mask, 5)
     with pytest.raises(ValueError, match="reference log-probs"):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 from transformers import GenerationConfig as HfGenerationConfig
 
 from probe.config import GenerationConfig
-from probe.rollouts.batch import PromptExample
 from probe.errors import DataError, RolloutError
+from probe.rollouts.batch import PromptExample
 from probe.rollouts.sampling import sample_rollouts, uniforms
 from probe.scoring import score_tokens
 from tests.enumerable import CAP, EOS, all_sequences, exact_entropies, tiny_policy
@@ -41,7 +40,10 @@ def test_frequencies_are_the_policys_probabilities(monkeypatch):
     """Chi-square of 4,000 samples against the exact probability of every sequence; EOS and cap included."""
     policy, batch = tiny_policy(monkeypatch), all_sequences()
     expected = exact_entropies(policy, batch)[2].detach()
-    index = {tuple(ids[m].tolist()): i for i, (ids, m) in enumerate(zip(batch.completion_ids, batch.mask, strict=True))}
+    index = {
+        tuple(ids[m].tolist()): i
+        for i, (ids, m) in enumerate(zip(batch.completion_ids, batch.mask, strict=True))
+    }
     n = 4000
     found = torch.zeros(len(batch), dtype=torch.float64)
     sampled, _ = draw(policy, n)
@@ -50,7 +52,10 @@ def test_frequencies_are_the_policys_probabilities(monkeypatch):
         found[index[key]] += 1
         assert bool(sampled.truncated[i]) == (key[-1] != EOS)
     common = expected * n >= 5
-    groups = [(found[common], expected[common] * n), (found[~common].sum()[None], expected[~common].sum()[None] * n)]
+    groups = [
+        (found[common], expected[common] * n),
+        (found[~common].sum()[None], expected[~common].sum()[None] * n),
+    ]
     chi2 = float(sum(((f - e) ** 2 / e).sum() for f, e in groups))
     dof = int(common.sum())
     assert chi2 < dof + 4 * (2 * dof) ** 0.5
@@ -60,8 +65,12 @@ def test_sampling_sees_what_scoring_sees(monkeypatch):
     policy = tiny_policy(monkeypatch)
     batch, seen = draw(policy, 50)
     scores = score_tokens(policy, batch)
-    torch.testing.assert_close(seen.logprob, scores.logprob, rtol=0, atol=1e-6)  # generate hands logits on in float32
-    torch.testing.assert_close(seen.entropy, scores.entropy, rtol=0, atol=1e-6)  # generate hands logits on in float32
+    torch.testing.assert_close(
+        seen.logprob, scores.logprob, rtol=0, atol=1e-6
+    )  # generate hands logits on in float32
+    torch.testing.assert_close(
+        seen.entropy, scores.entropy, rtol=0, atol=1e-6
+    )  # generate hands logits on in float32
 
 
 def test_batches_do_not_depend_on_their_split(monkeypatch):
@@ -82,7 +91,9 @@ def test_prompts_of_mixed_length_do_not_change_each_other(monkeypatch):
     mixed = [PromptExample("0" * n, {}, n) for n in (1, 5, 3)]
     together, seen = sample_rollouts(policy, TokenizerStub(), mixed, settings, seed=4)
     scores = score_tokens(policy, together)
-    torch.testing.assert_close(seen.logprob, scores.logprob, rtol=0, atol=1e-6)  # generate hands logits on in float32
+    torch.testing.assert_close(
+        seen.logprob, scores.logprob, rtol=0, atol=1e-6
+    )  # generate hands logits on in float32
     assert [len(ids) for ids in together.prompt_ids] == [1, 5, 3]
 
 
@@ -90,7 +101,9 @@ def test_the_models_own_generation_settings_do_not_enter(monkeypatch):
     policy = tiny_policy(monkeypatch)
     plain, _ = draw(policy, 30)
     base = policy.model.get_base_model()
-    own = HfGenerationConfig(top_k=1, repetition_penalty=5.0, do_sample=True, temperature=0.1, eos_token_id=EOS)
+    own = HfGenerationConfig(
+        top_k=1, repetition_penalty=5.0, do_sample=True, temperature=0.1, eos_token_id=EOS
+    )
     monkeypatch.setattr(base, "generation_config", own)
     with_own, _ = draw(policy, 30)
     assert torch.equal(plain.completion_ids, with_own.completion_ids)

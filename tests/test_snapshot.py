@@ -104,9 +104,16 @@ def test_parameters_at_restores_after_an_exception():
     before = everything(model, optimizer)
     parameters = dict(model.named_parameters())
     values = {n: torch.zeros_like(p) for n, p in parameters.items()}
-    with pytest.raises(RuntimeError, match="boom"), parameters_at(parameters, values):
-        assert float(model[0].weight.detach().abs().sum()) == 0.0
-        raise RuntimeError("boom")
+    seen = []
+
+    def work():
+        with parameters_at(parameters, values):
+            seen.append(float(model[0].weight.detach().abs().sum()))
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        work()
+    assert seen == [0.0]
     assert equal(everything(model, optimizer), before)
     with pytest.raises(ValueError, match="one value per parameter"), parameters_at(parameters, {}):
         pass
@@ -116,9 +123,16 @@ def test_evaluation_mode_restores_each_modules_flag():
     model, _ = trained()
     flags = [m.training for m in model.modules()]
     assert len(set(flags)) == 2
-    with pytest.raises(RuntimeError, match="boom"), evaluation_mode(model):
-        assert not any(m.training for m in model.modules())
-        raise RuntimeError("boom")
+    seen = []
+
+    def work():
+        with evaluation_mode(model):
+            seen.extend(m.training for m in model.modules())
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        work()
+    assert not any(seen)
     assert [m.training for m in model.modules()] == flags
 
 

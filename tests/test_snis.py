@@ -14,7 +14,10 @@ from tests.enumerable import all_sequences, exact_entropies, tiny_policy
 
 def shifted(policy, eta, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return {n: p.detach() + eta * torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in policy.parameters.items()}
+    return {
+        n: p.detach() + eta * torch.randn(p.shape, generator=g, dtype=p.dtype)
+        for n, p in policy.parameters.items()
+    }
 
 
 def before_and_after(monkeypatch, eta):
@@ -53,9 +56,11 @@ def test_sampled_estimates_centre_on_the_exact_change_and_their_intervals_cover_
 
 
 def test_diagnostics_are_those_of_mean_one_weights():
-    l = torch.tensor([[0.0], [0.0], [0.0], [0.0]], dtype=torch.float64)  # noqa: E741
+    l = torch.tensor([[0.0], [0.0], [0.0], [0.0]], dtype=torch.float64)
     h, mask = torch.ones_like(l), torch.ones(4, 1, dtype=torch.bool)
-    new = torch.log(torch.tensor([[1.0], [1.0], [2.0], [4.0]], dtype=torch.float64)) + 500.0  # any shift cancels
+    new = (
+        torch.log(torch.tensor([[1.0], [1.0], [2.0], [4.0]], dtype=torch.float64)) + 500.0
+    )  # any shift cancels
     truth = snis(TokenScores(l, h, mask), TokenScores(new, h, mask))
     assert truth.w_max == pytest.approx(2.0)
     assert truth.w_min == pytest.approx(0.5)
@@ -72,7 +77,9 @@ def test_no_update_gives_exactly_zero(monkeypatch):
 
 
 def test_refusals():
-    one = TokenScores(torch.zeros(2, 1).double(), torch.ones(2, 1).double(), torch.ones(2, 1, dtype=torch.bool))
+    one = TokenScores(
+        torch.zeros(2, 1).double(), torch.ones(2, 1).double(), torch.ones(2, 1, dtype=torch.bool)
+    )
     with pytest.raises(ValueError, match="same batch"):
         snis(one, TokenScores(one.logprob[:1], one.entropy[:1], one.mask[:1]))
     bad = TokenScores(one.logprob - float("inf"), one.entropy, one.mask)

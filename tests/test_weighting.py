@@ -15,7 +15,7 @@ def scores(B=12, T=6, seed=0):
     lengths[0] = T + 1  # one sequence alone at the last position
     mask = torch.arange(T + 1) < lengths.unsqueeze(1)
     h = torch.rand(B, T + 1, generator=g, dtype=torch.float64) * mask
-    l = -torch.rand(B, T + 1, generator=g, dtype=torch.float64) * mask  # noqa: E741
+    l = -torch.rand(B, T + 1, generator=g, dtype=torch.float64) * mask
     return TokenScores(l, h, mask)
 
 
@@ -32,8 +32,12 @@ def test_leave_one_out_weights_equal_a_loop():
             to_go = [float(s.entropy[j, t + 1 :].sum()) for j in others]
             steps = [float(s.mask[j, t + 1 :].sum()) for j in others]
             b, b_length = (sum(x) / len(x) if x else 0.0 for x in (to_go, steps))
-            assert float(found.entropy[i, t]) == pytest.approx(float(s.entropy[i, t + 1 :].sum()) - b, abs=1e-12)
-            assert float(found.length[i, t]) == pytest.approx(float(s.mask[i, t + 1 :].sum()) - b_length, abs=1e-12)
+            assert float(found.entropy[i, t]) == pytest.approx(
+                float(s.entropy[i, t + 1 :].sum()) - b, abs=1e-12
+            )
+            assert float(found.length[i, t]) == pytest.approx(
+                float(s.mask[i, t + 1 :].sum()) - b_length, abs=1e-12
+            )
 
 
 def test_matched_weights_are_the_whole_sequences():

@@ -53,7 +53,7 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
     """
     weights = still_to_come(score_tokens(policy, batch).entropy)
 
-    def token_weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+    def token_weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         return weights[i, t].unsqueeze(0), torch.ones_like(h).unsqueeze(0)
 
     (gradient,), _ = token_gradients(policy, batch, token_weights, 1)
@@ -64,7 +64,10 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
             "not influence the output (is the adapter active?)"
         )
     parameters = policy.parameters
-    size = float(torch.stack([p.detach().double().square().sum() for p in parameters.values()]).sum().sqrt()) or 1.0
+    size = (
+        float(torch.stack([p.detach().double().square().sum() for p in parameters.values()]).sum().sqrt())
+        or 1.0
+    )
 
     def shifted(eps: float) -> float:
         values = {n: p.detach() + (eps / norm) * gradient[n] for n, p in parameters.items()}

@@ -83,10 +83,14 @@ def entropy_gradient(
         NumericalError: a score or gradient is not finite.
     """
     B = len(batch)
-    w = torch.full((B,), 1.0 / B, dtype=torch.float64) if sequence_weights is None else sequence_weights.double()
+    w = (
+        torch.full((B,), 1.0 / B, dtype=torch.float64)
+        if sequence_weights is None
+        else sequence_weights.double()
+    )
     weights = score_weights(scores, weighting, baseline, w)
 
-    def token_weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+    def token_weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         of_logprob = torch.stack([torch.zeros_like(l), weights.entropy[i, t], weights.length[i, t]])
         of_entropy = torch.stack([torch.ones_like(h), torch.zeros_like(h), torch.zeros_like(h)])
         return w[i] * of_logprob, w[i] * of_entropy

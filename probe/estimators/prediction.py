@@ -49,7 +49,9 @@ def first_order(x: EntropyGradient, step: Mapping[str, Tensor], learning_rate: f
         ValueError: the names differ, or the learning rate is not positive.
     """
     if set(step) != set(x.pathwise):
-        raise ValueError(f"expected a step for the parameters of X, found a difference in {set(step) ^ set(x.pathwise)}")
+        raise ValueError(
+            f"expected a step for the parameters of X, found a difference in {set(step) ^ set(x.pathwise)}"
+        )
     if not learning_rate > 0:
         raise ValueError(f"learning_rate: expected a number above 0, found {learning_rate}")
     pathwise = inner_product(x.pathwise.__getitem__, step)

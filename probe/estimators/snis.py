@@ -89,7 +89,9 @@ def snis(old: TokenScores, new: TokenScores) -> GroundTruth:
         0.0
     """
     if old.logprob.shape != new.logprob.shape:
-        raise ValueError(f"expected scores of the same batch, found {old.logprob.shape} and {new.logprob.shape}")
+        raise ValueError(
+            f"expected scores of the same batch, found {old.logprob.shape} and {new.logprob.shape}"
+        )
     log_weights = (new.logprob - old.logprob).sum(dim=1)
     if not bool(torch.isfinite(log_weights).all()):
         raise NumericalError(

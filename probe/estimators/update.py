@@ -102,12 +102,14 @@ def loss_gradient(
         NumericalError: a score or gradient is not finite.
     """
     if batch.advantages is None:
-        raise ValueError("expected an update batch with advantages, found none; see probe.estimators.advantages")
+        raise ValueError(
+            "expected an update batch with advantages, found none; see probe.estimators.advantages"
+        )
     advantages, old = batch.advantages, batch.old_logprobs
     normaliser = token_normaliser(settings.loss, batch.mask, settings.max_new_tokens)
     kept = torch.zeros(batch.mask.shape, dtype=torch.float64)
 
-    def token_weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+    def token_weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         a, b = loss_weights(
             settings,
             normaliser[i, t],
@@ -190,7 +192,9 @@ def adam_closed_form(
     groups = _groups_by_name(optimizer, parameters)
     parts: tuple[dict[str, Tensor], ...] = ({}, {}, {})
     for name, p in parameters.items():
-        terms = _adam_terms(groups[name], optimizer.state.get(p, {}), p, gradient[name].double() * clip_factor)
+        terms = _adam_terms(
+            groups[name], optimizer.state.get(p, {}), p, gradient[name].double() * clip_factor
+        )
         for part, term in zip(parts, terms, strict=True):
             part[name] = term
     return ClosedFormStep(*parts)

@@ -66,7 +66,11 @@ def score_weights(
         tensor([[6., 4., 0.]], dtype=torch.float64)
     """
     B = len(scores.mask)
-    w = torch.full((B,), 1.0 / B, dtype=torch.float64) if sequence_weights is None else sequence_weights.double()
+    w = (
+        torch.full((B,), 1.0 / B, dtype=torch.float64)
+        if sequence_weights is None
+        else sequence_weights.double()
+    )
     mask = scores.mask.double()
     if weighting == "matched":
         N, T = scores.sequence_entropy, scores.lengths
@@ -130,7 +134,7 @@ def _ridge_predictions(to_go: list[Tensor], scores: TokenScores) -> list[Tensor]
 
 def _prefix_features(scores: TokenScores) -> Tensor:
     """Features `(B, T, F)` of the state before token `t`: functions of the prompt and of `y_<t` only."""
-    h, l = scores.entropy, scores.logprob  # noqa: E741
+    h, l = scores.entropy, scores.logprob
     t = torch.arange(h.shape[1], dtype=torch.float64).expand_as(h)
     entropy_so_far, surprise_so_far = h.cumsum(1), l.cumsum(1) - l
     return torch.stack([t, t**2, h, t * h, entropy_so_far, surprise_so_far, entropy_so_far / (t + 1)], dim=-1)

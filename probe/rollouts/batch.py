@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -73,7 +72,14 @@ class RolloutBatch:
             "truncated": tuple(self.truncated.shape),
             "group": tuple(self.group.shape),
         }
-        expected = {"prompts": B, "completions": B, "prompt_ids": B, "mask": (B, T), "truncated": (B,), "group": (B,)}
+        expected = {
+            "prompts": B,
+            "completions": B,
+            "prompt_ids": B,
+            "mask": (B, T),
+            "truncated": (B,),
+            "group": (B,),
+        }
         wrong = [f"{name} {found[name]}" for name in expected if found[name] != expected[name]]
         if wrong:
             raise ValueError(f"a rollout batch of completion_ids {(B, T)} does not fit: {', '.join(wrong)}")
@@ -92,12 +98,19 @@ class RolloutBatch:
     def subset(self, indices: Tensor) -> RolloutBatch:
         """The batch of the sequences `indices`, `(n,)` int64, repetitions allowed."""
         take = indices.tolist()
-        tensors = {
+        parts: dict[str, Any] = {
             name: None if getattr(self, name) is None else getattr(self, name)[indices]
-            for name in ("completion_ids", "mask", "truncated", "group", "rewards", "advantages", "old_logprobs")
+            for name in (
+                "completion_ids",
+                "mask",
+                "truncated",
+                "group",
+                "rewards",
+                "advantages",
+                "old_logprobs",
+            )
         }
-        texts = {
-            name: tuple(getattr(self, name)[i] for i in take) for name in ("prompts", "completions", "prompt_ids")
-        }
-        rows = tuple(self.rows[i] for i in take) if self.rows else ()
-        return replace(self, **tensors, **texts, rows=rows)
+        for name in ("prompts", "completions", "prompt_ids"):
+            parts[name] = tuple(getattr(self, name)[i] for i in take)
+        parts["rows"] = tuple(self.rows[i] for i in take) if self.rows else ()
+        return replace(self, **parts)

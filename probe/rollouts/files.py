@@ -131,8 +131,8 @@ def read_rollouts(
 def write_rollouts(path: str | Path, batch: RolloutBatch) -> Path:
     """Write a batch as `.jsonl` or `.parquet` with its exact token ids.
 
-    `read_rollouts` gives an equal batch back, but for `source` and `advantages`, which it leaves to be
-    computed. Rows of the data set are kept as JSON; what JSON cannot hold is written as text.
+    `read_rollouts` gives an equal batch back, but for `source`, padding, and `advantages`, which it leaves to
+    be computed. Rows of the data set are kept as JSON; what JSON cannot hold is written as text.
 
     Args:
         path: the file; its ending says which format.
@@ -241,7 +241,8 @@ def _infer_truncated(
     if longer:
         logger.warning(
             "%s: %d of %d responses have more than generation.max_new_tokens = %d tokens and count as "
-            "cut off unless they end with EOS; set it to the cap they were sampled with, or add a column truncated",
+            "cut off unless they end with EOS; set it to the cap they were sampled with, or add a column "
+            "truncated",
             path,
             longer,
             len(ids),

@@ -119,13 +119,17 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[PromptExample]) -> list[tup
     for prompt in prompts:
         ids = tokenizer(prompt.text, add_special_tokens=prompt.add_special_tokens)["input_ids"]
         if len(ids) == 0:
-            raise DataError(f"prompt {prompt.index}: expected at least one token, found none in {prompt.text!r}")
+            raise DataError(
+                f"prompt {prompt.index}: expected at least one token, found none in {prompt.text!r}"
+            )
         out.append(tuple(int(i) for i in ids))
     return out
 
 
 @contextmanager
-def own_generation_config(model: Any, tokenizer: Any, settings: GenerationConfig) -> Iterator[tuple[int, ...]]:
+def own_generation_config(
+    model: Any, tokenizer: Any, settings: GenerationConfig
+) -> Iterator[tuple[int, ...]]:
     """Give the model a generation config under which `generate` changes nothing about its logits, and put its own back.
 
     `generate` fills whatever a caller leaves unset from the model's own configuration (checkpoints ship with top_k,
@@ -143,7 +147,11 @@ def own_generation_config(model: Any, tokenizer: Any, settings: GenerationConfig
         eos_ids = (*eos_ids, tokenizer.eos_token_id)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
     neutral = transformers.GenerationConfig(
-        **NEUTRAL, max_new_tokens=settings.max_new_tokens, eos_token_id=list(eos_ids), pad_token_id=pad, use_cache=True
+        **NEUTRAL,
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_id=list(eos_ids),
+        pad_token_id=pad,
+        use_cache=True,
     )
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.generation_config
@@ -170,7 +178,9 @@ def _sample_batch(
     attention_mask = torch.zeros_like(input_ids)
     for row, i in enumerate(indices):
         ids = prompt_ids[i]
-        input_ids[row, widest - len(ids) :] = torch.tensor(ids)  # generation continues on the right: pad on the left
+        input_ids[row, widest - len(ids) :] = torch.tensor(
+            ids
+        )  # generation continues on the right: pad on the left
         attention_mask[row, widest - len(ids) :] = 1
     sampler = _InverseCdfSampler(uniforms(seed, indices, settings.max_new_tokens), settings)
     stop = _Stop(eos_ids, widest, settings.stop_strings, tokenizer)
@@ -187,7 +197,12 @@ def _sample_batch(
         length = int(stop.length[row])
         finished = length > 0
         n = length if finished else tokens.shape[1]
-        out[i] = (tokens[row, :n].tolist(), logprobs[row, :n].tolist(), entropies[row, :n].tolist(), not finished)
+        out[i] = (
+            tokens[row, :n].tolist(),
+            logprobs[row, :n].tolist(),
+            entropies[row, :n].tolist(),
+            not finished,
+        )
     return out
 
 
@@ -196,7 +211,9 @@ def uniforms(seed: int, indices: Sequence[int], steps: int) -> Tensor:
     rows = []
     for i in indices:
         # torch's Mersenne twister wants well-mixed seeds: neighbouring indices go through SplitMix64 first.
-        rows.append(torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(_mix(seed, i))))
+        rows.append(
+            torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(_mix(seed, i)))
+        )
     return torch.stack(rows)
 
 
@@ -258,7 +275,9 @@ class _Stop(StoppingCriteria):
     The record is what the mask is made from: token ids cannot tell a sampled EOS from padding when they are equal.
     """
 
-    def __init__(self, eos_ids: tuple[int, ...], prompt_width: int, stop_strings: list[str], tokenizer: Any) -> None:
+    def __init__(
+        self, eos_ids: tuple[int, ...], prompt_width: int, stop_strings: list[str], tokenizer: Any
+    ) -> None:
         self.eos_token_id = torch.tensor(eos_ids)  # its presence makes `generate` pad finished rows
         self._prompt_width = prompt_width
         self._strings = StopStringCriteria(tokenizer, stop_strings) if stop_strings else None
@@ -291,7 +310,10 @@ def _assemble(
     for i, (ids, l, h, _) in enumerate(rows):
         n = len(ids)
         completion_ids[i, :n], mask[i, :n] = torch.tensor(ids), True
-        logprob[i, :n], entropy[i, :n] = torch.tensor(l, dtype=torch.float64), torch.tensor(h, dtype=torch.float64)
+        logprob[i, :n], entropy[i, :n] = (
+            torch.tensor(l, dtype=torch.float64),
+            torch.tensor(h, dtype=torch.float64),
+        )
     batch = RolloutBatch(
         prompts=tuple(p.text for p in prompts),
         completions=tuple(tokenizer.batch_decode([ids for ids, *_ in rows], skip_special_tokens=True)),

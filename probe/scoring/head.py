@@ -59,7 +59,9 @@ class OutputHead:
         self._scale = float(getattr(text, "logit_scale", None) or 1.0)  # Cohere multiplies
         self._scale /= float(getattr(text, "logits_scaling", None) or 1.0)  # Granite divides
         weight = getattr(layer, "weight", None)
-        self.weight: Tensor | None = weight if isinstance(layer, nn.Linear) and type(layer) is nn.Linear else None
+        self.weight: Tensor | None = (
+            weight if isinstance(layer, nn.Linear) and type(layer) is nn.Linear else None
+        )
 
     @contextmanager
     def capture(self) -> Iterator[list[Tensor]]:

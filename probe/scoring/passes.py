@@ -131,7 +131,9 @@ def token_gradients(
     with torch.enable_grad():
         for inputs in microbatches(batch, policy.microbatch_size, policy.device):
             hidden = policy.hidden_states(head, inputs)
-            through_head = _head_gradients(policy, head, hidden, inputs, weights, objectives, parameters, totals, collector)
+            through_head = _head_gradients(
+                policy, head, hidden, inputs, weights, objectives, parameters, totals, collector
+            )
             _network_gradients(hidden, through_head, parameters, totals)
             collector.advance(inputs.size)
     for name in parameters:
@@ -153,7 +155,9 @@ def _head_gradients(
     collector: _Collector,
 ) -> list[Tensor]:
     """Gradients `(n, D_model)` of each objective with respect to `hidden`; the head's own are added to `totals`."""
-    head_parameters = {name: p for name, p in parameters.items() if any(p is q for q in head.layer.parameters())}
+    head_parameters = {
+        name: p for name, p in parameters.items() if any(p is q for q in head.layer.parameters())
+    }
     grads = [torch.zeros_like(hidden) for _ in range(objectives)]
     for rows in torch.arange(len(inputs.labels)).split(policy.head_chunk_tokens):
         on_device = rows.to(hidden.device)
@@ -174,14 +178,21 @@ def _head_gradients(
 
 
 def _network_gradients(
-    hidden: Tensor, grads: list[Tensor], parameters: Mapping[str, nn.Parameter], totals: list[dict[str, Tensor]]
+    hidden: Tensor,
+    grads: list[Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    totals: list[dict[str, Tensor]],
 ) -> None:
     """Carry the gradients with respect to `hidden` down the network and add them to `totals`."""
     if not hidden.requires_grad:  # only the output layer is trainable
         return
     for k, grad in enumerate(grads):
         found = torch.autograd.grad(
-            hidden, list(parameters.values()), grad_outputs=grad, retain_graph=k < len(grads) - 1, allow_unused=True
+            hidden,
+            list(parameters.values()),
+            grad_outputs=grad,
+            retain_graph=k < len(grads) - 1,
+            allow_unused=True,
         )
         for name, part in zip(parameters, found, strict=True):
             if part is not None:
@@ -203,7 +214,9 @@ class _Collector:
         self._progress = progress
         self._done = int((batch.lengths == 0).sum())
 
-    def add(self, sequence: Tensor, position: Tensor, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+    def add(
+        self, sequence: Tensor, position: Tensor, logprob: Tensor, entropy: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Store scores; returns them detached, on the CPU, in float64."""
         found = [x.detach().to("cpu", torch.float64) for x in (logprob, entropy)]
         self._logprob[sequence, position], self._entropy[sequence, position] = found

@@ -1,0 +1,96 @@
+"""Do prediction and measurement agree on the demo policy? Prints two tables in Markdown.
+
+1. Over seeds, at the learning rate the checkpoint was trained with: deltaH1 (causal weights) and deltaH_true.
+2. Over learning rates, on one E: the difference deltaH1(matched) - deltaH_true(snis) shares every sampling error, so
+   it is curvature alone and shrinks like the square of the learning rate.
+
+    python benchmarks/agreement.py [--seeds 5] [--config quickstart]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+import statistics
+import sys
+from typing import Any
+
+from probe import OfflineEntropyProbe
+from probe.parsing import read_config_file
+
+FACTORS = (1.0, 2.0, 4.0, 8.0)
+"""Learning rates of the second table, relative to the smallest."""
+SMALLEST = 0.25
+"""The smallest of them relative to the trained one."""
+
+
+def probe(config: dict[str, Any], seed: int, **rework: Any) -> dict[str, Any]:
+    """One run without any files; the first probe of a configuration also makes the demo policy."""
+    sections = {
+        **config,
+        "seed_everything": seed,
+        "probe_rework": {**config.get("probe_rework", {}), **rework},
+        "detailed_logging": {"enabled": False},
+        "trainer": {**config.get("trainer", {}), "logger": False},
+    }
+    with contextlib.redirect_stdout(io.StringIO()):  # the report of each run
+        return OfflineEntropyProbe(sections).run_mixed_probe()
+
+
+def over_seeds(config: dict[str, Any], seeds: int) -> float:
+    """Print the first table; returns the trained learning rate."""
+    runs = [probe(config, seed) for seed in range(seeds)]
+    print("| seed | deltaH1 | deltaH_true | standard error | H before | ESS / B_E |")
+    print("|---|---|---|---|---|---|")
+    for seed, r in enumerate(runs):
+        ess = r["diagnostics"]["ESS"] / r["B_E"]
+        print(
+            f"| {seed} | {r['deltaH1']:+.4f} | {r['deltaH_true']:+.4f} | {r['deltaH_true_se']:.4f} "
+            f"| {r['H_orig']:.3f} | {ess:.3f} |"
+        )
+    for name in ("deltaH1", "deltaH_true"):
+        values = [r[name] for r in runs]
+        print(
+            f"\n{name}: mean {statistics.mean(values):+.4f}, standard deviation {statistics.stdev(values):.4f}"
+        )
+    differences = [r["residual"] for r in runs]
+    print(f"\ndifference: mean {statistics.mean(differences):+.4f}, sd {statistics.stdev(differences):.4f}")
+    print(f"\nsame sign in {sum(r['deltaH1'] * r['deltaH_true'] > 0 for r in runs)} of {seeds} runs")
+    return float(runs[0]["learning_rate"])
+
+
+def over_learning_rates(config: dict[str, Any], trained: float) -> None:
+    """Print the second table and the log-log slope."""
+    points = []
+    print("\n| learning rate | deltaH1 (matched) | deltaH_true (snis) | difference | difference / eta^2 |")
+    print("|---|---|---|---|---|")
+    for factor in FACTORS:
+        eta = trained * SMALLEST * factor
+        r = probe(config, 0, weighting="matched", learning_rate=eta)
+        points.append((math.log(eta), math.log(abs(r["residual"]))))
+        print(
+            f"| {eta:.3g} | {r['deltaH1']:+.6f} | {r['deltaH_true']:+.6f} | {r['residual']:+.3e} "
+            f"| {r['residual'] / eta**2:+.4g} |"
+        )
+    mx, my = (statistics.mean(p[k] for p in points) for k in (0, 1))
+    slope = sum((x - mx) * (y - my) for x, y in points) / sum((x - mx) ** 2 for x, _ in points)
+    print(f"\nlog-log slope of the difference over a factor {FACTORS[-1]:g}: {slope:.3f} (2 expected)")
+
+
+def main() -> int:
+    """Run both."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--config", default="quickstart")
+    options = parser.parse_args()
+    config = read_config_file(options.config)
+    over_learning_rates(config, over_seeds(config, options.seeds))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

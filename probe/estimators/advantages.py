@@ -1,0 +1,113 @@
+"""Group advantages: each reward relative to the other responses to the same prompt."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from probe.errors import DataError
+
+AdvantageKind = Literal["grpo", "dr_grpo"]
+
+STD_EPSILON = 1e-4
+"""Added to a group's standard deviation, as in TRL, so that a constant group is not divided by zero."""
+
+
+def group_advantages(rewards: Tensor, group: Tensor, kind: AdvantageKind) -> Tensor:
+    """Advantages of `B` responses within their groups, `(B,)` float64.
+
+    With the mean `m` and the unbiased standard deviation `s` (divisor `G - 1`) of a group's `G` rewards:
+
+    - `grpo`: `(r - m) / (s + 1e-4)`, without unit; Shao et al. 2024 (arXiv:2402.03300), with the constant
+      that TRL uses;
+    - `dr_grpo`: `r - m`, in units of the reward; Liu et al. 2025 (arXiv:2503.20783).
+
+    A group whose rewards are all equal, a group of one response included, has advantage exactly 0. It is
+    kept: its responses add nothing to the gradient but count in its normalisation. Groups need not be
+    adjacent or of one size.
+
+    Args:
+        rewards: `(B,)`, finite.
+        group: `(B,)` integers, equal within a group.
+        kind: `grpo` or `dr_grpo`.
+
+    Raises:
+        ValueError: the shapes differ or are not one-dimensional, `group` is not of an integer type, or `kind`
+            is neither of the two.
+        DataError: a reward is not finite.
+
+    >>> rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 2.0])
+    >>> group = torch.tensor([0, 0, 0, 0, 1, 1])
+    >>> group_advantages(rewards, group, "dr_grpo").tolist()
+    [0.5, -0.5, -0.5, 0.5, 0.0, 0.0]
+    >>> group_advantages(torch.tensor([0.0, 4.0, 8.0]), torch.tensor([0, 0, 0]), "grpo").tolist() == [
+    ...     -4 / (4 + 1e-4), 0.0, 4 / (4 + 1e-4)]
+    True
+    """
+    if kind not in ("grpo", "dr_grpo"):
+        raise ValueError(f"kind: expected 'grpo' or 'dr_grpo', found {kind!r}")
+    _check_shapes(rewards, group, "rewards")
+    values = rewards.detach().to(torch.float64)
+    if not bool(values.isfinite().all()):
+        index = int((~values.isfinite()).nonzero()[0, 0])
+        raise DataError(f"rewards: expected finite numbers, found {values[index].item()} at index {index}")
+
+    member, size = _index_groups(group)
+    centred = values - (_sum_per_group(values, member, size) / size)[member]
+    # The mean of equal numbers can differ from them in the last bit; a constant group has to be exactly 0.
+    centred = torch.where(_is_constant(values, member, size)[member], torch.zeros_like(centred), centred)
+    if kind == "dr_grpo":
+        return centred
+    variance = _sum_per_group(centred.square(), member, size) / (size - 1).clamp(min=1)
+    return centred / (variance.sqrt()[member] + STD_EPSILON)
+
+
+def count_zero_advantage_groups(advantages: Tensor, group: Tensor) -> int:
+    """Number of groups in which every advantage is exactly 0, so that they give no policy gradient.
+
+    Args:
+        advantages: `(B,)`.
+        group: `(B,)` integers, equal within a group.
+
+    Raises:
+        ValueError: the shapes differ or are not one-dimensional, or `group` is not of an integer type.
+
+    >>> count_zero_advantage_groups(torch.tensor([0.5, -0.5, 0.0, 0.0]), torch.tensor([3, 3, 7, 7]))
+    1
+    """
+    _check_shapes(advantages, group, "advantages")
+    member, size = _index_groups(group)
+    nonzero = _sum_per_group((advantages != 0).to(torch.float64), member, size)
+    return int((nonzero == 0).sum())
+
+
+def _check_shapes(values: Tensor, group: Tensor, name: str) -> None:
+    """Refuse anything but two vectors of one length, the second one of integers."""
+    if values.dim() != 1 or values.shape != group.shape:
+        raise ValueError(
+            f"{name} and group: expected two vectors of the same length (B,), found {tuple(values.shape)} "
+            f"and {tuple(group.shape)}"
+        )
+    if group.is_floating_point() or group.is_complex():
+        raise ValueError(f"group: expected integers, found {group.dtype}")
+
+
+def _index_groups(group: Tensor) -> tuple[Tensor, Tensor]:
+    """The position `(B,)` of each response's group among the distinct groups, and the groups' sizes."""
+    _, member, size = torch.unique(group, return_inverse=True, return_counts=True)
+    return member, size
+
+
+def _sum_per_group(values: Tensor, member: Tensor, size: Tensor) -> Tensor:
+    """The sum of `values` over each group."""
+    return torch.zeros(len(size), dtype=values.dtype, device=values.device).index_add_(0, member, values)
+
+
+def _is_constant(values: Tensor, member: Tensor, size: Tensor) -> Tensor:
+    """Whether all values of a group are equal, one bool for each group."""
+    empty = torch.zeros(len(size), dtype=values.dtype, device=values.device)
+    lowest = empty.scatter_reduce(0, member, values, "amin", include_self=False)
+    highest = empty.scatter_reduce(0, member, values, "amax", include_self=False)
+    return lowest == highest

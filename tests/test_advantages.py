@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from probe.errors import DataError
+from probe.estimators.advantages import count_zero_advantage_groups, group_advantages
+
+
+def naive(rewards: list[float], group: list[int], kind: str) -> list[float]:
+    out = []
+    for reward, own in zip(rewards, group, strict=True):
+        members = [r for r, g in zip(rewards, group, strict=True) if g == own]
+        mean = math.fsum(members) / len(members)
+        if kind == "dr_grpo":
+            out.append(reward - mean)
+            continue
+        variance = math.fsum((r - mean) ** 2 for r in members) / max(len(members) - 1, 1)
+        out.append((reward - mean) / (math.sqrt(variance) + 1e-4))
+    return out
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo"])
+def test_against_a_naive_loop_with_scattered_groups_of_different_size(kind):
+    generator = torch.Generator().manual_seed(3)
+    rewards = torch.randn(40, generator=generator, dtype=torch.float64)
+    group = torch.randint(-3, 6, (40,), generator=generator)
+    expected = torch.tensor(naive(rewards.tolist(), group.tolist(), kind), dtype=torch.float64)
+    torch.testing.assert_close(group_advantages(rewards, group, kind), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_grpo_equals_torch_std_per_group():
+    rewards = torch.tensor([[0.0, 1.0, 3.0], [2.0, 2.5, -1.0]])
+    expected = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    found = group_advantages(rewards.flatten(), torch.tensor([0, 0, 0, 1, 1, 1]), "grpo")
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected.flatten().double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo"])
+def test_equal_rewards_give_exactly_zero_and_the_group_is_kept(kind):
+    rewards = torch.tensor([0.1] * 7 + [0.0, 1.0], dtype=torch.float64)
+    group = torch.tensor([0] * 7 + [1, 1])
+    advantages = group_advantages(rewards, group, kind)
+    assert advantages.shape == (9,)
+    assert advantages[:7].tolist() == [0.0] * 7
+    assert count_zero_advantage_groups(advantages, group) == 1
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo"])
+def test_group_of_one_has_advantage_zero(kind):
+    assert group_advantages(torch.tensor([5.0, -2.0]), torch.tensor([1, 2]), kind).tolist() == [0.0, 0.0]
+
+
+def test_count_needs_every_advantage_of_a_group_to_be_zero():
+    advantages = torch.tensor([0.0, 0.0, 0.0, 1e-30, -1.0, 1.0])
+    assert count_zero_advantage_groups(advantages, torch.tensor([0, 0, 1, 1, 2, 2])) == 1
+    assert count_zero_advantage_groups(torch.zeros(3), torch.tensor([4, 5, 4])) == 2
+
+
+def test_empty_batch():
+    empty = torch.empty(0)
+    group = torch.empty(0, dtype=torch.int64)
+    assert group_advantages(empty, group, "grpo").shape == (0,)
+    assert count_zero_advantage_groups(empty, group) == 0
+
+
+def test_shape_mismatch():
+    with pytest.raises(ValueError, match=r"rewards and group: expected two .* found \(3,\) and \(2,\)"):
+        group_advantages(torch.zeros(3), torch.zeros(2, dtype=torch.int64), "grpo")
+    with pytest.raises(ValueError, match=r"found \(2, 2\) and \(2, 2\)"):
+        group_advantages(torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int64), "grpo")
+    with pytest.raises(ValueError, match=r"advantages and group: .* found \(1,\) and \(2,\)"):
+        count_zero_advantage_groups(torch.zeros(1), torch.zeros(2, dtype=torch.int64))
+
+
+def test_group_has_to_be_integers():
+    with pytest.raises(ValueError, match=r"group: expected integers, found torch\.float32"):
+        group_advantages(torch.zeros(2), torch.zeros(2), "grpo")
+
+
+def test_unknown_kind():
+    with pytest.raises(ValueError, match="kind: expected 'grpo' or 'dr_grpo', found 'gae'"):
+        group_advantages(torch.zeros(2), torch.zeros(2, dtype=torch.int64), "gae")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_reward_names_the_index(bad):
+    with pytest.raises(DataError, match=rf"rewards: expected finite numbers, found {bad} at index 1"):
+        group_advantages(torch.tensor([0.0, bad]), torch.tensor([0, 0]), "grpo")
