@@ -99,8 +99,8 @@ class ProbeRunner:
             raise ConfigError(f"trainer: the devices cannot be set up: {_first_line(error)}") from error
         if self.fabric.world_size > 1:
             raise ConfigError(
-                f"trainer.devices: expected 1 device, found {self.fabric.world_size}; probing on several devices is not "
-                "supported by this version"
+                f"trainer.devices: expected 1 device, found {self.fabric.world_size}; probing on several devices is "
+                "not supported by this version"
             )
 
     def run(self, module: EntropyProbe) -> ProbeResult:
