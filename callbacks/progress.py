@@ -68,10 +68,10 @@ class ProgressBars(ProbeCallback):
 
 
 def bar_label(phase: str, what: str) -> str:
-    """The text before the bar, of equal width for all passes.
+    """The text before the bar, wide enough that the bars of a run stand below each other.
 
     >>> bar_label("ground_truth", "score E")
-    'ground truth: score E       '
+    'ground truth: score E                 '
     """
     label = phase.replace("_", " ")
-    return f"{label}: {what}".ljust(28) if what else label.ljust(28)
+    return (f"{label}: {what}" if what else label).ljust(38)

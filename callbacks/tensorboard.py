@@ -59,7 +59,9 @@ class TensorBoardDiagnostics(ProbeCallback):
                 self._publish(logger, runner.state, result, self.examples if show_texts else 0)
             except Exception as error:
                 # Loggers of all makers come by here, with exceptions of any kind.
-                failure = LogError(f"{type(logger).__name__} did not take the results: {error}; see the log files")
+                failure = LogError(
+                    f"{type(logger).__name__} did not take the results: {error}; see the log files"
+                )
                 failure.__cause__ = error
                 runner.errors.append(failure)
 

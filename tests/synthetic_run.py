@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -237,8 +238,6 @@ def _batch_statistics(state: ProbeState) -> dict[str, Any]:
 
 
 def _resolved(config: ProbeConfig) -> dict[str, Any]:
-    from dataclasses import asdict
-
     return {
         "seed_everything": 7,
         "trainer": {"accelerator": "cpu", "devices": 1, "precision": "32-true", "callbacks": None},

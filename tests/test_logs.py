@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -431,3 +432,24 @@ def test_a_file_that_cannot_be_deleted_is_named(small, tmp_path, monkeypatch):
 
 def test_pruning_a_folder_that_is_not_there_does_nothing(tmp_path):
     assert prune(tmp_path / "none", 1) == []
+
+
+# ---------------------------------------------------------------- documentation
+
+
+def test_every_key_is_documented(small):
+    document = (Path(__file__).parent.parent / "docs" / "log_schema.md").read_text(encoding="utf-8")
+    log = build_log(make_result(small), small, "debug", token_text=token_text)
+    keys = (
+        set(log) | set(summary(make_result(small), "debug")) | set(log["distributions"]) | set(log["groups"])
+    )
+    keys |= set(log["parameter_blocks"]) | set(log["distributions"]["E/length"])
+    keys |= set(log["raw"]["E"]) | set(log["raw"]["U"]) | set(log["raw"]["vectors"])
+    for name in ("E", "U"):
+        keys |= set(log["sequences"][name][0]) | set(log["tokens"][name][0])
+    keys |= set(build_log(make_result(small), small, "minimal")["results"])
+    missing = {key for key in keys if not re.search(rf"[`.{{ ,]{re.escape(key)}[`}}, ]", document)}
+    assert missing <= {f"{key}_tok" for key in ("H_orig", "H_upd", "deltaH1", "deltaH_true", "residual")} | {
+        "deltaH_true_tok_se"
+    }
+    assert f"schema version {SCHEMA_VERSION}" in document

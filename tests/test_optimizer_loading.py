@@ -447,6 +447,18 @@ class TestLearningRates:
         with pytest.raises(OptimizerStateError, match=r"initial_lr 0\.0005, last logged above 0: 2e-06"):
             load_optimizer(Small(), self.zero(tmp_path, True), CheckpointConfig())
 
+    def test_the_end_of_the_trainers_own_schedule(self, tmp_path):
+        path, _, live = trainer_checkpoint(
+            tmp_path, tiny_model(), lr_scheduler_type="linear", optim="adamw_torch_fused"
+        )
+        assert live.param_groups[0]["fused"]
+        with pytest.raises(
+            OptimizerStateError, match=r"initial_lr 0\.001, last logged above 0: 0\.0005\); set"
+        ):
+            load(path)
+        loaded = load(path, learning_rate=1e-4)[1]
+        assert [group["lr"] for group in loaded.optimizer.param_groups] == [1e-4, 1e-4]
+
     def test_zero_with_an_override_is_a_note(self, tmp_path):
         loaded = load_optimizer(Small(), self.zero(tmp_path, True), CheckpointConfig(), 1e-5)
         assert (loaded.learning_rate, loaded.saved_learning_rate) == (1e-5, 0.0)

@@ -1,0 +1,407 @@
+"""The whole probe on tiny checkpoints that real libraries wrote."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from probe import OfflineEntropyProbe, load_log
+from probe.callbacks import PHASES, ProbeCallback
+from probe.errors import ConfigError, DataError, LogError, NumericalError, OptimizerStateError, RolloutError
+from probe.results import DIAGNOSTIC_KEYS, RESULT_KEYS
+from probe.rollouts.files import write_rollouts
+from tests.tiny_models import load_base, lora_checkpoint, save_base, trainer_checkpoint
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
+def digits(prompts, completions, **columns):
+    """A reward: how many digits the completion has."""
+    return [float(sum(c.isdigit() for c in text)) for text in completions]
+
+
+def broken(prompts, completions, **columns):
+    raise ValueError("no such thing")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, base):
+    return lora_checkpoint(tmp_path_factory.mktemp("lora") / "step_60", base)[0]
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i} apples", "answer": str(i)}) + "\n" for i in range(40)))
+    return path
+
+
+@pytest.fixture
+def config(checkpoint, prompts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return {
+        "checkpoint": {"checkpoint_path": str(checkpoint)},
+        "batch_config": {
+            "dataset_name": str(prompts),
+            "split": "train",
+            "reward": "tests.test_end_to_end:digits",
+            "B_E": 24,
+            "B_U": 4,
+            "G": 4,
+        },
+        "generation": {"max_new_tokens": 8, "batch_size": 64},
+        "memory_config": {"microbatch_size": 8},
+        "detailed_logging": {"enabled": False},
+        "trainer": {"accelerator": "cpu", "logger": False},
+    }
+
+
+def changed(config, **sections):
+    return {**config, **{name: {**config.get(name, {}), **keys} for name, keys in sections.items()}}
+
+
+def run(config, **sections):
+    return OfflineEntropyProbe(changed(config, **sections)).run_mixed_probe()
+
+
+def numbers(results):
+    return {k: v for k, v in results.items() if k not in ("timing", "checkpoint_path")}
+
+
+def fingerprint(probe):
+    """Everything a run must leave as it was."""
+    module = probe._module
+    return (
+        {n: p.detach().clone() for n, p in module.named_parameters()},
+        {n: p.grad for n, p in module.named_parameters()},
+        {n: p.requires_grad for n, p in module.named_parameters()},
+        {n: m.training for n, m in module.named_modules()},
+        {
+            k: {a: b.clone() for a, b in s.items()}
+            for k, s in module.optimizer.optimizer.state_dict()["state"].items()
+        },
+        [{k: v for k, v in g.items() if k != "params"} for g in module.optimizer.optimizer.param_groups],
+    )
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_every_key_is_there_and_is_plain(config):
+    results = run(config)
+    per_token = {"bars_dot", "deltaH1", "pathwise", "score", "H_orig", "H_upd", "deltaH_true", "residual"}
+    expected = set(RESULT_KEYS) | {f"{k}_tok" for k in per_token} | {"deltaH_true_tok_se", "deltaH_true_tok_ci95"}
+    assert set(results) == expected
+    assert set(results["diagnostics"]) == set(DIAGNOSTIC_KEYS)
+    assert set(results["timing"]) == {"load", *PHASES[:-1], "total"}
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    assert results["deltaH1"] == pytest.approx(results["learning_rate"] * results["bars_dot"])
+    assert results["deltaH1"] == pytest.approx(results["pathwise"] + results["score"])
+    assert results["deltaH_true"] == pytest.approx(results["H_upd"] - results["H_orig"])
+    assert results["residual"] == pytest.approx(results["deltaH1"] - results["deltaH_true"])
+    assert (results["B_E"], results["B_U"], results["G"]) == (24, 4, 4)
+    assert results["diagnostics"]["bias_flags"] == []
+    assert results["batch_statistics"]["avg_generation_length"] <= 8
+    assert results["batch_statistics"]["avg_reward"] >= 0
+
+
+def test_same_seed_same_numbers_and_other_seed_other_numbers(config):
+    first = numbers(run(config))
+    assert numbers(run(config)) == first
+    assert numbers(run(config, probe_rework={"master_seed": 42})) == first
+    other = numbers(run({**config, "seed_everything": 1}))
+    assert other["H_orig"] != first["H_orig"]
+
+
+def test_memory_settings_change_the_last_digits_only(config):
+    first = run(config)
+    second = run(config, memory_config={"microbatch_size": 3, "head_chunk_tokens": 5}, generation={"batch_size": 5})
+    for key in ("H_orig", "H_upd", "bars_dot_tok"):
+        assert second[key] == pytest.approx(first[key], rel=1e-4), key
+    for key in ("deltaH1", "deltaH_true"):
+        assert second[key] == pytest.approx(first[key], rel=2e-2, abs=1e-5), key
+    assert second["batch_statistics"]["E"]["length"] == first["batch_statistics"]["E"]["length"]
+
+
+def test_matched_weights_agree_with_the_measurement_on_the_same_responses(config):
+    """Sampling error is shared, so at a small step the two agree far better than either knows the truth."""
+    results = run(config, probe_rework={"weighting": "matched", "learning_rate": 1e-4})
+    for suffix in ("", "_tok"):
+        assert results[f"deltaH1{suffix}"] == pytest.approx(results[f"deltaH_true{suffix}"], rel=0.02)
+    assert abs(results["residual"]) < 0.1 * results["deltaH_true_se"]
+
+
+def test_phases_can_be_left_out(config):
+    measured = run(config, probe_rework={"compute_delta_h1": False})
+    assert not {"deltaH1", "bars_dot", "pathwise", "score", "residual"} & set(measured)
+    assert {"deltaH_true", "H_orig", "H_upd", "learning_rate"} <= set(measured)
+    assert not {"entropy_gradient", "prediction"} & set(measured["timing"])
+    predicted = run(config, importance={"enabled": False})
+    assert not {"deltaH_true", "H_orig", "H_upd", "residual"} & set(predicted)
+    assert "ESS" not in predicted["diagnostics"]
+    both = run(config)
+    assert measured["deltaH_true"] == both["deltaH_true"]
+    assert predicted["deltaH1"] == both["deltaH1"]
+    per_response = run(config, importance={"report_per_token": False})
+    assert "deltaH_true_tok" not in per_response
+    assert "H_orig_tok" not in per_response
+    assert per_response["deltaH_true"] == both["deltaH_true"]
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "reinforce"])
+def test_losses_and_the_closed_form(config, loss):
+    real = run(config, probe_rework={"loss": loss}, importance={"enabled": False})
+    closed = run(config, probe_rework={"loss": loss, "step": "closed_form"}, importance={"enabled": False})
+    assert closed["deltaH1"] == pytest.approx(real["deltaH1"], rel=1e-4)
+
+
+def test_the_preconditioned_step_is_flagged(config):
+    results = run(config, probe_rework={"step": "preconditioned"})
+    assert results["diagnostics"]["bias_flags"] == ["preconditioned_step"]
+    assert results["deltaH1"] != run(config)["deltaH1"]
+
+
+def test_loss_terms_change_the_step(config):
+    plain = run(config, importance={"enabled": False})["deltaH1"]
+    bonus = run(config, probe_rework={"entropy_coef": 1.0}, importance={"enabled": False})["deltaH1"]
+    penalty = run(config, probe_rework={"kl_coef": 1.0}, importance={"enabled": False})["deltaH1"]
+    assert bonus > plain  # an entropy bonus raises entropy
+    assert penalty != plain
+
+
+def test_learning_rate_has_one_source(config):
+    saved = run(config)
+    assert saved["learning_rate"] == 1e-3
+    assert saved["diagnostics"]["step_norm"] > 0
+    double = run(config, probe_rework={"learning_rate": 2e-3})
+    assert double["learning_rate"] == 2e-3
+    assert double["diagnostics"]["step_norm"] == pytest.approx(2 * saved["diagnostics"]["step_norm"], rel=1e-3)
+    assert double["bars_dot"] == pytest.approx(saved["bars_dot"], rel=1e-3)
+
+
+def test_a_run_changes_nothing(config, checkpoint):
+    files = {p: p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()}
+    probe = OfflineEntropyProbe(config)
+    first = probe.run_mixed_probe()
+    before = fingerprint(probe)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    generators = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    second = probe.run_mixed_probe()
+    assert same(fingerprint(probe), before)
+    assert random.getstate() == generators[0]
+    assert np.array_equal(np.random.get_state()[1], generators[1])
+    assert torch.equal(torch.get_rng_state(), generators[2])
+    assert numbers(second) == numbers(first)
+    assert {p: p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()} == files
+
+
+class Fail(ProbeCallback):
+    """Raises in the middle of a pass."""
+
+    def __init__(self, what: str, error: type[BaseException]) -> None:
+        self.what, self.error, self.armed, self.seen = what, error, False, None
+
+    def on_progress(self, runner, phase, done, total, what):
+        if self.armed and what == self.what:
+            raise self.error("injected")
+
+    def on_exception(self, runner, module, exception):
+        self.seen = exception
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("what", ["score E after the step", "gradient on U", "sample E"])
+def test_an_exception_leaves_everything_as_it_was(config, what, error):
+    fail = Fail(what, error)
+    probe = OfflineEntropyProbe(config)
+    probe.runner.extra_callbacks.append(fail)
+    first = probe.run_mixed_probe()
+    before, generator = fingerprint(probe), torch.get_rng_state()
+    fail.armed = True
+    with pytest.raises(error, match="injected"):
+        probe.run_mixed_probe()
+    assert isinstance(fail.seen, error)
+    assert same(fingerprint(probe), before)
+    assert torch.equal(torch.get_rng_state(), generator)
+    fail.armed = False
+    assert numbers(probe.run_mixed_probe()) == numbers(first)
+
+
+def test_log_files_and_the_result_file(config, tmp_path):
+    results = run(
+        config,
+        detailed_logging={"enabled": True, "level": "debug", "output_directory": str(tmp_path / "logs")},
+        output={"results_path": str(tmp_path / "out" / "results.json")},
+    )
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    files = sorted(p.name for p in (tmp_path / "logs").glob("*/*"))
+    assert len(files) == 3
+    main = next((tmp_path / "logs").glob("*/*.json.gz"))
+    log = load_log(main)
+    assert log["results"]["deltaH1"] == pytest.approx(results["deltaH1"])
+    saved = yaml.safe_load(next((tmp_path / "logs").glob("*/*_config.yaml")).read_text())
+    assert saved["batch_config"]["B_E"] == 24
+    assert saved["seed_everything"] == 42
+    again = OfflineEntropyProbe(changed(saved, detailed_logging={"enabled": False})).run_mixed_probe()
+    assert numbers(again) == numbers(results)
+
+
+def test_a_full_disk_does_not_lose_the_results(config, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    probe = OfflineEntropyProbe(changed(config, output={"results_path": str(tmp_path / "results.json")}))
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(LogError, match="No space left") as caught:
+        probe.run_mixed_probe()
+    assert caught.value.results["deltaH1"] == probe.result.values["deltaH1"]
+    assert "deltaH_true" in capsys.readouterr().out
+
+
+def test_full_model_written_by_the_trainer(config, tmp_path, base):
+    folder, _, _ = trainer_checkpoint(tmp_path / "run", load_base(base))
+    results = run(config, checkpoint={"checkpoint_path": str(folder)}, probe_rework={"learning_rate": 1e-4})
+    assert abs(results["deltaH1"]) > 0
+    assert results["diagnostics"]["derivative_check_error"] < 0.05
+    with pytest.raises(ConfigError, match="expected 0 for a full model"):
+        run(config, checkpoint={"checkpoint_path": str(folder)}, probe_rework={"kl_coef": 0.1})
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"load_in_4bit": True}, {"dtype": "float64"}])
+def test_other_precisions(config, settings):
+    results = run(config, checkpoint=settings, probe_rework={"weighting": "matched", "learning_rate": 3e-3})
+    assert results["deltaH1"] == pytest.approx(results["deltaH_true"], rel=0.5)
+    assert results["diagnostics"]["derivative_check_error"] < 0.25
+
+
+def test_rollouts_from_files_give_the_numbers_of_the_sampled_ones(config, tmp_path):
+    probe = OfflineEntropyProbe(config)
+    sampled = probe.run_mixed_probe()
+    state = probe.runner.state
+    write_rollouts(tmp_path / "E.jsonl", state.E)
+    write_rollouts(tmp_path / "U.parquet", state.U)
+    files = {"E_rollouts": str(tmp_path / "E.jsonl"), "U_rollouts": str(tmp_path / "U.parquet")}
+    read = run(config, batch_config=files)
+    for key in ("deltaH1", "deltaH_true", "H_orig", "bars_dot_tok"):
+        assert read[key] == pytest.approx(sampled[key], rel=1e-6), key
+    assert read["B_U"] == 4
+    assert read["diagnostics"]["bias_flags"] == []
+
+
+def test_responses_of_another_policy_are_flagged(config, tmp_path):
+    probe = OfflineEntropyProbe(changed(config, generation={"temperature": 0.2}, batch_config={"B_E": 64}))
+    probe.run_mixed_probe()
+    write_rollouts(tmp_path / "E.jsonl", probe.runner.state.E)
+    results = run(config, batch_config={"E_rollouts": str(tmp_path / "E.jsonl")})
+    assert "E_not_from_this_policy" in results["diagnostics"]["bias_flags"]
+
+
+def test_truncated_support_is_flagged(config):
+    results = run(config, generation={"top_p": 0.9, "allow_truncated_support": True})
+    assert "truncated_support" in results["diagnostics"]["bias_flags"]
+
+
+def test_other_checkpoint_by_argument(config, tmp_path, base):
+    other, _, _ = lora_checkpoint(tmp_path / "step_90", base, steps=9)
+    probe = OfflineEntropyProbe(config)
+    first, second = probe.run_mixed_probe(), probe.run_mixed_probe(other)
+    assert first["deltaH1"] != second["deltaH1"]
+    assert probe.result.checkpoint_name == "step_90"
+    assert probe.config["checkpoint"]["checkpoint_path"] == str(other)
+
+
+def test_refusals(config, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="expected a checkpoint folder"):
+        run(config, checkpoint={"checkpoint_path": None})
+    with pytest.raises(DataError, match="no such thing"):
+        run(config, batch_config={"reward": "tests.test_end_to_end:broken"})
+    with pytest.raises(DataError, match="B_U"):
+        run(config, batch_config={"B_U": 1000})
+    with pytest.raises(ConfigError, match="devices"):
+        run(config, trainer={"devices": 2})
+    (tmp_path / "U.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "c"}\n')
+    with pytest.raises(DataError, match="column with rewards"):
+        run(config, batch_config={"U_rollouts": str(tmp_path / "U.jsonl")})
+    with pytest.raises(OptimizerStateError, match="preconditioned"):
+        probe = OfflineEntropyProbe(changed(config, probe_rework={"step": "preconditioned"}))
+        probe.runner.extra_callbacks.append(ForgetMoments())
+        probe.run_mixed_probe()
+    monkeypatch.setattr("probe.module.SAMPLING_GAP_LIMIT", {torch.float32: -1.0})
+    with pytest.raises(RolloutError, match="sampling and scoring to see the same policy"):
+        run(config)
+    with pytest.raises(NumericalError, match="derivative"):
+        probe = OfflineEntropyProbe(config)
+        probe.runner.extra_callbacks.append(DistortGradients(monkeypatch))
+        probe.run_mixed_probe()
+
+
+class ForgetMoments(ProbeCallback):
+    """Empties the optimizer's state before the update."""
+
+    def on_update_start(self, runner, module):
+        module.optimizer.optimizer.state.clear()
+
+
+class DistortGradients(ProbeCallback):
+    """A layer whose backward keeps a third of the gradient."""
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setattr("probe.module.SAMPLING_GAP_LIMIT", {torch.float32: 1.0})
+
+    def on_entropy_gradient_start(self, runner, module):
+        from tests.test_derivative_check import Distort
+
+        layer = module.model.get_base_model().model.layers[0]
+        layer.register_forward_hook(lambda m, args, output: Distort.apply(output))
+
+
+class Recorder(ProbeCallback):
+    """Notes the hooks that were called."""
+
+    def __init__(self):
+        self.called = []
+
+    def __getattribute__(self, name):
+        if name.startswith("on_") and name != "on_progress":
+            object.__getattribute__(self, "called").append(name)
+        return object.__getattribute__(self, name)
+
+
+def test_hooks_are_called_in_order_and_all_are_declared(config):
+    import probe.callbacks
+
+    probe_run = OfflineEntropyProbe(config)
+    recorder = Recorder()
+    probe_run.runner.extra_callbacks.append(recorder)
+    probe_run.run_mixed_probe()
+    called = list(dict.fromkeys(recorder.called))
+    expected = ["on_probe_start"]
+    for phase in PHASES:
+        expected += [f"on_{phase}_start", f"on_{phase}_end"]
+    assert called == [*expected, "on_probe_end"]
+    declared = {name for name in vars(ProbeCallback) if name.startswith(("on_", "run_"))}
+    for name in probe.callbacks.__all__:
+        value = getattr(probe.callbacks, name)
+        if isinstance(value, type):
+            hooks = {n for n in vars(value) if n.startswith(("on_", "run_"))}
+            assert hooks <= declared, name
+            assert all(f"run_{phase}" in vars(value) for phase in vars(value).get("phases", ()))
