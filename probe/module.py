@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from probe.config import ProbeConfig
 from probe.data.prompts import default_reward, load_prompts
 from probe.data.rewards import compute_rewards, resolve_reward
-from probe.demo import ensure_demo_checkpoint
 from probe.errors import ConfigError, DataError, RolloutError
 from probe.estimators.advantages import count_zero_advantage_groups, group_advantages
 from probe.estimators.derivative_check import derivative_check
@@ -103,6 +102,8 @@ class EntropyProbe(LightningModule):
                 "config or pass --checkpoint.checkpoint_path PATH"
             )
         if checkpoint.checkpoint_path == DEMO:
+            from probe.demo import ensure_demo_checkpoint  # trains a policy with this module's own parts
+
             checkpoint = replace(checkpoint, checkpoint_path=str(ensure_demo_checkpoint()))
         self.files = locate_checkpoint(checkpoint)
         model, self.tokenizer = load_policy_model(checkpoint, self.files, device)
@@ -177,7 +178,8 @@ class EntropyProbe(LightningModule):
 
     def _read(self, path: str) -> RolloutBatch:
         batch = self.config.batch_config
-        return read_rollouts(path, self.tokenizer, batch, self.config.generation.max_new_tokens)
+        vocabulary = self.policy.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        return read_rollouts(path, self.tokenizer, batch, self.config.generation.max_new_tokens, vocabulary)
 
     def _update_batch(self, prompts: list[PromptExample], progress: MakeProgress) -> RolloutBatch:
         """U with rewards and advantages."""

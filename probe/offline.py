@@ -24,7 +24,6 @@ class OfflineEntropyProbe:
     Attributes:
         config: the resolved configuration, as a mapping of its own (`trainer` and `seed_everything` included).
         runner: devices, loggers and the state of the last run.
-        result: the last run's result object.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -40,7 +39,6 @@ class OfflineEntropyProbe:
         self._resolved: ResolvedConfig = parse_config(self._given)
         self.config: dict[str, Any] = self._resolved.mapping
         self.runner = ProbeRunner(**self._resolved.trainer)
-        self.result: ProbeResult | None = None
         self._module: EntropyProbe | None = None
 
     @classmethod
@@ -75,8 +73,12 @@ class OfflineEntropyProbe:
         if self._module is None:
             self._module = EntropyProbe(self._resolved.probe, self._resolved.seed)
         self.runner.resolved = self._resolved.mapping
-        self.result = self.runner.run(self._module)
-        return dict(self.result.values)
+        return dict(self.runner.run(self._module).values)
+
+    @property
+    def result(self) -> ProbeResult | None:
+        """The last run's result object."""
+        return self.runner.result
 
     def _use(self, resolved: ResolvedConfig) -> None:
         """Take another configuration over, dropping the loaded policy where it is another one."""

@@ -91,10 +91,10 @@ def resolve(parser: LightningArgumentParser, namespace: Namespace) -> ResolvedCo
         ConfigError: an impossible value.
     """
     seed = _resolve_seed(namespace)
-    mapping = yaml.safe_load(parser.dump(namespace, skip_none=False, format="yaml"))
+    mapping = yaml.safe_load(parser.dump(namespace, skip_unset=False, format="yaml"))
     mapping.pop("config", None)
     try:
-        objects = parser.instantiate_classes(namespace)
+        objects = parser.instantiate(namespace)
     except ConfigError:
         raise
     except (ArgumentError, TypeError, ValueError) as error:
@@ -176,13 +176,11 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
 def _unknown_key(key: str, parser: LightningArgumentParser) -> str:
     """Name the nearest valid key."""
     keys = [k for k in vars(parser.get_defaults().as_flat()) if "." in k or k == "seed_everything"]
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if not near:  # the right name in the wrong section
-        leaves = {k.rsplit(".", 1)[-1]: k for k in keys}
-        near = [
-            leaves[n]
-            for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(leaves), n=1, cutoff=0.6)
-        ]
+    leaves = {k.rsplit(".", 1)[-1]: k for k in keys}
+    leaf = key.rsplit(".", 1)[-1]
+    near = [leaves[leaf]] if leaf in leaves else difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if not near:  # a misspelt name in the wrong section
+        near = [leaves[n] for n in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.6)]
     hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join([*SECTIONS, 'trainer'])}"
     return f"{key}: unknown configuration key; {hint}"
 

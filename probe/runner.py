@@ -16,7 +16,6 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import Logger
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from probe.callbacks.base import PHASES, ProbeCallback
 from probe.config import ProbeConfig
@@ -24,7 +23,7 @@ from probe.errors import ConfigError, ProbeError
 from probe.module import EntropyProbe
 from probe.results import ProbeResult, build_values
 from probe.scoring.passes import Progress
-from probe.snapshot import evaluation_mode, exact_float32
+from probe.snapshot import evaluation_mode, exact_float32, isolated_rng
 from probe.state import ProbeState
 
 Precision = Literal["32-true", "64-true", "bf16-mixed", "16-mixed"]
@@ -45,6 +44,7 @@ class ProbeRunner:
     Attributes:
         fabric: devices, precision, loggers and callbacks.
         state: what the phases of the current (or last) run produced.
+        result: the last run's result.
         errors: what went wrong while publishing a result; raised when everything else is published.
     """
 
@@ -79,6 +79,7 @@ class ProbeRunner:
             )
         self.extra_callbacks = [callbacks] if isinstance(callbacks, ProbeCallback) else list(callbacks or [])
         self.state = ProbeState()
+        self.result: ProbeResult | None = None
         self.errors: list[ProbeError] = []
         self.config = ProbeConfig()
         self.resolved: dict[str, Any] = {}
@@ -115,13 +116,13 @@ class ProbeRunner:
         Raises:
             ProbeError: see the phases; publishing errors come last and carry the mapping as `.results`.
         """
-        self.config, self.state, self.errors = module.config, ProbeState(), []
+        self.config, self.state, self.errors, self.result = module.config, ProbeState(), [], None
         started = datetime.now().astimezone()
         callbacks = [*default_callbacks(module.config), *self.extra_callbacks]
         self.fabric._callbacks = callbacks
         self.fabric.launch()
         try:
-            with isolate_rng(), exact_float32():
+            with isolated_rng(), exact_float32():
                 _seed_globals(module.seed)
                 result = self._phases(module, callbacks, started)
         except BaseException as error:
@@ -174,6 +175,7 @@ class ProbeRunner:
             checkpoint_name=module.files.name if module.files is not None else "policy",
             started_at=started.isoformat(timespec="seconds"),
         )
+        self.result = result
         self.fabric.call("on_report_end", self, module, result)
         self.fabric.call("on_probe_end", self, module, result)
         return result

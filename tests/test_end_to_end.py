@@ -288,8 +288,9 @@ def test_full_model_written_by_the_trainer(config, tmp_path, base):
 
 @pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"load_in_4bit": True}, {"dtype": "float64"}])
 def test_other_precisions(config, settings):
-    results = run(config, checkpoint=settings, probe_rework={"weighting": "matched", "learning_rate": 3e-3})
-    assert results["deltaH1"] == pytest.approx(results["deltaH_true"], rel=0.5)
+    rework = {"weighting": "matched", "learning_rate": 3e-3}
+    results = run(config, checkpoint=settings, probe_rework=rework, batch_config={"B_E": 64})
+    assert abs(results["residual"]) < 0.5 * results["deltaH_true_se"]
     assert results["diagnostics"]["derivative_check_error"] < 0.25
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from probe.estimators.update import optimizer_step
-from probe.snapshot import evaluation_mode, exact_float32, parameters_at, preserved
+from probe.snapshot import evaluation_mode, exact_float32, isolated_rng, parameters_at, preserved
 
 
 def trained():
@@ -134,6 +136,21 @@ def test_evaluation_mode_restores_each_modules_flag():
         work()
     assert not any(seen)
     assert [m.training for m in model.modules()] == flags
+
+
+def test_isolated_rng_restores_after_an_exception():
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+
+    def work():
+        with isolated_rng():
+            random.random(), np.random.rand(), torch.rand(1)
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        work()
+    assert random.getstate() == before[0]
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert torch.equal(torch.get_rng_state(), before[2])
 
 
 def test_exact_float32_restores_the_users_setting():

@@ -145,9 +145,8 @@ def _find_model(root: Path) -> tuple[Literal["lora", "full"], Path]:
         if pickled:
             raise CheckpointError(
                 f"Checkpoint not usable: expected safetensors weights in {folder}, found the pickle "
-                f"{pickled[0]}, which "
-                "can run code when it is loaded; load it where you trust it and save it again with "
-                "`save_pretrained`"
+                f"{pickled[0]}, which can run code when it is loaded; load it where you trust it and save it "
+                "again with `save_pretrained`"
             )
     for folder in (root, root.parent if root.name == "model" else root):
         _refuse_foreign_layout(folder)
@@ -183,14 +182,12 @@ def _find_optimizer(folders: tuple[Path, ...], given: str | None) -> Path:
         return file
     found = []
     for folder in folders:
-        # `optimizer.bin` is what accelerate and the Trainer write under FSDP; the first name of a folder
-        # wins.
+        # `optimizer.bin` is what accelerate and, under FSDP, the Trainer write; a folder's first name wins.
         found += [folder / name for name in OPTIMIZER_FILES if (folder / name).is_file()][:1]
     if len(found) > 1:
         raise CheckpointError(
             f"Optimizer state is ambiguous: expected one file, found {', '.join(map(str, found))}; name the "
-            "right one in "
-            "checkpoint.optimizer_path"
+            "right one in checkpoint.optimizer_path"
         )
     if not found:
         for folder in folders:
@@ -212,8 +209,7 @@ def _refuse_foreign_layout(folder: Path) -> None:
 def _foreign_message(what: str, file: Path) -> str:
     return (
         f"Checkpoint not usable: expected an adapter or model folder with optimizer.pt, found {what} "
-        f"({file}); "
-        f"gather it in one process and {_SAVE_ADVICE}"
+        f"({file}); gather it in one process and {_SAVE_ADVICE}"
     )
 
 

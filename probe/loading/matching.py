@@ -135,8 +135,7 @@ def _match_by_name(
     if faults:
         raise OptimizerStateError(
             f"optimizer state, matched by name: expected a state for each of {len(parameters)} trainable "
-            "parameters, found "
-            f"{len(faults)} faults: {_some(faults)}"
+            f"parameters, found {len(faults)} faults: {_some(faults)}"
         )
     return matched
 
@@ -168,8 +167,8 @@ def _match_by_position(
         labels = sorted(layout.label for layout in distinct.values())
         raise OptimizerStateError(
             f"optimizer state: expected one way to match states without names, found {len(labels)} that fit "
-            "in every shape "
-            f"({'; '.join(labels)}); save it from an optimizer that was given `model.named_parameters()`"
+            f"in every shape ({'; '.join(labels)}); save it from an optimizer that was given "
+            "`model.named_parameters()`"
         )
     assignment, layout = next(iter(distinct.items()))
     return Matching(
@@ -255,10 +254,9 @@ def _no_fit_message(
         )
         return (
             "optimizer state: expected one of the known groupings of the model's "
-            f"{len(trainable_parameters(model))} "
-            f"trainable parameters ({'; '.join(known)}), found groups of {sizes} without names; save it from "
-            "an optimizer "
-            "that was given `model.named_parameters()`, or take the checkpoint's own model"
+            f"{len(trainable_parameters(model))} trainable parameters ({'; '.join(known)}), found groups of "
+            f"{sizes} without names; save it from an optimizer that was given `model.named_parameters()`, or "
+            "take the checkpoint's own model"
         )
     layout = min(same_sizes, key=lambda candidate: len(_faults(model, groups, shapes, candidate)))
     faults = _faults(model, groups, shapes, layout)

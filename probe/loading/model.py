@@ -77,8 +77,8 @@ def load_policy_model(
         else:
             if config.load_in_4bit:
                 raise CheckpointError(
-                    "checkpoint.load_in_4bit: expected an adapter checkpoint, found a whole model, whose weights "
-                    f"are all trainable, in {files.model_dir}; set it to false"
+                    "checkpoint.load_in_4bit: expected an adapter checkpoint, found a whole model, whose "
+                    f"weights are all trainable, in {files.model_dir}; set it to false"
                 )
             tokenizer = _load_tokenizer(config, files, _full_name(config.backbone), config.revision)
             model = _load_base(config, str(files.model_dir), None, device, trainable=True)
@@ -129,8 +129,7 @@ def resolve_base(
     if not name:
         raise CheckpointError(
             f"{adapter_dir / ADAPTER_CONFIG}: expected base_model_name_or_path, found none; name the base "
-            "model in "
-            "checkpoint.backbone"
+            "model in checkpoint.backbone"
         )
     for folder in (adapter_dir / name, Path(name)):
         if folder.is_dir():
@@ -138,8 +137,7 @@ def resolve_base(
     if _looks_local(name):
         raise CheckpointError(
             f"{adapter_dir / ADAPTER_CONFIG}: expected the base model in {name}, found no such folder; name "
-            "the base model "
-            "in checkpoint.backbone"
+            "the base model in checkpoint.backbone"
         )
     return name, config.revision or adapter.get("revision")
 
@@ -182,10 +180,17 @@ def _load_base(
 
     dtype: torch.dtype = getattr(torch, config.dtype)
     if trainable and dtype != torch.float64:
+        if dtype != torch.float32:
+            logger.info("checkpoint.dtype is for frozen weights: the whole model is trainable, and float32")
         dtype = torch.float32
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": revision or "main"}
     model_config = _read_model_config(source, options)
     quantized = config.load_in_4bit or getattr(model_config, "quantization_config", None) is not None
+    if quantized and (trainable or dtype == torch.float64):
+        raise CheckpointError(
+            f"model {source}: expected plain weights for {'a trainable model' if trainable else 'float64'}, "
+            "found 4-bit ones; name an unquantised model"
+        )
     if config.load_in_4bit:
         options["quantization_config"] = _quantization_config(config, dtype)
     if config.attn_implementation is not None:
@@ -240,8 +245,7 @@ def _check_quantization(source: str, quantization: Any) -> None:
     found = "8-bit bitsandbytes" if settings.get("load_in_8bit") else settings.get("quant_method")
     raise CheckpointError(
         f"model {source}: expected plain or 4-bit bitsandbytes weights, found {found} quantisation, whose "
-        "derivatives "
-        "cannot be relied on; name the unquantised base in checkpoint.backbone"
+        "derivatives cannot be relied on; name the unquantised base in checkpoint.backbone"
     )
 
 
@@ -322,8 +326,7 @@ def _attach_adapter(model: Any, folder: Path, device: torch.device) -> nn.Module
     if len(saved) > len(loaded):
         raise CheckpointError(
             f"adapter {folder}: expected {len(loaded)} LoRA weights as in the base model, found "
-            f"{len(saved)}: "
-            f"{_some(sorted(saved - loaded))} have no place in it; {remedy}"
+            f"{len(saved)}: {_some(sorted(saved - loaded))} have no place in it; {remedy}"
         )
     if not trainable_parameters(policy):
         raise CheckpointError(f"adapter {folder}: expected trainable weights, found none")
@@ -358,8 +361,7 @@ def _check_finite_weights(model: nn.Module) -> None:
     if bad:
         raise CheckpointError(
             f"non-finite weights in {len(bad)} of {count} parameters: {_some(bad)}; the checkpoint is "
-            "broken, take an "
-            "earlier one"
+            "broken, take an earlier one"
         )
 
 
@@ -368,8 +370,7 @@ def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     if len(tokenizer) > rows:
         raise CheckpointError(
             f"tokenizer {tokenizer.name_or_path}: expected at most the {rows} tokens the model has "
-            "embeddings for, found "
-            f"{len(tokenizer)}; name the model's own in checkpoint.tokenizer_path"
+            f"embeddings for, found {len(tokenizer)}; name the model's own in checkpoint.tokenizer_path"
         )
 
 
@@ -386,17 +387,14 @@ def _check_forward(model: Any) -> None:
     if not torch.isfinite(logits).all():
         raise CheckpointError(
             "a forward pass of the policy: expected finite logits, found "
-            f"{int((~torch.isfinite(logits)).sum())} of "
-            f"{logits.numel()} that are not; {remedy}"
+            f"{int((~torch.isfinite(logits)).sum())} of {logits.numel()} that are not; {remedy}"
         )
-    # The rows differ in the last token only. A batch row is rounded like the other one to far better than
-    # this.
+    # The rows differ in the last token only; rounding differs between rows by far less than this.
     difference = (logits[0, :3] - logits[1, :3]).abs().max()
     if difference > 0.05 * logits.abs().max():
         raise CheckpointError(
             "a forward pass of the policy: expected a causal language model, found logits that change by "
-            f"{difference:.3g} "
-            "with a later token (a bidirectional or diffusion model)"
+            f"{difference:.3g} with a later token (a bidirectional or diffusion model)"
         )
 
 
@@ -424,8 +422,7 @@ def _load_tokenizer(
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
             f"tokenizer {source}: expected an EOS token, with which a response ends, found none; set "
-            "eos_token in its "
-            "tokenizer_config.json, or name another in checkpoint.tokenizer_path"
+            "eos_token in its tokenizer_config.json, or name another in checkpoint.tokenizer_path"
         )
     return tokenizer
 

@@ -90,8 +90,7 @@ def read_moments(states: Mapping[str, Mapping[str, Any]], amsgrad: Mapping[str, 
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise OptimizerStateError(
             "optimizer state: expected finite moments, exp_avg_sq of at least 0 and a step count, found "
-            f"{len(problems)} "
-            f"faults: {'; '.join(problems[:_LISTED])}{more}"
+            f"{len(problems)} faults: {'; '.join(problems[:_LISTED])}{more}"
         )
     return moments
 

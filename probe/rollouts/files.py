@@ -74,7 +74,11 @@ _SCHEMA = {
 
 
 def read_rollouts(
-    path: str, tokenizer: PreTrainedTokenizerBase, config: BatchConfig, max_new_tokens: int
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: BatchConfig,
+    max_new_tokens: int,
+    vocabulary: int | None = None,
 ) -> RolloutBatch:
     """Read a rollout file (`.jsonl` or `.parquet`; the columns stand at the top of this module).
 
@@ -97,6 +101,8 @@ def read_rollouts(
         tokenizer: of the policy.
         config: `reward_columns` and `max_prompt_tokens`.
         max_new_tokens: the cap on tokens that the responses were sampled with.
+        vocabulary: number of tokens the model knows, for the check of exact ids; models often have more than
+            their tokenizer names, and sample them. By default the tokenizer's.
 
     Returns:
         The batch, without advantages; `source` is the path.
@@ -106,10 +112,11 @@ def read_rollouts(
         RolloutError: all responses are empty.
     """
     table = read_table(path)
-    prompts, prompt_ids, messages = _read_prompts(table, tokenizer)
+    vocabulary = len(tokenizer) if vocabulary is None else vocabulary
+    prompts, prompt_ids, messages = _read_prompts(table, tokenizer, vocabulary)
     if config.max_prompt_tokens is not None:
         check_prompt_tokens([len(ids) for ids in prompt_ids], config.max_prompt_tokens)
-    found = _read_responses(table, tokenizer, max_new_tokens)
+    found = _read_responses(table, tokenizer, max_new_tokens, vocabulary)
     completion_ids, mask = _pad(found.ids, torch.int64)
     group = _read_group(table)
     return RolloutBatch(
@@ -177,11 +184,11 @@ class _Responses:
 
 
 def _read_prompts(
-    table: RolloutTable, tokenizer: PreTrainedTokenizerBase
+    table: RolloutTable, tokenizer: PreTrainedTokenizerBase, vocabulary: int
 ) -> tuple[list[str], list[list[int]], list[list[dict[str, Any]] | None]]:
     """The text, the token ids and (of conversations) the messages of each prompt."""
     values = table.column("prompt")
-    exact = _read_ids(table, "prompt_ids", len(tokenizer)) if "prompt_ids" in table.columns else None
+    exact = _read_ids(table, "prompt_ids", vocabulary) if "prompt_ids" in table.columns else None
     texts: list[str] = []
     all_ids: list[list[int]] = []
     all_messages: list[list[dict[str, Any]] | None] = []
@@ -205,13 +212,13 @@ def _read_prompts(
 
 
 def _read_responses(
-    table: RolloutTable, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+    table: RolloutTable, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, vocabulary: int
 ) -> _Responses:
     """The responses by their exact ids where there are some, else by their text."""
     values = table.column("completion")
     exact = "completion_ids" in table.columns
     if exact:
-        ids = _read_ids(table, "completion_ids", len(tokenizer))
+        ids = _read_ids(table, "completion_ids", vocabulary)
         texts = [_logged_text(value, own, tokenizer) for value, own in zip(values, ids, strict=True)]
     else:
         texts = [_completion_text(value, f"{table.where(i)}, completion") for i, value in enumerate(values)]
@@ -294,7 +301,7 @@ def _read_ids(table: RolloutTable, name: str, vocabulary: int) -> list[list[int]
         outside = [t for t in ids if not 0 <= t < vocabulary]
         if outside:
             raise DataError(
-                f"{table.where(i)}: expected {name} below the tokenizer's {vocabulary} tokens, found "
+                f"{table.where(i)}: expected {name} below the {vocabulary} tokens of the policy's vocabulary, found "
                 f"{outside[0]}; the file was made with another tokenizer"
             )
     return values
