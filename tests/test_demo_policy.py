@@ -60,7 +60,7 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def copied(made, tmp_path, monkeypatch):
+def copied(made, tmp_path):
     """A copy of it that may be changed, in a place where its adapter points to itself."""
     folder = tmp_path / "cache"
     shutil.copytree(made, folder)

@@ -52,7 +52,7 @@ def arithmetic_rows(split: str, size: int = 4096, seed: int = 0) -> list[dict[st
 
 
 def arithmetic_corpus(size: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Prompts of the train split with worked solutions, each in one of many equally good phrasings.
+    """Prompts of the train split with completions, worked solutions and guesses, each in one of many phrasings.
 
     Args:
         size: number of pairs; questions may recur with other phrasings.
@@ -73,9 +73,9 @@ def vocabulary_texts() -> list[str]:
     """Texts that together hold every word, number and mark that a prompt or a completion can have."""
     # Any values do for the fields: the lists of words and numbers come in whole beside them.
     fields = {"name": "Tom", "friend": "Tom", "things": "eggs", **dict.fromkeys("abcrs", 0)}
-    stories = [PROMPT_TEMPLATE.format(prompt=story.text) for story in _STORIES]
-    workings = [working for group in _WORKINGS.values() for working in group]
-    templates = [*stories, *_OPENINGS, *workings, *_CLOSINGS, *_DIRECT, *sum(_GUESSES, ())]
+    templates = [PROMPT_TEMPLATE.format(prompt=story.text) for story in _STORIES]
+    for phrasings in (_OPENINGS, *_WORKINGS.values(), _CLOSINGS, *_GUESSES):
+        templates += phrasings
     words = [*_NAMES, *_THINGS, *range(_LARGEST_NUMBER + 1)]
     return [template.format(**fields) for template in templates] + [f" {word}" for word in words]
 
@@ -117,25 +117,20 @@ class Problem:
 
 
 def solution(problem: Problem, rng: random.Random) -> str:
-    """A completion in a random phrasing: a right solution, worked or direct, or a guess that is often wrong.
+    """A completion in a random phrasing: a worked, right solution, or (3 times in 10) a guess that is mostly wrong.
 
-    Guesses give reinforcement learning something to unlearn: a policy that has seen this corpus guesses now and then.
+    Guesses give reinforcement learning something to unlearn: a policy that has seen this corpus guesses as often.
 
     Args:
         problem: the problem to solve.
         rng: source of the phrasing.
 
     Returns:
-        Two short sentences at most, starting with a space, whose last number is the answer given.
+        Two short sentences, starting with a space; their last number is the answer given.
     """
-    operation = problem.story.operation
-    kind = rng.choices(("worked", "direct", "guess"), _SHARES)[0]
-    choices = {
-        "worked": (_OPENINGS, _WORKINGS[operation], _CLOSINGS),
-        "direct": (_OPENINGS, _DIRECT),
-        "guess": (_OPENINGS, *_GUESSES),
-    }
-    return "".join(rng.choice(part) for part in choices[kind]).format(**problem.fields)
+    guessed = rng.random() < _GUESSED_SHARE
+    parts = _GUESSES if guessed else (_WORKINGS[problem.story.operation], _CLOSINGS)
+    return "".join(rng.choice(part) for part in (_OPENINGS, *parts)).format(**problem.fields)
 
 
 def _problems(split: str, seed: int) -> Iterator[Problem]:
@@ -178,7 +173,7 @@ def _split_of(question: str) -> str:
     return "test" if hashlib.blake2b(question.encode(), digest_size=1).digest()[0] % 4 == 0 else "train"
 
 
-_LARGEST_NUMBER = 28
+_LARGEST_NUMBER = 25
 
 _NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lena", "Max", "Ida", "Leo", "Nora")
 _THINGS = ("apples", "books", "coins", "cards", "pens", "stamps", "shells", "cakes", "balls", "eggs")
@@ -220,12 +215,10 @@ _CLOSINGS = (
     " This gives {r}.",
     " Answer: {r}.",
 )
-_DIRECT = (" the answer is {r}.", " it is {r} {things}.", " that makes {r}.")
 _GUESSES = (
     (" I guess", " I think", " I suppose", " I would say"),
     (" maybe {a}", " perhaps {a}", " about {a}", " roughly {a}"),
     (" {things}.", " or so.", " in all.", " more or less."),
     (" Who knows.", " That is a guess.", " Hard to say.", " Not sure."),
 )
-_SHARES = (0.7, 0.0, 0.3)
-"""How much of the corpus is worked, direct and guessed."""
+_GUESSED_SHARE = 0.3

@@ -57,8 +57,9 @@ def collate(batch: RolloutBatch, indices: list[int], device: torch.device) -> Mi
         ValueError: a prompt has no token, so that nothing predicts the first response token.
     """
     rows, columns, sequences, positions, labels, inputs = [], [], [], [], [], []
-    for row, i in enumerate(indices):
-        prompt, length = batch.prompt_ids[i], int(batch.lengths[i])
+    lengths = batch.mask[indices].sum(dim=1).tolist()
+    for row, (i, length) in enumerate(zip(indices, lengths, strict=True)):
+        prompt = batch.prompt_ids[i]
         if not prompt:
             raise ValueError(f"prompt {i}: expected at least one token (a BOS at least), found none")
         response = batch.completion_ids[i, :length]
