@@ -88,14 +88,8 @@ class TensorBoardDiagnostics(ProbeCallback):
 
 
 def training_step(result: ProbeResult) -> int:
-    """The training step of the checkpoint: from the result, else from a name such as `step_60`, else 0."""
-    known = result.values.get("training_step")
-    if isinstance(known, int):
-        return known
-    named = re.findall(
-        r"(?:step|checkpoint|ckpt|iter)[-_=]?(\d+)", result.checkpoint_name, flags=re.IGNORECASE
-    )
-    return int(named[-1]) if named else 0
+    """The training step of the checkpoint, 0 where it is not known."""
+    return result.values.get("training_step") or 0
 
 
 def scalar_tags(values: Mapping[str, Any]) -> dict[str, float]:

@@ -6,7 +6,8 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -93,9 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
-    _quiet_libraries()
     try:
-        ProbeCLI(_shorthands(args) or ["--help"])
+        with quiet_console():
+            ProbeCLI(_shorthands(args) or ["--help"])
     except ProbeError as error:
         return _fail(error, str(error), USAGE_ERROR, debug)
     except KeyboardInterrupt as error:
@@ -132,18 +133,28 @@ def _shorthands(args: list[str]) -> list[str]:
     return out
 
 
-def _quiet_libraries() -> None:
-    """Leave stderr to the probe's own messages: notes, progress and errors."""
+@contextmanager
+def quiet_console() -> Iterator[None]:
+    """Leave stderr to the probe's own notes, progress and errors; libraries' warnings are not the user's to mend."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("probe")
-    if not package.handlers:
-        package.addHandler(handler)
+    names = ("lightning", "transformers", "datasets", "huggingface_hub", "bitsandbytes", "torch")
+    libraries = {name: logging.getLogger(name).level for name in names}
+    level = package.level
+    package.addHandler(handler)
     package.setLevel(logging.INFO)
-    for name in ("lightning", "transformers", "datasets", "huggingface_hub", "bitsandbytes", "torch"):
+    for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+        for name, before in libraries.items():
+            logging.getLogger(name).setLevel(before)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from probe.config import ProbeConfig
 from probe.data.prompts import default_reward, load_prompts
-from probe.data.rewards import compute_rewards, resolve_reward
+from probe.data.rewards import RewardFunction, compute_rewards, resolve_reward
 from probe.errors import ConfigError, DataError, RolloutError
 from probe.estimators.advantages import count_zero_advantage_groups, group_advantages
 from probe.estimators.derivative_check import derivative_check
@@ -101,6 +101,8 @@ class EntropyProbe(LightningModule):
                 "checkpoint.checkpoint_path: expected a checkpoint folder (or `demo`), found none; set it in the "
                 "config or pass --checkpoint.checkpoint_path PATH"
             )
+        if self.config.batch_config.U_rollouts is None:
+            self._reward()  # a misspelt reward should not cost the loading of a model
         if checkpoint.checkpoint_path == DEMO:
             from probe.demo import ensure_demo_checkpoint  # trains a policy with this module's own parts
 
@@ -176,6 +178,10 @@ class EntropyProbe(LightningModule):
             self.policy, self.tokenizer, prompts, self.config.generation, seed, group, progress
         )
 
+    def _reward(self) -> RewardFunction:
+        """The reward of the update batch."""
+        return resolve_reward(default_reward(self.config.batch_config))
+
     def _read(self, path: str) -> RolloutBatch:
         batch = self.config.batch_config
         vocabulary = self.policy.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
@@ -193,11 +199,10 @@ class EntropyProbe(LightningModule):
                     "it with batch_config.reward_columns"
                 )
         else:
-            reward = resolve_reward(batch.reward if batch.reward is not None else default_reward(batch))
             repeated = [prompt for prompt in prompts for _ in range(batch.G)]
             group = torch.arange(len(prompts)).repeat_interleave(batch.G)
             U, _ = self._sample("U", repeated, group, progress("sample U"))
-            rewards = compute_rewards(reward, U)
+            rewards = compute_rewards(self._reward(), U)
         advantages = group_advantages(rewards, U.group, self.config.probe_rework.advantage_kind)
         return replace(U, rewards=rewards, advantages=advantages)
 

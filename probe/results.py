@@ -33,6 +33,7 @@ RESULT_KEYS: dict[str, str] = {
     "batch_statistics": "lengths, rewards and advantages of E and U",
     "timing": "seconds per phase that ran, and their total",
     "checkpoint_path": "the checkpoint that was probed",
+    "training_step": "its training step, from trainer_state.json or its name; null where neither says",
 }
 """Keys of the result mapping. Those in nats per response exist with the suffix `_tok` in nats per token too; the
 keys of a phase that did not run are absent."""
@@ -89,6 +90,7 @@ def build_values(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
     return values | {
         **_batch_sizes(state),
         "checkpoint_path": module.config.checkpoint.checkpoint_path,
+        "training_step": None if module.files is None else module.files.step,
         "diagnostics": _diagnostics(state, module),
         "batch_statistics": _batch_statistics(state),
         "timing": dict(state.timing),

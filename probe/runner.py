@@ -23,7 +23,7 @@ from probe.errors import ConfigError, ProbeError
 from probe.module import EntropyProbe
 from probe.results import ProbeResult, build_values
 from probe.scoring.passes import Progress
-from probe.snapshot import evaluation_mode, exact_float32, isolated_rng
+from probe.snapshot import evaluation_mode, exact_float32, isolated_rng, one_thread
 from probe.state import ProbeState
 
 Precision = Literal["32-true", "64-true", "bf16-mixed", "16-mixed"]
@@ -78,6 +78,7 @@ class ProbeRunner:
                 "trainable weights must stay in float32 (checkpoint.dtype sets the type of the frozen ones)"
             )
         self.extra_callbacks = [callbacks] if isinstance(callbacks, ProbeCallback) else list(callbacks or [])
+        self._default_logger = logger is True
         self.state = ProbeState()
         self.result: ProbeResult | None = None
         self.errors: list[ProbeError] = []
@@ -120,6 +121,8 @@ class ProbeRunner:
         started = datetime.now().astimezone()
         callbacks = [*default_callbacks(module.config), *self.extra_callbacks]
         self.fabric._callbacks = callbacks
+        if self._default_logger:  # one run, one version folder: TensorBoard ties hyper-parameters to it
+            self.fabric._loggers = _loggers(True)
         self.fabric.launch()
         try:
             with isolated_rng(), exact_float32():
@@ -140,7 +143,8 @@ class ProbeRunner:
         Args:
             module: as configured by `configs/quickstart.yaml`.
         """
-        result = self.run(module)
+        with one_thread():  # the model is so small that threads would mostly wait for each other
+            result = self.run(module)
         print(NEXT_STEPS)
         return result
 

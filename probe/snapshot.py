@@ -40,6 +40,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch's operators on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def exact_float32() -> Iterator[None]:
     """Switch TF32 and other reduced-precision float32 products off."""
     precision = torch.get_float32_matmul_precision()

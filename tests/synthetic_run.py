@@ -165,7 +165,11 @@ def make_result(state: ProbeState, config: ProbeConfig | None = None, **changes:
     assert state.prediction is not None
     assert state.ground_truth is not None
     truth, prediction = state.ground_truth, state.prediction
-    values: dict[str, Any] = {"checkpoint_path": "/runs/qwen/step_60", "learning_rate": 1e-6}
+    values: dict[str, Any] = {
+        "checkpoint_path": "/runs/qwen/step_60",
+        "training_step": 60,
+        "learning_rate": 1e-6,
+    }
     values |= {"B_E": len(state.E), "B_U": len(state.U.group.unique()), "G": 8}
     values |= {name: getattr(prediction, name) for name in vars(prediction)}
     for suffix, change in (("", truth.sequence), ("_tok", truth.token)):

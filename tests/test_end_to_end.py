@@ -44,7 +44,9 @@ def checkpoint(tmp_path_factory, base):
 @pytest.fixture(scope="session")
 def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{i} apples", "answer": str(i)}) + "\n" for i in range(40)))
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{i} apples", "answer": str(i)}) + "\n" for i in range(40))
+    )
     return path
 
 
@@ -77,7 +79,7 @@ def run(config, **sections):
 
 
 def numbers(results):
-    return {k: v for k, v in results.items() if k not in ("timing", "checkpoint_path")}
+    return {k: v for k, v in results.items() if k not in ("timing", "checkpoint_path", "training_step")}
 
 
 def fingerprint(probe):
@@ -109,7 +111,9 @@ def same(a, b):
 def test_every_key_is_there_and_is_plain(config):
     results = run(config)
     per_token = {"bars_dot", "deltaH1", "pathwise", "score", "H_orig", "H_upd", "deltaH_true", "residual"}
-    expected = set(RESULT_KEYS) | {f"{k}_tok" for k in per_token} | {"deltaH_true_tok_se", "deltaH_true_tok_ci95"}
+    expected = (
+        set(RESULT_KEYS) | {f"{k}_tok" for k in per_token} | {"deltaH_true_tok_se", "deltaH_true_tok_ci95"}
+    )
     assert set(results) == expected
     assert set(results["diagnostics"]) == set(DIAGNOSTIC_KEYS)
     assert set(results["timing"]) == {"load", *PHASES[:-1], "total"}
@@ -134,7 +138,9 @@ def test_same_seed_same_numbers_and_other_seed_other_numbers(config):
 
 def test_memory_settings_change_the_last_digits_only(config):
     first = run(config)
-    second = run(config, memory_config={"microbatch_size": 3, "head_chunk_tokens": 5}, generation={"batch_size": 5})
+    second = run(
+        config, memory_config={"microbatch_size": 3, "head_chunk_tokens": 5}, generation={"batch_size": 5}
+    )
     for key in ("H_orig", "H_upd", "bars_dot_tok"):
         assert second[key] == pytest.approx(first[key], rel=1e-4), key
     for key in ("deltaH1", "deltaH_true"):
@@ -194,7 +200,9 @@ def test_learning_rate_has_one_source(config):
     assert saved["diagnostics"]["step_norm"] > 0
     double = run(config, probe_rework={"learning_rate": 2e-3})
     assert double["learning_rate"] == 2e-3
-    assert double["diagnostics"]["step_norm"] == pytest.approx(2 * saved["diagnostics"]["step_norm"], rel=1e-3)
+    assert double["diagnostics"]["step_norm"] == pytest.approx(
+        2 * saved["diagnostics"]["step_norm"], rel=1e-3
+    )
     assert double["bars_dot"] == pytest.approx(saved["bars_dot"], rel=1e-3)
 
 
@@ -339,19 +347,21 @@ def test_refusals(config, tmp_path, monkeypatch):
         run(config, batch_config={"B_U": 1000})
     with pytest.raises(ConfigError, match="devices"):
         run(config, trainer={"devices": 2})
-    (tmp_path / "U.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "c"}\n')
+    (tmp_path / "U.jsonl").write_text(
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "c"}\n'
+    )
     with pytest.raises(DataError, match="column with rewards"):
         run(config, batch_config={"U_rollouts": str(tmp_path / "U.jsonl")})
+    probe = OfflineEntropyProbe(changed(config, probe_rework={"step": "preconditioned"}))
+    probe.runner.extra_callbacks.append(ForgetMoments())
     with pytest.raises(OptimizerStateError, match="preconditioned"):
-        probe = OfflineEntropyProbe(changed(config, probe_rework={"step": "preconditioned"}))
-        probe.runner.extra_callbacks.append(ForgetMoments())
         probe.run_mixed_probe()
     monkeypatch.setattr("probe.module.SAMPLING_GAP_LIMIT", {torch.float32: -1.0})
     with pytest.raises(RolloutError, match="sampling and scoring to see the same policy"):
         run(config)
+    probe = OfflineEntropyProbe(config)
+    probe.runner.extra_callbacks.append(DistortGradients(monkeypatch))
     with pytest.raises(NumericalError, match="derivative"):
-        probe = OfflineEntropyProbe(config)
-        probe.runner.extra_callbacks.append(DistortGradients(monkeypatch))
         probe.run_mixed_probe()
 
 

@@ -490,7 +490,10 @@ def test_all_responses_empty(tmp_path, row):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([5, 100], "below the 100 tokens of the policy's vocabulary, found 100; the file was made with another tokenizer"),
+        (
+            [5, 100],
+            "below the 100 tokens of the policy's vocabulary, found 100; the file was made with another tokenizer",
+        ),
         ([-1], "below the 100 tokens of the policy's vocabulary, found -1"),
         ([1.5], r"to be a list of token ids, found \[1.5\]"),
         ([True], r"to be a list of token ids, found \[True\]"),

@@ -1,0 +1,197 @@
+"""The command line as a user meets it: what is printed, where, and the exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from probe.callbacks import ProbeCallback
+from probe.cli import main
+from tests.tiny_models import lora_checkpoint, save_base
+
+
+class Announce(ProbeCallback):
+    """Prints a text and the key of a result."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def on_report_end(self, runner, module, result):
+        print(self.text, next(k for k in result.values if k == "deltaH1"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    base = save_base(folder / "base")
+    lora_checkpoint(folder / "step_60", base)
+    rows = "".join(json.dumps({"prompt": f"{i} apples", "answer": str(i)}) + "\n" for i in range(40))
+    (folder / "prompts.jsonl").write_text(rows)
+    config = {
+        "checkpoint": {"checkpoint_path": str(folder / "step_60")},
+        "batch_config": {
+            "dataset_name": str(folder / "prompts.jsonl"),
+            "split": "train",
+            "B_E": 8,
+            "B_U": 2,
+            "G": 2,
+        },
+        "generation": {"max_new_tokens": 6},
+        "memory_config": {"microbatch_size": 8},
+        "trainer": {"accelerator": "cpu"},
+    }
+    config["batch_config"]["reward"] = "exact_number"
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture
+def call(files, tmp_path, monkeypatch, capsys):
+    """Run a command in an empty folder: `(code, stdout, stderr)`."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str):
+        try:
+            code = main([*args])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_a_run_prints_the_report_and_writes_the_logs(call, files, tmp_path):
+    code, out, err = call(
+        "run",
+        "--config",
+        str(files / "config.yaml"),
+        "--batch_config.B_E",
+        "12",
+        "--output.results_path",
+        "r.json",
+    )
+    assert code == 0, err
+    assert "deltaH1" in out
+    assert "deltaH_true" in out
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["B_E"] == 12
+    assert results["training_step"] == 60
+    names = [p.name for p in (tmp_path / "lightning_logs").glob("20*/*")]
+    assert len(names) == 3
+    assert all(name.startswith("entropy_probe_") and "step_60" in name for name in names)
+    assert list((tmp_path / "lightning_logs" / "entropy_probe" / "version_0").glob("events.*"))
+
+
+def test_shorthands(call, files):
+    code, out, _ = call(
+        "run", "--config", "test_deltaH1", "--checkpoint", str(files / "step_60"), "--trainer.logger", "false",
+        "--batch_config.dataset_name", str(files / "prompts.jsonl"), "--batch_config.split=train",
+        "--batch_config.reward=exact_number", "--detailed_logging.enabled=false",
+    )  # fmt: skip
+    assert code == 0
+    assert "step_60" in out
+
+
+def test_print_config_gives_a_configuration_that_can_be_run(call, files, tmp_path):
+    code, out, _ = call("run", "--config", str(files / "config.yaml"), "--print_config")
+    assert code == 0
+    assert yaml.safe_load(out)["batch_config"]["B_E"] == 8
+
+
+def test_help_explains_options(call):
+    code, out, _ = call("run", "--help")
+    assert code == 0
+    assert "--batch_config.B_E" in out
+    assert "prompts drawn with replacement" in out
+    code, out, _ = call()
+    assert code == 0
+    assert "demo" in out
+
+
+BAD = [
+    (["--batch_config.BE", "3"], "did you mean batch_config.B_E?"),
+    (["--batch_config.B_E", "x"], "batch_config.B_E: expected int, found 'x'"),
+    (["--checkpoint", "/nowhere"], "/nowhere"),
+    (["--batch_config.B_U", "500"], "batch_config.B_U"),
+    (["--batch_config.prompt_column", "text"], "text"),
+    (["--batch_config.reward", "no_such_reward"], "no_such_reward"),
+    (["--generation.top_k", "50"], "generation.allow_truncated_support"),
+    (["--trainer.devices", "2"], "expected 1 device"),
+    (["--trainer.accelerator", "gpu"], "devices cannot be set up"),
+]
+
+
+@pytest.mark.parametrize(("extra", "message"), BAD, ids=[b[0][0] + b[0][1] for b in BAD])
+def test_bad_input_gives_one_line_and_code_2(call, files, extra, message):
+    code, _, err = call("run", "--config", str(files / "config.yaml"), *extra)
+    errors = [line for line in err.splitlines() if "error" in line]
+    assert code == 2
+    assert len(errors) == 1, err
+    assert errors[0].startswith("entropy-probe: error: ")
+    assert message in errors[0]
+    assert "Traceback" not in err
+
+
+def test_other_bad_input(call, files, tmp_path):
+    code, _, err = call("run")
+    assert code == 2
+    assert "expected a checkpoint folder" in err
+    code, _, err = call("run", "--config", "missing.yaml")
+    assert code == 2
+    assert "found no missing.yaml" in err
+    code, _, err = call("probe")
+    assert code == 2
+    assert "'run'" in err
+    (tmp_path / "empty").mkdir()
+    code, _, err = call(
+        "run", "--config", str(files / "config.yaml"), "--checkpoint", str(tmp_path / "empty")
+    )
+    assert code == 2
+    assert "adapter_config.json" in err
+
+
+def test_debug_shows_the_traceback(call, files):
+    code, _, err = call("run", "--config", str(files / "config.yaml"), "--checkpoint", "/nowhere", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_run(call, files, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, out, err = call(
+        "run",
+        "--config",
+        str(files / "config.yaml"),
+        "--detailed_logging.output_directory",
+        str(tmp_path / "file"),
+    )
+    assert code == 2
+    assert "file" in err
+    assert "deltaH1" not in out
+
+
+def test_callbacks_by_class_path(call, files, tmp_path):
+    extra = {
+        "callbacks": [{"class_path": "tests.test_cli.Announce", "init_args": {"text": "hello"}}],
+        "logger": False,
+    }
+    config = yaml.safe_load((files / "config.yaml").read_text())
+    (tmp_path / "with.yaml").write_text(yaml.safe_dump({**config, "trainer": {**config["trainer"], **extra}}))
+    code, out, err = call("run", "--config", str(tmp_path / "with.yaml"))
+    assert code == 0, err
+    assert "hello deltaH1" in out
+
+
+def test_python_dash_m(files):
+    done = subprocess.run(
+        [sys.executable, "-m", "probe", "run", "--config", "nope"],
+        capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "found no nope" in done.stderr
