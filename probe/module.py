@@ -107,7 +107,8 @@ class EntropyProbe(LightningModule):
             from probe.demo import ensure_demo_checkpoint  # trains a policy with this module's own parts
 
             checkpoint = replace(checkpoint, checkpoint_path=str(ensure_demo_checkpoint()))
-        self.files = locate_checkpoint(checkpoint)
+        files = locate_checkpoint(checkpoint)
+        self.files = replace(files, name=DEMO) if self.config.checkpoint.checkpoint_path == DEMO else files
         model, self.tokenizer = load_policy_model(checkpoint, self.files, device)
         self.optimizer = load_optimizer(
             model, self.files, checkpoint, learning_rate=self.config.probe_rework.learning_rate

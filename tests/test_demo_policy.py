@@ -201,8 +201,8 @@ def test_progress_is_on_stderr_or_nowhere(tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_demo_is_worth_probing(tmp_path):
-    facts = json.loads((ensure_demo_checkpoint(tmp_path, progress=False).parent / "demo.json").read_text())
+def test_demo_is_worth_probing(demo_cache):
+    facts = json.loads((demo_cache / "demo-v1-seed0" / "demo.json").read_text())
     before, after = facts["before_grpo"], facts["after_grpo"]
     assert 0.2 < before["accuracy"] < 0.6
     assert after["accuracy"] > before["accuracy"]
