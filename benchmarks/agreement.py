@@ -62,23 +62,25 @@ def over_seeds(config: dict[str, Any], seeds: int) -> float:
     return float(runs[0]["learning_rate"])
 
 
-def over_learning_rates(config: dict[str, Any], trained: float) -> None:
-    """Print the second table and the log-log slope."""
-    points = []
+def over_learning_rates(config: dict[str, Any], trained: float, seeds: int) -> None:
+    """Print the second table: the difference over eta^2, which tends to a constant, and the log-log slope."""
     precise = {**config, "checkpoint": {**config["checkpoint"], "dtype": "float64"}}
-    print("\n| learning rate | deltaH1 (matched) | deltaH_true (snis) | difference | difference / eta^2 |")
-    print("|---|---|---|---|---|")
-    for factor in FACTORS:
-        eta = trained * SMALLEST * factor
-        r = probe(precise, 0, weighting="matched", learning_rate=eta)
-        points.append((math.log(eta), math.log(abs(r["residual"]))))
-        print(
-            f"| {eta:.3g} | {r['deltaH1']:+.6f} | {r['deltaH_true']:+.6f} | {r['residual']:+.3e} "
-            f"| {r['residual'] / eta**2:+.4g} |"
-        )
+    etas = [trained * SMALLEST * factor for factor in FACTORS]
+    print(f"\n| seed | estimand | {' | '.join(f'{eta:.3g}' for eta in etas)} | log-log slope |")
+    print(f"|---|---|{'---|' * len(etas)}---|")
+    for seed in range(seeds):
+        runs = [probe(precise, seed, weighting="matched", learning_rate=eta) for eta in etas]
+        for estimand, key in (("sequence", "residual"), ("token", "residual_tok")):
+            scaled = [f"{r[key] / eta**2:+.1f}" for r, eta in zip(runs, etas, strict=True)]
+            slope = log_log_slope(etas, [r[key] for r in runs])
+            print(f"| {seed} | {estimand} | {' | '.join(scaled)} | {slope:.2f} |", flush=True)
+
+
+def log_log_slope(x: list[float], y: list[float]) -> float:
+    """Least-squares slope of `log |y|` against `log x`."""
+    points = [(math.log(u), math.log(abs(v))) for u, v in zip(x, y, strict=True)]
     mx, my = (statistics.mean(p[k] for p in points) for k in (0, 1))
-    slope = sum((x - mx) * (y - my) for x, y in points) / sum((x - mx) ** 2 for x, _ in points)
-    print(f"\nlog-log slope of the difference over a factor {FACTORS[-1]:g}: {slope:.3f} (2 expected)")
+    return sum((u - mx) * (v - my) for u, v in points) / sum((u - mx) ** 2 for u, _ in points)
 
 
 def main() -> int:
@@ -90,7 +92,7 @@ def main() -> int:
     parser.add_argument("--config", default="quickstart")
     options = parser.parse_args()
     config = read_config_file(options.config)
-    over_learning_rates(config, over_seeds(config, options.seeds))
+    over_learning_rates(config, over_seeds(config, options.seeds), options.seeds)
     return 0
 
 
