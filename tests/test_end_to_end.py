@@ -294,11 +294,16 @@ def test_full_model_written_by_the_trainer(config, tmp_path, base):
         run(config, checkpoint={"checkpoint_path": str(folder)}, probe_rework={"kl_coef": 0.1})
 
 
-@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"load_in_4bit": True}, {"dtype": "float64"}])
+@pytest.mark.parametrize(
+    "settings", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"load_in_4bit": True}, {"dtype": "float64"}]
+)
 def test_other_precisions(config, settings):
-    rework = {"weighting": "matched", "learning_rate": 3e-3}
+    # An entropy bonus makes a step whose effect stands far above the rounding of half precision.
+    rework = {"weighting": "matched", "learning_rate": 1e-3, "entropy_coef": 10.0}
     results = run(config, checkpoint=settings, probe_rework=rework, batch_config={"B_E": 64})
-    assert abs(results["residual"]) < 0.5 * results["deltaH_true_se"]
+    assert results["deltaH_true_tok"] > 3 * results["deltaH_true_tok_se"]
+    for suffix in ("", "_tok"):
+        assert results[f"deltaH1{suffix}"] == pytest.approx(results[f"deltaH_true{suffix}"], rel=0.2)
     assert results["diagnostics"]["derivative_check_error"] < 0.25
 
 

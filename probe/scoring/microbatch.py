@@ -20,9 +20,9 @@ class MicroBatch:
         attention_mask: `(b, L)` int64.
         sequence: index in the rollout batch of each response token, `(n,)`, CPU.
         position: position `t` in the response of each response token, `(n,)`, CPU.
-        row: microbatch row whose hidden state predicts the token, `(n,)`.
-        column: `prompt_len - 1 + t`, the position of that hidden state, `(n,)`.
-        labels: the response tokens, `(n,)`.
+        row: microbatch row whose hidden state predicts the token, `(n,)`, CPU.
+        column: `prompt_len - 1 + t`, the position of that hidden state, `(n,)`, CPU.
+        labels: the response tokens, `(n,)`, CPU.
         size: `b`.
     """
 
@@ -81,8 +81,8 @@ def collate(batch: RolloutBatch, indices: list[int], device: torch.device) -> Mi
         attention_mask=attention_mask.to(device),
         sequence=torch.cat(sequences),
         position=torch.cat(positions),
-        row=torch.cat(rows).to(device),
-        column=torch.cat(columns).to(device),
-        labels=torch.cat(labels).to(device),
+        row=torch.cat(rows),
+        column=torch.cat(columns),
+        labels=torch.cat(labels),
         size=len(indices),
     )

@@ -6,7 +6,7 @@ memory does not grow with the size of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -62,7 +62,8 @@ class Policy:
                 input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, use_cache=False
             )
         head.check(captured[-1], output.logits)
-        return captured[-1][inputs.row.to(captured[-1].device), inputs.column.to(captured[-1].device)]
+        hidden = captured[-1]  # on the output layer's device, which need not be the inputs'
+        return hidden[inputs.row.to(hidden.device), inputs.column.to(hidden.device)]
 
 
 def score_tokens(policy: Policy, batch: RolloutBatch, progress: Progress | None = None) -> TokenScores:
@@ -86,10 +87,9 @@ def score_tokens(policy: Policy, batch: RolloutBatch, progress: Progress | None 
         for inputs in microbatches(batch, policy.microbatch_size, policy.device):
             hidden = policy.hidden_states(head, inputs)
             for rows in torch.arange(len(inputs.labels)).split(policy.head_chunk_tokens):
-                on_device = rows.to(hidden.device)
-                logprob, entropy = token_statistics(
-                    head.logits(hidden[on_device]), inputs.labels[on_device], policy.temperature
-                )
+                logits = head.logits(hidden[rows.to(hidden.device)])
+                labels = inputs.labels[rows].to(hidden.device)
+                logprob, entropy = token_statistics(logits, labels, policy.temperature)
                 collector.add(inputs.sequence[rows], inputs.position[rows], logprob, entropy)
             collector.advance(inputs.size)
     return collector.finish()
@@ -125,22 +125,16 @@ def token_gradients(
     parameters = policy.parameters
     if not parameters:
         raise NumericalError("expected trainable parameters, found none with requires_grad=True")
-    totals = [{name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(objectives)]
+    totals = _Totals(parameters, objectives, tokens=int(batch.mask.sum()))
     collector = _Collector(batch, progress)
     head = OutputHead(policy.model)
     with torch.enable_grad():
         for inputs in microbatches(batch, policy.microbatch_size, policy.device):
             hidden = policy.hidden_states(head, inputs)
-            through_head = _head_gradients(
-                policy, head, hidden, inputs, weights, objectives, parameters, totals, collector
-            )
-            _network_gradients(hidden, through_head, parameters, totals)
+            through_head = _head_gradients(policy, head, hidden, inputs, weights, totals, collector)
+            _network_gradients(hidden, through_head, totals)
             collector.advance(inputs.size)
-    for name in parameters:
-        for total in totals:
-            if not bool(torch.isfinite(total[name]).all()):
-                raise NumericalError(f"expected finite gradients, found NaN or infinity in that of {name}")
-    return totals, collector.finish()
+    return totals.finish(), collector.finish()
 
 
 def _head_gradients(
@@ -149,54 +143,75 @@ def _head_gradients(
     hidden: Tensor,
     inputs: MicroBatch,
     weights: TokenWeights,
-    objectives: int,
-    parameters: Mapping[str, nn.Parameter],
-    totals: list[dict[str, Tensor]],
+    totals: _Totals,
     collector: _Collector,
 ) -> list[Tensor]:
-    """Gradients `(n, D_model)` of each objective with respect to `hidden`; the head's own are added to `totals`."""
-    head_parameters = {
-        name: p for name, p in parameters.items() if any(p is q for q in head.layer.parameters())
-    }
+    """Scaled gradients `(n, D_model)` of each objective by `hidden`; the head's own are added to `totals`."""
+    own = {n: p for n, p in totals.parameters.items() if any(p is q for q in head.layer.parameters())}
+    scale, objectives = totals.scale(hidden.dtype), len(totals.values)
     grads = [torch.zeros_like(hidden) for _ in range(objectives)]
     for rows in torch.arange(len(inputs.labels)).split(policy.head_chunk_tokens):
         on_device = rows.to(hidden.device)
         leaf = hidden.detach()[on_device].requires_grad_()
-        logprob, entropy = token_statistics(head.logits(leaf), inputs.labels[on_device], policy.temperature)
+        labels = inputs.labels[rows].to(hidden.device)
+        logprob, entropy = token_statistics(head.logits(leaf), labels, policy.temperature)
         sequence, position = inputs.sequence[rows], inputs.position[rows]
         a, b = weights(sequence, position, *collector.add(sequence, position, logprob, entropy))
         for k in range(objectives):
-            value = (a[k].to(logprob) * logprob + b[k].to(entropy) * entropy).sum()
-            found = torch.autograd.grad(
-                value, [leaf, *head_parameters.values()], retain_graph=k < objectives - 1, allow_unused=True
-            )
+            value = scale * (a[k].to(logprob) * logprob + b[k].to(entropy) * entropy).sum()
+            more = k < objectives - 1
+            found = torch.autograd.grad(value, [leaf, *own.values()], retain_graph=more, allow_unused=True)
             grads[k][on_device] = found[0].to(hidden.dtype)
-            for name, grad in zip(head_parameters, found[1:], strict=True):
-                if grad is not None:
-                    totals[k][name] += grad
+            totals.add(k, own, found[1:], scale)
     return grads
 
 
-def _network_gradients(
-    hidden: Tensor,
-    grads: list[Tensor],
-    parameters: Mapping[str, nn.Parameter],
-    totals: list[dict[str, Tensor]],
-) -> None:
-    """Carry the gradients with respect to `hidden` down the network and add them to `totals`."""
+def _network_gradients(hidden: Tensor, grads: list[Tensor], totals: _Totals) -> None:
+    """Carry the scaled gradients by `hidden` down the network and add them to `totals`."""
     if not hidden.requires_grad:  # only the output layer is trainable
         return
+    parameters = list(totals.parameters.values())
     for k, grad in enumerate(grads):
+        more = k < len(grads) - 1
         found = torch.autograd.grad(
-            hidden,
-            list(parameters.values()),
-            grad_outputs=grad,
-            retain_graph=k < len(grads) - 1,
-            allow_unused=True,
+            hidden, parameters, grad_outputs=grad, retain_graph=more, allow_unused=True
         )
-        for name, part in zip(parameters, found, strict=True):
-            if part is not None:
-                totals[k][name] += part
+        totals.add(k, totals.parameters, found, totals.scale(hidden.dtype))
+
+
+class _Totals:
+    """The gradients of the objectives, summed over microbatches."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], objectives: int, tokens: int) -> None:
+        self.parameters = parameters
+        self.values = [
+            {name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(objectives)
+        ]
+        self._power = max(tokens, 1).bit_length()
+
+    def scale(self, dtype: torch.dtype) -> float:
+        """What objectives are multiplied by on the way down the network.
+
+        Weights are of the order of one over the number of tokens, which float16 would flush to zero; a power of two
+        makes up for it without rounding.
+        """
+        return 2.0**self._power if dtype == torch.float16 else 1.0
+
+    def add(self, k: int, names: Iterable[str], grads: Sequence[Tensor | None], scale: float) -> None:
+        """Add scaled gradients of the objective `k`."""
+        for name, grad in zip(names, grads, strict=True):
+            if grad is not None:
+                self.values[k][name] += grad / scale if scale != 1.0 else grad
+
+    def finish(self) -> list[dict[str, Tensor]]:
+        """The gradients, checked."""
+        for values in self.values:
+            for name, total in values.items():
+                if not bool(torch.isfinite(total).all()):
+                    raise NumericalError(
+                        f"expected finite gradients, found NaN or infinity in that of {name}"
+                    )
+        return self.values
 
 
 class _Collector:
