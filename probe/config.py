@@ -47,8 +47,8 @@ class CheckpointConfig:
     """Quantise the quantisation constants as well."""
     device_map: str | None = None
     """`device_map` of `from_pretrained` (for example `auto`); by default Fabric's device holds the whole model."""
-    attn_implementation: str | None = "sdpa"
-    """Attention implementation of `from_pretrained`."""
+    attn_implementation: str | None = None
+    """Attention implementation of `from_pretrained` (`sdpa`, `eager`, ...); by default the best the model supports."""
     optimizer: Literal["auto", "adam", "adamw"] = "auto"
     """Which rule the saved Adam moments belong to; `auto` reads it from the state (AdamW where it does not say)."""
     trust_remote_code: bool = False

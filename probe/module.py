@@ -81,6 +81,7 @@ class EntropyProbe(LightningModule):
         self.model: nn.Module | None = None
         self.tokenizer: Any = None
         self.optimizer: LoadedOptimizer | None = None
+        self._seen_U: SampledTokens | None = None
         self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
     # ---------------------------------------------------------------- loading
@@ -202,7 +203,7 @@ class EntropyProbe(LightningModule):
         else:
             repeated = [prompt for prompt in prompts for _ in range(batch.G)]
             group = torch.arange(len(prompts)).repeat_interleave(batch.G)
-            U, _ = self._sample("U", repeated, group, progress("sample U"))
+            U, self._seen_U = self._sample("U", repeated, group, progress("sample U"))
             rewards = compute_rewards(self._reward(), U)
         advantages = group_advantages(rewards, U.group, self.config.probe_rework.advantage_kind)
         return replace(U, rewards=rewards, advantages=advantages)
@@ -252,6 +253,8 @@ class EntropyProbe(LightningModule):
         rework = self.config.probe_rework
         reference = self._reference_logprobs(U, progress) if rework.kl_coef > 0 else None
         found = loss_gradient(policy, U, self.loss_settings, reference, progress("gradient on U"))
+        if self._seen_U is not None and self.config.batch_config.U_rollouts is None:
+            self._check_sampling(self._seen_U, found.scores)
         optimizer = self.loaded_optimizer
         step, new, norm, factor = optimizer_step(
             optimizer.optimizer,
@@ -326,7 +329,7 @@ class EntropyProbe(LightningModule):
         policy = self.policy
         with parameters_at(policy.parameters, update.new_parameters):
             new = score_tokens(policy, E, progress("score E after the step"))
-        return snis(scores, new)
+        return snis(scores, new, E.group)
 
 
 def _there(value: Any, name: str) -> Any:

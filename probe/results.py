@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ RESULT_KEYS: dict[str, str] = {
     "deltaH_true": "measured entropy change H_upd - H_orig on the same E, nats per response",
     "deltaH_true_se": "standard error of deltaH_true over E, nats per response",
     "deltaH_true_ci95": "[low, high], deltaH_true minus and plus 1.96 standard errors",
-    "residual": "deltaH1 - deltaH_true, nats per response",
+    "residual": "deltaH1 - deltaH_true, nats per response; absent with step: preconditioned",
     "H_orig": "entropy of a response before the update, nats",
     "H_upd": "entropy of a response after the update, nats",
     "learning_rate": "reference learning rate of the optimizer's groups, the one the step was taken with",
@@ -43,7 +44,7 @@ DIAGNOSTIC_KEYS: dict[str, str] = {
     "w_max": "largest importance weight, their mean being 1",
     "w_min": "smallest importance weight, their mean being 1",
     "truncated_fraction": "share of E cut off by max_new_tokens",
-    "zero_advantage_groups": "groups of U whose rewards are all equal: they add nothing to the gradient",
+    "zero_advantage_groups": "groups of U with equal rewards throughout: no policy gradient from them",
     "gradient_norm": "norm of the loss's gradient before clipping",
     "clip_factor": "what gradient clipping multiplied it by",
     "step_norm": "norm of the optimizer's step",
@@ -82,8 +83,9 @@ def build_values(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
         values |= _ground_truth_values(
             state.ground_truth, per_token=module.config.importance.report_per_token
         )
+    same_step = module.config.probe_rework.step != "preconditioned"  # which is not the step that is measured
     for suffix in ("", "_tok"):
-        if f"deltaH1{suffix}" in values and f"deltaH_true{suffix}" in values:
+        if same_step and f"deltaH1{suffix}" in values and f"deltaH_true{suffix}" in values:
             values[f"residual{suffix}"] = values[f"deltaH1{suffix}"] - values[f"deltaH_true{suffix}"]
     if state.update is not None:
         values["learning_rate"] = state.update.learning_rate
@@ -155,6 +157,8 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
         found["derivative_mode"] = "reverse"
         if module.config.probe_rework.step == "preconditioned":
             flags.append("preconditioned_step")
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in module.policy.model.parameters()):
+        flags.append("half_precision")
     if abs(float(found.get("on_policy_z", 0.0))) > ON_POLICY_LIMIT:
         flags.append("E_not_from_this_policy")
     found["bias_flags"] = list(dict.fromkeys(flags))

@@ -26,7 +26,7 @@ from probe.scoring.passes import Progress
 from probe.snapshot import evaluation_mode, exact_float32, isolated_rng, one_thread
 from probe.state import ProbeState
 
-Precision = Literal["32-true", "64-true", "bf16-mixed"]
+Precision = Literal["32-true", "bf16-mixed"]
 """Fabric's name of the precision of forward passes. Trainable weights, moments and steps stay as loaded."""
 
 
@@ -61,7 +61,7 @@ class ProbeRunner:
         """Set the devices up.
 
         Args:
-            accelerator: `cpu`, `gpu`, `mps` or `auto`.
+            accelerator: `cpu`, `gpu` or `auto`.
             devices: how many devices, or which.
             num_nodes: number of machines.
             strategy: how processes work together.
@@ -72,10 +72,10 @@ class ProbeRunner:
         Raises:
             ConfigError: the devices or the precision cannot be had.
         """
-        if precision not in ("32-true", "64-true", "bf16-mixed"):
+        if precision not in ("32-true", "bf16-mixed"):
             raise ConfigError(
-                f"trainer.precision: expected 32-true, 64-true or bf16-mixed, found {precision!r}; the "
-                "trainable weights must stay in float32 (checkpoint.dtype sets the type of the frozen ones)"
+                f"trainer.precision: expected 32-true or bf16-mixed, found {precision!r}; the trainable weights stay "
+                "in float32 (checkpoint.dtype sets the type of the frozen ones, and float64 that of all)"
             )
         self.extra_callbacks = [callbacks] if isinstance(callbacks, ProbeCallback) else list(callbacks or [])
         self._default_logger = logger is True

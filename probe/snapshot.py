@@ -81,57 +81,68 @@ def preserved(
     optimizer: torch.optim.Optimizer,
     device: torch.device | str = "cpu",
 ) -> Iterator[None]:
-    """Keep a deep snapshot of the parameters, their `.grad` and the optimizer's state, and put it back at the end.
+    """Keep a deep snapshot of parameters, their `.grad` and the optimizer's groups and state; put it back at the end.
 
-    The state's tensors are cloned, not only the dictionaries around them: an optimizer writes into its moments in
-    place. On the way back, values are copied into the tensors that were there, so that references to them hold.
+    Parameters that only the optimizer knows belong to the snapshot too: a step moves them where they have a `.grad`.
+    The state's tensors are cloned, however deep they lie, not only the containers around them: an optimizer writes
+    into its moments in place. On the way back, values are written into the tensors and containers that were there, so
+    that references to them hold.
     """
-    values = {name: _copy(p, device) for name, p in parameters.items()}
-    grads = {name: p.grad for name, p in parameters.items()}
-    grad_values = {name: None if g is None else _copy(g, device) for name, g in grads.items()}
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    groups = [
-        {k: _copy(v, device) if isinstance(v, Tensor) else v for k, v in group.items()} for group in groups
-    ]
-    state = {p: dict(entries) for p, entries in optimizer.state.items()}
-    state_values = {
-        p: {k: _copy(v, device) for k, v in entries.items() if isinstance(v, Tensor)}
-        for p, entries in state.items()
-    }
+    everything: dict[int, Tensor] = {id(p): p for p in parameters.values()}
+    everything |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    values = [(p, _copy(p, device), p.grad, _save(p.grad, device)) for p in everything.values()]
+    groups = [_save({k: v for k, v in g.items() if k != "params"}, device) for g in optimizer.param_groups]
+    state = {key: (entries, _save(entries, device)) for key, entries in optimizer.state.items()}
     try:
         yield
     finally:
-        _assign(parameters, values)
-        for name, p in parameters.items():
-            old, kept = grads[name], grad_values[name]
-            if old is not None and kept is not None:
-                _write(old, kept)
-            p.grad = old
-        _restore_optimizer(optimizer, groups, state, state_values)
+        for p, value, grad, saved_grad in values:
+            _write(p, value)
+            p.grad = grad if saved_grad is None else saved_grad.restore()
+        for group, saved in zip(optimizer.param_groups, groups, strict=True):
+            kept = saved.restore()
+            for added in set(group) - set(kept) - {"params"}:
+                del group[added]
+            group.update(kept)
+        for key in [key for key in optimizer.state if key not in state]:
+            del optimizer.state[key]
+        for key, (entries, saved) in state.items():
+            saved.restore()
+            optimizer.state[key] = entries
 
 
-def _restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    groups: list[dict[str, Any]],
-    state: dict[Any, dict[str, Any]],
-    state_values: dict[Any, dict[str, Tensor]],
-) -> None:
-    """Put hyper-parameters and state back, dropping what was added meanwhile."""
-    for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        for key in set(group) - set(saved) - {"params"}:
-            del group[key]
-        for key, value in saved.items():
-            if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
-                _write(group[key], value)
-            else:
-                group[key] = value
-    for p in [p for p in optimizer.state if p not in state]:
-        del optimizer.state[p]
-    for p, entries in state.items():
-        for key, kept in state_values[p].items():
-            _write(entries[key], kept)
-        optimizer.state[p].clear()
-        optimizer.state[p].update(entries)
+class _Saved:
+    """A value with deep copies of the tensors in it, and how to put it back into the same objects."""
+
+    def __init__(self, value: Any, device: torch.device | str) -> None:
+        self._value = value
+        self._content: Any = None
+        if isinstance(value, Tensor):
+            self._content = _copy(value, device)
+        elif isinstance(value, dict):
+            self._content = {key: _Saved(entry, device) for key, entry in value.items()}
+        elif isinstance(value, (list, tuple)):
+            self._content = [_Saved(entry, device) for entry in value]
+
+    def restore(self) -> Any:
+        """Write everything back; returns the value."""
+        if isinstance(self._value, Tensor):
+            _write(self._value, self._content)
+        elif isinstance(self._value, dict):
+            kept = {key: entry.restore() for key, entry in self._content.items()}
+            self._value.clear()
+            self._value.update(kept)
+        elif isinstance(self._value, list):
+            self._value[:] = [entry.restore() for entry in self._content]
+        elif isinstance(self._value, tuple):
+            for entry in self._content:
+                entry.restore()
+        return self._value
+
+
+def _save(value: Any, device: torch.device | str) -> Any:
+    """A deep snapshot of `value`; None stays None."""
+    return None if value is None else _Saved(value, device)
 
 
 def _copy(tensor: Tensor, device: torch.device | str) -> Tensor:

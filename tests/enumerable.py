@@ -22,7 +22,9 @@ def float64_norm(self, hidden_states):
     return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
 
 
-def tiny_model(seed: int = 0, lora: bool = True, vocab: int = VOCAB, hidden: int = 8) -> torch.nn.Module:
+def tiny_model(
+    seed: int = 0, lora: bool = True, vocab: int = VOCAB, hidden: int = 8, layers: int = 1
+) -> torch.nn.Module:
     """A float64 Qwen2 with random weights of a size that makes its distributions uneven."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -30,7 +32,7 @@ def tiny_model(seed: int = 0, lora: bool = True, vocab: int = VOCAB, hidden: int
             vocab_size=vocab,
             hidden_size=hidden,
             intermediate_size=2 * hidden,
-            num_hidden_layers=1,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             num_key_value_heads=1,
             max_position_embeddings=32,
@@ -54,11 +56,11 @@ def tiny_model(seed: int = 0, lora: bool = True, vocab: int = VOCAB, hidden: int
     return model.eval()
 
 
-def tiny_policy(monkeypatch, seed: int = 0, lora: bool = True, **settings) -> Policy:
+def tiny_policy(monkeypatch, seed: int = 0, lora: bool = True, layers: int = 1, **settings) -> Policy:
     """A `Policy` around `tiny_model`, float64 throughout."""
     monkeypatch.setattr(modeling_qwen2.Qwen2RMSNorm, "forward", float64_norm)
     settings = {"temperature": 0.8, "microbatch_size": 64, "head_chunk_tokens": 50, **settings}
-    return Policy(model=tiny_model(seed, lora), **settings)
+    return Policy(model=tiny_model(seed, lora, layers=layers), **settings)
 
 
 def all_sequences(cap: int = CAP, vocab: int = VOCAB) -> RolloutBatch:

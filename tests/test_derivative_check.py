@@ -38,6 +38,41 @@ def test_distorted_gradients_are_refused(monkeypatch):
         derivative_check(policy, all_sequences(cap=3))
 
 
+class Detach(torch.autograd.Function):
+    """Identity forward; backward keeps a share of the gradient."""
+
+    @staticmethod
+    def forward(ctx, x, share):
+        ctx.share = share
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.share, None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "place", ["layers.0", "layers.0.mlp", "layers.1.self_attn.v_proj", "layers.0.self_attn.v_proj"]
+)
+def test_a_part_of_the_gradient_that_is_lost_is_noticed(monkeypatch, place, share):
+    """What is left agrees with itself along its own direction over all parameters; blocks and zeros tell."""
+    policy = tiny_policy(monkeypatch, layers=2)
+    module = policy.model.get_base_model().model.get_submodule(place)
+    module.register_forward_hook(lambda m, args, output: Detach.apply(output, share))
+    with pytest.raises(NumericalError, match=r"disagree|no influence"):
+        derivative_check(policy, all_sequences(cap=3))
+
+
+def test_a_fresh_adapter_passes(monkeypatch):
+    """While LoRA's B is zero, A has no gradient, rightly."""
+    policy = tiny_policy(monkeypatch, layers=2)
+    for name, p in policy.parameters.items():
+        if "lora_B" in name:
+            p.data.zero_()
+    assert derivative_check(policy, all_sequences(cap=3)).relative_error < 0.01
+
+
 def test_a_parameter_without_influence_is_refused(monkeypatch):
     policy = tiny_policy(monkeypatch)
     layer = policy.model.get_base_model().model.layers[0]

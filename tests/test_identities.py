@@ -7,11 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from probe.errors import OptimizerStateError
 from probe.estimators.entropy_gradient import entropy_gradient
 from probe.estimators.losses import LossSettings
 from probe.estimators.prediction import first_order, inner_product
 from probe.estimators.snis import snis
-from probe.estimators.update import adam_closed_form, loss_gradient, optimizer_step
+from probe.estimators.update import (
+    adam_closed_form,
+    loss_gradient,
+    optimizer_step,
+    preconditioned_direction,
+)
 from probe.scoring import score_tokens
 from probe.snapshot import parameters_at
 from tests.enumerable import all_sequences, exact_entropies, naive_scores, tiny_policy
@@ -68,11 +74,22 @@ def test_mean_of_x_is_the_exact_gradient(monkeypatch, lora, weighting, baseline)
 
 @pytest.mark.parametrize("baseline", ["loo_position", "ridge"])
 def test_baselines_from_other_sequences_leave_the_gradient_unbiased(monkeypatch, baseline):
-    """Over all pairs of sequences, weighted by their probability, the mean of X is the exact gradient."""
+    """Over all pairs of sequences, weighted by their probability, the mean of X is the exact gradient.
+
+    Of E[N] and of E[T]; those of the token estimand are made of both.
+    """
     policy, batch = tiny_policy(monkeypatch, seed=1), all_sequences(cap=2)
     exact_seq, _, probability = exact_gradients(policy, batch)
     scores = score_tokens(policy, batch)
-    mean = torch.zeros_like(exact_seq)
+    lengths = (naive_scores(policy, batch)[0].sum(1).exp() * batch.mask.sum(1)).sum()
+    of_length = torch.autograd.grad(lengths, list(policy.parameters.values()), allow_unused=True)
+    exact_length = flat(
+        {
+            n: torch.zeros_like(p) if g is None else g
+            for (n, p), g in zip(policy.parameters.items(), of_length, strict=True)
+        }
+    )
+    mean, mean_length = torch.zeros_like(exact_seq), torch.zeros_like(exact_seq)
     for i in range(len(batch)):
         for j in range(len(batch)):
             pair = torch.tensor([i, j])
@@ -80,12 +97,12 @@ def test_baselines_from_other_sequences_leave_the_gradient_unbiased(monkeypatch,
                 scores, logprob=scores.logprob[pair], entropy=scores.entropy[pair], mask=scores.mask[pair]
             )
             x = entropy_gradient(policy, batch.subset(pair), pair_scores, "causal", baseline)
-            mean += (
-                probability[i]
-                * probability[j]
-                * torch.cat([x.sequence(n).flatten() for n in policy.parameters])
-            )
+            weight = probability[i] * probability[j]
+            mean += weight * torch.cat([x.sequence(n).flatten() for n in policy.parameters])
+            mean_length += weight * flat(x.length)
+    assert exact_length.norm() > 1e-2
     torch.testing.assert_close(mean, exact_seq, rtol=0, atol=1e-10)
+    torch.testing.assert_close(mean_length, exact_length, rtol=0, atol=1e-10)
 
 
 def test_reverse_mode_equals_a_finite_difference_of_the_objective(monkeypatch):
@@ -181,3 +198,61 @@ def test_numbers_do_not_depend_on_the_microbatch_size(monkeypatch):
         )
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-10, atol=1e-12)
+
+
+def test_the_preconditioned_direction_is_the_gradient_over_the_saved_second_moment(monkeypatch):
+    policy = tiny_policy(monkeypatch)
+    optimizer = torch.optim.AdamW(policy.parameters.values(), lr=1e-3, betas=(0.9, 0.95), eps=1e-6)
+    generator = torch.Generator().manual_seed(1)
+    history = []
+    for _ in range(3):
+        for p in policy.parameters.values():
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        history.append({n: p.grad.clone() for n, p in policy.parameters.items()})
+        optimizer.step()
+    gradient = {
+        n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in policy.parameters.items()
+    }
+    found = preconditioned_direction(optimizer, policy.parameters, gradient)
+    for name in policy.parameters:
+        v_hat = sum(0.05 * 0.95 ** (2 - k) * history[k][name] ** 2 for k in range(3)) / (1 - 0.95**3)
+        torch.testing.assert_close(found[name], -gradient[name] / (v_hat.sqrt() + 1e-6))
+    with pytest.raises(OptimizerStateError, match="and AdamW, found SGD"):
+        preconditioned_direction(
+            torch.optim.SGD(policy.parameters.values(), lr=1.0), policy.parameters, gradient
+        )
+    some = torch.optim.AdamW(list(policy.parameters.values())[1:])
+    with pytest.raises(OptimizerStateError, match="every parameter in the optimizer"):
+        adam_closed_form(some, policy.parameters, gradient)
+
+
+def test_the_loss_gradient_is_that_of_the_loss_written_out(monkeypatch):
+    """PPO ratios on both sides of an asymmetric clip range, per token, through the model; and the weights kept."""
+    policy, batch = tiny_policy(monkeypatch), all_sequences(cap=3)
+    generator = torch.Generator().manual_seed(2)
+    l, h = naive_scores(policy, batch)
+    old = l.detach() + 0.4 * torch.randn(l.shape, generator=generator, dtype=l.dtype)
+    A = torch.randn(len(batch), generator=generator, dtype=l.dtype)
+    settings = LossSettings(loss="dapo", clip_low=0.1, clip_high=0.4, entropy_coef=0.05)
+    found = loss_gradient(policy, replace(batch, advantages=A, old_logprobs=old), settings)
+    ratio, a = (l - old).exp(), A.unsqueeze(1)
+    per_token = -torch.min(ratio * a, ratio.clamp(0.9, 1.4) * a) - 0.05 * h
+    loss = per_token[batch.mask].mean()
+    of_l = torch.autograd.grad(loss, l, retain_graph=True)[0] * batch.mask
+    torch.testing.assert_close(found.weights, of_l, rtol=1e-9, atol=1e-12)
+    expected = torch.autograd.grad(loss, list(policy.parameters.values()))
+    for (name, _), e in zip(policy.parameters.items(), expected, strict=True):
+        torch.testing.assert_close(found.gradient[name], e, rtol=1e-8, atol=1e-11)
+    with pytest.raises(ValueError, match="with advantages"):
+        loss_gradient(policy, batch, settings)
+
+
+def test_first_order_refusals(monkeypatch):
+    policy, batch = tiny_policy(monkeypatch), all_sequences(cap=2)
+    x = entropy_gradient(policy, batch, score_tokens(policy, batch))
+    step = {n: torch.zeros_like(p) for n, p in policy.parameters.items()}
+    assert first_order(x, step, 1e-3).deltaH1 == 0.0
+    with pytest.raises(ValueError, match="expected a step for the parameters of X"):
+        first_order(x, {}, 1e-3)
+    with pytest.raises(ValueError, match="learning_rate: expected a number above 0"):
+        first_order(x, step, 0.0)

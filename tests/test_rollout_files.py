@@ -144,14 +144,34 @@ def test_exact_ids_are_taken_as_they_are(tmp_path):
     rows = [
         {"prompt": "a", "completion": "bc", "prompt_ids": [9, 9], "completion_ids": [20, EOS]},
         {"prompt": "a", "completion": "b", "prompt_ids": [9], "completion_ids": [20, 21, 22]},
-        {"prompt": "a", "completion": "b", "prompt_ids": [9], "completion_ids": [EOS, 0, EOS]},
+        {"prompt": "a", "completion": "b", "prompt_ids": [9], "completion_ids": [0, 0, EOS]},
         {"prompt": "a", "completion": "", "prompt_ids": [9], "completion_ids": []},
     ]
     batch = read(write(tmp_path / "a.parquet", rows), cap=3)
     assert batch.prompt_ids == ((9, 9), (9,), (9,), (9,))
-    assert tokens(batch) == [[20, EOS], [20, 21, 22], [EOS, 0, EOS], []]
+    assert tokens(batch) == [[20, EOS], [20, 21, 22], [0, 0, EOS], []]
     assert batch.truncated.tolist() == [False, True, False, False]
     assert batch.bias_flags == ()
+
+
+def test_ids_that_the_policy_cannot_have_sampled_are_refused(tmp_path):
+    row = {"prompt": "a", "completion": "b", "completion_ids": [20, EOS]}
+    for padding in ([EOS, EOS], [0], [21]):
+        padded = [row, {**row, "completion_ids": [20, EOS, *padding]}]
+        with pytest.raises(DataError, match=r"row 1: expected completion_ids to end with their first EOS"):
+            read(write(tmp_path / "a.jsonl", padded))
+    for name in ("completion_mask", "tool_mask"):
+        for mask in ([1, 0], [1]):
+            with pytest.raises(DataError, match=f"expected {name} to be 1 for each of the 2"):
+                read(write(tmp_path / "a.jsonl", [{**row, name: mask}]))
+        assert read(write(tmp_path / "a.jsonl", [{**row, name: [1, 1]}])).bias_flags == ()
+
+
+def test_responses_without_an_end_are_flagged(tmp_path):
+    row = {"prompt": "a", "completion": "b", "completion_ids": [20, 21]}
+    assert read(write(tmp_path / "a.jsonl", [row]), cap=9).bias_flags == ("ended_without_eos",)
+    assert read(write(tmp_path / "a.jsonl", [row]), cap=2).bias_flags == ()
+    assert read(write(tmp_path / "a.jsonl", [{**row, "truncated": False}]), cap=9).bias_flags == ()
 
 
 def test_exact_ids_need_no_chat_template(tmp_path):

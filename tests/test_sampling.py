@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import GenerationConfig as HfGenerationConfig
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from probe.config import GenerationConfig
 from probe.errors import DataError, RolloutError
 from probe.rollouts.batch import PromptExample
 from probe.rollouts.sampling import sample_rollouts, uniforms
-from probe.scoring import score_tokens
+from probe.scoring import Policy, score_tokens
 from tests.enumerable import CAP, EOS, all_sequences, exact_entropies, tiny_policy
+from tests.helpers import char_tokenizer
 
 
 class TokenizerStub:
@@ -131,6 +133,63 @@ def test_truncated_support_marks_the_batch(monkeypatch):
     batch, _ = draw(policy, 50, top_k=1, allow_truncated_support=True)
     assert batch.bias_flags == ("truncated_support",)
     assert len({tuple(ids[m].tolist()) for ids, m in zip(batch.completion_ids, batch.mask, strict=True)}) == 1
+
+
+def test_a_stop_string_ends_a_response_and_is_part_of_it(monkeypatch):
+    """On a model that writes characters: the token that completes the string is the last one."""
+    model, tokenizer = char_model(), char_tokenizer()
+    policy = Policy(model)
+    prompts = [PromptExample("a1", {}, 0)] * 200
+    settings = GenerationConfig(max_new_tokens=12, stop_strings=["2", "zz"])
+    batch, _ = sample_rollouts(policy, tokenizer, prompts, settings, seed=1)
+    plain, _ = sample_rollouts(policy, tokenizer, prompts, GenerationConfig(max_new_tokens=12), seed=1)
+    stopped = 0
+    for text, whole, cut, length in zip(
+        batch.completions, plain.completions, batch.truncated, batch.lengths, strict=True
+    ):
+        if "2" in whole:
+            stopped += 1
+            assert text == whole[: whole.index("2") + 1]
+            assert int(length) == len(text)  # no padding after the stop
+            assert not bool(cut)
+        else:
+            assert "2" not in text
+    assert stopped > 20
+    spanning = GenerationConfig(max_new_tokens=12, stop_strings=["12"])  # the prompt's 1 and the response's 2
+    batch, _ = sample_rollouts(policy, tokenizer, prompts, spanning, seed=1)
+    assert any(text.startswith("2") and len(text) > 1 for text in batch.completions)
+
+
+def char_model():
+    """A random model over the characters of `char_tokenizer`, most likely to write 2."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        }
+        config = Qwen2Config(vocab_size=100, num_hidden_layers=1, eos_token_id=1, pad_token_id=0, **sizes)
+        model = Qwen2ForCausalLM(config).eval()
+    token = char_tokenizer()("2")["input_ids"][0]
+    bias = torch.zeros(100)
+    bias[token] = 1.5
+    bias[:4] = -5.0  # special tokens have texts of their own
+    model.lm_head = torch.nn.Linear(16, 100)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    model.lm_head.bias.data = bias
+    return model
+
+
+def test_a_generation_config_on_the_peft_model_does_not_enter_either(monkeypatch):
+    policy = tiny_policy(monkeypatch)
+    plain, _ = draw(policy, 30)
+    own = HfGenerationConfig(repetition_penalty=5.0, eos_token_id=EOS)
+    policy.model.generation_config = own
+    with_own, _ = draw(policy, 30)
+    assert torch.equal(plain.completion_ids, with_own.completion_ids)
+    assert policy.model.generation_config is own
 
 
 def test_refusals(monkeypatch):

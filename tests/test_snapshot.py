@@ -90,6 +90,46 @@ def test_preserved_drops_state_that_a_fresh_optimizer_made():
     assert model.weight.grad is None
 
 
+class Nested(torch.optim.Optimizer):
+    """Keeps its moment inside a list inside a dictionary, as second-order optimizers do."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1, "history": [torch.zeros(1)]})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["history"][0] += 1
+            for p in group["params"]:
+                moments = self.state[p].setdefault("factors", {"left": [torch.zeros_like(p)]})["left"]
+                moments[0] += p.grad
+                p.data -= group["lr"] * moments[0]
+
+
+def test_nested_state_is_restored():
+    model = nn.Linear(2, 1)
+    parameters = dict(model.named_parameters())
+    optimizer = Nested(model.parameters())
+    gradient = {n: torch.ones_like(p) for n, p in parameters.items()}
+    for p in parameters.values():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    moment = optimizer.state[model.weight]["factors"]["left"][0]
+    before = everything(model, optimizer)
+    first, second = (optimizer_step(optimizer, parameters, gradient, None) for _ in range(2))
+    assert equal(first[0], second[0])
+    assert equal(everything(model, optimizer), before)
+    assert optimizer.state[model.weight]["factors"]["left"][0] is moment
+
+
+def test_parameters_that_only_the_optimizer_knows_are_restored():
+    model, optimizer = trained()
+    before = everything(model, optimizer)
+    some = {n: p for n, p in model.named_parameters() if n.startswith("2.")}
+    optimizer_step(optimizer, some, {n: torch.ones_like(p) for n, p in some.items()}, 1.0)
+    assert equal(everything(model, optimizer), before)
+
+
 def test_a_second_step_equals_the_first():
     """Moments that were only shallowly copied would drift from one step to the next."""
     model, optimizer = trained()

@@ -4,7 +4,8 @@ With `A` the advantage, `r = exp(l - l_old)` the ratio and `c[i, t]` the loss's 
 
     loss = sum_(i,t) c[i, t] * ( -min(r A, clip(r, 1 - low, 1 + high) A) + kl_coef * k3(l_ref - l) - entropy_coef * h )
 
-where `k3(d) = exp(d) - d - 1` estimates the KL divergence to the reference policy.
+where `k3(d) = exp(d) - d - 1` estimates the KL divergence to the reference policy. The entropy bonus has the loss's own
+normalisation (TRL averages it over all tokens of the batch whatever the loss; with `dapo` the two are the same).
 """
 
 from __future__ import annotations
@@ -103,14 +104,14 @@ def loss_weights(
         >>> loss_weights(LossSettings(), one, 2 * one, -one, old_logprob=-1.1 * one)[0]  # ratio 1.105, inside the clip
         tensor([-2.2103])
         >>> loss_weights(LossSettings(), one, 2 * one, -one, old_logprob=-2 * one)[0]  # ratio 2.7, clipped
-        tensor([-0.])
+        tensor([0.])
     """
     if old_logprob is None:
         of_logprob = -advantages * torch.ones_like(logprob)
     else:
         ratio = (logprob - old_logprob).exp()
         inside = torch.where(advantages >= 0, ratio <= 1 + settings.clip_high, ratio >= 1 - settings.clip_low)
-        of_logprob = -advantages * ratio * inside
+        of_logprob = torch.where(inside, -advantages * ratio, 0.0)  # a clipped ratio may be infinite
     if settings.kl_coef > 0:
         if ref_logprob is None:
             raise ValueError("kl_coef > 0: expected reference log-probs, found none")

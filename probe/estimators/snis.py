@@ -28,8 +28,8 @@ class EntropyChange:
         H_orig: entropy at `theta`, nats.
         H_upd: entropy at `theta + step`, nats.
         delta: `H_upd - H_orig`.
-        se: standard error of `delta` over E, by the influence function; both entropies come from the same
-            sequences, so their common error cancels.
+        se: standard error of `delta` over E, by the influence function, with prompts as the independent units;
+            both entropies come from the same sequences, so their common error cancels.
     """
 
     H_orig: float
@@ -68,15 +68,18 @@ class GroundTruth:
     scores_new: TokenScores
 
 
-def snis(old: TokenScores, new: TokenScores) -> GroundTruth:
+def snis(old: TokenScores, new: TokenScores, group: Tensor | None = None) -> GroundTruth:
     """Measure the entropy change from scores of the same sequences before and after the update.
 
     The estimate is consistent, with a bias of order `1 / B`. The standard errors are those of the ratio's influence
-    function, e.g. `(w_i / mean(w)) (N_new_i - H_upd) - (N_old_i - H_orig)` for `sequence`, divided by `sqrt(B)`.
+    function, e.g. `(w_i / mean(w)) (N_new_i - H_upd) - (N_old_i - H_orig)` for `sequence`, summed within each of the
+    `P` groups: `sqrt(P / (P - 1) sum_p s_p^2) / B`.
 
     Args:
         old: scores of E under the policy that sampled it, `B` sequences.
         new: scores of E under the updated policy.
+        group: `(B,)` int64, equal for responses to the same draw of a prompt, which are not independent of each
+            other; by default every sequence is its own group.
 
     Raises:
         ValueError: the batches differ in shape.
@@ -101,8 +104,10 @@ def snis(old: TokenScores, new: TokenScores) -> GroundTruth:
     weights = (log_weights - log_weights.max()).exp()
     weights = weights / weights.mean()
     return GroundTruth(
-        sequence=_change(weights, old.sequence_entropy, new.sequence_entropy, torch.ones_like(weights)),
-        token=_change(weights, old.sequence_entropy, new.sequence_entropy, old.lengths),
+        sequence=_change(
+            weights, old.sequence_entropy, new.sequence_entropy, torch.ones_like(weights), group
+        ),
+        token=_change(weights, old.sequence_entropy, new.sequence_entropy, old.lengths, group),
         ess=float(weights.sum() ** 2 / (weights**2).sum()),
         w_max=float(weights.max()),
         w_min=float(weights.min()),
@@ -112,11 +117,15 @@ def snis(old: TokenScores, new: TokenScores) -> GroundTruth:
     )
 
 
-def _change(w: Tensor, N_old: Tensor, N_new: Tensor, size: Tensor) -> EntropyChange:
+def _change(w: Tensor, N_old: Tensor, N_new: Tensor, size: Tensor, group: Tensor | None) -> EntropyChange:
     """Change of the ratio `E[N] / E[size]`, with its standard error."""
     B = len(w)
     H_orig = N_old.mean() / size.mean()
     H_upd = (w * N_new).mean() / (w * size).mean()
     influence = w * (N_new - H_upd * size) / (w * size).mean() - (N_old - H_orig * size) / size.mean()
-    se = influence.std(unbiased=True) / B**0.5 if B > 1 else torch.tensor(float("inf"))
-    return EntropyChange(H_orig=float(H_orig), H_upd=float(H_upd), delta=float(H_upd - H_orig), se=float(se))
+    if group is not None:
+        _, member = group.unique(return_inverse=True)
+        influence = torch.zeros(int(member.max()) + 1, dtype=w.dtype).index_add_(0, member, influence)
+    P = len(influence)
+    se = float((P / (P - 1) * influence.square().sum()).sqrt() / B) if P > 1 else float("inf")
+    return EntropyChange(H_orig=float(H_orig), H_upd=float(H_upd), delta=float(H_upd - H_orig), se=se)

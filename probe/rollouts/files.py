@@ -233,9 +233,40 @@ def _read_responses(
     else:
         truncated, longer = _infer_truncated(table.path, ids, tokenizer.eos_token_id, max_new_tokens)
         flags += ["unknown_cap"] if longer else []
-    if not exact:
+    if exact:
+        _check_ends(table, ids, tokenizer.eos_token_id)
+        if "truncated" not in table.columns:  # nothing says that such a response is complete
+            ends = [
+                own[-1] == tokenizer.eos_token_id
+                for own, cut in zip(ids, truncated, strict=True)
+                if own and not cut
+            ]
+            flags += [] if all(ends) else ["ended_without_eos"]
+    else:
         ids = _end_with_eos(table.path, ids, truncated, tokenizer.eos_token_id)
     return _Responses(ids, texts, truncated, flags)
+
+
+def _check_ends(table: RolloutTable, ids: list[list[int]], eos: int | None) -> None:
+    """Refuse ids that the policy cannot have sampled: what follows an EOS, and what a mask leaves out.
+
+    Padding after EOS cannot be told from sampled tokens by its id, so it must not be there.
+    """
+    for i, own in enumerate(ids):
+        if eos is not None and eos in own[:-1]:
+            raise DataError(
+                f"{table.where(i)}: expected completion_ids to end with their first EOS ({eos}), found "
+                f"{len(own) - own.index(eos) - 1} tokens after it; cut padding off"
+            )
+    for name in ("completion_mask", "tool_mask"):
+        if name not in table.columns:
+            continue
+        for i, mask in enumerate(table.column(name)):
+            if mask is not None and (len(mask) != len(ids[i]) or not all(mask)):
+                raise DataError(
+                    f"{table.where(i)}: expected {name} to be 1 for each of the {len(ids[i])} completion_ids, found "
+                    "others; tokens that the policy did not sample cannot be part of a response here"
+                )
 
 
 def _infer_truncated(

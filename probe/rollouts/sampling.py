@@ -1,4 +1,4 @@
-"""Sampling responses from exactly the policy that is scored.
+"""Sampling responses from the policy that is scored (exactly in float32; a half-precision model's logits are rounded).
 
 transformers' `generate` runs the decoding loop (caches, padding, stopping); the token is chosen here, by inverting
 the cumulative distribution of `softmax(logits / temperature)` at a uniform number that belongs to the sequence and
@@ -154,12 +154,16 @@ def own_generation_config(
         use_cache=True,
     )
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = base.generation_config
-    base.generation_config = neutral
+    # peft hands a generation config of its own on to the base model, where it has one
+    holders = [m for m in (base, model) if m is base or "generation_config" in vars(m)]
+    before = [m.generation_config for m in holders]
     try:
+        for holder in holders:
+            holder.generation_config = neutral
         yield eos_ids
     finally:
-        base.generation_config = before
+        for holder, config in zip(holders, before, strict=True):
+            holder.generation_config = config
 
 
 def _sample_batch(
@@ -288,7 +292,10 @@ class _Stop(StoppingCriteria):
             self.length = torch.zeros(len(input_ids), dtype=torch.int64)
         done = torch.isin(input_ids[:, -1], self.eos_token_id.to(input_ids.device))
         if self._strings is not None:
-            done = done | self._strings(input_ids, scores).to(done.device)
+            response = input_ids[
+                :, self._prompt_width :
+            ]  # a prompt's end and a response's start do not add up
+            done = done | self._strings(response, scores).to(done.device)
         count = input_ids.shape[1] - self._prompt_width
         self.length = torch.where((self.length == 0) & done.cpu(), count, self.length)
         return (self.length > 0).to(input_ids.device)

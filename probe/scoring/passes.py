@@ -6,6 +6,7 @@ memory does not grow with the size of the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -61,7 +62,8 @@ class Policy:
             output = self.model(
                 input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, use_cache=False
             )
-        head.check(captured[-1], output.logits)
+        with self.autocast():
+            head.check(captured[-1], output.logits)
         hidden = captured[-1]  # on the output layer's device, which need not be the inputs'
         return hidden[inputs.row.to(hidden.device), inputs.column.to(hidden.device)]
 
@@ -125,7 +127,7 @@ def token_gradients(
     parameters = policy.parameters
     if not parameters:
         raise NumericalError("expected trainable parameters, found none with requires_grad=True")
-    totals = _Totals(parameters, objectives, tokens=int(batch.mask.sum()))
+    totals = _Totals(parameters, objectives)
     collector = _Collector(batch, progress)
     head = OutputHead(policy.model)
     with torch.enable_grad():
@@ -146,59 +148,68 @@ def _head_gradients(
     totals: _Totals,
     collector: _Collector,
 ) -> list[Tensor]:
-    """Scaled gradients `(n, D_model)` of each objective by `hidden`; the head's own are added to `totals`."""
+    """Gradients `(n, D_model)` of each objective by `hidden`, in float32 or better; the head's own go to `totals`."""
     own = {n: p for n, p in totals.parameters.items() if any(p is q for q in head.layer.parameters())}
-    scale, objectives = totals.scale(hidden.dtype), len(totals.values)
-    grads = [torch.zeros_like(hidden) for _ in range(objectives)]
+    objectives = len(totals.values)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    grads = [torch.zeros_like(hidden, dtype=dtype) for _ in range(objectives)]
     for rows in torch.arange(len(inputs.labels)).split(policy.head_chunk_tokens):
         on_device = rows.to(hidden.device)
-        leaf = hidden.detach()[on_device].requires_grad_()
+        leaf = hidden.detach()[on_device].to(dtype).requires_grad_()
         labels = inputs.labels[rows].to(hidden.device)
         logprob, entropy = token_statistics(head.logits(leaf), labels, policy.temperature)
         sequence, position = inputs.sequence[rows], inputs.position[rows]
         a, b = weights(sequence, position, *collector.add(sequence, position, logprob, entropy))
         for k in range(objectives):
-            value = scale * (a[k].to(logprob) * logprob + b[k].to(entropy) * entropy).sum()
+            value = (a[k].to(logprob) * logprob + b[k].to(entropy) * entropy).sum()
             more = k < objectives - 1
             found = torch.autograd.grad(value, [leaf, *own.values()], retain_graph=more, allow_unused=True)
-            grads[k][on_device] = found[0].to(hidden.dtype)
-            totals.add(k, own, found[1:], scale)
+            grads[k][on_device] = found[0]
+            totals.add(k, own, found[1:])
     return grads
 
 
 def _network_gradients(hidden: Tensor, grads: list[Tensor], totals: _Totals) -> None:
-    """Carry the scaled gradients by `hidden` down the network and add them to `totals`."""
+    """Carry the gradients by `hidden` down the network and add them to `totals`."""
     if not hidden.requires_grad:  # only the output layer is trainable
         return
     parameters = list(totals.parameters.values())
     for k, grad in enumerate(grads):
-        more = k < len(grads) - 1
+        scale = float16_scale(grad) if hidden.dtype == torch.float16 else 1.0
         found = torch.autograd.grad(
-            hidden, parameters, grad_outputs=grad, retain_graph=more, allow_unused=True
+            hidden,
+            parameters,
+            grad_outputs=(grad * scale).to(hidden.dtype),
+            retain_graph=k < len(grads) - 1,
+            allow_unused=True,
         )
-        totals.add(k, totals.parameters, found, totals.scale(hidden.dtype))
+        totals.add(k, totals.parameters, found, scale)
+
+
+def float16_scale(grad: Tensor) -> float:
+    """The power of two that brings the largest entry of a gradient to about 1.
+
+    Weights are of the order of one over the number of tokens, or of an entropy in nats: float16 flushes the former to
+    zero in the layers below and overflows on the latter. A power of two is undone without rounding.
+
+    >>> float16_scale(torch.tensor([0.1, -0.26]))
+    2.0
+    """
+    largest = float(grad.abs().max())
+    return 2.0 ** -math.frexp(largest)[1] if largest > 0 else 1.0
 
 
 class _Totals:
     """The gradients of the objectives, summed over microbatches."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], objectives: int, tokens: int) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], objectives: int) -> None:
         self.parameters = parameters
         self.values = [
             {name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(objectives)
         ]
-        self._power = max(tokens, 1).bit_length()
 
-    def scale(self, dtype: torch.dtype) -> float:
-        """What objectives are multiplied by on the way down the network.
-
-        Weights are of the order of one over the number of tokens, which float16 would flush to zero; a power of two
-        makes up for it without rounding.
-        """
-        return 2.0**self._power if dtype == torch.float16 else 1.0
-
-    def add(self, k: int, names: Iterable[str], grads: Sequence[Tensor | None], scale: float) -> None:
-        """Add scaled gradients of the objective `k`."""
+    def add(self, k: int, names: Iterable[str], grads: Sequence[Tensor | None], scale: float = 1.0) -> None:
+        """Add gradients of the objective `k`, which were multiplied by `scale`."""
         for name, grad in zip(names, grads, strict=True):
             if grad is not None:
                 self.values[k][name] += grad / scale if scale != 1.0 else grad
