@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from probe.rollouts.batch import RolloutBatch
+from probe.data.batch import RolloutBatch
 from probe.scoring import Policy, score_tokens, token_gradients
 
 VARIANTS = ("load only", "score: full logits", "score: probe", "gradient: full logits", "gradient: probe")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from probe.rollouts.batch import RolloutBatch
+    from probe.data.batch import RolloutBatch
     from probe.state import ProbeState
 
 TABLE_DIGITS = 6

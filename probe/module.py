@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from probe.config import ProbeConfig
+from probe.data.batch import PromptExample, RolloutBatch
 from probe.data.prompts import default_reward, load_prompts
 from probe.data.rewards import RewardFunction, compute_rewards, resolve_reward
 from probe.errors import ConfigError, DataError, RolloutError
@@ -36,7 +37,6 @@ from probe.loading import (
     load_policy_model,
     locate_checkpoint,
 )
-from probe.rollouts.batch import PromptExample, RolloutBatch
 from probe.rollouts.draw import draw_prompts
 from probe.rollouts.files import read_rollouts
 from probe.rollouts.sampling import SampledTokens, sample_rollouts
@@ -81,7 +81,6 @@ class EntropyProbe(LightningModule):
         self.model: nn.Module | None = None
         self.tokenizer: Any = None
         self.optimizer: LoadedOptimizer | None = None
-        self._seen_U: SampledTokens | None = None
         self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
     # ---------------------------------------------------------------- loading
@@ -147,17 +146,16 @@ class EntropyProbe(LightningModule):
             RolloutError: all responses are empty, or sampling does not match scoring.
             NumericalError: a score is not finite.
         """
-        batch, prompts = self.config.batch_config, self._prompts()
-        E_prompts, U_prompts = prompts
-        seen: SampledTokens | None = None
+        batch = self.config.batch_config
+        E_prompts, U_prompts = self._prompts()
         if batch.E_rollouts is not None:
             state.E = self._read(batch.E_rollouts)
         else:
-            state.E, seen = self._sample("E", E_prompts, None, progress("sample E"))
-        state.U = self._update_batch(U_prompts, progress)
+            state.E, state.seen["E"] = self._sample("E", E_prompts, None, progress("sample E"))
+        state.U = self._update_batch(state, U_prompts, progress)
         state.E_scores = score_tokens(self.policy, state.E, progress("score E"))
-        if seen is not None:
-            state.diagnostics["sampling_scoring_gap"] = self._check_sampling(seen, state.E_scores)
+        if "E" in state.seen:
+            state.diagnostics["sampling_scoring_gap"] = self._check_sampling(state.seen["E"], state.E_scores)
         state.diagnostics["on_policy_z"] = on_policy_z(state.E_scores)
 
     def _prompts(self) -> tuple[list[PromptExample], list[PromptExample]]:
@@ -189,7 +187,9 @@ class EntropyProbe(LightningModule):
         vocabulary = self.policy.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         return read_rollouts(path, self.tokenizer, batch, self.config.generation.max_new_tokens, vocabulary)
 
-    def _update_batch(self, prompts: list[PromptExample], progress: MakeProgress) -> RolloutBatch:
+    def _update_batch(
+        self, state: ProbeState, prompts: list[PromptExample], progress: MakeProgress
+    ) -> RolloutBatch:
         """U with rewards and advantages."""
         batch = self.config.batch_config
         if batch.U_rollouts is not None:
@@ -203,7 +203,7 @@ class EntropyProbe(LightningModule):
         else:
             repeated = [prompt for prompt in prompts for _ in range(batch.G)]
             group = torch.arange(len(prompts)).repeat_interleave(batch.G)
-            U, self._seen_U = self._sample("U", repeated, group, progress("sample U"))
+            U, state.seen["U"] = self._sample("U", repeated, group, progress("sample U"))
             rewards = compute_rewards(self._reward(), U)
         advantages = group_advantages(rewards, U.group, self.config.probe_rework.advantage_kind)
         return replace(U, rewards=rewards, advantages=advantages)
@@ -253,8 +253,8 @@ class EntropyProbe(LightningModule):
         rework = self.config.probe_rework
         reference = self._reference_logprobs(U, progress) if rework.kl_coef > 0 else None
         found = loss_gradient(policy, U, self.loss_settings, reference, progress("gradient on U"))
-        if self._seen_U is not None and self.config.batch_config.U_rollouts is None:
-            self._check_sampling(self._seen_U, found.scores)
+        if "U" in state.seen:
+            self._check_sampling(state.seen["U"], found.scores)
         optimizer = self.loaded_optimizer
         step, new, norm, factor = optimizer_step(
             optimizer.optimizer,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from probe.data.batch import RolloutBatch
     from probe.estimators.snis import GroundTruth
     from probe.module import EntropyProbe
-    from probe.rollouts.batch import RolloutBatch
     from probe.state import ProbeState
 
 RESULT_KEYS: dict[str, str] = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2 import modeling_qwen2
 
-from probe.rollouts.batch import RolloutBatch
+from probe.data.batch import RolloutBatch
 from probe.scoring import Policy
 
 VOCAB, CAP, EOS, PROMPT = 4, 4, 3, (0, 1)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from probe.config import ProbeConfig
+from probe.data.batch import RolloutBatch
 from probe.estimators.entropy_gradient import EntropyGradient
 from probe.estimators.prediction import first_order
 from probe.estimators.snis import GroundTruth, snis
 from probe.estimators.update import Update
 from probe.estimators.weighting import ScoreWeights
 from probe.results import ProbeResult
-from probe.rollouts.batch import RolloutBatch
 from probe.scoring.scores import TokenScores
 from probe.state import ProbeState
 

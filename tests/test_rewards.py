@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from probe.data.batch import RolloutBatch
 from probe.data.rewards import (
     REWARDS,
     call_reward,
@@ -16,7 +17,6 @@ from probe.data.rewards import (
     tag_format,
 )
 from probe.errors import DataError
-from probe.rollouts.batch import RolloutBatch
 
 
 def make_batch(completions, rows=(), prompts=None) -> RolloutBatch:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from probe.config import BatchConfig
+from probe.data.batch import RolloutBatch
 from probe.errors import DataError, LogError, RolloutError
 from probe.estimators.advantages import group_advantages
-from probe.rollouts.batch import RolloutBatch
 from probe.rollouts.files import read_rollouts, write_rollouts
 from probe.rollouts.tables import read_table
 from tests.helpers import char_tokenizer

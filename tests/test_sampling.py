@@ -8,8 +8,8 @@ from transformers import GenerationConfig as HfGenerationConfig
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from probe.config import GenerationConfig
+from probe.data.batch import PromptExample
 from probe.errors import DataError, RolloutError
-from probe.rollouts.batch import PromptExample
 from probe.rollouts.sampling import sample_rollouts, uniforms
 from probe.scoring import Policy, score_tokens
 from tests.enumerable import CAP, EOS, all_sequences, exact_entropies, tiny_policy

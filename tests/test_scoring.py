@@ -20,8 +20,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from probe.data.batch import RolloutBatch
 from probe.errors import NumericalError, RolloutError
-from probe.rollouts.batch import RolloutBatch
 from probe.scoring import Policy, score_tokens, token_gradients
 from tests.enumerable import all_sequences, naive_scores, tiny_policy
 

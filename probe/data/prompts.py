@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from probe.config import BatchConfig
 from probe.data import arithmetic
+from probe.data.batch import PromptExample
 from probe.data.names import nearest
 from probe.errors import DataError
-from probe.rollouts.batch import PromptExample
 
 R1_TEMPLATE = (
     "Work on the question below in two parts. Put your reasoning between <think> and </think>, and then only "

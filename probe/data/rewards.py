@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from probe.data.batch import RolloutBatch
 from probe.data.names import nearest
 from probe.errors import DataError
-from probe.rollouts.batch import RolloutBatch
 
 RewardFunction = Callable[..., Sequence[float | None]]
 """`fn(prompts=[...], completions=[...], **columns)`: one number for each completion, or None where the reward

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from probe.config import GenerationConfig
 from probe.data.arithmetic import PROMPT_TEMPLATE, arithmetic_rows
+from probe.data.batch import PromptExample, RolloutBatch
 from probe.data.rewards import compute_rewards, exact_number
 from probe.demo.recipe import DemoRecipe
 from probe.estimators.advantages import group_advantages
 from probe.estimators.losses import LossSettings
 from probe.estimators.update import loss_gradient
-from probe.rollouts.batch import PromptExample, RolloutBatch
 from probe.rollouts.sampling import SampledTokens, sample_rollouts
 from probe.scoring.passes import Policy
 

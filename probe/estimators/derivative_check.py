@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from probe.data.batch import RolloutBatch
 from probe.errors import NumericalError
 from probe.estimators.weighting import still_to_come
-from probe.rollouts.batch import RolloutBatch
 from probe.scoring.passes import Policy, score_tokens, token_gradients
 from probe.snapshot import parameters_at
 

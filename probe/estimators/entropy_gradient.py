@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from probe.data.batch import RolloutBatch
 from probe.estimators.weighting import Baseline, ScoreWeights, Weighting, score_weights
-from probe.rollouts.batch import RolloutBatch
 from probe.scoring.passes import Policy, Progress, token_gradients
 from probe.scoring.scores import TokenScores
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from probe.data.batch import RolloutBatch
 from probe.errors import NumericalError, OptimizerStateError
 from probe.estimators.losses import LossSettings, loss_weights, token_normaliser
-from probe.rollouts.batch import RolloutBatch
 from probe.scoring.passes import Policy, Progress, token_gradients
 from probe.scoring.scores import TokenScores
 from probe.snapshot import preserved

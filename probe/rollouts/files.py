@@ -29,10 +29,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from probe.config import BatchConfig
+from probe.data.batch import RolloutBatch
 from probe.data.names import nearest
 from probe.data.prompts import check_messages, check_prompt_tokens, render_messages
 from probe.errors import DataError, RolloutError
-from probe.rollouts.batch import RolloutBatch
 from probe.rollouts.tables import RolloutTable, read_table, write_table
 
 logger = logging.getLogger(__name__)

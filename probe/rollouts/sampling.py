@@ -20,8 +20,8 @@ from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation import MinPLogitsWarper, StopStringCriteria, TopKLogitsWarper, TopPLogitsWarper
 
 from probe.config import GenerationConfig
+from probe.data.batch import PromptExample, RolloutBatch
 from probe.errors import DataError, RolloutError
-from probe.rollouts.batch import PromptExample, RolloutBatch
 from probe.scoring.passes import Policy, Progress
 
 NEUTRAL = {

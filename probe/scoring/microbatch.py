@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from probe.rollouts.batch import RolloutBatch
+from probe.data.batch import RolloutBatch
 
 
 @dataclass(frozen=True)

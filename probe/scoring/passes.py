@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from probe.data.batch import RolloutBatch
 from probe.errors import NumericalError, RolloutError
-from probe.rollouts.batch import RolloutBatch
 from probe.scoring.head import OutputHead, token_statistics
 from probe.scoring.microbatch import MicroBatch, microbatches
 from probe.scoring.scores import TokenScores
