@@ -121,6 +121,7 @@ def time_rows(values: Mapping[str, Any]) -> list[Row]:
     """Seconds per phase, in the order in which they ran, the total last."""
     timing = values.get("timing", {})
     meanings = {
+        "make_demo": "demo policy trained (once; then it is reused)",
         "load": "policy and optimizer state read from the checkpoint",
         "sample": "responses drawn, rewarded and scored",
         "entropy_gradient": "gradient of the entropy on E",

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from probe import __version__
 from probe.errors import ConfigError, ProbeError
 from probe.module import EntropyProbe
 from probe.parsing import SHIPPED_CONFIGS, add_probe_arguments, explain, find_config_file, resolve
@@ -59,6 +60,7 @@ class ProbeCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the sections of the configuration."""
         add_probe_arguments(parser)
+        parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the command line.
@@ -92,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Bad input gives one line on stderr and code 2; `--debug` shows the traceback.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    if args == ["--version"]:
+        print(f"entropy-probe {__version__}")
+        return 0
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
     try:

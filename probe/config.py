@@ -280,7 +280,7 @@ class DetailedLoggingConfig:
     enabled: bool = True
     """Write the log files."""
     level: LogLevel = "standard"
-    """`minimal` (~1 KB), `standard` (~10 KB), `detailed` (~100 KB) or `debug` (~MB)."""
+    """`minimal` (~1 KB), `standard` (~10 KB), `detailed` (~500 KB) or `debug` (~MB)."""
     log_sequences: bool | None = None
     """Texts of prompts and responses, from level `detailed` on; by default on there."""
     log_tokens: bool | None = None

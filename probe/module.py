@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -44,6 +45,8 @@ from probe.scoring.passes import Policy, Progress, score_tokens
 from probe.scoring.scores import TokenScores
 from probe.snapshot import parameters_at
 from probe.state import ProbeState
+
+logger = logging.getLogger(__name__)
 
 MakeProgress = Callable[[str], Progress]
 """Given the name of a pass, the function to call with its progress."""
@@ -104,9 +107,7 @@ class EntropyProbe(LightningModule):
         if self.config.batch_config.U_rollouts is None:
             self._reward()  # a misspelt reward should not cost the loading of a model
         if checkpoint.checkpoint_path == DEMO:
-            from probe.demo import ensure_demo_checkpoint  # trains a policy with this module's own parts
-
-            checkpoint = replace(checkpoint, checkpoint_path=str(ensure_demo_checkpoint()))
+            checkpoint = replace(checkpoint, checkpoint_path=self.make_demo())
         files = locate_checkpoint(checkpoint)
         self.files = replace(files, name=DEMO) if self.config.checkpoint.checkpoint_path == DEMO else files
         model, self.tokenizer = load_policy_model(checkpoint, self.files, device)
@@ -114,6 +115,12 @@ class EntropyProbe(LightningModule):
             model, self.files, checkpoint, learning_rate=self.config.probe_rework.learning_rate
         )
         self.model = model
+
+    def make_demo(self) -> str:
+        """The folder of the demo policy, which is trained where the cache has none."""
+        from probe.demo import ensure_demo_checkpoint  # trains a policy with this module's own parts
+
+        return str(ensure_demo_checkpoint())
 
     @property
     def policy(self) -> Policy:
@@ -150,6 +157,7 @@ class EntropyProbe(LightningModule):
         E_prompts, U_prompts = self._prompts()
         if batch.E_rollouts is not None:
             state.E = self._read(batch.E_rollouts)
+            logger.info("E: %d responses from %s; B_E does not apply", len(state.E), state.E.source)
         else:
             state.E, state.seen["E"] = self._sample("E", E_prompts, None, progress("sample E"))
         state.U = self._update_batch(state, U_prompts, progress)
@@ -194,6 +202,10 @@ class EntropyProbe(LightningModule):
         batch = self.config.batch_config
         if batch.U_rollouts is not None:
             U = self._read(batch.U_rollouts)
+            groups = len(U.group.unique())
+            logger.info(
+                "U: %d groups, %d responses from %s; B_U and G do not apply", groups, len(U), U.source
+            )
             rewards = U.rewards
             if rewards is None:
                 raise DataError(

@@ -92,7 +92,8 @@ def resolve(parser: LightningArgumentParser, namespace: Namespace) -> ResolvedCo
     """
     seed = _resolve_seed(namespace)
     mapping = yaml.safe_load(parser.dump(namespace, skip_unset=False, format="yaml"))
-    mapping.pop("config", None)
+    for option in ("config", "debug"):  # of the command line, not of the probe
+        mapping.pop(option, None)
     try:
         objects = parser.instantiate(namespace)
     except ConfigError:

@@ -44,6 +44,7 @@ DIAGNOSTIC_KEYS: dict[str, str] = {
     "w_max": "largest importance weight, their mean being 1",
     "w_min": "smallest importance weight, their mean being 1",
     "truncated_fraction": "share of E cut off by max_new_tokens",
+    "distinct_responses": "responses of E that differ from each other; error bars know nothing of those never drawn",
     "zero_advantage_groups": "groups of U with equal rewards throughout: no policy gradient from them",
     "gradient_norm": "norm of the loss's gradient before clipping",
     "clip_factor": "what gradient clipping multiplied it by",
@@ -142,6 +143,9 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
     E, U = _batches(state)
     found: dict[str, Any] = dict(state.diagnostics)
     found["truncated_fraction"] = float(E.truncated.double().mean())
+    found["distinct_responses"] = len(
+        {tuple(row[m].tolist()) for row, m in zip(E.completion_ids, E.mask, strict=True)}
+    )
     if state.ground_truth is not None:
         truth = state.ground_truth
         found |= {"ESS": truth.ess, "w_max": truth.w_max, "w_min": truth.w_min}
@@ -157,6 +161,8 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
         found["derivative_mode"] = "reverse"
         if module.config.probe_rework.step == "preconditioned":
             flags.append("preconditioned_step")
+    if state.update is not None and not bool(state.update.loss_weights.any()):
+        flags.append("no_reward_signal")
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in module.policy.model.parameters()):
         flags.append("half_precision")
     if abs(float(found.get("on_policy_z", 0.0))) > ON_POLICY_LIMIT:

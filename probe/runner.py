@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from probe.callbacks.base import PHASES, ProbeCallback
 from probe.config import ProbeConfig
 from probe.errors import ConfigError, ProbeError
-from probe.module import EntropyProbe
+from probe.module import DEMO, EntropyProbe
 from probe.results import ProbeResult, build_values
 from probe.scoring.passes import Progress
 from probe.snapshot import evaluation_mode, exact_float32, isolated_rng, one_thread
@@ -32,10 +35,13 @@ Precision = Literal["32-true", "bf16-mixed"]
 
 NEXT_STEPS = """
 Next:
-  tensorboard --logdir lightning_logs            look at the diagnostics
-  entropy-probe demo --probe_rework.learning_rate 2e-3     a larger step: where does first order end?
-  entropy-probe run --config detailed_logging_example --checkpoint PATH      your own checkpoint
-  entropy-probe run --help                       every option"""
+  {bin}tensorboard --logdir lightning_logs
+      look at the diagnostics
+  {bin}entropy-probe demo --probe_rework.learning_rate 5e-3
+      a larger step: where does first order end?
+  {bin}entropy-probe run --checkpoint FOLDER --batch_config.dataset_name prompts.jsonl --batch_config.split train \\
+      --batch_config.reward my_rewards:accuracy
+      your own checkpoint, prompts and reward; every option: {bin}entropy-probe run --help"""
 
 
 class ProbeRunner:
@@ -67,7 +73,8 @@ class ProbeRunner:
             strategy: how processes work together.
             precision: precision of forward passes.
             callbacks: further callbacks, called after the built-in ones.
-            logger: a Lightning logger or several; true is a TensorBoardLogger under `lightning_logs`, false is none.
+            logger: a Lightning logger or several; true is a TensorBoardLogger in
+                `detailed_logging.output_directory`, false is none.
 
         Raises:
             ConfigError: the devices or the precision cannot be had.
@@ -122,7 +129,7 @@ class ProbeRunner:
         callbacks = [*default_callbacks(module.config), *self.extra_callbacks]
         self.fabric._callbacks = callbacks
         if self._default_logger:  # one run, one version folder: TensorBoard ties hyper-parameters to it
-            self.fabric._loggers = _loggers(True)
+            self.fabric._loggers = _loggers(True, Path(self.config.detailed_logging.output_directory))
         self.fabric.launch()
         try:
             with isolated_rng(), exact_float32():
@@ -145,7 +152,8 @@ class ProbeRunner:
         """
         with one_thread():  # the model is so small that threads would mostly wait for each other
             result = self.run(module)
-        print(NEXT_STEPS)
+        on_path = shutil.which("entropy-probe") is not None
+        print(NEXT_STEPS.format(bin="" if on_path else f"{os.path.relpath(Path(sys.executable).parent)}/"))
         return result
 
     def progress(self, phase: str) -> Callable[[str], Progress]:
@@ -161,6 +169,9 @@ class ProbeRunner:
     ) -> ProbeResult:
         """Run the phases in order, timed."""
         self.fabric.call("on_probe_start", self, module)
+        if module.model is None and module.config.checkpoint.checkpoint_path == DEMO:
+            with self._timed("make_demo"):
+                module.make_demo()
         with self._timed("load"):
             module.autocast = self.fabric.autocast
             module.load(self.fabric.device)
@@ -232,10 +243,12 @@ def _seed_globals(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _loggers(logger: Logger | list[Logger] | bool | None) -> list[Logger]:
+def _loggers(
+    logger: Logger | list[Logger] | bool | None, folder: Path = Path("lightning_logs")
+) -> list[Logger]:
     """Lightning's convention for the `logger` argument."""
     if logger is True:
-        return [TensorBoardLogger(save_dir=Path("lightning_logs"), name="entropy_probe")]
+        return [TensorBoardLogger(save_dir=folder, name="entropy_probe")]
     if logger is False or logger is None:
         return []
     return list(logger) if isinstance(logger, (list, tuple)) else [logger]

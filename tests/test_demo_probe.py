@@ -115,4 +115,9 @@ def test_a_wheel_installed_elsewhere_runs_the_demo(demo, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "deltaH_true" in done.stdout
     assert "tensorboard --logdir lightning_logs" in done.stdout
+    version = subprocess.run(
+        [sys.executable, str(target / "bin" / "entropy-probe"), "--version"],
+        cwd=work, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert version.stdout.startswith("entropy-probe ")
     assert len(list((work / "lightning_logs").glob("20*/*"))) == 3

@@ -64,6 +64,14 @@ def test_a_part_of_the_gradient_that_is_lost_is_noticed(monkeypatch, place, shar
         derivative_check(policy, all_sequences(cap=3))
 
 
+@pytest.mark.parametrize("sharpness", [1.0, 5.0, 20.0])
+def test_a_sharp_full_model_passes(monkeypatch, sharpness):
+    """Entropies that turn within a tiny part of the parameters' norm are not a wrong gradient."""
+    policy = tiny_policy(monkeypatch, lora=False, layers=2)
+    policy.model.lm_head.weight.data *= sharpness
+    assert derivative_check(policy, all_sequences(cap=3)).relative_error < 0.05
+
+
 def test_a_fresh_adapter_passes(monkeypatch):
     """While LoRA's B is zero, A has no gradient, rightly."""
     policy = tiny_policy(monkeypatch, layers=2)

@@ -115,23 +115,20 @@ def test_gsm8k_reference_without_mark():
         gsm8k(["?"], ["12"], answer=["12"])
 
 
-def test_compute_rewards_passes_columns_of_the_own_row_and_own_token_ids():
+def test_compute_rewards_calls_once_with_every_column_and_the_token_ids():
     seen = []
 
     def reward(prompts, completions, completion_ids, level, **columns):
         seen.append((prompts, completions, completion_ids, level, columns["trainer_state"]))
         columns["log_extra"]("column", [1])
         columns["log_metric"]("metric", 1.0)
-        return [level[0] / 3]
+        return [x / 3 for x in level]
 
     rows = [{"level": 1, "prompt": "raw", "completion": "x"}, {"level": 2}]
     rewards = compute_rewards(reward, make_batch(["a", "b"], rows))
     assert rewards.dtype == torch.float64
     assert rewards.tolist() == [1 / 3, 2 / 3]
-    assert seen == [
-        (["question 0"], ["a"], [[0]], [1], None),
-        (["question 1"], ["b"], [[2, 3]], [2], None),
-    ]
+    assert seen == [(["question 0", "question 1"], ["a", "b"], [[0], [2, 3]], [1, 2], None)]
 
 
 def test_message_prompts_are_passed_as_trl_passes_them():
@@ -199,12 +196,25 @@ def test_a_tensor_of_rewards_is_taken():
 )
 def test_a_bad_return_value_names_the_sample(returned, message):
     def mine(prompts, completions, **columns):
-        return returned if completions == ["bad"] else [0.0]
+        if isinstance(returned, list) and len(completions) == 2 and len(returned) == 1:
+            return [0.0, *returned]
+        return returned if "bad" in completions else [0.0]
 
     long_prompt = "p" * 70
     batch = make_batch(["good", "bad"], prompts=["x", long_prompt])
     with pytest.raises(DataError, match=rf"^sample 1 \(prompt '{'p' * 60}'\): reward mine:? {message}"):
         compute_rewards(mine, batch)
+
+
+def test_rewards_may_compare_responses():
+    """A ranking within the batch, as TRL allows; a function that thinks there is only one response is refused."""
+
+    def rank(prompts, completions, **columns):
+        return [float(sorted(completions).index(text)) for text in completions]
+
+    assert compute_rewards(rank, make_batch(["b", "a"], prompts=["x", "x"])).tolist() == [1.0, 0.0]
+    with pytest.raises(DataError, match=r"expected 2 numbers, found 1 \(called with all 2 responses"):
+        compute_rewards(lambda prompts, completions: [1.0], make_batch(["b", "a"], prompts=["x", "x"]))
 
 
 def test_an_exception_in_a_reward_names_the_sample_and_keeps_the_cause():

@@ -205,6 +205,8 @@ def test_refusals(monkeypatch):
     next(iter(broken.parameters.values())).data.fill_(float("nan"))
     with pytest.raises(RolloutError, match="finite logits"):
         draw(broken, 2)
+    with pytest.raises(RolloutError, match=r"expected at most 30 .*32 positions.*2 tokens.*found 31"):
+        draw(policy, 2, max_new_tokens=31)
     no_eos = TokenizerStub()
     no_eos.eos_token_id = None
     monkeypatch.setattr(policy.model.get_base_model(), "generation_config", HfGenerationConfig())

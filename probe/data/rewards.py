@@ -41,26 +41,30 @@ _PROMPT_HEAD = 60
 def compute_rewards(reward: RewardFunction, batch: RolloutBatch) -> Tensor:
     """Rewards of a batch, `(B,)` float64, in the reward's own units.
 
-    The function is called for one response at a time, so that a failure names the response it is about. It
-    gets `prompts`, `completions`, `completion_ids` and every column of `batch.rows`, each as a list of one.
-    Where a row's column `prompt` holds a list of messages, prompt and completion are passed as messages, as
-    TRL does.
+    The function is called once with the whole batch, as TRL does, so that rewards which compare responses work. It
+    gets `prompts`, `completions`, `completion_ids` and every column of `batch.rows`, each as a list of `B`. Where a
+    row's column `prompt` holds a list of messages, prompt and completion are passed as messages. Where the call fails,
+    responses are tried one at a time to name the one it is about.
 
     Args:
         reward: a function with TRL's signature, see `RewardFunction`.
         batch: the responses.
 
     Raises:
-        DataError: the function fails, or returns anything but one finite number; the message names the
-            sample.
+        DataError: the function fails, or returns anything but one finite number for each response; the message
+            names the sample where it is one.
     """
-    values = []
-    for index in range(len(batch)):
-        try:
-            values.append(_reward_of(reward, batch, index))
-        except DataError as error:
-            head = batch.prompts[index][:_PROMPT_HEAD]
-            raise DataError(f"sample {index} (prompt {head!r}): {error}") from error
+    samples = [_sample(batch, index) for index in range(len(batch))]
+    try:
+        values = _call_with(reward, samples)
+    except DataError as error:
+        raise _located(reward, samples, batch, error) from error
+    for index, value in enumerate(values):
+        if value is None:
+            raise DataError(
+                f"{_where(batch, index)}: reward {_name_of(reward)}: expected a number, found None (the reward does "
+                "not apply); leave such prompts out, or add a reward that applies to all"
+            )
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -215,24 +219,42 @@ REWARDS: dict[str, RewardFunction] = {"exact_number": exact_number, "gsm8k": gsm
 """The registered rewards by the name that the configuration uses."""
 
 
-def _reward_of(reward: RewardFunction, batch: RolloutBatch, index: int) -> float:
-    """The reward of one response."""
+def _sample(batch: RolloutBatch, index: int) -> dict[str, Any]:
+    """What a reward is told of one response."""
     row = batch.rows[index] if batch.rows else {}
     prompt: Any = batch.prompts[index]
     completion: Any = batch.completions[index]
     if isinstance(row.get("prompt"), list):
         prompt, completion = row["prompt"], [{"role": "assistant", "content": completion}]
-    columns = {key: [value] for key, value in row.items() if key not in ("prompt", "completion")}
+    ids = batch.completion_ids[index][batch.mask[index]].tolist()
+    return {**row, "completion_ids": ids, "prompt": prompt, "completion": completion}
+
+
+def _call_with(reward: RewardFunction, samples: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """Call a reward with a list of samples; a column that a row lacks is None there."""
+    names = dict.fromkeys(name for sample in samples for name in sample)
+    columns = {name: [sample.get(name) for sample in samples] for name in names}
+    prompts, completions = columns.pop("prompt"), columns.pop("completion")
     # What TRL's trainer passes besides the columns, so that functions which name these arguments work here.
-    columns |= {"completion_ids": [batch.completion_ids[index][batch.mask[index]].tolist()]}
     extras = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
-    value = call_reward(reward, [prompt], [completion], {**columns, **extras})[0]
-    if value is None:
-        raise DataError(
-            f"reward {_name_of(reward)}: expected a number, found None (the reward does not apply); leave "
-            "such prompts out, or add a reward that applies to all"
-        )
-    return value
+    return call_reward(reward, prompts, completions, {**columns, **extras})
+
+
+def _located(
+    reward: RewardFunction, samples: Sequence[Mapping[str, Any]], batch: RolloutBatch, error: DataError
+) -> DataError:
+    """The error with the sample it is about, where one alone brings it about."""
+    for index, sample in enumerate(samples):
+        try:
+            _call_with(reward, [sample])
+        except DataError as own:
+            return DataError(f"{_where(batch, index)}: {own}")
+    return DataError(f"{error} (called with all {len(samples)} responses; each of them alone is accepted)")
+
+
+def _where(batch: RolloutBatch, index: int) -> str:
+    """A sample, for messages."""
+    return f"sample {index} (prompt {batch.prompts[index][:_PROMPT_HEAD]!r})"
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

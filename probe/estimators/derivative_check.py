@@ -24,9 +24,11 @@ from probe.snapshot import parameters_at
 
 BLOCKS = 4
 """Blocks by depth that the parameters are split into."""
-RELATIVE_STEPS = (1e-2, 3e-2, 3e-3, 1e-1, 1e-3, 3e-4)
-"""Sizes of the difference step relative to the norm of the block's parameters, tried in this order: the right size
-depends on curvature (too large) and on the precision of a forward (too small)."""
+CHANGES = (1e-3, 1e-4, 1e-2, 1e-5, 3e-2, 1e-1)
+"""Step sizes, as the first-order change of the function relative to its size, tried in this order: the right size
+depends on curvature (sharp policies want a small one) and on the precision of a forward (half wants a large one)."""
+LARGEST_MOVE = 0.1
+"""No step moves a block by more than this, relative to the norm of its parameters."""
 TOLERANCE, HALF_TOLERANCE = 0.05, 0.25
 """Largest relative error, and the same where forwards run in half precision and are noisy."""
 
@@ -69,11 +71,16 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
     (gradient,), _ = token_gradients(policy, batch, token_weights, 1)
     parameters = policy.parameters
 
+    size = 0.0  # sum of the sizes of the function's terms, which its rounding goes by
+
     def objective(direction: Mapping[str, Tensor], eps: float) -> float:
+        nonlocal size
         values = {n: p.detach() + eps * direction[n] for n, p in parameters.items() if n in direction}
         with parameters_at({n: parameters[n] for n in values}, values):
             scores = score_tokens(policy, batch)
-        return float((scores.entropy + weights * scores.logprob).sum())
+        terms = scores.entropy + weights * scores.logprob
+        size = float(terms.abs().sum())
+        return float(terms.sum())
 
     moved = [name for name, g in gradient.items() if bool(g.any())]
     if not moved:
@@ -85,12 +92,13 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
     tolerance, worst = HALF_TOLERANCE if half else TOLERANCE, 0.0
     blocks = [moved[k * len(moved) // BLOCKS : (k + 1) * len(moved) // BLOCKS] for k in range(BLOCKS)]
     blocks = [block for block in blocks if block]
+    objective({}, 0.0)
     for block in blocks:
-        error = _block_error(objective, {n: gradient[n] for n in block}, parameters, tolerance)
+        error = _block_error(objective, {n: gradient[n] for n in block}, parameters, tolerance, size)
         if not error <= tolerance:
             raise NumericalError(
                 f"the derivative by backward and by finite differences disagree: relative error {error:.2g} in the "
-                f"block {block[0]} to {block[-1]} at the best of {len(RELATIVE_STEPS)} step sizes, at most {tolerance} "
+                f"block {block[0]} to {block[-1]} at the best of {len(CHANGES)} step sizes, at most {tolerance} "
                 f"expected; {REMEDY}"
             )
         worst = max(worst, error)
@@ -110,13 +118,19 @@ def _block_error(
     gradient: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
     tolerance: float,
+    size: float,
 ) -> float:
-    """Relative error of the difference quotient along a block's own gradient, at the best of a few step sizes."""
+    """Relative error of the difference quotient along a block's own gradient, at the best of a few step sizes.
+
+    0 for a block whose influence is below the rounding of a forward at every step allowed: nothing can be said.
+    """
     norm = _norm(gradient)
-    size = _norm({n: parameters[n].detach() for n in gradient}) or 1.0
+    largest = LARGEST_MOVE * (_norm({n: parameters[n].detach() for n in gradient}) or 1.0)
+    if largest * norm < min(CHANGES) * size:
+        return 0.0
     direction, best = {n: g / norm for n, g in gradient.items()}, math.inf
-    for relative in RELATIVE_STEPS:
-        eps = relative * size
+    for change in CHANGES:
+        eps = min(change * size / norm, largest)
         quotient = (objective(direction, eps) - objective(direction, -eps)) / (2 * eps)
         best = min(best, abs(quotient / norm - 1.0))
         if best <= tolerance / 5:

@@ -310,7 +310,10 @@ def _attach_adapter(model: Any, folder: Path, device: torch.device) -> nn.Module
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
-    remedy = "the adapter must belong to this base model; name the right one in checkpoint.backbone"
+    remedy = (
+        "the file must be whole (copy it again if it was cut off) and belong to this base model (name the right one in "
+        "checkpoint.backbone)"
+    )
     with _rewritten(f"adapter {folder}", remedy), warnings.catch_warnings():
         # peft only warns when the file lacks weights, which then stay random.
         warnings.filterwarnings("error", message=".*missing adapter keys.*")

@@ -96,6 +96,7 @@ def sample_rollouts(
     if settings.temperature != policy.temperature:
         raise ValueError(f"expected one temperature, found {settings.temperature} and {policy.temperature}")
     prompt_ids = encode_prompts(tokenizer, prompts)
+    _check_context(policy.model, max(map(len, prompt_ids)), settings.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompt_ids[i]))
     rows: dict[int, tuple[list[int], list[float], list[float], bool]] = {}
     with own_generation_config(policy.model, tokenizer, settings) as eos_ids:
@@ -124,6 +125,20 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[PromptExample]) -> list[tup
             )
         out.append(tuple(int(i) for i in ids))
     return out
+
+
+def _check_context(model: Any, prompt: int, new: int) -> None:
+    """Refuse responses that the model has no positions for.
+
+    Raises:
+        RolloutError: the longest prompt and response do not fit.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and prompt + new > positions:
+        raise RolloutError(
+            f"generation.max_new_tokens: expected at most {max(positions - prompt, 0)} (the model has {positions} "
+            f"positions and the longest prompt {prompt} tokens), found {new}"
+        )
 
 
 @contextmanager
