@@ -189,7 +189,7 @@ def test_a_tensor_of_rewards_is_taken():
         ([torch.tensor(math.nan)], "expected a finite number, found nan"),
         ([None], r"expected a number, found None \(the reward does not apply\)"),
         ([], "expected 1 numbers, found 0"),
-        ([1.0, 2.0], "expected 1 numbers, found 2"),
+        ([1.0, 2.0, 3.0], "expected 1 numbers, found 3"),
         (["1"], "expected a number or None, found '1' of type str"),
         (1.0, "failed with TypeError: 'float' object is not iterable"),
     ],
