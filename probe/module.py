@@ -36,6 +36,7 @@ from probe.loading import (
     LoadedOptimizer,
     load_optimizer,
     load_policy_model,
+    load_tokenizer,
     locate_checkpoint,
 )
 from probe.rollouts.draw import draw_prompts
@@ -83,6 +84,7 @@ class EntropyProbe(LightningModule):
         self.files: CheckpointFiles | None = None
         self.model: nn.Module | None = None
         self.tokenizer: Any = None
+        self.prompts: tuple[list[PromptExample], list[PromptExample]] = ([], [])
         self.optimizer: LoadedOptimizer | None = None
         self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
@@ -110,7 +112,9 @@ class EntropyProbe(LightningModule):
             checkpoint = replace(checkpoint, checkpoint_path=self.make_demo())
         files = locate_checkpoint(checkpoint)
         self.files = replace(files, name=DEMO) if self.config.checkpoint.checkpoint_path == DEMO else files
-        model, self.tokenizer = load_policy_model(checkpoint, self.files, device)
+        self.tokenizer = load_tokenizer(checkpoint, self.files)
+        self.prompts = self._draw_prompts()  # what is wrong with the data shows before the model is loaded
+        model, _ = load_policy_model(checkpoint, self.files, device, self.tokenizer)
         self.optimizer = load_optimizer(
             model, self.files, checkpoint, learning_rate=self.config.probe_rework.learning_rate
         )
@@ -154,7 +158,7 @@ class EntropyProbe(LightningModule):
             NumericalError: a score is not finite.
         """
         batch = self.config.batch_config
-        E_prompts, U_prompts = self._prompts()
+        E_prompts, U_prompts = self.prompts
         if batch.E_rollouts is not None:
             state.E = self._read(batch.E_rollouts)
             logger.info("E: %d responses from %s; B_E does not apply", len(state.E), state.E.source)
@@ -166,7 +170,7 @@ class EntropyProbe(LightningModule):
             state.diagnostics["sampling_scoring_gap"] = self._check_sampling(state.seen["E"], state.E_scores)
         state.diagnostics["on_policy_z"] = on_policy_z(state.E_scores)
 
-    def _prompts(self) -> tuple[list[PromptExample], list[PromptExample]]:
+    def _draw_prompts(self) -> tuple[list[PromptExample], list[PromptExample]]:
         """The prompts to sample E and U from (empty where a rollout file gives the batch)."""
         batch = self.config.batch_config
         B_E = 0 if batch.E_rollouts is not None else batch.B_E

@@ -27,6 +27,10 @@ def digits(prompts, completions, **columns):
     return [float(sum(c.isdigit() for c in text)) for text in completions]
 
 
+def constant(prompts, completions, **columns):
+    return [1.0] * len(completions)
+
+
 def broken(prompts, completions, **columns):
     raise ValueError("no such thing")
 
@@ -368,6 +372,25 @@ def test_refusals(config, tmp_path, monkeypatch):
     probe.runner.extra_callbacks.append(DistortGradients(monkeypatch))
     with pytest.raises(NumericalError, match="derivative"):
         probe.run_mixed_probe()
+
+
+def test_mistakes_in_the_data_show_before_the_model_is_loaded(config, monkeypatch):
+    monkeypatch.setattr("probe.module.load_policy_model", lambda *args: pytest.fail("the model was loaded"))
+    for mistake in (
+        {"prompt_column": "text"},
+        {"B_U": 1000},
+        {"reward": "nothing"},
+        {"dataset_name": "no.jsonl"},
+    ):
+        with pytest.raises(DataError):
+            run(config, batch_config=mistake)
+
+
+def test_an_update_without_reward_signal_is_flagged(config):
+    results = run(config, batch_config={"reward": "tests.test_end_to_end:constant"})
+    assert results["diagnostics"]["bias_flags"] == ["no_reward_signal"]
+    assert results["diagnostics"]["zero_advantage_groups"] == 4
+    assert results["deltaH1"] != 0.0  # momentum and decay
 
 
 class ForgetMoments(ProbeCallback):

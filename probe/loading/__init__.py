@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from probe.loading.checkpoint import CheckpointFiles, locate_checkpoint
-from probe.loading.model import BACKBONES, load_policy_model, quiet_libraries, trainable_parameters
+from probe.loading.model import (
+    BACKBONES,
+    load_policy_model,
+    load_tokenizer,
+    quiet_libraries,
+    trainable_parameters,
+)
 from probe.loading.optimizer import LoadedOptimizer, load_optimizer
 from probe.loading.quantization import use_exact_4bit_layers
 
@@ -13,6 +19,7 @@ __all__ = [
     "LoadedOptimizer",
     "load_optimizer",
     "load_policy_model",
+    "load_tokenizer",
     "locate_checkpoint",
     "quiet_libraries",
     "trainable_parameters",

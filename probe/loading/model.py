@@ -46,7 +46,10 @@ _LISTED = 10
 
 
 def load_policy_model(
-    config: CheckpointConfig, files: CheckpointFiles, device: torch.device | str
+    config: CheckpointConfig,
+    files: CheckpointFiles,
+    device: torch.device | str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load the policy and its tokenizer. The torch random state is left as it was.
 
@@ -58,6 +61,7 @@ def load_policy_model(
         config: the `checkpoint` section.
         files: the checkpoint's parts, from `locate_checkpoint`.
         device: where the model goes, unless `config.device_map` distributes it.
+        tokenizer: from `load_tokenizer`, where it is there already.
 
     Returns:
         The model (a `PreTrainedModel` or a `PeftModel`) in evaluation mode, and the tokenizer.
@@ -67,11 +71,10 @@ def load_policy_model(
             model, the tokenizer has no EOS token, or weights or logits are not finite.
     """
     device = torch.device(device)
+    tokenizer = load_tokenizer(config, files) if tokenizer is None else tokenizer
     with quiet_libraries(), _fork_torch_rng():
         if files.kind == "lora":
-            adapter = _read_adapter_config(files.model_dir)
-            base, revision = resolve_base(config, files.model_dir, adapter)
-            tokenizer = _load_tokenizer(config, files, base, revision)
+            base, revision = resolve_base(config, files.model_dir, _read_adapter_config(files.model_dir))
             model = _load_base(config, base, revision, device)
             model = _attach_adapter(model, files.model_dir, device)
         else:
@@ -80,7 +83,6 @@ def load_policy_model(
                     "checkpoint.load_in_4bit: expected an adapter checkpoint, found a whole model, whose "
                     f"weights are all trainable, in {files.model_dir}; set it to false"
                 )
-            tokenizer = _load_tokenizer(config, files, _full_name(config.backbone), config.revision)
             model = _load_base(config, str(files.model_dir), None, device, trainable=True)
         use_exact_4bit_layers(model)
         _settle_precision(model, config)
@@ -89,6 +91,23 @@ def load_policy_model(
         _check_vocabulary(model, tokenizer)
         _check_forward(model)
     return model, tokenizer
+
+
+def load_tokenizer(config: CheckpointConfig, files: CheckpointFiles) -> PreTrainedTokenizerBase:
+    """Load the policy's tokenizer: that of `config.tokenizer_path`, else the checkpoint's, else the base model's.
+
+    Args:
+        config: the `checkpoint` section.
+        files: the checkpoint's parts, from `locate_checkpoint`.
+
+    Raises:
+        CheckpointError: there is none, it cannot be read, or it has no EOS token.
+    """
+    with quiet_libraries(), _fork_torch_rng():
+        if files.kind == "lora":
+            base, revision = resolve_base(config, files.model_dir, _read_adapter_config(files.model_dir))
+            return _load_tokenizer(config, files, base, revision)
+        return _load_tokenizer(config, files, _full_name(config.backbone), config.revision)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
