@@ -48,7 +48,8 @@ def test_the_difference_on_the_same_responses_shrinks_like_eta_squared(demo):
     small, large = (
         quickstart("float64", weighting="matched", learning_rate=7e-4 * k) for k in (1 / 16, 1 / 4)
     )
-    assert 8 < large["residual"] / small["residual"] < 32
+    # per token: per response the cubic term is of the same size at these steps
+    assert 13 < large["residual_tok"] / small["residual_tok"] < 20
 
 
 def test_documented_python_calls(demo):
