@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import Logger
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from probe.callbacks.base import PHASES, ProbeCallback
@@ -100,11 +101,7 @@ class ProbeRunner:
                 precision=precision,
                 loggers=_loggers(logger),
             )
-        except (
-            ValueError,
-            RuntimeError,
-            TypeError,
-        ) as error:  # Lightning's MisconfigurationException is one of them
+        except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
             raise ConfigError(f"trainer: the devices cannot be set up: {_first_line(error)}") from error
         if self.fabric.world_size > 1:
             raise ConfigError(
