@@ -81,6 +81,7 @@ class EntropyProbe(LightningModule):
         super().__init__()
         self.config = config
         self.seed = seed if config.probe_rework.master_seed is None else config.probe_rework.master_seed
+        self.checkpoint = config.checkpoint
         self.files: CheckpointFiles | None = None
         self.model: nn.Module | None = None
         self.tokenizer: Any = None
@@ -100,31 +101,30 @@ class EntropyProbe(LightningModule):
         """
         if self.model is not None:
             return
-        checkpoint = self.config.checkpoint
-        if checkpoint.checkpoint_path is None:
+        if self.checkpoint.checkpoint_path is None:
             raise ConfigError(
                 "checkpoint.checkpoint_path: expected a checkpoint folder (or `demo`), found none; set it in the "
                 "config or pass --checkpoint.checkpoint_path PATH"
             )
         if self.config.batch_config.U_rollouts is None:
             self._reward()  # a misspelt reward should not cost the loading of a model
-        if checkpoint.checkpoint_path == DEMO:
-            checkpoint = replace(checkpoint, checkpoint_path=self.make_demo())
-        files = locate_checkpoint(checkpoint)
+        self.make_demo()
+        files = locate_checkpoint(self.checkpoint)
         self.files = replace(files, name=DEMO) if self.config.checkpoint.checkpoint_path == DEMO else files
-        self.tokenizer = load_tokenizer(checkpoint, self.files)
+        self.tokenizer = load_tokenizer(self.checkpoint, self.files)
         self.prompts = self._draw_prompts()  # what is wrong with the data shows before the model is loaded
-        model, _ = load_policy_model(checkpoint, self.files, device, self.tokenizer)
+        model, _ = load_policy_model(self.checkpoint, self.files, device, self.tokenizer)
         self.optimizer = load_optimizer(
-            model, self.files, checkpoint, learning_rate=self.config.probe_rework.learning_rate
+            model, self.files, self.checkpoint, learning_rate=self.config.probe_rework.learning_rate
         )
         self.model = model
 
-    def make_demo(self) -> str:
-        """The folder of the demo policy, which is trained where the cache has none."""
-        from probe.demo import ensure_demo_checkpoint  # trains a policy with this module's own parts
+    def make_demo(self) -> None:
+        """Where the demo policy is asked for, take its folder, in which it is trained where the cache has none."""
+        if self.checkpoint.checkpoint_path == DEMO:
+            from probe.demo import ensure_demo_checkpoint  # trains a policy with this module's own parts
 
-        return str(ensure_demo_checkpoint())
+            self.checkpoint = replace(self.checkpoint, checkpoint_path=str(ensure_demo_checkpoint()))
 
     @property
     def policy(self) -> Policy:
@@ -279,8 +279,7 @@ class EntropyProbe(LightningModule):
             rework.max_grad_norm,
             self.config.importance.snapshot_device,
         )
-        if U.advantages is not None:
-            state.diagnostics["zero_advantage_groups"] = count_zero_advantage_groups(U.advantages, U.group)
+        state.diagnostics["zero_advantage_groups"] = count_zero_advantage_groups(U.advantages, U.group)
         return Update(
             step=step,
             new_parameters=new,

@@ -63,7 +63,10 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
     Raises:
         NumericalError: they disagree, or the gradient is zero throughout.
     """
-    weights = still_to_come(score_tokens(policy, batch).entropy)
+    scores = score_tokens(policy, batch)
+    weights = still_to_come(scores.entropy)
+    terms = scores.entropy + weights * scores.logprob
+    here, size = float(terms.sum()), float(terms.abs().sum())  # rounding goes by the size of the terms
 
     def token_weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         return weights[i, t].unsqueeze(0), torch.ones_like(h).unsqueeze(0)
@@ -71,16 +74,11 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
     (gradient,), _ = token_gradients(policy, batch, token_weights, 1)
     parameters = policy.parameters
 
-    size = 0.0  # sum of the sizes of the function's terms, which its rounding goes by
-
     def objective(direction: Mapping[str, Tensor], eps: float) -> float:
-        nonlocal size
         values = {n: p.detach() + eps * direction[n] for n, p in parameters.items() if n in direction}
         with parameters_at({n: parameters[n] for n in values}, values):
             scores = score_tokens(policy, batch)
-        terms = scores.entropy + weights * scores.logprob
-        size = float(terms.abs().sum())
-        return float(terms.sum())
+        return float((scores.entropy + weights * scores.logprob).sum())
 
     moved = [name for name, g in gradient.items() if bool(g.any())]
     if not moved:
@@ -92,7 +90,6 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
     tolerance, worst = HALF_TOLERANCE if half else TOLERANCE, 0.0
     blocks = [moved[k * len(moved) // BLOCKS : (k + 1) * len(moved) // BLOCKS] for k in range(BLOCKS)]
     blocks = [block for block in blocks if block]
-    objective({}, 0.0)
     for block in blocks:
         error = _block_error(objective, {n: gradient[n] for n in block}, parameters, tolerance, size)
         if not error <= tolerance:
@@ -102,7 +99,7 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
                 f"expected; {REMEDY}"
             )
         worst = max(worst, error)
-    _check_zeros(objective, [n for n in gradient if n not in moved], parameters)
+    _check_zeros(objective, here, [n for n in gradient if n not in moved], parameters)
     return DerivativeCheck(relative_error=worst, tolerance=tolerance, blocks=len(blocks))
 
 
@@ -138,7 +135,9 @@ def _block_error(
     return best
 
 
-def _check_zeros(objective: Objective, names: list[str], parameters: Mapping[str, nn.Parameter]) -> None:
+def _check_zeros(
+    objective: Objective, here: float, names: list[str], parameters: Mapping[str, nn.Parameter]
+) -> None:
     """Parameters with a gradient of exactly zero must not influence the objective (a LoRA's A while B is 0 does not).
 
     Raises:
@@ -152,7 +151,7 @@ def _check_zeros(objective: Objective, names: list[str], parameters: Mapping[str
         p = parameters[name]
         noise = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p)
         direction[name] = noise * (float(p.detach().double().norm()) or 1.0) / p.numel() ** 0.5
-    here, moved = objective(direction, 0.0), objective(direction, 0.1)
+    moved = objective(direction, 0.1)
     if abs(moved - here) > 1e-6 * max(abs(here), 1.0):
         raise NumericalError(
             f"expected parameters without a gradient to have no influence, found that moving {names[0]} "

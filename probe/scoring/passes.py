@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from probe.data.batch import RolloutBatch
 from probe.errors import NumericalError, RolloutError
+from probe.loading import trainable_parameters
 from probe.scoring.head import OutputHead, token_statistics
 from probe.scoring.microbatch import MicroBatch, microbatches
 from probe.scoring.scores import TokenScores
@@ -54,7 +55,7 @@ class Policy:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name, in the model's order; `D` numbers in all."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return trainable_parameters(self.model)
 
     def hidden_states(self, head: OutputHead, inputs: MicroBatch) -> Tensor:
         """Hidden states `(n, D_model)` that predict the microbatch's `n` response tokens."""
