@@ -127,7 +127,6 @@ def make_state(
         mean_length=float(E_scores.lengths.mean()),
         weights=ScoreWeights(entropy=E_scores.entropy * 3, length=E_scores.mask.double()),
         weighting="causal",
-        scores=E_scores,
     )
     assert U.advantages is not None
     update = Update(

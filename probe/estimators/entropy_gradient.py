@@ -33,7 +33,6 @@ class EntropyGradient:
         mean_length: mean of `T`, tokens.
         weights: the score weights used.
         weighting: `causal` or `matched`.
-        scores: scores of the batch seen on the way.
     """
 
     pathwise: Mapping[str, Tensor]
@@ -44,7 +43,6 @@ class EntropyGradient:
     mean_length: float
     weights: ScoreWeights
     weighting: Weighting
-    scores: TokenScores
 
     def sequence(self, name: str) -> Tensor:
         """`grad H_seq` with respect to the parameter `name`."""
@@ -95,7 +93,7 @@ def entropy_gradient(
         of_entropy = torch.stack([torch.ones_like(h), torch.zeros_like(h), torch.zeros_like(h)])
         return w[i] * of_logprob, w[i] * of_entropy
 
-    (pathwise, score, length), seen = token_gradients(policy, batch, token_weights, 3, progress)
+    (pathwise, score, length), _ = token_gradients(policy, batch, token_weights, 3, progress)
     H_seq, mean_length = float((w * scores.sequence_entropy).sum()), float((w * scores.lengths).sum())
     return EntropyGradient(
         pathwise=pathwise,
@@ -106,5 +104,4 @@ def entropy_gradient(
         mean_length=mean_length,
         weights=weights,
         weighting=weighting,
-        scores=seen,
     )
