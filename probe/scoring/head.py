@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,23 +12,31 @@ from torch import Tensor, nn
 from probe.errors import NumericalError
 
 
-def token_statistics(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-prob of each label and entropy of each row's distribution, `pi = softmax(logits / temperature)`.
+def token_log_probs(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probs `(n, V)` of every token, `pi = softmax(logits / temperature)`, in nats.
 
     Args:
         logits: `(n, V)`, float32 or float64: half-precision logits cost 2e-2 nats per token.
-        labels: `(n,)` token ids.
         temperature: the sampling temperature `tau`.
+    """
+    return torch.log_softmax(logits / temperature, dim=-1)
+
+
+def token_statistics(logp: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob of each label and entropy of each row's distribution.
+
+    Args:
+        logp: `(n, V)` log-probs, see `token_log_probs`.
+        labels: `(n,)` token ids.
 
     Returns:
         `(l, h)`, both `(n,)` in nats: `l = log pi(label)` and `h = -sum_v pi(v) log pi(v)` over the whole vocabulary.
 
     Example:
-        >>> l, h = token_statistics(torch.zeros(1, 4), torch.tensor([2]), temperature=1.0)
+        >>> l, h = token_statistics(token_log_probs(torch.zeros(1, 4), temperature=1.0), torch.tensor([2]))
         >>> bool(torch.allclose(-l, h)) and round(h.item(), 6)  # both are log 4
         1.386294
     """
-    logp = torch.log_softmax(logits / temperature, dim=-1)
     logprob = logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     entropy = -(logp.exp() * logp).sum(dim=-1)
     return logprob, entropy
@@ -43,8 +51,13 @@ class OutputHead:
     with the model's own logits.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Find the output layer of `model` (a transformers causal LM, possibly wrapped by peft)."""
+    def __init__(self, model: nn.Module, values: Mapping[str, Tensor] | None = None) -> None:
+        """Find the output layer of `model` (a transformers causal LM, possibly wrapped by peft).
+
+        Args:
+            model: the model.
+            values: values that stand in for parameters of the model, by name; see `Policy.at`.
+        """
         layer = model.get_output_embeddings()  # type: ignore[operator]
         if layer is None:
             raise NumericalError(
@@ -59,6 +72,13 @@ class OutputHead:
         self._scale = float(getattr(text, "logit_scale", None) or 1.0)  # Cohere multiplies
         self._scale /= float(getattr(text, "logits_scaling", None) or 1.0)  # Granite divides
         self._promoted: dict[str, Tensor] | None = None
+        own: dict[int, str] = {
+            id(p): name for name, p in layer.named_parameters()
+        }  # tied weights by identity
+        everywhere = model.named_parameters() if values else ()
+        self._values = {
+            own[id(p)]: values[n] for n, p in everywhere if values and n in values and id(p) in own
+        }
 
     @contextmanager
     def capture(self) -> Iterator[list[Tensor]]:
@@ -86,10 +106,11 @@ class OutputHead:
         """
         if self._promoted is None:
             tensors = {**dict(self.layer.named_parameters()), **dict(self.layer.named_buffers())}
+            half = (torch.float16, torch.bfloat16)
             self._promoted = {
-                name: t.to(torch.float32)
-                for name, t in tensors.items()
-                if t.dtype in (torch.float16, torch.bfloat16)
+                name: t.to(torch.float32) if t.dtype in half else t
+                for name, t in {**tensors, **self._values}.items()
+                if t.dtype in half or name in self._values
             }
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -116,7 +137,8 @@ class OutputHead:
                 "checkpoint.dtype (float16 overflows in many models, use bfloat16 or float32)"
             )
         with torch.no_grad():
-            mine = self._tail(self.layer(hidden[:, -1:].detach())).to(own)
+            last = hidden[:, -1:].detach()
+            mine = self._tail(torch.func.functional_call(self.layer, self._values, (last,))).to(own)
         half = min(torch.finfo(hidden.dtype).bits, torch.finfo(model_logits.dtype).bits) < 32
         tolerance = 1e-2 if half else 1e-4  # the tail itself rounds in half precision
         worst = float((own - mine).abs().max() / own.abs().max().clamp_min(1.0))

@@ -7,9 +7,9 @@ memory does not grow with the size of the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from probe.data.batch import RolloutBatch
 from probe.errors import NumericalError, RolloutError
 from probe.loading import trainable_parameters
-from probe.scoring.head import OutputHead, token_statistics
+from probe.scoring.features import FeatureBasis
+from probe.scoring.head import OutputHead, token_log_probs, token_statistics
 from probe.scoring.microbatch import MicroBatch, microbatches
 from probe.scoring.scores import TokenScores
 
@@ -39,6 +40,8 @@ class Policy:
         microbatch_size: sequences per pass.
         head_chunk_tokens: tokens whose logits are held at a time.
         autocast: a context manager factory for mixed precision (Fabric's `autocast`).
+        values: values that stand in for some of the model's parameters, by name; the parameters themselves are not
+            touched (`torch.func.functional_call`). Dual numbers are allowed, which makes a pass forward-mode.
     """
 
     model: nn.Module
@@ -46,6 +49,22 @@ class Policy:
     microbatch_size: int = 2
     head_chunk_tokens: int = 256
     autocast: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
+    values: Mapping[str, Tensor] | None = None
+
+    def at(self, values: Mapping[str, Tensor]) -> Policy:
+        """The policy with other values in the place of its parameters, which stay as they are.
+
+        Args:
+            values: by parameter name; each is brought to the parameter's device and type.
+
+        Raises:
+            ValueError: a name is not one of a parameter.
+        """
+        named = dict(self.model.named_parameters())
+        unknown = sorted(set(values) - set(named))
+        if unknown:
+            raise ValueError(f"expected values for parameters of the model, found {unknown[:10]}")
+        return replace(self, values={name: v.to(named[name]) for name, v in values.items()})
 
     @property
     def device(self) -> torch.device:
@@ -57,25 +76,42 @@ class Policy:
         """The trainable parameters by name, in the model's order; `D` numbers in all."""
         return trainable_parameters(self.model)
 
+    @property
+    def half_precision(self) -> bool:
+        """Whether any of the model's weights, or its forwards, are in 16 bits."""
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in self.model.parameters()):
+            return True
+        with self.autocast():
+            return torch.is_autocast_enabled(self.device.type)
+
     def hidden_states(self, head: OutputHead, inputs: MicroBatch) -> Tensor:
         """Hidden states `(n, D_model)` that predict the microbatch's `n` response tokens."""
+        arguments = {
+            "input_ids": inputs.input_ids,
+            "attention_mask": inputs.attention_mask,
+            "use_cache": False,
+        }
         with head.capture() as captured, self.autocast():
-            output = self.model(
-                input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, use_cache=False
-            )
+            if self.values is None:
+                output = self.model(**arguments)
+            else:
+                output = torch.func.functional_call(self.model, dict(self.values), (), arguments)
         with self.autocast():
             head.check(captured[-1], output.logits)
         hidden = captured[-1]  # on the output layer's device, which need not be the inputs'
         return hidden[inputs.row.to(hidden.device), inputs.column.to(hidden.device)]
 
 
-def score_tokens(policy: Policy, batch: RolloutBatch, progress: Progress | None = None) -> TokenScores:
+def score_tokens(
+    policy: Policy, batch: RolloutBatch, progress: Progress | None = None, basis: FeatureBasis | None = None
+) -> TokenScores:
     """Teacher-forced log-prob and exact entropy of every response token, without gradients.
 
     Args:
         policy: the policy, at the weights to score with.
         batch: `B` responses.
         progress: called after each microbatch.
+        basis: also give the features of states and tokens that control variates are made of.
 
     Returns:
         `(B, T)` arrays in float64 on the CPU. A value does not depend on the microbatch size beyond rounding.
@@ -84,18 +120,50 @@ def score_tokens(policy: Policy, batch: RolloutBatch, progress: Progress | None 
         RolloutError: all responses are empty.
         NumericalError: a score is not finite.
     """
-    collector = _Collector(batch, progress)
-    head = OutputHead(policy.model)
+    collector = Collector(batch, progress)
     with torch.no_grad():
-        for inputs in microbatches(batch, policy.microbatch_size, policy.device):
-            hidden = policy.hidden_states(head, inputs)
-            for rows in torch.arange(len(inputs.labels)).split(policy.head_chunk_tokens):
-                logits = head.logits(hidden[rows.to(hidden.device)])
-                labels = inputs.labels[rows].to(hidden.device)
-                logprob, entropy = token_statistics(logits, labels, policy.temperature)
-                collector.add(inputs.sequence[rows], inputs.position[rows], logprob, entropy)
-            collector.advance(inputs.size)
+        for chunk in scored_chunks(policy, batch, basis):
+            collector.add(chunk.sequence, chunk.position, *chunk.values)
+            collector.advance(chunk.finished)
     return collector.finish()
+
+
+@dataclass(frozen=True)
+class ScoredChunk:
+    """Scores of `n` response tokens, as a pass comes by them.
+
+    Attributes:
+        sequence: index of each token's sequence, `(n,)`, CPU.
+        position: its position in the response, `(n,)`, CPU.
+        values: `(l, h)`, both `(n,)`, and with a basis the expected token features `(n, K)` and the state features
+            `(n, K_state)` as well.
+        finished: number of sequences that this chunk completes.
+    """
+
+    sequence: Tensor
+    position: Tensor
+    values: tuple[Tensor, ...]
+    finished: int
+
+
+def scored_chunks(
+    policy: Policy, batch: RolloutBatch, basis: FeatureBasis | None = None
+) -> Iterator[ScoredChunk]:
+    """Run the policy over a batch and yield its scores a few tokens at a time, in whatever grad mode is on."""
+    head = OutputHead(policy.model, policy.values)
+    for inputs in microbatches(batch, policy.microbatch_size, policy.device):
+        hidden = policy.hidden_states(head, inputs)
+        for rows in torch.arange(len(inputs.labels)).split(policy.head_chunk_tokens):
+            states = hidden[rows.to(hidden.device)]
+            labels = inputs.labels[rows].to(hidden.device)
+            logp = token_log_probs(head.logits(states), policy.temperature)
+            values: tuple[Tensor, ...] = token_statistics(logp, labels)
+            if basis is not None:
+                values = (*values, *basis.of(logp, states))
+            last = int(rows[-1]) == len(inputs.labels) - 1
+            yield ScoredChunk(
+                inputs.sequence[rows], inputs.position[rows], values, inputs.size if last else 0
+            )
 
 
 def token_gradients(
@@ -129,7 +197,7 @@ def token_gradients(
     if not parameters:
         raise NumericalError("expected trainable parameters, found none with requires_grad=True")
     totals = _Totals(parameters, objectives)
-    collector = _Collector(batch, progress)
+    collector = Collector(batch, progress)
     head = OutputHead(policy.model)
     with torch.enable_grad():
         for inputs in microbatches(batch, policy.microbatch_size, policy.device):
@@ -147,7 +215,7 @@ def _head_gradients(
     inputs: MicroBatch,
     weights: TokenWeights,
     totals: _Totals,
-    collector: _Collector,
+    collector: Collector,
 ) -> list[Tensor]:
     """Gradients `(n, D_model)` of each objective by `hidden`, in float32 or better; the head's own go to `totals`."""
     own = {n: p for n, p in totals.parameters.items() if any(p is q for q in head.layer.parameters())}
@@ -158,9 +226,9 @@ def _head_gradients(
         on_device = rows.to(hidden.device)
         leaf = hidden.detach()[on_device].to(dtype).requires_grad_()
         labels = inputs.labels[rows].to(hidden.device)
-        logprob, entropy = token_statistics(head.logits(leaf), labels, policy.temperature)
+        logprob, entropy = token_statistics(token_log_probs(head.logits(leaf), policy.temperature), labels)
         sequence, position = inputs.sequence[rows], inputs.position[rows]
-        a, b = weights(sequence, position, *collector.add(sequence, position, logprob, entropy))
+        a, b = weights(sequence, position, *collector.add(sequence, position, logprob, entropy)[:2])
         for k in range(objectives):
             value = (a[k].to(logprob) * logprob + b[k].to(entropy) * entropy).sum()
             more = k < objectives - 1
@@ -226,38 +294,49 @@ class _Totals:
         return self.values
 
 
-class _Collector:
-    """Gathers token scores into `(B, T)` arrays and reports progress."""
+class Collector:
+    """Gathers what a pass finds per token into arrays `(B, T, ...)` and reports progress."""
 
     def __init__(self, batch: RolloutBatch, progress: Progress | None) -> None:
+        """Start empty.
+
+        Raises:
+            RolloutError: the batch has no response token.
+        """
         if not bool(batch.mask.any()):
             raise RolloutError(
                 f"expected at least one response token, found {len(batch)} empty responses; check the sampling "
                 "settings or the rollout file"
             )
         self._mask = batch.mask
-        self._logprob = torch.zeros(batch.mask.shape, dtype=torch.float64)
-        self._entropy = torch.zeros(batch.mask.shape, dtype=torch.float64)
+        self._arrays: list[Tensor] = []
         self._progress = progress
         self._done = int((batch.lengths == 0).sum())
 
-    def add(
-        self, sequence: Tensor, position: Tensor, logprob: Tensor, entropy: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Store scores; returns them detached, on the CPU, in float64."""
-        found = [x.detach().to("cpu", torch.float64) for x in (logprob, entropy)]
-        self._logprob[sequence, position], self._entropy[sequence, position] = found
-        return found[0], found[1]
+    def add(self, sequence: Tensor, position: Tensor, *values: Tensor) -> list[Tensor]:
+        """Store values `(n, ...)` of tokens; returns them detached, on the CPU, in float64."""
+        found = [x.detach().to("cpu", torch.float64) for x in values]
+        if not self._arrays:
+            self._arrays = [
+                torch.zeros(*self._mask.shape, *x.shape[1:], dtype=_storage(k)) for k, x in enumerate(found)
+            ]
+        for array, x in zip(self._arrays, found, strict=True):
+            array[sequence, position] = x.to(array.dtype)
+        return found
 
     def advance(self, count: int) -> None:
         """Report `count` more sequences."""
         self._done += count
-        if self._progress is not None:
+        if self._progress is not None and count:
             self._progress(self._done, len(self._mask))
 
-    def finish(self) -> TokenScores:
-        """The scores, checked."""
-        for name, values in (("log-prob", self._logprob), ("entropy", self._entropy)):
+    def arrays(self) -> list[Tensor]:
+        """What was gathered, checked.
+
+        Raises:
+            NumericalError: a value is not finite.
+        """
+        for name, values in zip(("log-prob", "entropy"), self._arrays, strict=False):
             bad = ~torch.isfinite(values)
             if bool(bad.any()):
                 i, t = (int(x) for x in bad.nonzero()[0])
@@ -265,4 +344,15 @@ class _Collector:
                     f"expected finite scores, found a {name} of {values[i, t]} at sequence {i}, token {t} "
                     f"({int(bad.sum())} in all); check the weights and checkpoint.dtype"
                 )
-        return TokenScores(self._logprob, self._entropy, self._mask)
+        return self._arrays
+
+    def finish(self) -> TokenScores:
+        """The scores."""
+        logprob, entropy, *features = self.arrays()
+        expected, states = features or (None, None)
+        return TokenScores(logprob, entropy, self._mask, expected, states)
+
+
+def _storage(k: int) -> torch.dtype:
+    """What is differenced is kept in float64: log-probs, entropies, expected features. State features need less."""
+    return torch.float64 if k < 3 else torch.float32

@@ -15,11 +15,15 @@ class TokenScores:
         logprob: `l[i, t] = log pi(y_t | x, y_<t)` in nats, `(B, T)`.
         entropy: `h[i, t]`, entropy of `pi(. | x, y_<t)` over the whole vocabulary in nats, `(B, T)`.
         mask: `(B, T)` bool, the response tokens.
+        expected_features: `E_pi[psi(v)]` under the distribution of each token, `(B, T, K)` float64; see `FeatureBasis`.
+        state_features: features of the state before each token, `(B, T, K_state)` float32.
     """
 
     logprob: Tensor
     entropy: Tensor
     mask: Tensor
+    expected_features: Tensor | None = None
+    state_features: Tensor | None = None
 
     @property
     def sequence_entropy(self) -> Tensor:
@@ -35,3 +39,18 @@ class TokenScores:
     def lengths(self) -> Tensor:
         """`T_i`, tokens, `(B,)` float64."""
         return self.mask.sum(dim=1).to(self.logprob.dtype)
+
+
+@dataclass(frozen=True)
+class TokenTangents:
+    """Derivatives of token scores along one direction in parameter space; CPU, float64, 0 outside the mask.
+
+    Attributes:
+        logprob: `dl[i, t]`, nats per unit of the direction, `(B, T)`.
+        entropy: `dh[i, t]`, `(B, T)`.
+        expected_features: derivative of `E_pi[psi(v)]`, `(B, T, K)` float64, or None.
+    """
+
+    logprob: Tensor
+    entropy: Tensor
+    expected_features: Tensor | None = None
