@@ -8,19 +8,25 @@ import pytest
 import torch
 
 from probe.errors import OptimizerStateError
+from probe.estimators.entropy_change import entropy_change, first_derivative, reweighted_entropy
 from probe.estimators.entropy_gradient import entropy_gradient
+from probe.estimators.ground_truth import measure
 from probe.estimators.losses import LossSettings
-from probe.estimators.prediction import first_order, inner_product
-from probe.estimators.snis import snis
+from probe.estimators.prediction import first_order, from_tokens, inner_product, token_first_order
 from probe.estimators.update import (
     adam_closed_form,
     loss_gradient,
     optimizer_step,
     preconditioned_direction,
 )
-from probe.scoring import score_tokens
+from probe.scoring import Policy, TokenScores, score_tokens
+from probe.scoring.scores import TokenTangents
+from probe.scoring.tangents import difference_pair, forward_tangents
 from probe.snapshot import parameters_at
-from tests.enumerable import all_sequences, exact_entropies, naive_scores, tiny_policy
+from tests import tiny_models
+from tests.enumerable import all_sequences, as_batch, exact_entropies, naive_scores, tiny_policy
+
+NUMBERS = ("deltaH1", "pathwise", "score", "deltaH1_tok", "pathwise_tok", "score_tok")
 
 
 def flat(gradient) -> torch.Tensor:
@@ -124,30 +130,176 @@ def test_reverse_mode_equals_a_finite_difference_of_the_objective(monkeypatch):
     assert inner_product(x.sequence, v) == pytest.approx(difference, rel=1e-6)
 
 
-@pytest.mark.parametrize("estimand", ["sequence", "token"])
-def test_matched_weights_are_the_derivative_of_snis(monkeypatch, estimand):
-    """d/d eta deltaH_snis at 0 equals bars_dot(matched) on the same E: no sampling error at all."""
-    policy, batch = tiny_policy(monkeypatch), all_sequences()
-    probability = exact_gradients(policy, batch)[2]
-    E = sampled(probability, batch, 64, seed=5)
+def random_direction(policy, seed=7):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        n: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+        for n, p in policy.parameters.items()
+    }
+
+
+def assert_same_prediction(found, expected, rel):
+    """All six numbers, each relative to the larger part of the `sequence` estimand: what they are sums of may
+    cancel."""
+    size = max(abs(expected.pathwise), abs(expected.score))
+    for name in NUMBERS:
+        per_token = expected.pathwise_tok / expected.pathwise if name.endswith("_tok") else 1.0
+        assert abs(getattr(found, name) - getattr(expected, name)) <= rel * size * per_token, name
+
+
+@pytest.mark.parametrize("weighting", ["causal", "matched"])
+@pytest.mark.parametrize(
+    ("lora", "layers", "attention"), [(True, 2, "sdpa"), (False, 1, "sdpa"), (True, 1, "eager")]
+)
+def test_forward_mode_reverse_mode_and_differences_are_one_number(
+    monkeypatch, weighting, lora, layers, attention
+):
+    """Identity 2, in every part: 1e-9 between the first two, 1e-6 for the third."""
+    policy, batch = tiny_policy(monkeypatch, lora=lora, layers=layers), all_sequences()
+    (policy.model.get_base_model() if lora else policy.model).set_attn_implementation(attention)
+    exactly = 1e-9 if attention == "sdpa" else 1e-6  # eager attention has its softmax in float32
+    E = sampled(exact_entropies(policy, batch)[2].detach(), batch, 48, seed=3)
+    scores, v = score_tokens(policy, E), random_direction(policy)
+    reverse = first_order(entropy_gradient(policy, E, scores, weighting), v, 1.0)
+    assert min(abs(getattr(reverse, name)) for name in NUMBERS) > 1e-3
+
+    def per_token(tangents):
+        return from_tokens(token_first_order(scores, tangents, E.group, weighting), 1.0)
+
+    assert_same_prediction(per_token(forward_tangents(policy, E, v)), reverse, exactly)
+    if attention == "sdpa":
+        assert_same_prediction(per_token(difference_pair(policy, E, v, 5e-7).tangents), reverse, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("baseline", ["loo_position", "ridge"])
+def test_forward_mode_equals_reverse_mode_on_an_ordinary_model(dtype, baseline):
+    """A Qwen2 as the library has it, whose norms compute in float32: 1e-5."""
+    policy = Policy(tiny_models.tiny_model().to(dtype).eval(), temperature=0.9, microbatch_size=5)
+    generator = torch.Generator().manual_seed(4)
+    rows = [
+        tuple(torch.randint(3, tiny_models.VOCABULARY, (n,), generator=generator).tolist())
+        for n in (9, 4, 7, 1, 9, 6, 5)
+    ]
+    # without the padding token: the embedding's backward leaves its row out, as in training
+    E = replace(as_batch(rows), prompt_ids=((7, 5),) * len(rows))
     scores = score_tokens(policy, E)
-    generator = torch.Generator().manual_seed(7)
-    Y = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in policy.parameters.items()}
-    prediction = first_order(entropy_gradient(policy, E, scores, "matched"), Y, learning_rate=1.0)
+    v = {n: 0.01 * d for n, d in random_direction(policy).items()}
+    reverse = first_order(entropy_gradient(policy, E, scores, "causal", baseline), v, 1e-3)
+    forward = from_tokens(
+        token_first_order(scores, forward_tangents(policy, E, v), E.group, "causal", baseline), 1e-3
+    )
+    assert_same_prediction(forward, reverse, 1e-5)
+    assert forward.bars_dot == pytest.approx(1e3 * forward.deltaH1)
+
+
+ESTIMATORS = ["snis", "per_decision"]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_predictions_are_the_derivatives_of_the_measured_change(monkeypatch, estimator):
+    """Identities 3 and 4: d/d eta deltaH(eta) at 0 equals the prediction on the same E: no sampling error at all.
+
+    `snis` belongs to `matched` weights, `per_decision` to `causal` ones with the mean over all sequences at a position,
+    the finished ones included, as the baseline.
+    """
+    policy, batch = tiny_policy(monkeypatch, layers=2), all_sequences()
+    E = sampled(exact_entropies(policy, batch)[2].detach(), batch, 64, seed=5)
+    scores, Y = score_tokens(policy, E), random_direction(policy)
+    ones = torch.ones(len(E), dtype=torch.float64)
+    tangents = forward_tangents(policy, E, Y)
+    exact = first_derivative(ones, scores, tangents, estimator)
+    if estimator == "snis":
+        predicted = [e.value for e in token_first_order(scores, tangents, E.group, "matched").total]
+        by_backward = first_order(entropy_gradient(policy, E, scores, "matched"), Y, 1.0)
+        assert [by_backward.deltaH1, by_backward.deltaH1_tok] == pytest.approx(exact.tolist(), rel=1e-9)
+    else:
+        predicted = causal_with_batch_mean(scores, tangents)
+    assert predicted == pytest.approx(exact.tolist(), rel=1e-10)
+    assert min(abs(x) for x in predicted) > 1e-2
 
     def measured(eta):
-        with parameters_at(
-            policy.parameters, {n: p.detach() + eta * Y[n] for n, p in policy.parameters.items()}
-        ):
-            return getattr(snis(scores, score_tokens(policy, E)), estimand).delta
+        new = score_tokens(policy.at({n: p.detach() + eta * Y[n] for n, p in policy.parameters.items()}), E)
+        truth = measure(scores, new).estimates[estimator]
+        return torch.tensor([e.value for e in truth], dtype=torch.float64)
 
-    eta = 1e-4
+    eta = 3e-6
     fourth_order = (8 * (measured(eta) - measured(-eta)) - (measured(2 * eta) - measured(-2 * eta))) / (
         12 * eta
     )
-    expected = prediction.bars_dot if estimand == "sequence" else prediction.bars_dot_tok
-    assert abs(expected) > 1e-2
-    assert fourth_order == pytest.approx(expected, rel=1e-8)
+    assert fourth_order.tolist() == pytest.approx(predicted, rel=1e-8)
+
+
+def causal_with_batch_mean(scores, tangents):
+    """The causal prediction with position-wise batch means as baselines, as a loop over sequences and positions."""
+    h, on = scores.entropy, scores.mask.double()
+    B, T = h.shape
+    slope = {}
+    for name, x, dx in (("N", h, tangents.entropy), ("T", on, torch.zeros_like(h))):
+        to_go = [[float(x[i, t + 1 :].sum()) for t in range(T)] for i in range(B)]
+        baseline = [sum(to_go[i][t] for i in range(B)) / B for t in range(T)]
+        slope[name] = (
+            sum(
+                float(dx[i, t]) + float(tangents.logprob[i, t]) * (to_go[i][t] - baseline[t])
+                for i in range(B)
+                for t in range(T)
+            )
+            / B
+        )
+    N, length = float(h.sum()) / B, float(on.sum()) / B
+    return [slope["N"], (slope["N"] - N / length * slope["T"]) / length]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("lora", [True, False])
+def test_reweighting_the_whole_space_gives_the_new_entropy(monkeypatch, estimator, lora):
+    """With every sequence weighted by its probability, both estimators are exact, however large the update."""
+    policy, batch = tiny_policy(monkeypatch, lora=lora), all_sequences()
+    old = score_tokens(policy, batch)
+    shifted = {
+        n: p.detach() + 0.1 * d
+        for (n, p), d in zip(policy.parameters.items(), random_direction(policy).values(), strict=True)
+    }
+    new = score_tokens(policy.at(shifted), batch)
+    with torch.no_grad():
+        *H_old, q = exact_entropies(policy, batch)
+        with parameters_at(policy.parameters, shifted):
+            *H_new, _ = exact_entropies(policy, batch)
+    found = reweighted_entropy(q, new.logprob - old.logprob, new.entropy, batch.mask, estimator)
+    change = entropy_change(7.0 * q, old, new, estimator)
+    for k in range(2):
+        assert abs(float(H_new[k] - H_old[k])) > 1e-2
+        assert float(found[k]) == pytest.approx(float(H_new[k]), abs=1e-12)
+        assert float(change[k]) == pytest.approx(float(H_new[k] - H_old[k]), abs=1e-12)
+
+
+@pytest.mark.parametrize("weighting", ["causal", "matched"])
+def test_predictions_per_token_follow_the_definition(weighting):
+    """Against a loop over sequences, tokens and, for the baseline, the other sequences."""
+    g = torch.Generator().manual_seed(2)
+    mask = torch.arange(5) < torch.tensor([2, 5, 3, 1, 4, 3]).unsqueeze(1)
+    h, l, dl, dh = (torch.randn(6, 5, generator=g, dtype=torch.float64) * mask for _ in range(4))
+    found = token_first_order(TokenScores(l, h, mask), TokenTangents(dl, dh), torch.arange(6), weighting)
+    on = mask.double()
+    slope = {}
+    for name, x in (("N", h), ("T", on)):
+        total = 0.0
+        for i in range(6):
+            for t in range(int(on[i].sum())):
+                if weighting == "matched":
+                    weight = float(x[i].sum() - x.sum() / 6)
+                else:
+                    others = [float(x[j, t + 1 :].sum()) for j in range(6) if j != i and mask[j, t]]
+                    weight = float(x[i, t + 1 :].sum()) - (sum(others) / len(others) if others else 0.0)
+                total += weight * float(dl[i, t])
+        slope[name] = total / 6
+    N, length, path = float(h.sum()) / 6, float(on.sum()) / 6, float(dh.sum()) / 6
+    score_tok = (slope["N"] - N / length * slope["T"]) / length
+    assert [e.value for e in found.pathwise] == pytest.approx([path, path / length], abs=1e-13)
+    assert [e.value for e in found.score] == pytest.approx([slope["N"], score_tok], abs=1e-13)
+    assert [e.value for e in found.total] == pytest.approx(
+        [path + slope["N"], path / length + score_tok], abs=1e-13
+    )
 
 
 def make_update(policy, E, optimizer, seed=0):

@@ -20,7 +20,7 @@ from probe.data.batch import RolloutBatch
 from probe.errors import NumericalError
 from probe.estimators.weighting import still_to_come
 from probe.scoring.passes import Policy, score_tokens, token_gradients
-from probe.snapshot import parameters_at
+from probe.scoring.tangents import ForwardModeError, forward_tangents
 
 BLOCKS = 4
 """Blocks by depth that the parameters are split into."""
@@ -29,6 +29,8 @@ CHANGES = (1e-3, 1e-4, 1e-2, 1e-5, 3e-2, 1e-1)
 depends on curvature (sharp policies want a small one) and on the precision of a forward (half wants a large one)."""
 LARGEST_MOVE = 0.1
 """No step moves a block by more than this, relative to the norm of its parameters."""
+FORWARD_TOLERANCE, HALF_FORWARD_TOLERANCE = 1e-3, 0.05
+"""Largest relative difference of forward mode and backward, and the same where forwards run in half precision."""
 TOLERANCE, HALF_TOLERANCE = 0.05, 0.25
 """Largest relative error, and the same where forwards run in half precision and are noisy."""
 
@@ -57,7 +59,7 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
     at random, together, and must leave `f` as it is.
 
     Args:
-        policy: the policy; parameters are restored bitwise.
+        policy: the policy; its parameters are not touched.
         batch: a few sequences are enough; the cost is one gradient and about ten scorings of them.
 
     Raises:
@@ -76,8 +78,7 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
 
     def objective(direction: Mapping[str, Tensor], eps: float) -> float:
         values = {n: p.detach() + eps * direction[n] for n, p in parameters.items() if n in direction}
-        with parameters_at({n: parameters[n] for n in values}, values):
-            scores = score_tokens(policy, batch)
+        scores = score_tokens(policy.at(values), batch)
         return float((scores.entropy + weights * scores.logprob).sum())
 
     moved = [name for name, g in gradient.items() if bool(g.any())]
@@ -86,8 +87,7 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
             "expected a gradient of the entropy, found exactly zero for every parameter; the trainable parameters do "
             "not influence the output (is the adapter active?)"
         )
-    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in policy.model.parameters())
-    tolerance, worst = HALF_TOLERANCE if half else TOLERANCE, 0.0
+    tolerance, worst = HALF_TOLERANCE if policy.half_precision else TOLERANCE, 0.0
     blocks = [moved[k * len(moved) // BLOCKS : (k + 1) * len(moved) // BLOCKS] for k in range(BLOCKS)]
     blocks = [block for block in blocks if block]
     for block in blocks:
@@ -101,6 +101,49 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
         worst = max(worst, error)
     _check_zeros(objective, here, [n for n in gradient if n not in moved], parameters)
     return DerivativeCheck(relative_error=worst, tolerance=tolerance, blocks=len(blocks))
+
+
+@dataclass(frozen=True)
+class ForwardModeCheck:
+    """Whether forward mode can be believed.
+
+    Attributes:
+        usable: it ran, and agreed with backward.
+        reason: a sentence.
+    """
+
+    usable: bool
+    reason: str
+
+
+def forward_mode_check(policy: Policy, batch: RolloutBatch) -> ForwardModeCheck:
+    """Run forward mode along the gradient of the function of `derivative_check`: it must give the gradient's norm.
+
+    Args:
+        policy: the policy.
+        batch: a few sequences are enough; the cost is a gradient and a forward-mode pass of them.
+    """
+    scores = score_tokens(policy, batch)
+    weights = still_to_come(scores.entropy)
+
+    def token_weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return weights[i, t].unsqueeze(0), torch.ones_like(h).unsqueeze(0)
+
+    (gradient,), _ = token_gradients(policy, batch, token_weights, 1)
+    norm = _norm(gradient)
+    if norm == 0.0:
+        return ForwardModeCheck(False, "the gradient of the entropy is zero on the first responses")
+    try:
+        found = forward_tangents(policy, batch, {n: g / norm for n, g in gradient.items()})
+    except ForwardModeError as error:
+        return ForwardModeCheck(False, str(error))
+    difference = abs(float((found.entropy + weights * found.logprob).sum()) / norm - 1.0)
+    limit = HALF_FORWARD_TOLERANCE if policy.half_precision else FORWARD_TOLERANCE
+    if not difference <= limit:
+        return ForwardModeCheck(
+            False, f"forward mode and backward differ by {difference:.2g} relative, at most {limit} expected"
+        )
+    return ForwardModeCheck(True, f"forward mode agrees with backward to {difference:.1g}")
 
 
 REMEDY = (

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from probe.estimators.entropy_gradient import EntropyGradient
+from probe.estimators.estimate import Estimate, estimate
+from probe.estimators.weighting import Baseline, Weighting, score_weights
+from probe.scoring.scores import TokenScores, TokenTangents
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,18 @@ class Prediction:
         pathwise_tok: like `pathwise`.
         score_tok: like `score`.
         learning_rate: `eta`.
+        estimates: errors by estimator (`causal`, `matched`, `causal+cv`): `(sequence, token)`; empty where there are no
+            derivatives per token.
+        reported: the key of the estimate whose value the numbers above are.
+        mode: how deltaH1 was differentiated: `jvp`, `reverse` or `finite_difference`.
+        reason: why that way.
+        agreement: relative difference of deltaH1 by two ways (backward, and derivatives per token); None with one way.
+        difference_scale: of central differences, in units of the step; None without.
+        difference_error: estimated relative error of the token derivatives, see `choose_scale`; None without.
+        control_variates: `on: ...` or `off: ...` with the reason.
+        deltaH2: `(sequence, token)`, see `curvature`; None where it was not computed.
+        curvature_mode: `jvp` or `finite_difference`.
+        sd_U: standard deviation over update batches, nats per response and per token; None where not computed.
     """
 
     deltaH1: float
@@ -35,6 +51,32 @@ class Prediction:
     pathwise_tok: float
     score_tok: float
     learning_rate: float
+    estimates: Mapping[str, tuple[Estimate, Estimate]] = field(default_factory=dict)
+    reported: str = "causal"
+    mode: str = "reverse"
+    reason: str = ""
+    agreement: float | None = None
+    difference_scale: float | None = None
+    difference_error: float | None = None
+    control_variates: str = "off: no derivatives per token"
+    deltaH2: tuple[Estimate, Estimate] | None = None
+    curvature_mode: str | None = None
+    sd_U: tuple[float, float] | None = None
+
+    def at(self, learning_rate: float) -> Prediction:
+        """For another learning rate: the first order times the factor `c`, the second order times `c^2`."""
+        c = learning_rate / self.learning_rate
+        numbers = ("deltaH1", "pathwise", "score", "deltaH1_tok", "pathwise_tok", "score_tok")
+        second, spread = self.deltaH2, self.sd_U
+        return replace(
+            self,
+            **{name: c * getattr(self, name) for name in numbers},
+            learning_rate=learning_rate,
+            estimates={name: (a.scaled(c), b.scaled(c)) for name, (a, b) in self.estimates.items()},
+            difference_scale=None if self.difference_scale is None else self.difference_scale / c,
+            deltaH2=None if second is None else (second[0].scaled(c**2), second[1].scaled(c**2)),
+            sd_U=None if spread is None else (c * spread[0], c * spread[1]),
+        )
 
 
 def first_order(x: EntropyGradient, step: Mapping[str, Tensor], learning_rate: float) -> Prediction:
@@ -79,3 +121,68 @@ def inner_product(gradient: Callable[[str], Tensor], step: Mapping[str, Tensor])
         part = gradient(name)
         total += float((part.double() * change.to(part.device).double()).sum())
     return total
+
+
+@dataclass(frozen=True)
+class TokenPrediction:
+    """DeltaH1 from derivatives per token, with errors over E.
+
+    Attributes:
+        pathwise: `(sequence, token)`, the part inside the states visited.
+        score: the part from which states are visited.
+    """
+
+    pathwise: tuple[Estimate, Estimate]
+    score: tuple[Estimate, Estimate]
+
+    @property
+    def total(self) -> tuple[Estimate, Estimate]:
+        """DeltaH1: `pathwise + score`."""
+        return self.pathwise[0] + self.score[0], self.pathwise[1] + self.score[1]
+
+
+def token_first_order(
+    scores: TokenScores,
+    tangents: TokenTangents,
+    group: Tensor,
+    weighting: Weighting = "causal",
+    baseline: Baseline = "loo_position",
+) -> TokenPrediction:
+    """DeltaH1 as a sum over tokens: `mean_i sum_t dh[i,t] + weight[i,t] dl[i,t]`, the same number as `first_order`.
+
+    Args:
+        scores: scores of E at `theta`: they make the score weights.
+        tangents: derivatives of the scores along the step.
+        group: `(B,)` prompts, the independent units of the errors.
+        weighting: see `score_weights`.
+        baseline: see `score_weights`; the error of the ridge baseline takes its predictions as given.
+    """
+    ridge = score_weights(scores, weighting, baseline) if baseline == "ridge" else None
+
+    def parts(q: Tensor) -> Tensor:
+        w = q / q.sum()
+        weights = score_weights(scores, weighting, baseline, w) if ridge is None else ridge
+        pathwise = (w * tangents.entropy.sum(1)).sum()
+        score, length = ((w * (x * tangents.logprob).sum(1)).sum() for x in (weights.entropy, weights.length))
+        N, T = (w * scores.sequence_entropy).sum(), (w * scores.lengths).sum()
+        return torch.stack([pathwise, pathwise / T, score, (score - N / T * length) / T])
+
+    found = estimate(parts, group)
+    return TokenPrediction(pathwise=(found[0], found[1]), score=(found[2], found[3]))
+
+
+def from_tokens(parts: TokenPrediction, learning_rate: float) -> Prediction:
+    """The numbers of a prediction made per token."""
+    (path, path_tok), (score, score_tok) = parts.pathwise, parts.score
+    total, total_tok = parts.total
+    return Prediction(
+        deltaH1=total.value,
+        bars_dot=total.value / learning_rate,
+        pathwise=path.value,
+        score=score.value,
+        deltaH1_tok=total_tok.value,
+        bars_dot_tok=total_tok.value / learning_rate,
+        pathwise_tok=path_tok.value,
+        score_tok=score_tok.value,
+        learning_rate=learning_rate,
+    )

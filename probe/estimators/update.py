@@ -28,11 +28,13 @@ class LossGradient:
     Attributes:
         gradient: by parameter name, before clipping.
         weights: `d loss / d l[i, t]`, `(B, T)` float64.
+        entropy_weights: `d loss / d h[i, t]`, `(B, T)` float64.
         scores: scores of U at the current weights.
     """
 
     gradient: Mapping[str, Tensor]
     weights: Tensor
+    entropy_weights: Tensor
     scores: TokenScores
 
 
@@ -48,6 +50,7 @@ class Update:
         clip_factor: what clipping multiplied it by (1 when it did nothing).
         learning_rate: `eta`, the reference learning rate of the optimizer's groups.
         loss_weights: `d loss / d l[i, t]`, `(B, T)`.
+        entropy_weights: `d loss / d h[i, t]`, `(B, T)`.
         scores: scores of U.
     """
 
@@ -58,6 +61,7 @@ class Update:
     clip_factor: float
     learning_rate: float
     loss_weights: Tensor
+    entropy_weights: Tensor
     scores: TokenScores
 
 
@@ -68,12 +72,14 @@ class ClosedFormStep:
     Attributes:
         momentum: the part of the saved first moment.
         decay: the part of weight decay.
-        gradient: the part of the gradient: elementwise `P * clip * g`, the denominator held at the step's own.
+        gradient: the part of the gradient: elementwise `P * g`, the denominator held at the step's own.
+        gradient_map: `P`, what one unit of the loss's gradient (before clipping) adds to the step.
     """
 
     momentum: Mapping[str, Tensor]
     decay: Mapping[str, Tensor]
     gradient: Mapping[str, Tensor]
+    gradient_map: Mapping[str, Tensor]
 
     def total(self) -> dict[str, Tensor]:
         """The step."""
@@ -107,7 +113,7 @@ def loss_gradient(
         )
     advantages, old = batch.advantages, batch.old_logprobs
     normaliser = token_normaliser(settings.loss, batch.mask, settings.max_new_tokens)
-    kept = torch.zeros(batch.mask.shape, dtype=torch.float64)
+    kept, kept_entropy = (torch.zeros(batch.mask.shape, dtype=torch.float64) for _ in range(2))
 
     def token_weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         a, b = loss_weights(
@@ -118,11 +124,11 @@ def loss_gradient(
             None if old is None else old[i, t],
             None if ref_logprobs is None else ref_logprobs[i, t],
         )
-        kept[i, t] = a
+        kept[i, t], kept_entropy[i, t] = a, b
         return a.unsqueeze(0), b.unsqueeze(0)
 
     (gradient,), scores = token_gradients(policy, batch, token_weights, 1, progress)
-    return LossGradient(gradient=gradient, weights=kept, scores=scores)
+    return LossGradient(gradient=gradient, weights=kept, entropy_weights=kept_entropy, scores=scores)
 
 
 def optimizer_step(
@@ -131,6 +137,7 @@ def optimizer_step(
     gradient: Mapping[str, Tensor],
     max_grad_norm: float | None,
     snapshot_device: torch.device | str = "cpu",
+    lr_factor: float = 1.0,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], float, float]:
     """What `optimizer.step()` would do with `gradient`; parameters, grads and optimizer are bitwise restored.
 
@@ -140,6 +147,7 @@ def optimizer_step(
         gradient: by the same names.
         max_grad_norm: clip the total norm to this first, as training does; None does not clip.
         snapshot_device: where the snapshot and the results are kept.
+        lr_factor: multiplies the learning rate of every group.
 
     Returns:
         `(step, new_parameters, gradient_norm, clip_factor)`.
@@ -149,6 +157,8 @@ def optimizer_step(
     """
     with preserved(parameters, optimizer, snapshot_device):
         before = {name: p.detach().to(snapshot_device, copy=True) for name, p in parameters.items()}
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * lr_factor
         for name, p in parameters.items():
             p.grad = gradient[name].clone()
         norm = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
@@ -190,14 +200,15 @@ def adam_closed_form(
         OptimizerStateError: the optimizer is not Adam or AdamW, or a parameter is in none of its groups.
     """
     groups = _groups_by_name(optimizer, parameters)
-    parts: tuple[dict[str, Tensor], ...] = ({}, {}, {})
+    momentum, decay, step, linear = {}, {}, {}, {}
     for name, p in parameters.items():
-        terms = _adam_terms(
-            groups[name], optimizer.state.get(p, {}), p, gradient[name].double() * clip_factor
+        g = gradient[name].double()
+        momentum[name], decay[name], of_clipped = _adam_terms(
+            groups[name], optimizer.state.get(p, {}), p, g * clip_factor
         )
-        for part, term in zip(parts, terms, strict=True):
-            part[name] = term
-    return ClosedFormStep(*parts)
+        linear[name] = of_clipped * clip_factor
+        step[name] = linear[name] * g
+    return ClosedFormStep(momentum, decay, step, linear)
 
 
 def preconditioned_direction(
@@ -251,20 +262,20 @@ def _groups_by_name(
 def _adam_terms(
     group: Mapping[str, Any], state: Mapping[str, Any], p: nn.Parameter, g: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(momentum, decay, gradient)` parts of one parameter's step."""
+    """One parameter's step: the parts of momentum and decay, and the factor of the clipped gradient `g`."""
     lr, eps, decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
     beta1, beta2 = (float(b) for b in group["betas"])
     k = float(state.get("step", 0)) + 1
     theta = p.detach().double()
     m = state["exp_avg"].to(p.device).double() if "exp_avg" in state else torch.zeros_like(theta)
     v = state["exp_avg_sq"].to(p.device).double() if "exp_avg_sq" in state else torch.zeros_like(theta)
-    g = -g if group["maximize"] else g
+    sign = -1.0 if group["maximize"] else 1.0
     decoupled = bool(group.get("decoupled_weight_decay", False))
     coupled = torch.zeros_like(theta) if decoupled else decay * theta
-    second = beta2 * v + (1 - beta2) * (g + coupled) ** 2
+    second = beta2 * v + (1 - beta2) * (sign * g + coupled) ** 2
     if group["amsgrad"] and "max_exp_avg_sq" in state:
         second = torch.maximum(second, state["max_exp_avg_sq"].to(p.device).double())
     denominator = (second / (1 - beta2**k)).sqrt() + eps
     scale = -lr / (1 - beta1**k) / denominator
     of_decay = -lr * decay * theta if decoupled else scale * (1 - beta1) * coupled
-    return scale * beta1 * m, of_decay, scale * (1 - beta1) * g
+    return scale * beta1 * m, of_decay, sign * scale * (1 - beta1)

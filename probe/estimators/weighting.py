@@ -21,6 +21,8 @@ RIDGE_FOLDS = 5
 """Cross-fitting folds of the ridge baseline."""
 RIDGE_PENALTY = 1e-3
 """Ridge penalty per token, on standardised features."""
+NO_WEIGHT = 1e-13
+"""Weights, which sum to 1, below this are rounding: there is no other sequence."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,13 @@ def _leave_one_out_mean(to_go: Tensor, mask: Tensor, w: Tensor) -> Tensor:
     total, count = (weight * to_go).sum(0), weight.sum(0)
     others = count - weight
     # A lone sequence has no one to learn from: its baseline is 0, which is as unbiased as any other constant.
-    alone = (mask.sum(0) - mask) < 0.5
+    alone = others < NO_WEIGHT
     return torch.where(alone, 0.0, (total - weight * to_go) / others.masked_fill(alone, 1.0))
 
 
 def _ridge_predictions(to_go: list[Tensor], scores: TokenScores) -> list[Tensor]:
     """Predictions of `to_go` from the prefix, each sequence's from a fit on the other folds' sequences."""
-    features = _prefix_features(scores)
+    features = prefix_features(scores)
     mask, B = scores.mask, len(scores.mask)
     fold = torch.arange(B) % min(RIDGE_FOLDS, B)
     out = [torch.zeros_like(g) for g in to_go]
@@ -132,7 +134,7 @@ def _ridge_predictions(to_go: list[Tensor], scores: TokenScores) -> list[Tensor]
     return out
 
 
-def _prefix_features(scores: TokenScores) -> Tensor:
+def prefix_features(scores: TokenScores) -> Tensor:
     """Features `(B, T, F)` of the state before token `t`: functions of the prompt and of `y_<t` only."""
     h, l = scores.entropy, scores.logprob
     t = torch.arange(h.shape[1], dtype=torch.float64).expand_as(h)

@@ -1,0 +1,204 @@
+"""Exactly zero-mean control variates for the score part of the entropy's gradient: fitted action values.
+
+The score part is `sum_t dl_t G_t` with `G_t = sum_(s>t) h_s` the entropy still to come. Let `Q(s, v)` be any function
+of the state before a token and of the token, fitted on *other* prompts. Since `E[dl_t Q(s_t, y_t) | s_t] = sum_v
+dpi_v Q(s_t, v)`,
+
+    Z_i = sum_t ( dl[i,t] Q(s_t, y_t) - sum_v dpi_v Q(s_t, v) )
+
+has mean exactly 0, and subtracting `mean Z` leaves an estimate's mean as it is. If `Q` predicts `G`, most of the
+noise of the score part goes: unlike a baseline `b(s)`, it knows what choosing `y_t` does to the entropy still to
+come. Here `Q` is bilinear in features of states and tokens, so that the sum over the vocabulary is the derivative of
+`E_pi[psi]`, which the scoring pass gives along with the entropy. Action-dependent baselines: Gu et al., Q-Prop
+(arXiv:1611.02247); control variates for likelihood ratios: Greensmith, Bartlett and Baxter (JMLR 5, 2004).
+
+The fit is weighted least squares over tokens with weights `dl^2` (it minimises the sum of squared score terms), with a
+ridge penalty, cross-fitted over folds of prompts. Statistics of earlier batches of the same policy may join the fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from probe.estimators.estimate import Estimate, mean_by_prompt
+from probe.estimators.weighting import prefix_features, still_to_come
+from probe.scoring.scores import TokenScores, TokenTangents
+
+FOLDS = 5
+"""Cross-fitting folds, of whole prompts."""
+PENALTY = 0.1
+"""Ridge penalty relative to the mean square of each feature."""
+SMALLEST_SAMPLE = 256
+"""`auto` uses control variates from this many prompts on. They gain from 64 on, but the standard error takes `Q` as
+given: with 64 prompts, 95 % intervals cover 91.5 % on an enumerable policy, with 250 they cover 95 %."""
+SMALLEST_TAUGHT = 64
+"""The same where earlier batches, which `Q` is then mostly fitted on, are at hand."""
+CHUNK = 64
+"""Sequences whose products of features are held at a time."""
+
+
+@dataclass(frozen=True)
+class FitStatistics:
+    """What a batch contributes to the fit of `Q`; sums over tokens, normalised to the mean weight 1.
+
+    Attributes:
+        gram: `sum dl^2 a a'`, `(F, F)`, `a` the product features of a token.
+        cross: `sum dl^2 a (G - b)`, `(F, 2)`: for the entropy still to come (nats) and the tokens still to come.
+        tokens: their number.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    tokens: float
+
+
+@dataclass(frozen=True)
+class ControlVariates:
+    """Control variates of one batch and step.
+
+    Attributes:
+        entropy: `Z_i` for `E[N]`, `(B,)` nats.
+        length: `Z_i` for `E[T]`, `(B,)` tokens.
+        statistics: this batch's contribution to later fits.
+    """
+
+    entropy: Tensor
+    length: Tensor
+    statistics: FitStatistics
+
+    def means(self, scores: TokenScores, group: Tensor) -> list[Estimate]:
+        """`[mean Z_seq, mean Z_tok]`, nats, with their errors: subtract them from an estimate of the same batch."""
+        H_tok = float(scores.sequence_entropy.mean() / scores.lengths.mean())
+        token = (self.entropy - H_tok * self.length) / float(scores.lengths.mean())
+        return [mean_by_prompt(self.entropy, group), mean_by_prompt(token, group)]
+
+
+def control_variates(
+    scores: TokenScores,
+    tangents: TokenTangents,
+    sampled_features: Tensor,
+    group: Tensor,
+    earlier: Sequence[FitStatistics] = (),
+) -> ControlVariates:
+    """Fit `Q` on the other folds (and earlier batches) and evaluate `Z`.
+
+    Args:
+        scores: scores of E with features.
+        tangents: derivatives along the step with those of the expected features.
+        sampled_features: `psi(y[i,t])`, `(B, T, K)`.
+        group: `(B,)` prompts.
+        earlier: statistics of earlier batches, made with the same feature basis.
+
+    Raises:
+        ValueError: features are missing, or there are fewer than two prompts.
+    """
+    if scores.state_features is None or tangents.expected_features is None:
+        raise ValueError(
+            "expected scores and tangents with features, found none; give the passes a FeatureBasis"
+        )
+    _, member = group.unique(return_inverse=True)
+    folds = min(FOLDS, int(member.max()) + 1)
+    if folds < 2:
+        raise ValueError("expected at least two prompts to fit on one and evaluate on another, found one")
+    fold = member % folds
+    sums = [_FoldSums(scores.mask.shape[1]) for _ in range(folds)]
+    for rows in torch.arange(len(fold)).split(CHUNK):
+        states, mask = _state_features(scores, rows), scores.mask[rows]
+        for k, own in enumerate(sums):
+            chosen = mask & (fold[rows] == k).unsqueeze(1)
+            if bool(chosen.any()):
+                own.add(
+                    states, sampled_features[rows], tangents.logprob[rows], _targets(scores, rows), chosen
+                )
+    features = _state_features(scores, torch.arange(1)).shape[-1] * sampled_features.shape[-1]
+    coefficients = [
+        _solve([s for j, s in enumerate(sums) if j != k], earlier, features) for k in range(folds)
+    ]
+    Z = torch.zeros(len(fold), 2, dtype=torch.float64)
+    for rows in torch.arange(len(fold)).split(CHUNK):
+        states = _state_features(scores, rows)
+        dl = tangents.logprob[rows].unsqueeze(-1)
+        tokens = dl * sampled_features[rows].double() - tangents.expected_features[rows]
+        beta = torch.stack([coefficients[int(k)] for k in fold[rows]])
+        beta = beta.reshape(len(rows), states.shape[-1], tokens.shape[-1], 2)
+        on = scores.mask[rows].double()
+        Z[rows] = torch.einsum("bt,bti,btj,bijm->bm", on, states, tokens, beta)
+    return ControlVariates(entropy=Z[:, 0], length=Z[:, 1], statistics=_statistics(sums))
+
+
+class _FoldSums:
+    """Sums over the tokens of one fold; the baseline `b_t` is put in when the folds to fit on are known."""
+
+    def __init__(self, positions: int) -> None:
+        self.gram: Tensor | None = None
+        self.cross = torch.zeros(0, 2, dtype=torch.float64)
+        self.by_position = torch.zeros(positions, 0, dtype=torch.float64)
+        self.targets = torch.zeros(positions, 2, dtype=torch.float64)
+        self.count = torch.zeros(positions, dtype=torch.float64)
+        self.weight, self.tokens = 0.0, 0.0
+
+    def add(self, states: Tensor, tokens: Tensor, dl: Tensor, targets: Tensor, chosen: Tensor) -> None:
+        """Add the chosen tokens of a chunk of sequences."""
+        position = torch.arange(chosen.shape[1]).expand_as(chosen)[chosen]
+        a = (states[chosen].unsqueeze(-1) * tokens[chosen].double().unsqueeze(-2)).flatten(1)
+        weight, y = dl[chosen].square().unsqueeze(1), targets[chosen]
+        if self.gram is None:
+            F = a.shape[1]
+            self.gram = torch.zeros(F, F, dtype=a.dtype)
+            self.cross = torch.zeros(F, 2, dtype=a.dtype)
+            self.by_position = torch.zeros(chosen.shape[1], F, dtype=a.dtype)
+        self.gram += a.T @ (weight * a)
+        self.cross += a.T @ (weight * y)
+        self.by_position.index_add_(0, position, weight * a)
+        self.targets.index_add_(0, position, y)
+        self.count.index_add_(0, position, torch.ones_like(y[:, 0]))
+        self.weight += float(weight.sum())
+        self.tokens += len(y)
+
+
+def _statistics(sums: Sequence[_FoldSums]) -> FitStatistics:
+    """Sums of folds, with the mean target at each position taken off."""
+    present = [s for s in sums if s.gram is not None]
+    gram = torch.stack([s.gram for s in present if s.gram is not None]).sum(0)
+    count = sum(s.count for s in present).clamp_min(1.0)  # type: ignore[union-attr]
+    baseline = sum(s.targets for s in present) / count.unsqueeze(1)
+    cross = sum(s.cross for s in present) - sum(s.by_position for s in present).T @ baseline  # type: ignore[union-attr]
+    tokens = sum(s.tokens for s in present)
+    scale = tokens / max(sum(s.weight for s in present), 1e-300)
+    return FitStatistics(gram=gram * scale, cross=cross * scale, tokens=tokens)
+
+
+def _solve(sums: Sequence[_FoldSums], earlier: Sequence[FitStatistics], features: int) -> Tensor:
+    """Ridge coefficients `(F, 2)` from some folds and earlier batches; 0 where these have no token."""
+    own = [_statistics(sums)] if any(s.gram is not None for s in sums) else []
+    parts = [*own, *earlier]
+    if not parts:
+        return torch.zeros(features, 2, dtype=torch.float64)
+    tokens = sum(p.tokens for p in parts)
+    gram, cross = sum(p.gram for p in parts) / tokens, sum(p.cross for p in parts) / tokens
+    scale = gram.diagonal().clamp_min(0).sqrt()  # type: ignore[union-attr]
+    scale = torch.where(
+        scale > 1e-9 * scale.max(), scale, torch.inf
+    )  # a feature that is always 0 has no part
+    system = gram / scale.unsqueeze(0) / scale.unsqueeze(1)
+    system = system + PENALTY * torch.eye(len(scale), dtype=system.dtype)
+    solved: Tensor = torch.linalg.solve(system, cross / scale.unsqueeze(1)) / scale.unsqueeze(1)
+    return solved
+
+
+def _state_features(scores: TokenScores, rows: Tensor) -> Tensor:
+    """Features of the state before each token, `(b, T, F_state)`: a one, functions of scores so far, projections."""
+    part = TokenScores(scores.logprob[rows], scores.entropy[rows], scores.mask[rows])
+    prefix = prefix_features(part)
+    states = scores.state_features[rows].double()  # type: ignore[index]
+    return torch.cat([torch.ones_like(prefix[..., :1]), prefix, states], dim=-1)
+
+
+def _targets(scores: TokenScores, rows: Tensor) -> Tensor:
+    """Entropy and tokens still to come, `(b, T, 2)`."""
+    tokens = scores.mask[rows].double()
+    return torch.stack([still_to_come(scores.entropy[rows]), still_to_come(tokens)], dim=-1)

@@ -1,0 +1,71 @@
+"""deltaH2 = 1/2 step' (hess H) step, the second-order term, and eta_10, where it is a tenth of the first.
+
+Two ways to the same number: second derivatives per token by nested forward mode, put through the estimator; or the even
+part of the measured change, `(deltaH(+c step) + deltaH(-c step)) / (2 c^2)`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from probe.estimators.entropy_change import Reweighting, entropy_change, second_derivative
+from probe.estimators.estimate import NORMAL_975, Estimate, estimate
+from probe.scoring.scores import TokenScores, TokenTangents
+from probe.scoring.tangents import DifferencePair
+
+
+def nested_curvature(
+    scores: TokenScores,
+    first: TokenTangents,
+    second: TokenTangents,
+    group: Tensor,
+    estimator: Reweighting = "per_decision",
+) -> list[Estimate]:
+    """`[deltaH2, deltaH2_tok]` in nats from derivatives per token; exact on the batch.
+
+    Args:
+        scores: scores of E at `theta`.
+        first: first derivatives along the step.
+        second: second derivatives along the step.
+        group: `(B,)` prompts.
+        estimator: whose second derivative.
+    """
+    return estimate(lambda q: second_derivative(q, scores, first, second, estimator) / 2, group)
+
+
+def symmetric_curvature(
+    scores: TokenScores, pair: DifferencePair, group: Tensor, estimator: Reweighting = "per_decision"
+) -> list[Estimate]:
+    """`[deltaH2, deltaH2_tok]` in nats from scores on both sides; its error is of fourth order in the step.
+
+    Args:
+        scores: scores of E at `theta`.
+        pair: scores at `theta +- scale * step`.
+        group: `(B,)` prompts.
+        estimator: used on both sides.
+    """
+
+    def even(q: Tensor) -> Tensor:
+        sides = [entropy_change(q, scores, side, estimator) for side in (pair.plus, pair.minus)]
+        return (sides[0] + sides[1]) / (2 * pair.scale**2)
+
+    return estimate(even, group)
+
+
+def eta_10(learning_rate: float, deltaH1: float, deltaH2: Estimate, noise: float = 0.0) -> float | None:
+    """The learning rate at which `|deltaH2| = 0.1 |deltaH1|`: `eta |deltaH1| / (10 |deltaH2|)`.
+
+    `deltaH1` grows like `eta` and `deltaH2` like `eta^2`.
+
+    Args:
+        learning_rate: `eta` of both.
+        deltaH1: nats.
+        deltaH2: nats.
+        noise: floor of the arithmetic in `deltaH2`, nats.
+
+    Returns:
+        None where the 95 % interval of `deltaH2` contains 0, or `deltaH2` is below the noise.
+    """
+    if not abs(deltaH2.value) > max(NORMAL_975 * deltaH2.se, noise):
+        return None
+    return learning_rate * abs(deltaH1) / (10 * abs(deltaH2.value))

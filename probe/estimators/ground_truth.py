@@ -1,0 +1,176 @@
+"""deltaH_true = H(theta + step) - H(theta), measured: on the same E by importance sampling, or on a fresh sample.
+
+The estimators themselves are in `entropy_change`; here they get their errors and diagnostics. Both entropies come from
+the same sequences, so that their common error cancels in the difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from probe.estimators.entropy_change import entropy, entropy_change
+from probe.estimators.estimate import Estimate, estimate
+from probe.estimators.importance_weights import WeightDiagnostics, weight_diagnostics
+from probe.scoring.scores import TokenScores
+
+GroundTruthMode = Literal["per_decision", "snis", "resample"]
+
+Both = tuple[Estimate, Estimate]
+"""An estimate of the `sequence` estimand (nats per response) and of the `token` estimand (nats per token)."""
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """The measured entropy change by several estimators.
+
+    Attributes:
+        estimates: by estimator: `snis`, `per_decision`, and where they were asked for `per_decision+cv`, `resample`,
+            `snis_clipped`.
+        reported: the key of the estimate that is reported.
+        H_orig: entropies at `theta`: nats per response, nats per token.
+        weights: diagnostics of the sequences' importance weights.
+        scores_new: scores of E at `theta + step`.
+        clipped_fraction: share of the log-weights that clipping changed; None without clipping.
+        noise_floor: size that a change of exactly 0 can seem to have by rounding, nats per response and per token; None
+            where it was not measured.
+    """
+
+    estimates: Mapping[str, Both]
+    reported: str
+    H_orig: tuple[float, float]
+    weights: WeightDiagnostics
+    scores_new: TokenScores
+    clipped_fraction: float | None = None
+    noise_floor: tuple[float, float] | None = field(default=None)
+
+    @property
+    def sequence(self) -> Estimate:
+        """The reported change, nats per response."""
+        return self.estimates[self.reported][0]
+
+    @property
+    def token(self) -> Estimate:
+        """The reported change, nats per token."""
+        return self.estimates[self.reported][1]
+
+    def with_estimate(self, name: str, both: Both, reported: bool) -> GroundTruth:
+        """The same with one more estimate, which becomes the reported one if asked."""
+        return replace(
+            self, estimates={**self.estimates, name: both}, reported=name if reported else self.reported
+        )
+
+
+def measure(
+    old: TokenScores,
+    new: TokenScores,
+    group: Tensor | None = None,
+    reported: Literal["per_decision", "snis"] = "per_decision",
+    clip: float | None = None,
+) -> GroundTruth:
+    """Measure the entropy change from scores of the same sequences before and after the update.
+
+    Args:
+        old: scores of E under the policy that sampled it, `B` sequences.
+        new: scores of E under the updated policy.
+        group: `(B,)` int64, equal for responses to the same draw of a prompt, which are not independent of each
+            other; by default every sequence is its own group.
+        reported: which estimator is reported.
+        clip: also estimate with log-weights clamped to `[-clip, clip]`: a sensitivity, biased.
+
+    Raises:
+        ValueError: the batches differ in shape.
+        NumericalError: a log-weight is not finite.
+
+    Example:
+        >>> l, h = torch.log(torch.tensor([[0.5], [0.5]])).double(), torch.tensor([[0.7], [0.7]]).double()
+        >>> old = TokenScores(l, h, torch.ones(2, 1, dtype=torch.bool))
+        >>> measure(old, old).sequence.value  # no update, no change, exactly
+        0.0
+    """
+    if old.logprob.shape != new.logprob.shape:
+        raise ValueError(
+            f"expected scores of the same batch, found {old.logprob.shape} and {new.logprob.shape}"
+        )
+    group = torch.arange(len(old.mask)) if group is None else group
+    weights = weight_diagnostics((new.logprob - old.logprob).sum(dim=1))
+    estimates: dict[str, Both] = {
+        name: _both(estimate(lambda q, name=name: entropy_change(q, old, new, name), group))  # type: ignore[misc]
+        for name in ("snis", "per_decision")
+    }
+    clipped = None
+    if clip is not None:
+        clipped = float((weights.log_weights.abs() > clip).double().mean())
+        estimates["snis_clipped"] = _both(
+            estimate(lambda q: entropy_change(q, old, new, "snis", clip), group)
+        )
+    H_seq, H_tok = entropy(torch.ones(len(group), dtype=torch.float64), old.entropy, old.mask).tolist()
+    return GroundTruth(
+        estimates=estimates,
+        reported=reported,
+        H_orig=(H_seq, H_tok),
+        weights=weights,
+        scores_new=new,
+        clipped_fraction=clipped,
+    )
+
+
+def resampled_change(old: TokenScores, group: Tensor, fresh: TokenScores, fresh_group: Tensor) -> Both:
+    """The change from a fresh sample of the new policy: no weights, far more noise, the independent check.
+
+    Args:
+        old: scores of E under the policy before, which sampled it.
+        group: `(B,)` prompts of E.
+        fresh: scores of new responses under the policy after, which sampled them.
+        fresh_group: their prompts; equal numbers are the same draw of a prompt, whose common part of the error cancels.
+
+    Returns:
+        nats per response, nats per token.
+    """
+    B = len(group)
+    h = torch.nn.utils.rnn.pad_sequence([*old.entropy, *fresh.entropy], batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([*old.mask, *fresh.mask], batch_first=True)
+
+    def change(q: Tensor) -> Tensor:
+        return entropy(q[B:], h[B:], mask[B:]) - entropy(q[:B], h[:B], mask[:B])
+
+    return _both(estimate(change, torch.cat([group, fresh_group])))
+
+
+def noise_floor(
+    old: TokenScores, plus: TokenScores, minus: TokenScores, group: Tensor
+) -> tuple[float, float]:
+    """How large a change of 0 can seem by rounding.
+
+    E is scored again in other batch shapes, at `theta + v` and at `theta - v`. `v` is the step with random signs, so
+    that rounding is drawn anew but the move leads nowhere. The first order cancels in `(deltaH(v) + deltaH(-v)) / 2`;
+    what is left is rounding, and curvature where `v` is large, which only makes the floor higher. Its variance is 3/4
+    of that of a single change, hence the factor: `sqrt(4/3) (|mean| + 1.96 se)`, with the `per_decision` estimator.
+
+    Args:
+        old: scores of E at `theta`.
+        plus: scores of E at `theta + v`, other batch shapes.
+        minus: scores of E at `theta - v`, other batch shapes.
+        group: `(B,)` prompts.
+
+    Returns:
+        nats per response, nats per token.
+    """
+
+    def even(q: Tensor) -> Tensor:
+        sides = [entropy_change(q, old, side, "per_decision") for side in (plus, minus)]
+        return (sides[0] + sides[1]) / 2
+
+    sequence, token = (math.sqrt(4 / 3) * max(abs(end) for end in e.ci95) for e in estimate(even, group))
+    return sequence, token
+
+
+def _both(found: list[Estimate]) -> Both:
+    """A pair out of a list of two."""
+    sequence, token = found
+    return sequence, token
