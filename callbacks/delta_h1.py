@@ -28,4 +28,4 @@ class DeltaH1(ProbeCallback):
 
     def run_prediction(self, runner: ProbeRunner, module: EntropyProbe) -> None:
         """Compute deltaH1."""
-        runner.state.prediction = module.prediction(runner.state)
+        runner.state.prediction = module.prediction(runner.state, runner.progress("prediction"))

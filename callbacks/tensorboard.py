@@ -8,9 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probe.callbacks.base import ProbeCallback
-from probe.callbacks.console import Row, entropy_rows, headline, time_rows, trust_rows
+from probe.callbacks.console import (
+    ERRORS,
+    Row,
+    entropy_rows,
+    estimator_rows,
+    headline,
+    time_rows,
+    trust_rows,
+)
 from probe.errors import LogError
 from probe.log_sections import samples
+from probe.verdict import WORDS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,11 +30,13 @@ if TYPE_CHECKING:
     from probe.state import ProbeState
 
 PREFIX = "entropy_probe"
+VERDICT_CODE = "verdict_code"
+"""The verdict as a number, its position in `probe.verdict.WORDS`: 0 trustworthy, 1 caution, 2 unresolved, 3 invalid."""
 HEADLINE = ("deltaH1", "deltaH_true", "residual", "H_orig", "H_upd", "learning_rate")
 """Results (with their `_tok` forms) that stand together at the top, under the names of the result mapping."""
 METRICS = (
-    *("deltaH1_tok", "deltaH_true_tok", "residual_tok", "H_orig_tok"),
-    *("deltaH1", "deltaH_true", "residual", "H_orig", "diagnostics/ESS"),
+    *(VERDICT_CODE, "deltaH1_tok", "deltaH_true_tok", "residual_tok", "H_orig_tok"),
+    *("deltaH1", "deltaH_true", "residual", "H_orig", "diagnostics/ESS", "diagnostics/pareto_k"),
 )
 """Results shown for each run in the HPARAMS tab."""
 SECTIONS = ("checkpoint", "batch_config", "generation", "probe_rework", "importance", "trainer")
@@ -37,7 +48,10 @@ BATCH = ("B_E", "B_U", "G", "avg_generation_length", "avg_reward")
 
 
 class TensorBoardDiagnostics(ProbeCallback):
-    """Sends a result to the run's loggers: scalars, hyper-parameters, and to TensorBoard histograms and text.
+    """Sends a result to the run's loggers: scalars, hyper-parameters, and to TensorBoard histograms and text too.
+
+    On TensorBoard the tab TEXT has the verdict and the report, the tab CUSTOM SCALARS the changes of entropy with
+    their 95 % intervals over checkpoints.
 
     Attributes:
         hyperparameters: log the configuration as hyper-parameters.
@@ -77,6 +91,11 @@ class TensorBoardDiagnostics(ProbeCallback):
                 logger.log_hyperparams(hyperparameters(result), metrics=shown, step=step)
             for tag, values in histogram_values(state).items():
                 logger.experiment.add_histogram(tag, values.numpy(), step)
+            layout = interval_charts(scalars)
+            if layout:
+                logger.experiment.add_custom_scalars(layout)
+            if result.values.get("verdict") is not None:
+                logger.experiment.add_text(f"{PREFIX}/verdict", verdict_markdown(result.values), step)
             logger.experiment.add_text(f"{PREFIX}/report", report_markdown(result), step)
             if examples and state.E is not None:
                 logger.experiment.add_text(f"{PREFIX}/responses", examples_markdown(state, examples), step)
@@ -96,8 +115,9 @@ def scalar_tags(values: Mapping[str, Any]) -> dict[str, float]:
     """Every finite number of a result under the tag it is logged as.
 
     TensorBoard groups cards by what stands before the first slash: `entropy_probe` has the results
-    themselves, and `entropy_probe_prediction`, `_ground_truth`, `_batch`, `_diagnostics`, `_timing`, ... what
-    belongs to them.
+    themselves, and `entropy_probe_prediction`, `_ground_truth`, `_estimates`, `_batch`, `_diagnostics`,
+    `_timing`, ... what belongs to them. An interval becomes `<name>_low` and `<name>_high`, the verdict
+    `verdict_code`.
     """
     tags: dict[str, float] = {}
     for key, value in values.items():
@@ -105,9 +125,32 @@ def scalar_tags(values: Mapping[str, Any]) -> dict[str, float]:
             section = key.removesuffix("_statistics")
             for name, number in _flatten(value).items():
                 _add(tags, f"{PREFIX}_{section}/{name}", number)
+        elif key == "estimates":
+            tags |= _estimate_tags(value or ())
+        elif key == "verdict":
+            _add(tags, f"{PREFIX}/{VERDICT_CODE}", WORDS.index(value) if value in WORDS else None)
+        elif key.endswith("_ci95") and value is not None:
+            for end, number in zip(("low", "high"), value, strict=True):
+                _add(tags, f"{PREFIX}{_group(key)}/{key}_{end}", number)
         else:
             _add(tags, f"{PREFIX}{_group(key)}/{key}", value)
     return tags
+
+
+def interval_charts(scalars: Mapping[str, float]) -> dict[str, dict[str, list[Any]]]:
+    """The layout of the tab CUSTOM SCALARS: each change over training steps, its 95 % interval as a band."""
+    layout: dict[str, dict[str, list[Any]]] = {}
+    for suffix, unit in (("_tok", "per token"), ("", "per response")):
+        charts: dict[str, list[Any]] = {}
+        for name in ("deltaH1", "deltaH_true", "residual"):
+            key = f"{name}{suffix}"
+            ends = [f"{PREFIX}{_group(f'{key}_ci95')}/{key}_ci95_{end}" for end in ("low", "high")]
+            tags = [f"{PREFIX}/{key}", *ends]
+            if all(tag in scalars for tag in tags):
+                charts[f"{name}, nats {unit}"] = ["Margin", tags]
+        if charts:
+            layout[f"entropy change {unit}, with 95 % interval"] = charts
+    return layout
 
 
 def hyperparameter_metrics(scalars: Mapping[str, float]) -> dict[str, float]:
@@ -142,16 +185,26 @@ def histogram_values(state: ProbeState) -> dict[str, Tensor]:
 def report_markdown(result: ProbeResult) -> str:
     """The report as Markdown tables."""
     values = result.values
-    parts = [f"**{escaped(headline(result))}**"]
-    if values.get("verdict") is not None:
-        reasons = [f"- {escaped(reason)}" for reason in values.get("verdict_reasons") or ()]
-        parts.append("\n".join([f"Verdict: **{escaped(values['verdict'])}**", "", *reasons]))
-    parts += [
-        _table(("", "nats per token", "nats per response", ""), entropy_rows(values)),
+    parts = [
+        f"**{escaped(headline(result))}**",
+        verdict_markdown(values),
+        _table(("", "nats per token", "nats per response", ERRORS), entropy_rows(values)),
+        _table(
+            ("Estimators", "nats per token", "nats per response", "variance ratio", ""),
+            estimator_rows(values),
+        ),
         _table(("Can this be trusted?", "", ""), trust_rows(values)),
         _table(("Time", "", ""), time_rows(values)),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def verdict_markdown(values: Mapping[str, Any]) -> str:
+    """The verdict and its reasons as Markdown; nothing where there is none."""
+    if values.get("verdict") is None:
+        return ""
+    reasons = [f"- {escaped(reason)}" for reason in values.get("verdict_reasons") or ()]
+    return "\n".join([f"Verdict: **{escaped(values['verdict'])}**", "", *reasons])
 
 
 def examples_markdown(state: ProbeState, count: int) -> str:
@@ -164,7 +217,7 @@ def examples_markdown(state: ProbeState, count: int) -> str:
         if state.E_scores is not None:
             found.append(f"entropy {float(state.E_scores.sequence_entropy[i]):.4g} nats")
         if state.ground_truth is not None:
-            found.append(f"importance weight {float(state.ground_truth.weights[i]):.4g}")
+            found.append(f"importance weight {float(state.ground_truth.weights.weights[i]):.4g}")
         cells = f"| {escaped(state.E.prompts[i])} | {escaped(state.E.completions[i])} |"
         parts.append(f"**Response {i} of E**: {', '.join(found)}")
         parts.append(f"| prompt | response |\n| --- | --- |\n{cells}")
@@ -193,6 +246,23 @@ def _table(heads: Sequence[str], rows: Sequence[Row]) -> str:
     lines = [heads, ["---"] * len(heads)]
     lines += [[escaped(cell) for cell in (row.label, *row.cells, row.meaning)] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _estimate_tags(estimates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Value, standard error and variance ratio of every estimator.
+
+    >>> entry = {"quantity": "deltaH1", "estimand": "token", "estimator": "causal+cv", "value": 0.5, "se": None}
+    >>> _estimate_tags([entry])
+    {'entropy_probe_estimates/deltaH1_tok/causal_cv': 0.5}
+    """
+    tags: dict[str, float] = {}
+    for entry in estimates:
+        suffix = "_tok" if entry["estimand"] == "token" else ""
+        # TensorBoard's tags have no plus sign.
+        tag = f"{PREFIX}_estimates/{entry['quantity']}{suffix}/{entry['estimator'].replace('+', '_')}"
+        for ending, key in (("", "value"), ("_se", "se"), ("_variance_ratio", "variance_ratio")):
+            _add(tags, tag + ending, entry.get(key))
+    return tags
 
 
 def _group(key: str) -> str:

@@ -98,8 +98,8 @@ def samples(state: ProbeState) -> dict[str, Tensor]:
         new = state.ground_truth.scores_new
         found["E/sequence_entropy_after"] = new.sequence_entropy
         found["E/token_entropy_after"] = new.entropy[new.mask]
-        found["E/importance_weight"] = state.ground_truth.weights
-        found["E/log_weight"] = state.ground_truth.log_weights
+        found["E/importance_weight"] = state.ground_truth.weights.weights
+        found["E/log_weight"] = state.ground_truth.weights.log_weights
     if state.U is not None:
         found["U/length"] = state.U.lengths.double()
         if state.U.rewards is not None:
@@ -313,8 +313,8 @@ def _per_sequence(state: ProbeState, name: str) -> dict[str, Tensor]:
     found: dict[str, Tensor | None] = {}
     if name == "E" and state.ground_truth is not None:
         found = {
-            "importance_weight": state.ground_truth.weights,
-            "log_weight": state.ground_truth.log_weights,
+            "importance_weight": state.ground_truth.weights.weights,
+            "log_weight": state.ground_truth.weights.log_weights,
         }
     batch = state.E if name == "E" else state.U
     if batch is not None:

@@ -40,21 +40,21 @@ SUMMARY_SCHEMA = "entropy-probe/summary"
 CONFIG_SCHEMA = "entropy-probe/config"
 
 CORE_KEYS = (
-    "verdict",
+    *("verdict", "verdict_reasons"),
     *(
-        f"{name}{suffix}"
+        f"{name}{suffix}{ending}"
         for suffix in ("_tok", "")
-        for name in ("H_orig", "H_upd", "bars_dot", "deltaH1", "deltaH_true", "residual")
+        for name, endings in (
+            *((name, ("",)) for name in ("H_orig", "H_upd", "bars_dot")),
+            *((name, ("", "_se", "_ci95")) for name in ("deltaH1", "deltaH_true", "residual")),
+            *((name, ("",)) for name in ("deltaH2", "eta_10")),
+        )
+        for ending in endings
     ),
-    *(f"{name}{suffix}_se" for suffix in ("_tok", "") for name in ("deltaH1", "deltaH_true", "residual")),
-    "learning_rate",
-    "B_E",
-    "B_U",
-    "G",
-    "timing",
+    *("learning_rate", "B_E", "B_U", "G", "timing"),
 )
 """The keys of the result that `minimal` and the summary have, where they are in the result."""
-CORE_DIAGNOSTICS = ("ESS", "bias_flags")
+CORE_DIAGNOSTICS = ("ESS", "pareto_k", "noise_floor", "noise_floor_tok", "bias_flags")
 
 RAW_VECTOR_LIMIT = 200_000
 """X, gradient and step go into a debug log when they have at most this many numbers together."""

@@ -12,13 +12,14 @@ from torch import Tensor
 from probe.config import ProbeConfig
 from probe.data.batch import RolloutBatch
 from probe.estimators.entropy_gradient import EntropyGradient
+from probe.estimators.ground_truth import GroundTruth, measure
 from probe.estimators.prediction import first_order
-from probe.estimators.snis import GroundTruth, snis
 from probe.estimators.update import Update
 from probe.estimators.weighting import ScoreWeights
 from probe.results import ProbeResult
 from probe.scoring.scores import TokenScores
 from probe.state import ProbeState
+from probe.verdict import verdict
 
 WORDS = (
     "so",
@@ -137,6 +138,7 @@ def make_state(
         clip_factor=0.8,
         learning_rate=1e-6,
         loss_weights=-U.advantages[:, None] * U.mask / U.mask.sum(),
+        entropy_weights=torch.zeros(U.mask.shape, dtype=torch.float64),
         scores=U_scores,
     )
     return ProbeState(
@@ -146,7 +148,7 @@ def make_state(
         entropy_gradient=gradient_of_entropy,
         update=update,
         prediction=first_order(gradient_of_entropy, step, 1e-6),
-        ground_truth=snis(E_scores, nudged(generator, E_scores, 0.01)),
+        ground_truth=measure(E_scores, nudged(generator, E_scores, 0.01), reported="snis"),
         timing={
             "sample": 12.3,
             "entropy_gradient": 4.5,
@@ -170,26 +172,117 @@ def make_result(state: ProbeState, config: ProbeConfig | None = None, **changes:
         "learning_rate": 1e-6,
     }
     values |= {"B_E": len(state.E), "B_U": len(state.U.group.unique()), "G": 8}
-    values |= {name: getattr(prediction, name) for name in vars(prediction)}
-    for suffix, change in (("", truth.sequence), ("_tok", truth.token)):
+    names = ("deltaH1", "bars_dot", "pathwise", "score")
+    values |= {
+        f"{name}{suffix}": getattr(prediction, name + suffix) for suffix in ("", "_tok") for name in names
+    }
+    for suffix, change, before in (
+        ("", truth.sequence, truth.H_orig[0]),
+        ("_tok", truth.token, truth.H_orig[1]),
+    ):
         predicted = getattr(prediction, f"deltaH1{suffix}")
         values |= {
-            f"H_orig{suffix}": change.H_orig,
-            f"H_upd{suffix}": change.H_upd,
-            f"deltaH_true{suffix}": change.delta,
+            f"H_orig{suffix}": before,
+            f"H_upd{suffix}": before + change.value,
+            f"deltaH_true{suffix}": change.value,
             f"deltaH_true{suffix}_se": change.se,
             f"deltaH_true{suffix}_ci95": list(change.ci95),
-            f"residual{suffix}": predicted - change.delta,
+            f"residual{suffix}": predicted - change.value,
         }
+        values |= _errors_and_curvature(values, suffix)
+    values["estimates"] = estimate_rows(values)
     values["diagnostics"] = _diagnostics(state, truth)
     values["timing"] = {**state.timing, "total": sum(state.timing.values())}
     values["batch_statistics"] = _batch_statistics(state)
+    found = verdict(values)
+    values = {"verdict": found.word, "verdict_reasons": list(found.reasons), **values}
     return ProbeResult(
         values=values | changes,
         config=_resolved(config or ProbeConfig()),
         checkpoint_name="step_60",
         started_at="2025-01-15T14:30:25.123456",
     )
+
+
+def make_values(**changes: Any) -> dict[str, Any]:
+    """A result mapping as a good run has it, with round numbers; `changes` replace values and diagnostics.
+
+    A change of a value replaces its interval as well, and `None` stays null; `...` takes a key out.
+    """
+    values: dict[str, Any] = {"learning_rate": 1e-6, "B_E": 1024, "B_U": 16, "G": 8}
+    sizes = {"": 1.0, "_tok": 0.01}
+    for suffix, size in sizes.items():
+        values |= {
+            f"H_orig{suffix}": 60 * size,
+            f"H_upd{suffix}": 59.9 * size,
+            f"deltaH1{suffix}": -0.1 * size,
+            f"deltaH1{suffix}_se": 0.02 * size,
+            f"deltaH1{suffix}_sd_U": 0.03 * size,
+            f"pathwise{suffix}": -0.08 * size,
+            f"score{suffix}": -0.02 * size,
+            f"bars_dot{suffix}": -1e5 * size,
+            f"deltaH_true{suffix}": -0.098 * size,
+            f"deltaH_true{suffix}_se": 0.021 * size,
+            f"residual{suffix}": -0.002 * size,
+            f"residual{suffix}_se": 0.0005 * size,
+            f"deltaH2{suffix}": 0.002 * size,
+            f"deltaH2{suffix}_se": 0.0004 * size,
+            f"eta_10{suffix}": 5e-6,
+        }
+    diagnostics = {
+        "ESS": 1000.0,
+        "w_max": 1.6,
+        "w_min": 0.55,
+        "pareto_k": 0.21,
+        "pareto_k_good": True,
+        "pareto_k_limit": 0.667,
+        "noise_floor": 2e-5,
+        "noise_floor_tok": 2e-7,
+        "derivative_mode": "jvp",
+        "derivative_reason": "every layer has forward-mode derivatives",
+        "derivative_agreement": 3e-6,
+        "second_order_mode": "jvp",
+        "control_variates": "off: 1024 sequences are fewer than 2048",
+        "se_method": "jackknife",
+        "is_mode": "per_decision",
+        "truncated_fraction": 0.02,
+        "distinct_responses": 1020,
+        "zero_advantage_groups": 2,
+        "bias_flags": [],
+    }
+    for key, value in changes.items():
+        (diagnostics if key in DIAGNOSTIC_NAMES else values)[key] = value
+    values = {key: value for key, value in values.items() if value is not ...}
+    for name in [key.removesuffix("_se") for key in values if key.endswith("_se")]:
+        interval = _interval(values.get(name), values[f"{name}_se"])
+        if not name.startswith("deltaH2"):
+            values.setdefault(f"{name}_ci95", interval)
+    values["diagnostics"] = {key: value for key, value in diagnostics.items() if value is not ...}
+    return values
+
+
+def estimate_rows(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entry `estimates`: every estimator of both estimands, the noisier ones with twice the error."""
+    rows = []
+    kinds = {"deltaH1": ("causal", "matched"), "deltaH_true": ("per_decision", "snis", "resample")}
+    for quantity, estimators in kinds.items():
+        for suffix, estimand in (("_tok", "token"), ("", "sequence")):
+            value, error = values.get(quantity + suffix), values.get(f"{quantity}{suffix}_se")
+            for rank, estimator in enumerate(estimators):
+                se = None if error is None else error * 2**rank
+                rows.append(
+                    {
+                        "quantity": quantity,
+                        "estimand": estimand,
+                        "estimator": estimator,
+                        "value": value,
+                        "se": se,
+                        "ci95": _interval(value, se),
+                        "variance_ratio": 4.0 ** (1 - rank),
+                        "reported": rank == 0,
+                    }
+                )
+    return rows
 
 
 def make_runner(state: ProbeState, loggers: tuple[Any, ...] = (), config: ProbeConfig | None = None) -> Any:
@@ -203,12 +296,67 @@ def make_module() -> Any:
     return SimpleNamespace(tokenizer=Tokenizer())
 
 
+DIAGNOSTIC_NAMES = {
+    *(
+        "ESS",
+        "w_max",
+        "w_min",
+        "pareto_k",
+        "pareto_k_good",
+        "pareto_k_limit",
+        "noise_floor",
+        "noise_floor_tok",
+    ),
+    *(
+        "derivative_mode",
+        "derivative_reason",
+        "derivative_agreement",
+        "second_order_mode",
+        "control_variates",
+    ),
+    *("se_method", "is_mode", "truncated_fraction", "distinct_responses", "zero_advantage_groups"),
+    *("bias_flags", "on_policy_z", "clipped_fraction", "difference_scale", "difference_error"),
+}
+"""Which of the changes of `make_values` are diagnostics."""
+
+
+def _interval(value: float | None, se: float | None) -> list[float] | None:
+    return None if value is None or se is None else [value - 1.96 * se, value + 1.96 * se]
+
+
+def _errors_and_curvature(values: dict[str, Any], suffix: str) -> dict[str, Any]:
+    """What comes with the prediction and with the difference: plausible shares of their values."""
+    found: dict[str, Any] = {}
+    for name in ("deltaH1", "residual"):
+        value = values[f"{name}{suffix}"]
+        found[f"{name}{suffix}_se"] = abs(value) / 5
+        found[f"{name}{suffix}_ci95"] = _interval(value, abs(value) / 5)
+    return found | {
+        f"deltaH1{suffix}_sd_U": abs(values[f"deltaH1{suffix}"]) / 3,
+        f"deltaH2{suffix}": 0.02 * abs(values[f"deltaH1{suffix}"]),
+        f"deltaH2{suffix}_se": 0.004 * abs(values[f"deltaH1{suffix}"]),
+        f"eta_10{suffix}": 5e-6,
+    }
+
+
 def _diagnostics(state: ProbeState, truth: GroundTruth) -> dict[str, Any]:
     assert state.E is not None
     return {
-        "ESS": truth.ess,
-        "w_max": truth.w_max,
-        "w_min": truth.w_min,
+        "ESS": truth.weights.ess,
+        "w_max": truth.weights.w_max,
+        "w_min": truth.weights.w_min,
+        "pareto_k": 0.31,
+        "pareto_k_good": True,
+        "pareto_k_limit": 0.446,
+        "noise_floor": 2e-6,
+        "noise_floor_tok": 2e-8,
+        "derivative_reason": "attention kernel without forward mode",
+        "derivative_agreement": 3e-5,
+        "second_order_mode": "finite_difference",
+        "control_variates": "off: 64 sequences are fewer than 2048",
+        "se_method": "jackknife",
+        "is_mode": "per_decision",
+        "distinct_responses": len(state.E),
         "truncated_fraction": float(state.E.truncated.double().mean()),
         "zero_advantage_groups": 1,
         "derivative_mode": "reverse",

@@ -24,7 +24,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
 from probe.callbacks.base import ProbeCallback
-from probe.callbacks.console import ConsoleReport, entropy_rows, report, time_rows, trust_rows, with_error
+from probe.callbacks.console import (
+    WIDTH,
+    ConsoleReport,
+    entropy_rows,
+    estimator_rows,
+    interval_text,
+    report,
+    time_rows,
+    trust_rows,
+    with_error,
+)
 from probe.callbacks.detailed_logging import DetailedLogging, log_name, safe_name
 from probe.callbacks.progress import ProgressBars
 from probe.callbacks.results_file import ResultsFile
@@ -32,6 +42,7 @@ from probe.callbacks.tensorboard import (
     TensorBoardDiagnostics,
     escaped,
     hyperparameters,
+    interval_charts,
     report_markdown,
     scalar_tags,
     training_step,
@@ -40,7 +51,15 @@ from probe.config import DetailedLoggingConfig, ProbeConfig
 from probe.errors import LogError
 from probe.logs import build_log, load_log
 from probe.state import ProbeState
-from tests.synthetic_run import make_module, make_result, make_runner, make_state
+from probe.verdict import WORDS
+from tests.synthetic_run import (
+    estimate_rows,
+    make_module,
+    make_result,
+    make_runner,
+    make_state,
+    make_values,
+)
 
 
 @pytest.fixture(scope="module")
@@ -305,9 +324,10 @@ def test_tensorboard_has_everything_once(state, tmp_path, kind, default_hp_metri
     assert {f"entropy_probe_{name}" for name in expected} <= set(tags["histograms"])
     (weights,) = found.Histograms("entropy_probe_E/importance_weight")
     assert weights.histogram_value.num == len(state.E)
-    assert weights.histogram_value.max == pytest.approx(state.ground_truth.w_max)
+    assert weights.histogram_value.max == pytest.approx(state.ground_truth.weights.w_max)
     texts = {name for name in tags["tensors"] if name.endswith("text_summary")}
-    assert texts == {"entropy_probe/report/text_summary", "entropy_probe/responses/text_summary"}
+    assert texts == {f"entropy_probe/{name}/text_summary" for name in ("verdict", "report", "responses")}
+    assert "custom_scalars__config__" in tags["tensors"]
 
 
 @pytest.mark.parametrize("kind", [PyTorchTensorBoardLogger, FabricTensorBoardLogger])
@@ -380,6 +400,18 @@ def test_tags_are_grouped_and_only_finite_numbers_are_tags(state):
             "H_upd": math.nan,
             "checkpoint_path": "x",
             "deltaH_true_ci95": [0.0, 1.0],
+            "residual_tok_ci95": None,
+            "deltaH1_ci95": [math.nan, 1.5],
+            "deltaH1_tok_sd_U": 8.0,
+            "eta_10": 9.0,
+            "verdict": "unresolved",
+            "verdict_reasons": ["x"],
+            "estimates": [
+                {"quantity": "deltaH_true", "estimand": "token", "estimator": "per_decision+cv"}
+                | {"value": 10.0, "se": 11.0, "ci95": [1.0, 2.0], "variance_ratio": 12.0, "reported": True},
+                {"quantity": "deltaH1", "estimand": "sequence", "estimator": "causal"}
+                | {"value": None, "se": None, "ci95": None, "variance_ratio": None, "reported": False},
+            ],
             "diagnostics": {"ESS": 5.0, "bias_flags": [], "flag": True, "nested": {"deep": 6}},
             "batch_statistics": {"E": {"length": {"mean": 7.0}}},
         }
@@ -388,6 +420,15 @@ def test_tags_are_grouped_and_only_finite_numbers_are_tags(state):
         "entropy_probe/deltaH1_tok": 1.0,
         "entropy_probe_ground_truth/deltaH_true_se": 2.0,
         "entropy_probe_prediction/pathwise": 3.0,
+        "entropy_probe_ground_truth/deltaH_true_ci95_low": 0.0,
+        "entropy_probe_ground_truth/deltaH_true_ci95_high": 1.0,
+        "entropy_probe_prediction/deltaH1_ci95_high": 1.5,
+        "entropy_probe_prediction/deltaH1_tok_sd_U": 8.0,
+        "entropy_probe_prediction/eta_10": 9.0,
+        "entropy_probe/verdict_code": 2.0,
+        "entropy_probe_estimates/deltaH_true_tok/per_decision_cv": 10.0,
+        "entropy_probe_estimates/deltaH_true_tok/per_decision_cv_se": 11.0,
+        "entropy_probe_estimates/deltaH_true_tok/per_decision_cv_variance_ratio": 12.0,
         "entropy_probe_batch/B_E": 4.0,
         "entropy_probe_diagnostics/ESS": 5.0,
         "entropy_probe_diagnostics/nested/deep": 6.0,
@@ -395,10 +436,43 @@ def test_tags_are_grouped_and_only_finite_numbers_are_tags(state):
     }
 
 
+@pytest.mark.parametrize("word", WORDS)
+def test_the_verdict_as_a_number(word):
+    assert scalar_tags({"verdict": word}) == {"entropy_probe/verdict_code": WORDS.index(word)}
+    assert WORDS == ("trustworthy", "caution", "unresolved", "invalid")
+
+
+def test_tags_are_taken_as_they_are(state, tmp_path, caplog):
+    """TensorBoard would replace other characters, and say so in a warning."""
+    rows = [entry | {"estimator": f"{entry['estimator']}+cv"} for entry in estimate_rows(make_values())]
+    logger = FabricTensorBoardLogger(str(tmp_path))
+    result = make_result(state, estimates=rows)
+    publish(TensorBoardDiagnostics(), state, result, make_runner(state, (logger,)))
+    assert set(events(logger).Tags()["scalars"]) == set(scalar_tags(result.values))
+    assert "illegal" not in caplog.text
+
+
+def test_changes_have_charts_with_their_intervals(state):
+    scalars = scalar_tags(make_result(state).values)
+    layout = interval_charts(scalars)
+    assert len(layout) == 2
+    for charts in layout.values():
+        assert len(charts) == 3
+        for kind, (value, low, high) in charts.values():
+            assert kind == "Margin"
+            assert scalars[low] <= scalars[value] <= scalars[high]
+    assert interval_charts(scalar_tags({"deltaH1": 1.0, "deltaH1_se": 2.0})) == {}
+
+
 def test_non_finite_samples_do_not_stop_tensorboard(state, tmp_path):
-    weights = state.ground_truth.weights.clone()
+    weights = state.ground_truth.weights.weights.clone()
     weights[0] = math.inf
-    odd = replace(state, ground_truth=replace(state.ground_truth, weights=weights))
+    odd = replace(
+        state,
+        ground_truth=replace(
+            state.ground_truth, weights=replace(state.ground_truth.weights, weights=weights)
+        ),
+    )
     logger = FabricTensorBoardLogger(str(tmp_path))
     assert (
         publish(TensorBoardDiagnostics(), odd, make_result(state), make_runner(odd, (logger,))).errors == []
@@ -432,16 +506,16 @@ HOSTILE = [
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_texts_are_shown_as_they_are(state, tmp_path, text):
     hostile = replace(state, E=replace(state.E, prompts=(text,) * 6, completions=("plain",) * 6))
-    result = replace(make_result(state), checkpoint_name=text)
+    result = replace(make_result(state, verdict_reasons=[f"It is flagged {text}."]), checkpoint_name=text)
     logger = FabricTensorBoardLogger(str(tmp_path))
     assert (
         publish(TensorBoardDiagnostics(examples=1), hostile, result, make_runner(hostile, (logger,))).errors
         == []
     )
     found = events(logger)
-    for tag in ("entropy_probe/report/text_summary", "entropy_probe/responses/text_summary"):
-        page = rendered(found.Tensors(tag)[0].tensor_proto.string_val[0])
-        allowed = {"table", "thead", "tbody", "tr", "th", "td", "p", "strong", "br"}
+    for name in ("verdict", "report", "responses"):
+        page = rendered(found.Tensors(f"entropy_probe/{name}/text_summary")[0].tensor_proto.string_val[0])
+        allowed = {"table", "thead", "tbody", "tr", "th", "td", "p", "strong", "br", "ul", "li"}
         assert set(re.findall(r"</?([a-z0-9]+)", page)) <= allowed
     cells = re.findall(r"<td>(.*?)</td>", page, flags=re.DOTALL)
     assert len(cells) == 2
@@ -488,7 +562,8 @@ def test_the_report_as_markdown_has_a_verdict(state):
     page = rendered(report_markdown(result))
     assert "Verdict: <strong>resolved</strong>" in page
     assert "<li>ESS is *high*</li>" in html.unescape(page)
-    assert page.count("<table>") == 3
+    assert page.count("<table>") == 4
+    assert re.search(r"<td>deltaH1</td>\n<td>[^<]*<br>.*?</td>", page)
 
 
 # ---------------------------------------------------------------- console
@@ -505,33 +580,111 @@ def test_the_report_reads_well(state, capsys):
         lines[0]
         == "Entropy probe of step_60: E = 6 responses, U = 3 prompts x 8 responses, learning rate 1e-06"
     )
-    assert lines[2].split("  ")[-1] == "nats per response"
+    assert lines[2] == f"Verdict: {result.values['verdict']}"
     for label in (
         "H before",
         "H after",
         "deltaH1",
         "deltaH_true",
         "difference",
+        "deltaH2",
+        "eta_10",
+        "  spread over U",
+        "deltaH1 causal",
+        "deltaH_true snis",
         "ESS of E",
+        "Pareto k",
+        "noise floor",
+        "derivative",
+        "second order",
+        "controls",
         "weights",
         "bias flags",
     ):
-        (line,) = [line for line in lines if line.startswith(f"  {label} ")]
+        (line,) = [line for line in lines if line.startswith(f"  {label}  ")]
         assert re.search(r"[a-z]{3,}.*$", line)
     assert "-0.00112 +/- 0.00031" in text
     assert "total" in lines[-1]
-    assert max(len(line) for line in lines) <= 130
+    assert max(len(line) for line in lines) <= WIDTH
 
 
 def test_columns_are_aligned(state):
-    lines = report(make_result(state)).splitlines()[2:8]
-    column = lines[0].index("nats per response")
-    assert all(line[column - 1] == " " and line[column] != " " for line in lines)
+    parts = report(make_result(state)).split("\n\n")
+    for part, head in ((parts[2], "nats per response"), (parts[3], "variance ratio")):
+        lines = part.splitlines()
+        column = lines[0].index(head)
+        assert all(line[column - 1] == " " and line[column] != " " for line in lines if column < len(line))
+    assert len(parts[2].splitlines()) == 12
 
 
 def test_the_verdict_comes_first(state):
-    result = make_result(state, verdict="unresolved", verdict_reasons=["the interval contains 0"])
-    assert report(result).splitlines()[2:4] == ["Verdict: unresolved", "  - the interval contains 0"]
+    long = "The interval contains 0; " + "this is a long reason " * 10
+    result = make_result(state, verdict="unresolved", verdict_reasons=["the interval contains 0", long])
+    lines = report(result).split("\n\n")[1].splitlines()
+    assert lines[:2] == ["Verdict: unresolved", "  - the interval contains 0"]
+    assert lines[2].startswith("  - The interval contains 0; this")
+    assert lines[3].startswith("    ")
+    assert " ".join(" ".join(lines[2:]).split()) == f"- {long.strip()}"
+
+
+def test_values_come_with_errors_and_intervals():
+    rows = {row.label.strip(): row for row in entropy_rows(make_values())}
+    assert rows["deltaH1"].cells == (
+        "-0.00100 +/- 0.00020\n[-0.00139, -0.00061]",
+        "-0.100 +/- 0.020\n[-0.139, -0.061]",
+    )
+    assert rows["difference"].cells[0] == "(-2.00 +/- 0.50)e-05\n[-2.98, -1.02]e-05"
+    assert "same E" in rows["difference"].meaning
+    assert rows["deltaH2"].cells[1] == "0.00200 +/- 0.00040"
+    assert rows["spread over U"].cells == ("0.0003", "0.03")
+    assert rows["eta_10"].cells == ("5e-06", "5e-06")
+    old = {"deltaH1": 1.0, "deltaH_true": 0.5, "residual": 0.5}
+    assert entropy_rows(old)[-1].meaning == "predicted minus measured"
+
+
+def test_nulls_are_not_resolved():
+    names = ("deltaH_true", "deltaH2", "eta_10", "H_upd")
+    changes = {f"{name}{suffix}": None for name in names for suffix in ("", "_tok")}
+    rows = {row.label: row for row in entropy_rows(make_values(**changes, deltaH_true_tok_ci95=[None, None]))}
+    for label in ("H after", "deltaH_true", "deltaH2", "eta_10"):
+        assert rows[label].cells == ("not resolved", "not resolved")
+    rows = {row.label: row for row in trust_rows(make_values(pareto_k=None, second_order_mode=None))}
+    assert rows["Pareto k"].cells == ("not fitted (limit 0.67)",)
+    assert rows["second order"].cells == ("none",)
+
+
+def test_every_estimator_is_shown_where_there_are_several():
+    values = make_values()
+    rows = estimator_rows({**values, "estimates": estimate_rows(values)})
+    assert [row.label for row in rows] == [
+        *("deltaH1 causal", "deltaH1 matched"),
+        *("deltaH_true per_decision", "deltaH_true snis", "deltaH_true resample"),
+    ]
+    assert rows[1].cells == ("-0.00100 +/- 0.00040", "-0.100 +/- 0.040", "1 / 1")
+    assert rows[0].meaning == "reported: by the entropy ahead"
+    reported = [entry for entry in estimate_rows(values) if entry["reported"]]
+    assert estimator_rows({"estimates": reported}) == []
+    assert estimator_rows({}) == []
+    odd = {"quantity": "deltaH1", "estimand": "token", "estimator": "new", "value": None, "se": None}
+    (row,) = estimator_rows({"estimates": [odd | {"variance_ratio": None, "reported": False}]})
+    assert row.cells == ("not resolved", "-", "? / -")
+
+
+@pytest.mark.parametrize(
+    ("interval", "text"),
+    [
+        ([-0.00173, -0.00051], "[-0.00173, -0.00051]"),
+        ((1200.0, 1300.0), "[1200, 1300]"),
+        ([-1.73e-7, 5.1e-8], "[-1.73, 0.51]e-07"),
+        ([0.5, 0.5], "[0.5, 0.5]"),
+        ([0.0, 0.0], "[0, 0]"),
+        ([None, 1.0], ""),
+        ([math.nan, math.inf], ""),
+        (None, ""),
+    ],
+)
+def test_intervals(interval, text):
+    assert interval_text(interval) == text
 
 
 def test_only_what_ran_is_shown(state):
