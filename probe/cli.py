@@ -1,13 +1,16 @@
-"""The command line: `entropy-probe run --config FILE`, `entropy-probe demo`, and `python -m probe`."""
+"""The command line: `entropy-probe run`, `demo` and `sweep`, each with `--config FILE`, and `python -m probe`."""
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -17,10 +20,19 @@ from probe.errors import ConfigError, ProbeError
 from probe.module import EntropyProbe
 from probe.parsing import SHIPPED_CONFIGS, add_probe_arguments, explain, find_config_file, resolve
 from probe.runner import ProbeRunner
+from probe.sweep.grid import IncompleteSweepError, SweepConfig, sweep_config
 
 USAGE_ERROR = 2
 INTERNAL_ERROR = 1
+INCOMPLETE = 3
+"""Some points of a sweep failed; the others are there."""
 INTERRUPTED = 130
+SWEEP_OPTIONS = tuple(field.name for field in fields(SweepConfig))
+SWEEP_LISTS = {
+    **{"learning_rates": "1e-4, 3e-4", "eta_factors": "0.5, 1, 2", "B_E": "256, 1024", "B_U": "16, 64"},
+    **{"G": "4, 8", "seeds": "1, 2, 3"},
+}
+"""Options of `sweep` that are lists of numbers, with examples."""
 
 
 class ProbeCLI(LightningCLI):
@@ -45,6 +57,7 @@ class ProbeCLI(LightningCLI):
                 "exit_on_error": False,
                 "run": {"exit_on_error": False},
                 "demo": {"exit_on_error": False, **demo},
+                "sweep": {"exit_on_error": False},
             },
             args=args,
         )
@@ -52,7 +65,7 @@ class ProbeCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Methods of `ProbeRunner`, and the arguments that are not options."""
-        return {"run": {"module"}, "demo": {"module"}}
+        return {"run": {"module"}, "demo": {"module"}, "sweep": {"module", "sweep"}}
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Nothing: `seed_everything` is part of the probe's schema."""
@@ -61,6 +74,18 @@ class ProbeCLI(LightningCLI):
         """Add the sections of the configuration."""
         add_probe_arguments(parser)
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """The parser of a subcommand; that of `sweep` has a section of its own."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "sweep":
+            (parser.groups or {}).pop(
+                "sweep", None
+            )  # that of the method's own options, of which there are none
+            parser.add_class_arguments(SweepConfig, "sweep")
+        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the command line.
@@ -71,7 +96,9 @@ class ProbeCLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)  # type: ignore[arg-type]
         except (ArgumentError, TypeError, ValueError) as error:
-            raise ConfigError(explain(str(error), self._subcommand_parsers["run"])) from error
+            asked = args[0] if isinstance(args, list) and args and args[0] in self.subcommands() else "run"
+            message = explain(str(error), self._subcommand_parsers[asked])
+            raise ConfigError(_name_list(message)) from error
 
     def _set_seed(self) -> None:
         """Nothing: a run seeds the global generators itself and puts them back."""
@@ -79,19 +106,24 @@ class ProbeCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build the module and the runner from the parsed configuration."""
         resolved = resolve(self._parser(self.subcommand), self.config[self.subcommand])
+        resolved.mapping.pop("sweep", None)  # what the points have in common is the rest
         self.model = EntropyProbe(resolved.probe, resolved.seed)
         self.runner = ProbeRunner(**resolved.trainer)
         self.runner.resolved = resolved.mapping
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Call the runner's method."""
-        getattr(self.runner, subcommand)(self.model)
+        if subcommand == "sweep":
+            self.runner.sweep(self.model, sweep_config(vars(self.config["sweep"]["sweep"])))
+        else:
+            getattr(self.runner, subcommand)(self.model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    Bad input gives one line on stderr and code 2; `--debug` shows the traceback.
+    Bad input gives one line on stderr and code 2, a sweep of which points failed one and code 3; `--debug` shows the
+    traceback.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if args == ["--version"]:
@@ -102,10 +134,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with quiet_console():
             ProbeCLI(_shorthands(args) or ["--help"])
+    except IncompleteSweepError as error:
+        return _fail(error, str(error), INCOMPLETE, debug)
     except ProbeError as error:
         return _fail(error, str(error), USAGE_ERROR, debug)
     except KeyboardInterrupt as error:
-        return _fail(error, "interrupted; everything is restored", INTERRUPTED, debug)
+        return _fail(error, str(error) or "interrupted; everything is restored", INTERRUPTED, debug)
     except Exception as error:
         return _fail(
             error, f"unexpected {type(error).__name__}: {error} (--debug shows where)", INTERNAL_ERROR, debug
@@ -122,12 +156,23 @@ def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
 
 
 def _shorthands(args: list[str]) -> list[str]:
-    """Write out two shorthands: `--checkpoint FOLDER`, and `--config NAME` for a configuration that is shipped."""
+    """Write out the shorthands.
+
+    `--checkpoint FOLDER`, `--config NAME` for a configuration that is shipped, and, after `sweep`, `--B_E 256,1024` and
+    the like for `--sweep.B_E "[256, 1024]"`.
+    """
     out = list(args)
     for i, arg in enumerate(out):
         option, equals, value = arg.partition("=")
         following = value if equals else (out[i + 1] if i + 1 < len(out) else "")
-        if option == "--checkpoint" and following and not following.lstrip().startswith("{"):
+        if args[0] == "sweep" and option.startswith("--") and option[2:] in SWEEP_OPTIONS:
+            out[i] = f"--sweep.{arg[2:]}"
+            if option == "--overwrite" and not equals and following not in ("true", "false"):
+                out[i] += "=true"
+            elif option[2:] in SWEEP_LISTS and following and following.lstrip()[0] not in "[n-":
+                bracketed = f"[{following}]"
+                out[i + (not equals)] = f"--sweep.{option[2:]}={bracketed}" if equals else bracketed
+        elif option == "--checkpoint" and following and not following.lstrip().startswith("{"):
             out[i] = f"--checkpoint.checkpoint_path={value}" if equals else "--checkpoint.checkpoint_path"
         elif option in ("--config", "-c") and following:
             file = str(find_config_file(following))
@@ -136,6 +181,20 @@ def _shorthands(args: list[str]) -> list[str]:
             else:
                 out[i + 1] = file
     return out
+
+
+def _name_list(message: str) -> str:
+    r"""The message about a list of numbers in plain words; other messages as they are.
+
+    >>> _name_list("sweep.B_E: expected int or NoneType, found 'x'")
+    'sweep.B_E: expected a list of numbers such as "[256, 1024]", found \'x\''
+    """
+    wrong = re.fullmatch(r"sweep\.(\w+): expected .*?, found (.*)", message)
+    if wrong is None or wrong[1] not in SWEEP_LISTS:
+        return message
+    return (
+        f'sweep.{wrong[1]}: expected a list of numbers such as "[{SWEEP_LISTS[wrong[1]]}]", found {wrong[2]}'
+    )
 
 
 @contextmanager

@@ -108,7 +108,7 @@ def test_help_explains_options(call):
     code, out, _ = call("run", "--help")
     assert code == 0
     assert "--batch_config.B_E" in out
-    assert "prompts drawn with replacement" in out
+    assert "drawn with replacement" in out
     code, out, _ = call()
     assert code == 0
     assert "demo" in out
@@ -186,6 +186,89 @@ def test_callbacks_by_class_path(call, files, tmp_path):
     code, out, err = call("run", "--config", str(tmp_path / "with.yaml"))
     assert code == 0, err
     assert "hello deltaH1" in out
+
+
+def test_help_of_a_sweep(call):
+    code, out, _ = call("sweep", "--help")
+    assert code == 0
+    for option in (
+        "learning_rates",
+        "eta_factors",
+        "B_E",
+        "B_U",
+        "G",
+        "seeds",
+        "checkpoints",
+        "output_folder",
+    ):
+        assert f"--sweep.{option}" in out
+    assert "`--B_E` is short for `--sweep.B_E`" in " ".join(out.split())
+
+
+BAD_SWEEPS = [
+    (["--B_E", "x,2"], 'sweep.B_E: expected a list of numbers such as "[256, 1024]", found'),
+    (["--sweep.seeds", "3"], 'sweep.seeds: expected a list of numbers such as "[1, 2, 3]", found'),
+    (["--G", "[1]"], "sweep.G: expected integers of at least 2, found 1"),
+    (["--learning_rates", "1e-3", "--eta_factors=2"], "sweep.eta_factors: expected null where sweep.learning_rates"),
+    (["--checkpoints", "/nowhere"], "sweep.checkpoints: expected a folder with checkpoint-N in it, found no folder"),
+    (["--sweep.B_F", "[1]"], "sweep.B_F: unknown configuration key; did you mean sweep.B_"),
+    (["--batch_config.BE", "3"], "did you mean batch_config.B_E?"),
+    (["--output_folder", "."], "sweep.output_folder: expected a new folder or that of a sweep, found . with"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("extra", "message"), BAD_SWEEPS, ids=[b[0][0] for b in BAD_SWEEPS])
+def test_a_mistake_in_a_sweep_gives_one_line_and_code_2(call, files, tmp_path, extra, message):
+    (tmp_path / "something").write_text("")
+    code, out, err = call("sweep", "--config", str(files / "config.yaml"), *extra)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert err.startswith("entropy-probe: error: ")
+    assert message in err
+    assert out == ""
+
+
+def test_a_sweep_is_done_once_and_writes_no_other_files(call, files, tmp_path):
+    config = yaml.safe_load((files / "config.yaml").read_text())
+    config["sweep"] = {"output_folder": "found", "B_E": [8, 12]}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(config))
+    command = ("sweep", "--config", "sweep.yaml", "--eta_factors", "1,2")
+    code, out, err = call(*command)
+    assert code == 0, err
+    assert out.startswith("Sweep of 4 points, in found\n[1/4] B_E 8, eta 0.001: ")
+    assert len(out.splitlines()) == 6
+    assert "error" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found", "sweep.yaml"]
+    table = (tmp_path / "found" / "sweep.csv").read_text().splitlines()
+    assert len(table) == 5
+    assert sorted(path.name for path in (tmp_path / "found").glob("*.png")) == [
+        "batch_size_B_E.png",
+        "eta_B_E12.png",
+        "eta_B_E8.png",
+    ]
+    code, out, _ = call(*command)
+    assert code == 0
+    assert "Sweep of 4 points, 4 of them finished before" in out
+    assert len(out.splitlines()) == 2
+    assert (tmp_path / "found" / "sweep.csv").read_text().splitlines() == table
+    code, _, err = call(*command, "--generation.temperature", "0.9")
+    assert code == 2
+    assert "generation.temperature is 1.0 there and 0.9 here; choose another --output_folder, or pass" in err
+    code, out, _ = call(*command, "--generation.temperature", "0.9", "--overwrite")
+    assert code == 0
+    assert "4 of 4 points finished" in out
+
+
+def test_a_sweep_with_a_broken_checkpoint_goes_on_and_gives_code_3(call, files, tmp_path):
+    (tmp_path / "runs" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "runs" / "checkpoint-60").symlink_to(files / "step_60")
+    code, out, err = call("sweep", "--config", str(files / "config.yaml"), "--checkpoints", "runs")
+    assert code == 3
+    assert "checkpoint-1, 1 x the learning rate: failed: Checkpoint not found: no adapter or model in" in out
+    assert "1 of 2 points finished, 1 failed" in out
+    assert [line for line in err.splitlines() if "error" in line] == err.splitlines()[-1:]
+    assert "1 of 2 points failed, the first one with: Checkpoint not found" in err
+    assert (tmp_path / "lightning_logs" / "sweep" / "sweep.parquet").is_file()
 
 
 def test_python_dash_m(files):

@@ -1,0 +1,161 @@
+"""The curves in a sweep's table: what belongs together, what is resolved, and the slopes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from probe.sweep.fits import PowerLaw, fit_power_law
+
+NORMAL_975 = 1.959963984540054
+"""0.975 quantile of the standard normal distribution."""
+SIZES = ("B_E", "B_U", "G")
+POLICY = ("checkpoint", *SIZES)
+"""What rows of one curve over learning rates have in common; seeds are repetitions of it."""
+
+
+FEWEST = 3
+"""Learning rates that a fit needs in the range of small steps, if it is to leave out those above."""
+
+
+@dataclass(frozen=True)
+class Estimand:
+    """One of the two entropies whose change is estimated.
+
+    Attributes:
+        name: `token` or `sequence`.
+        suffix: ending of its columns.
+        unit: its unit.
+    """
+
+    name: str
+    suffix: str
+    unit: str
+
+
+ESTIMANDS = (Estimand("token", "_tok", "nats per token"), Estimand("sequence", "", "nats per response"))
+
+
+def finished(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that have results."""
+    return table[table["status"] == "ok"]
+
+
+def estimands(rows: pd.DataFrame) -> list[Estimand]:
+    """Those with a change in the table."""
+    return [
+        e
+        for e in ESTIMANDS
+        if any(
+            rows.get(f"{name}{e.suffix}", pd.Series(dtype=float)).notna().any()
+            for name in ("deltaH1", "deltaH_true")
+        )
+    ]
+
+
+def numbers(rows: pd.DataFrame, name: str) -> np.ndarray:
+    """A column as float64, `(n,)`; NaN where it has no value, or is not there at all."""
+    if name not in rows:
+        return np.full(len(rows), np.nan)
+    return rows[name].to_numpy(dtype=float, na_value=np.nan)
+
+
+def interval(rows: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the 95 % intervals of a column, `(n,)` each; NaN where they are not known."""
+    low, high = numbers(rows, f"{name}_ci95_lo"), numbers(rows, f"{name}_ci95_hi")
+    value, half = numbers(rows, name), NORMAL_975 * numbers(rows, f"{name}_se")
+    return np.where(np.isnan(low), value - half, low), np.where(np.isnan(high), value + half, high)
+
+
+def noise_floor(rows: pd.DataFrame, estimand: Estimand) -> float | None:
+    """The largest noise floor of the rows, nats."""
+    floors = numbers(rows, f"noise_floor{estimand.suffix}")
+    return float(np.nanmax(floors)) if np.isfinite(floors).any() else None
+
+
+def resolved(rows: pd.DataFrame, name: str, estimand: Estimand) -> np.ndarray:
+    """Where a change is above the noise floor and its interval does not include 0, `(n,)`."""
+    value = numbers(rows, name + estimand.suffix)
+    low, high = interval(rows, name + estimand.suffix)
+    floor = np.nan_to_num(numbers(rows, f"noise_floor{estimand.suffix}"), nan=0.0)
+    known = np.isfinite(value) & (np.abs(value) > floor)
+    return known & ~((low <= 0) & (high >= 0))
+
+
+def eta_10(rows: pd.DataFrame, estimand: Estimand) -> float | None:
+    """The learning rate at which curvature is a tenth of first order; the median over repetitions."""
+    found = numbers(rows, f"eta_10{estimand.suffix}")
+    return float(np.nanmedian(found)) if np.isfinite(found).any() else None
+
+
+def eta_slope(rows: pd.DataFrame, name: str, estimand: Estimand) -> PowerLaw | None:
+    """The slope of `|name|` against the learning rate, on log-log axes, one factor per seed.
+
+    Fitted are resolved points whose verdict is not `invalid`, and of these only those up to `eta_10 / 10` (where
+    curvature is 1 % of first order) or else up to `eta_10`, as far as that leaves three learning rates: beyond, higher
+    orders bend the curves.
+    """
+    usable = resolved(rows, name, estimand) & (rows["verdict"].fillna("") != "invalid").to_numpy(dtype=bool)
+    eta = numbers(rows, "learning_rate")
+    # an estimand whose second order vanishes by chance has a third one at the same steps as the other
+    known = [found for e in ESTIMANDS if (found := eta_10(rows, e)) is not None]
+    for limit in (min(known) / 10, min(known)) if known else ():
+        below = usable & (eta <= limit)
+        if len(set(eta[below])) >= FEWEST:
+            usable = below
+            break
+    used = rows[usable]
+    errors = numbers(used, f"{name}{estimand.suffix}_se")
+    return fit_power_law(
+        numbers(used, "learning_rate"),
+        numbers(used, name + estimand.suffix),
+        errors if np.all(errors > 0) else None,
+        [int(seed) for seed in used["seed"]],
+    )
+
+
+def eta_curves(table: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """The rows of each curve over learning rates, with what they have in common; only where the rates vary."""
+    for shared, rows in grouped(finished(table), POLICY):
+        if (
+            rows["learning_rate"].nunique() > 1
+            and (rows.groupby("seed")["learning_rate"].nunique() > 1).any()
+        ):
+            yield shared, rows.sort_values(["seed", "learning_rate"])
+
+
+def reference_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows at one learning rate per policy and sizes: the one nearest to the policy's own."""
+    rows = finished(table)
+    if rows.empty:
+        return rows
+    distance = pd.Series(np.abs(np.log(numbers(rows, "eta_factor"))), index=rows.index).round(9)
+    nearest = distance.groupby([rows[key] for key in (*POLICY, "seed")], dropna=False).transform("min")
+    return rows[distance == nearest].drop_duplicates(subset=[*POLICY, "seed"])
+
+
+def grouped(rows: pd.DataFrame, keys: tuple[str, ...]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """The groups of rows with equal keys, in the order of the table."""
+    if len(rows):
+        for values, group in rows.groupby(list(keys), sort=False, dropna=False):
+            yield dict(zip(keys, values, strict=True)), group
+
+
+def varying(rows: pd.DataFrame, keys: tuple[str, ...]) -> list[str]:
+    """The keys that have several values in the rows."""
+    return [key for key in keys if rows[key].nunique(dropna=False) > 1]
+
+
+def coordinates(shared: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """`B_E = 64, G = 8`: what a legend or a title says."""
+    return ", ".join(f"{key} = {shared[key]}" for key in keys if not pd.isna(shared[key]))
+
+
+def root_mean_square(values: np.ndarray) -> float:
+    """The root of the mean square of the values that are known; NaN if none is."""
+    known = values[np.isfinite(values)]
+    return float(np.sqrt(np.mean(known**2))) if len(known) else float("nan")

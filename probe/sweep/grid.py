@@ -1,0 +1,342 @@
+"""What a sweep varies: the configuration, and the grid of points it stands for."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from probe.config import OutputConfig, ProbeConfig
+from probe.errors import ConfigError, ProbeError
+
+DEFAULT_FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""The learning rates of a sweep that names no axis, as multiples of the policy's own."""
+DEMO = "demo"
+_NUMBERED = re.compile(r"(?:^|[-_.])(\d+)$")
+
+
+class IncompleteSweepError(ProbeError):
+    """Some points of a sweep have failed; the others, the table and the plots are there."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What `entropy-probe sweep` varies: the points are their product. `--B_E` is short for `--sweep.B_E`."""
+
+    learning_rates: list[float] | None = None
+    """Learning rates of the update. All are measured on the same E, U and update direction."""
+    eta_factors: list[float] | None = None
+    """Learning rates as multiples of the run's own (probe_rework.learning_rate, else the saved one). When nothing at
+    all is swept: 1/8, 1/4, 1/2, 1, 2, 4, 8; when only other things are: 1."""
+    B_E: list[int] | None = None
+    """Prompts of E, in place of batch_config.B_E."""
+    B_U: list[int] | None = None
+    """Prompts in U, in place of batch_config.B_U."""
+    G: list[int] | None = None
+    """Responses per prompt of U, in place of batch_config.G."""
+    seeds: list[int] | None = None
+    """Master seeds of the batches, in place of seed_everything: repetitions with fresh E and U."""
+    checkpoints: list[str] | str | None = None
+    """A folder of `checkpoint-N` as transformers' Trainer and TRL write it (taken in the order of N), or a list of
+    checkpoint folders; in place of checkpoint.checkpoint_path."""
+    output_folder: str = "lightning_logs/sweep"
+    """Folder of the finished points, tables and plots. The same command continues the sweep that is in it."""
+    overwrite: bool = False
+    """Delete the sweep that is in the folder and start anew."""
+
+    def __post_init__(self) -> None:
+        """Check every list."""
+        if self.learning_rates is not None and self.eta_factors is not None:
+            raise ConfigError(
+                "sweep.eta_factors: expected null where sweep.learning_rates is given, found both; leave one out"
+            )
+        for key in ("learning_rates", "eta_factors"):
+            _check_list(key, getattr(self, key), _is_rate, "finite numbers above 0")
+        for key, least in (("B_E", 2), ("B_U", 1), ("G", 2), ("seeds", 0)):
+            _check_list(key, getattr(self, key), partial(_is_count, least), f"integers of at least {least}")
+        if isinstance(self.checkpoints, list):
+            _check_list("checkpoints", self.checkpoints, bool, "checkpoint folders")
+        if not self.output_folder:
+            raise ConfigError("sweep.output_folder: expected the name of a folder, found ''")
+
+    @property
+    def axes_given(self) -> bool:
+        """Whether anything is swept besides the default."""
+        swept = (self.learning_rates, self.eta_factors, self.B_E, self.B_U, self.G, self.seeds)
+        return any(values is not None for values in swept) or self.checkpoints is not None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the grid: one row of the table.
+
+    Attributes:
+        checkpoint: absolute path of the checkpoint, or `demo`.
+        seed: master seed of the batches.
+        B_U: prompts in U.
+        G: responses per prompt of U.
+        B_E: prompts of E.
+        learning_rate: the learning rate, or None where `eta_factor` says it.
+        eta_factor: the learning rate as a multiple of the run's own, or None.
+    """
+
+    checkpoint: str
+    seed: int
+    B_U: int
+    G: int
+    B_E: int
+    learning_rate: float | None
+    eta_factor: float | None
+
+    @property
+    def id(self) -> str:
+        """16 hexadecimal digits that depend on the coordinates only.
+
+        >>> Point("demo", 42, 32, 8, 1024, None, 1.0).id
+        '55e490fb47fced66'
+        """
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def eta(self, own: float) -> float:
+        """The learning rate, given the run's own."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return own if self.eta_factor is None else self.eta_factor * own
+
+
+@dataclass(frozen=True)
+class Combination:
+    """The points that share everything but the learning rate: one run, then one more measurement per point."""
+
+    points: tuple[Point, ...]
+
+    @property
+    def first(self) -> Point:
+        """A point with the coordinates that all have in common."""
+        return self.points[0]
+
+    def configure(self, config: ProbeConfig, sweep: SweepConfig) -> ProbeConfig:
+        """The configuration of this combination's run, which writes no files of its own."""
+        point, rework = self.first, config.probe_rework
+        config = replace(
+            config,
+            batch_config=replace(config.batch_config, B_E=point.B_E, B_U=point.B_U, G=point.G),
+            detailed_logging=replace(config.detailed_logging, enabled=False),
+            output=OutputConfig(),
+        )
+        if sweep.seeds is not None:  # which a master seed would override
+            config = replace(config, probe_rework=replace(rework, master_seed=None))
+        if sweep.checkpoints is not None:
+            config = replace(config, checkpoint=replace(config.checkpoint, checkpoint_path=point.checkpoint))
+        return config
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All points of a sweep.
+
+    Attributes:
+        axes: the values along each axis, by its name in `SweepConfig`; those not swept have one.
+        combinations: the points in the order in which they are measured: checkpoints outermost.
+    """
+
+    axes: dict[str, list[Any]]
+    combinations: tuple[Combination, ...]
+
+    @property
+    def points(self) -> list[Point]:
+        """The points in order."""
+        return [point for combination in self.combinations for point in combination.points]
+
+    @property
+    def varying(self) -> list[str]:
+        """The axes with more than one value."""
+        return [name for name, values in self.axes.items() if len(values) > 1]
+
+
+def sweep_config(given: Mapping[str, Any]) -> SweepConfig:
+    """A `SweepConfig` from keys and values.
+
+    Raises:
+        ConfigError: an unknown key or an impossible value.
+    """
+    known = [field.name for field in fields(SweepConfig)]
+    for key in given:
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            hint = f"did you mean sweep.{near[0]}?" if near else f"the keys are {', '.join(known)}"
+            raise ConfigError(f"sweep.{key}: unknown configuration key; {hint}")
+    lists = [key for key in known if key not in ("output_folder", "overwrite")]
+    return SweepConfig(**{key: _plain(key, value) if key in lists else value for key, value in given.items()})
+
+
+def build_grid(sweep: SweepConfig, config: ProbeConfig, seed: int) -> Grid:
+    """The grid that a sweep of a configuration stands for.
+
+    Args:
+        sweep: what is swept.
+        config: what has one value everywhere.
+        seed: master seed where none are swept.
+
+    Raises:
+        ConfigError: an axis that could change nothing, or checkpoints that are not there.
+    """
+    _refuse_idle_axes(sweep, config)
+    batch = config.batch_config
+    if sweep.checkpoints is None:
+        checkpoints = [_own_checkpoint(config)]
+    else:
+        checkpoints = find_checkpoints(sweep.checkpoints)
+    eta_name, etas = _etas(sweep)
+    axes: dict[str, list[Any]] = {
+        "checkpoints": checkpoints,
+        "seeds": [seed] if sweep.seeds is None else list(sweep.seeds),
+        "B_U": list(sweep.B_U or [batch.B_U]),
+        "G": list(sweep.G or [batch.G]),
+        "B_E": list(sweep.B_E or [batch.B_E]),
+        eta_name: etas,
+    }
+    by_factor = eta_name == "eta_factors"
+    combinations = tuple(
+        Combination(
+            tuple(
+                Point(checkpoint, seed, B_U, G, B_E, None if by_factor else eta, eta if by_factor else None)
+                for eta in etas
+            )
+        )
+        for checkpoint, seed, B_U, G, B_E in itertools.product(
+            axes["checkpoints"], axes["seeds"], axes["B_U"], axes["G"], axes["B_E"]
+        )
+    )
+    return Grid(axes, combinations)
+
+
+def find_checkpoints(given: str | Sequence[str]) -> list[str]:
+    """The checkpoint folders of a list, or in a folder, in the order of their numbers.
+
+    Raises:
+        ConfigError: a folder is missing or has no checkpoints in it.
+    """
+    if not isinstance(given, str):
+        paths = [_absolute(path) for path in given]
+        for path in paths:
+            if path != DEMO and not Path(path).is_dir():
+                raise ConfigError(f"sweep.checkpoints: expected existing folders, found no folder {path}")
+        if len(set(paths)) < len(paths):
+            raise ConfigError("sweep.checkpoints: expected different folders, found one of them twice")
+        return paths
+    folder = Path(_absolute(given))
+    if given == DEMO or not folder.is_dir():
+        raise ConfigError(
+            f"sweep.checkpoints: expected a folder with checkpoint-N in it, found no folder {folder}; give its path, "
+            'or a list of checkpoints such as "[runs/checkpoint-20, runs/checkpoint-40]"'
+        )
+    numbered = [
+        (int(match.group(1)), path.name, str(path))
+        for path in folder.iterdir()
+        if path.is_dir() and (match := _NUMBERED.search(path.name))
+    ]
+    # Other numbered folders (logs by date, say) may stand beside the checkpoints.
+    usual = [entry for entry in numbered if entry[1].startswith("checkpoint-")]
+    found = [path for _, _, path in sorted(usual or numbered)]
+    if not found:
+        raise ConfigError(
+            f"sweep.checkpoints: expected checkpoint-N folders in {folder}, found none; give the folder that holds "
+            'them, or a list of checkpoints such as "[runs/checkpoint-20, runs/checkpoint-40]"'
+        )
+    return found
+
+
+def _etas(sweep: SweepConfig) -> tuple[str, list[float]]:
+    """The axis of learning rates: its name in `SweepConfig` and its values."""
+    if sweep.learning_rates is not None:
+        return "learning_rates", [float(eta) for eta in sweep.learning_rates]
+    if sweep.eta_factors is not None:
+        return "eta_factors", [float(factor) for factor in sweep.eta_factors]
+    return "eta_factors", [1.0] if sweep.axes_given else list(DEFAULT_FACTORS)
+
+
+def _own_checkpoint(config: ProbeConfig) -> str:
+    """The checkpoint of the configuration."""
+    path = config.checkpoint.checkpoint_path
+    if not path:
+        raise ConfigError(
+            "checkpoint.checkpoint_path: expected a checkpoint folder (or `demo`), found none; set it in the config, "
+            "pass --checkpoint PATH, or sweep over --checkpoints FOLDER"
+        )
+    return _absolute(path)
+
+
+def _refuse_idle_axes(sweep: SweepConfig, config: ProbeConfig) -> None:
+    """Raise `ConfigError` where a setting outside the sweep makes an axis change nothing."""
+    batch = config.batch_config
+    for axis, files in (("B_E", "E_rollouts"), ("B_U", "U_rollouts"), ("G", "U_rollouts")):
+        if getattr(sweep, axis) is not None and getattr(batch, files) is not None:
+            raise ConfigError(
+                f"sweep.{axis}: expected null with batch_config.{files}, which fixes the batch, found "
+                f"{getattr(sweep, axis)}; leave one of them out"
+            )
+    if sweep.seeds is not None and batch.E_rollouts is not None and batch.U_rollouts is not None:
+        raise ConfigError(
+            "sweep.seeds: expected null where both batches come from rollout files (nothing is drawn), found "
+            f"{sweep.seeds}; leave one of them out"
+        )
+    if sweep.checkpoints is not None and config.checkpoint.optimizer_path is not None:
+        raise ConfigError(
+            "checkpoint.optimizer_path: expected null with sweep.checkpoints (each checkpoint has a state of its own), "
+            f"found {config.checkpoint.optimizer_path!r}; leave it out"
+        )
+
+
+def _check_list(key: str, values: list[Any] | None, allowed: Callable[[Any], bool], what: str) -> None:
+    """Raise `ConfigError` unless the list is null, or has different values that are all allowed."""
+    if values is None:
+        return
+    if not values:
+        raise ConfigError(f"sweep.{key}: expected a list of {what}, found an empty one; leave it out")
+    for i, value in enumerate(values):
+        if not allowed(value):
+            raise ConfigError(f"sweep.{key}: expected {what}, found {value!r}")
+        if value in values[:i]:
+            raise ConfigError(f"sweep.{key}: expected different values, found {value!r} twice")
+
+
+def _is_rate(value: Any) -> bool:
+    """Whether a value can be a learning rate or a factor of one."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_count(least: int, value: Any) -> bool:
+    """Whether a value is an integer of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A sequence or array as a list of plain values, a path as its text."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    values = value.tolist() if hasattr(value, "tolist") else value
+    try:
+        return [
+            str(item) if isinstance(item, Path) else getattr(item, "item", lambda i=item: i)()
+            for item in values
+        ]
+    except TypeError as error:
+        raise ConfigError(f"sweep.{key}: expected a list, found {value!r}") from error
+
+
+def _absolute(path: str) -> str:
+    """An absolute path; `demo`, which is not a path, as it is."""
+    return path if path == DEMO else os.path.abspath(os.path.expanduser(path))
