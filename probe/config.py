@@ -97,7 +97,9 @@ class BatchConfig:
     U_rollouts: str | None = None
     """Take U from this rollout file instead of sampling."""
     B_E: int = 64
-    """Sequences in E: prompts drawn with replacement, one response each."""
+    """Prompts of E, drawn with replacement."""
+    G_E: int = 1
+    """Responses per prompt of E: `B_E * G_E` in all. More than one pays where prompts differ little or are few."""
     B_U: int = 16
     """Prompts in U."""
     G: int = 8
@@ -110,6 +112,7 @@ class BatchConfig:
     def __post_init__(self) -> None:
         """Check the sizes."""
         _require(self.B_E >= 2, "batch_config.B_E", "an integer of at least 2", self.B_E)
+        _require(self.G_E >= 1, "batch_config.G_E", "an integer of at least 1", self.G_E)
         _require(self.B_U >= 1, "batch_config.B_U", "an integer of at least 1", self.B_U)
         _require(
             self.G >= 2 or self.U_rollouts is not None,
@@ -225,6 +228,18 @@ class ProbeReworkConfig:
     """Learning rate of the update; by default the one saved in the optimizer's state."""
     max_grad_norm: float | None = 1.0
     """Gradient clipping before the step, as in transformers' Trainer; null switches it off."""
+    derivative_mode: Literal["auto", "jvp", "reverse", "finite_difference"] = "auto"
+    """How deltaH1 is differentiated: forward mode, backward, or differences of forwards (any attention kernel,
+    quantised or sharded). `auto` takes the first of these that the model allows."""
+    curvature: Literal["auto", "jvp", "finite_difference", "off"] = "auto"
+    """The second-order term deltaH2: nested forward mode, or the even part of the measured change; `auto` takes the
+    first where `derivative_mode` is `jvp`."""
+    control_variates: Literal["auto", "on", "off"] = "auto"
+    """Subtract exactly zero-mean terms fitted on other prompts; `auto`: from 256 prompts in E on."""
+    control_variates_path: str | None = None
+    """File with what earlier batches of the same policy taught the control variates; this run's is added to it."""
+    update_spread: bool = True
+    """Also report how much deltaH1 varies over update batches of this size (`deltaH1_sd_U`)."""
     derivative_check: bool = True
     """Compare one directional derivative by backward and by finite differences before trusting the gradients."""
 
@@ -265,12 +280,27 @@ class ImportanceConfig:
 
     enabled: bool = True
     """Run phase 5: take the real step on a snapshot and measure."""
-    is_mode: Literal["snis"] = "snis"
-    """Estimator: self-normalised importance sampling with one weight per sequence."""
+    is_mode: Literal["per_decision", "snis", "resample"] = "per_decision"
+    """Estimator: importance weights of prefixes, one weight per sequence (`snis`), or a fresh sample of the new
+    policy."""
+    clip_log_weight: float | None = None
+    """Also estimate with log-weights clamped to +- this many nats, as a sensitivity; biased, never the reported
+    value."""
+    noise_floor: bool = True
+    """Measure what rounding makes of a change of 0 (two scorings of E); a smaller deltaH_true is not resolved."""
     report_per_token: bool = True
     """Report the ground truth in nats per token (`_tok` keys) as well as per response."""
     snapshot_device: str = "cpu"
     """Device that holds the snapshot of the trainable weights and of the optimizer's state."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(
+            self.clip_log_weight is None or self.clip_log_weight > 0,
+            "importance.clip_log_weight",
+            "a number above 0, or null",
+            self.clip_log_weight,
+        )
 
 
 @dataclass(frozen=True)
@@ -280,7 +310,7 @@ class DetailedLoggingConfig:
     enabled: bool = True
     """Write the log files."""
     level: LogLevel = "standard"
-    """`minimal` (~1 KB), `standard` (~10 KB), `detailed` (~500 KB) or `debug` (~MB)."""
+    """`minimal` (~2 KB), `standard` (~15 KB), `detailed` (~500 KB) or `debug` (~MB)."""
     log_sequences: bool | None = None
     """Texts of prompts and responses, from level `detailed` on; by default on there."""
     log_tokens: bool | None = None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,20 +18,26 @@ from probe.config import ProbeConfig
 from probe.data.batch import PromptExample, RolloutBatch
 from probe.data.prompts import default_reward, load_prompts
 from probe.data.rewards import RewardFunction, compute_rewards, resolve_reward
-from probe.errors import ConfigError, DataError, RolloutError
+from probe.errors import ConfigError, DataError, NumericalError, RolloutError
 from probe.estimators.advantages import count_zero_advantage_groups, group_advantages
-from probe.estimators.derivative_check import derivative_check
+from probe.estimators.control_variates import SMALLEST_SAMPLE, SMALLEST_TAUGHT, control_variates
+from probe.estimators.curvature import nested_curvature, symmetric_curvature
+from probe.estimators.derivative_check import derivative_check, forward_mode_check
 from probe.estimators.entropy_gradient import EntropyGradient, entropy_gradient
+from probe.estimators.estimate import Estimate, shrinkage
+from probe.estimators.ground_truth import GroundTruth, noise_floor, resampled_change
 from probe.estimators.losses import LossSettings
-from probe.estimators.prediction import Prediction, first_order
-from probe.estimators.snis import GroundTruth, snis
+from probe.estimators.prediction import Prediction, first_order, from_tokens, token_first_order
 from probe.estimators.update import (
+    ClosedFormStep,
     Update,
     adam_closed_form,
     loss_gradient,
     optimizer_step,
     preconditioned_direction,
 )
+from probe.estimators.update_spread import preconditioned, prompt_contributions, spread
+from probe.fit_memory import FitMemory, read_fit_memory, write_fit_memory
 from probe.loading import (
     CheckpointFiles,
     LoadedOptimizer,
@@ -39,11 +46,21 @@ from probe.loading import (
     load_tokenizer,
     locate_checkpoint,
 )
+from probe.metrics import EntropyChange
 from probe.rollouts.draw import draw_prompts
 from probe.rollouts.files import read_rollouts
 from probe.rollouts.sampling import SampledTokens, sample_rollouts
+from probe.scoring.features import FeatureBasis, feature_basis
 from probe.scoring.passes import Policy, Progress, score_tokens
-from probe.scoring.scores import TokenScores
+from probe.scoring.scores import TokenScores, TokenTangents
+from probe.scoring.tangents import (
+    DifferencePair,
+    ForwardModeError,
+    choose_scale,
+    difference_pair,
+    forward_tangents,
+    second_order_tangents,
+)
 from probe.snapshot import parameters_at
 from probe.state import ProbeState
 
@@ -56,6 +73,11 @@ DEMO = "demo"
 """Value of `checkpoint.checkpoint_path` that names the built-in demo policy (a folder of that name is `./demo`)."""
 ON_POLICY_LIMIT = 4.0
 """E is marked as not drawn from the probed policy when `on_policy_z` is larger than this."""
+AGREEMENT_LIMIT, HALF_AGREEMENT_LIMIT = 1e-2, 0.1
+"""Largest relative difference of deltaH1 by forward mode and by backward, and the same in half precision."""
+SHAM_SIZE = 1 / 32
+"""Size of the move that draws rounding anew, relative to the step, where no number has 16 bits: its curvature, a
+thousandth of the step's, stays out of the noise floor. Coarser numbers do not move unless the weights really do."""
 SAMPLING_GAP_LIMIT = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Largest root mean square difference, in nats per token, between log-probs while sampling and when scored."""
 
@@ -119,6 +141,24 @@ class EntropyProbe(LightningModule):
         )
         self.model = model
 
+    def reconfigure(self, config: ProbeConfig, seed: int) -> None:
+        """Take another configuration over; a loaded policy stays where checkpoint and learning rate are the same.
+
+        Args:
+            config: the sections of the configuration.
+            seed: as for the constructor.
+        """
+        same = (config.checkpoint, config.probe_rework.learning_rate) == (
+            self.config.checkpoint,
+            self.config.probe_rework.learning_rate,
+        )
+        self.config = config
+        self.seed = seed if config.probe_rework.master_seed is None else config.probe_rework.master_seed
+        if not same:
+            self.checkpoint, self.files, self.model, self.optimizer = config.checkpoint, None, None, None
+        elif self.model is not None:
+            self.prompts = self._draw_prompts()
+
     def make_demo(self) -> None:
         """Where the demo policy is asked for, take its folder, in which it is trained where the cache has none."""
         if self.checkpoint.checkpoint_path == DEMO:
@@ -163,9 +203,12 @@ class EntropyProbe(LightningModule):
             state.E = self._read(batch.E_rollouts)
             logger.info("E: %d responses from %s; B_E does not apply", len(state.E), state.E.source)
         else:
-            state.E, state.seen["E"] = self._sample("E", E_prompts, None, progress("sample E"))
+            repeated, group = _repeat(E_prompts, batch.G_E)
+            state.E, state.seen["E"] = self._sample("E", repeated, group, progress("sample E"))
         state.U = self._update_batch(state, U_prompts, progress)
-        state.E_scores = score_tokens(self.policy, state.E, progress("score E"))
+        state.shared = _shared_sequences(state.E, state.U) if batch.E_rollouts and batch.U_rollouts else 0
+        state.basis = self._feature_basis(state)
+        state.E_scores = score_tokens(self.policy, state.E, progress("score E"), state.basis)
         if "E" in state.seen:
             state.diagnostics["sampling_scoring_gap"] = self._check_sampling(state.seen["E"], state.E_scores)
         state.diagnostics["on_policy_z"] = on_policy_z(state.E_scores)
@@ -217,8 +260,7 @@ class EntropyProbe(LightningModule):
                     "it with batch_config.reward_columns"
                 )
         else:
-            repeated = [prompt for prompt in prompts for _ in range(batch.G)]
-            group = torch.arange(len(prompts)).repeat_interleave(batch.G)
+            repeated, group = _repeat(prompts, batch.G)
             U, state.seen["U"] = self._sample("U", repeated, group, progress("sample U"))
             rewards = compute_rewards(self._reward(), U)
         advantages = group_advantages(rewards, U.group, self.config.probe_rework.advantage_kind)
@@ -245,23 +287,81 @@ class EntropyProbe(LightningModule):
             )
         return gap
 
+    def _feature_basis(self, state: ProbeState) -> FeatureBasis | None:
+        """Features for the control variates, from the tokens of U; None where there are to be none."""
+        E, U, rework = _there(state.E, "E"), _there(state.U, "U"), self.config.probe_rework
+        wanted = rework.control_variates
+        if wanted == "off" or not rework.compute_delta_h1 or rework.weighting != "causal":
+            return None
+        state.fit_memory = memory = self._fit_memory()
+        taught = memory is not None and len(memory.earlier_than(E, self._draw_name())) > 0
+        if wanted == "auto" and len(E.group.unique()) < (SMALLEST_TAUGHT if taught else SMALLEST_SAMPLE):
+            return None
+        if memory is not None:
+            return memory.basis
+        return feature_basis(self.policy.model, U)
+
+    def _fit_memory(self) -> FitMemory | None:
+        """What earlier batches taught, where a file is named and there."""
+        path = self.config.probe_rework.control_variates_path
+        return None if path is None else read_fit_memory(Path(path), self._policy_name())
+
+    def _policy_name(self) -> str:
+        """Identifies the policy in files that belong to it: its path, and the norm of its trainable weights."""
+        return f"{self.checkpoint.checkpoint_path} ({norm(self.policy.parameters):.12g})"
+
+    def _draw_name(self) -> str:
+        """Where E comes from: batches of one draw share sequences."""
+        file = self.config.batch_config.E_rollouts
+        return f"seed {self.seed}" if file is None else f"file {Path(file).resolve()}"
+
     # ---------------------------------------------------------------- phases 1 to 3
 
-    def entropy_gradient(self, state: ProbeState, progress: MakeProgress = _no_progress) -> EntropyGradient:
-        """X on E.
+    def entropy_gradient(
+        self, state: ProbeState, progress: MakeProgress = _no_progress
+    ) -> EntropyGradient | None:
+        """Choose how to differentiate, and X on E where it is needed: backward, and for the spread over U.
 
         Raises:
-            NumericalError: the gradients cannot be trusted (see `derivative_check`) or are not finite.
+            NumericalError: the gradients cannot be trusted (see `derivative_check`), are not finite, or forward mode is
+                asked for and cannot be had.
         """
         E, scores = _there(state.E, "E"), _there(state.E_scores, "E_scores")
         rework = self.config.probe_rework
-        if rework.derivative_check:
-            few = torch.nonzero(E.lengths > 0).flatten()[: self.config.memory_config.microbatch_size]
-            check = derivative_check(self.policy, E.subset(few))
+        few = E.subset(self._few(E))
+        if rework.derivative_check and rework.derivative_mode != "finite_difference":
+            check = derivative_check(self.policy, few)
             state.diagnostics["derivative_check_error"] = check.relative_error
+        state.derivative = mode, reason = self._derivative_mode(few)
+        logger.info("deltaH1 by %s: %s", mode, reason)
+        if mode == "finite_difference" or (mode == "jvp" and not rework.update_spread):
+            return None
         return entropy_gradient(
             self.policy, E, scores, rework.weighting, rework.baseline, progress=progress("gradient on E")
         )
+
+    def _few(self, batch: RolloutBatch) -> Tensor:
+        """Indices of the first microbatch of responses that are not empty."""
+        return torch.nonzero(batch.lengths > 0).flatten()[: self.config.memory_config.microbatch_size]
+
+    def _derivative_mode(self, few: RolloutBatch) -> tuple[str, str]:
+        """The way to differentiate, and the reason.
+
+        Raises:
+            NumericalError: forward mode is asked for and cannot be had.
+        """
+        wanted = self.config.probe_rework.derivative_mode
+        if wanted in ("reverse", "finite_difference"):
+            return wanted, "as configured"
+        check = forward_mode_check(self.policy, few)
+        if check.usable:
+            return "jvp", check.reason
+        if wanted == "jvp":
+            raise NumericalError(
+                f"probe_rework.derivative_mode: expected a model that allows jvp, found that {check.reason}; use auto, "
+                "reverse or finite_difference, or checkpoint.attn_implementation: eager"
+            )
+        return "reverse", check.reason
 
     def update(self, state: ProbeState, progress: MakeProgress = _no_progress) -> Update:
         """The loss's gradient on U and the optimizer's real step, taken on a snapshot."""
@@ -288,6 +388,7 @@ class EntropyProbe(LightningModule):
             clip_factor=factor,
             learning_rate=optimizer.learning_rate,
             loss_weights=found.weights,
+            entropy_weights=found.entropy_weights,
             scores=found.scores,
         )
 
@@ -320,31 +421,350 @@ class EntropyProbe(LightningModule):
             for p, flag in flags.items():
                 p.requires_grad_(flag)
 
-    def prediction(self, state: ProbeState) -> Prediction:
-        """DeltaH1 from X and the step that `probe_rework.step` asks for."""
-        x, update = _there(state.entropy_gradient, "entropy_gradient"), _there(state.update, "update")
-        kind, parameters = self.config.probe_rework.step, self.policy.parameters
-        optimizer, step = self.loaded_optimizer.optimizer, update.step
-        if kind == "closed_form":
-            step = adam_closed_form(optimizer, parameters, update.gradient, update.clip_factor).total()
-        elif kind == "preconditioned":
-            direction = preconditioned_direction(optimizer, parameters, update.gradient)
-            step = {name: update.learning_rate * y for name, y in direction.items()}
-        return first_order(x, step, update.learning_rate)
+    def prediction(self, state: ProbeState, progress: MakeProgress = _no_progress) -> Prediction:
+        """DeltaH1 of the step that `probe_rework.step` asks for, with errors, curvature and its spread over U.
 
-    # ---------------------------------------------------------------- phase 5
-
-    def ground_truth(self, state: ProbeState, progress: MakeProgress = _no_progress) -> GroundTruth:
-        """DeltaH_true: E rescored at the weights the optimizer's step leads to, which are then put back."""
+        Raises:
+            NumericalError: two ways to the derivative disagree, or no difference step is usable.
+        """
         E, scores, update = (
             _there(state.E, "E"),
             _there(state.E_scores, "E_scores"),
             _there(state.update, "update"),
         )
+        mode, reason = _there(state.derivative, "derivative")
+        rework, step = self.config.probe_rework, self._step(update)
+        try:
+            tangents, pair = self._tangents(state, step, mode, progress)
+        except NumericalError as error:
+            if mode != "reverse":
+                raise
+            return self._without_errors(state, step, f"{reason}; no error bars: {error}")
+        by_name = {
+            name: token_first_order(scores, tangents, E.group, name, rework.baseline).total
+            for name in ("causal", "matched")
+        }
+        own = token_first_order(scores, tangents, E.group, rework.weighting, rework.baseline)
+        found = from_tokens(own, update.learning_rate)
+        agreement = None
+        if state.entropy_gradient is not None:
+            backward = first_order(state.entropy_gradient, step, update.learning_rate)
+            agreement = self._agreement(backward, found, mode)
+            found = backward if mode == "reverse" else found
+        found = replace(
+            found,
+            estimates=by_name,
+            reported=rework.weighting,
+            mode=mode,
+            reason=reason,
+            agreement=agreement,
+            difference_scale=None if pair is None else pair.scale,
+            difference_error=None if pair is None else pair.error,
+            sd_U=self._update_spread(state, mode, progress),
+        )
+        found = self._with_control_variates(state, found, tangents)
+        return self._with_curvature(state, found, step, pair, progress)
+
+    def _without_errors(self, state: ProbeState, step: Mapping[str, Tensor], reason: str) -> Prediction:
+        """DeltaH1 by backward alone, where the arithmetic gives no derivatives per token."""
+        logger.warning("deltaH1 by reverse: %s", reason)
+        X, update = _there(state.entropy_gradient, "entropy_gradient"), _there(state.update, "update")
+        found = first_order(X, step, update.learning_rate)
+        return replace(found, reported=self.config.probe_rework.weighting, reason=reason)
+
+    def _step(self, update: Update) -> Mapping[str, Tensor]:
+        """The step that the prediction is for."""
+        kind, parameters = self.config.probe_rework.step, self.policy.parameters
+        optimizer = self.loaded_optimizer.optimizer
+        if kind == "closed_form":
+            return self._closed_form(update).total()
+        if kind == "preconditioned":
+            direction = preconditioned_direction(optimizer, parameters, update.gradient)
+            return {name: update.learning_rate * y for name, y in direction.items()}
+        return update.step
+
+    def _closed_form(self, update: Update) -> ClosedFormStep:
+        """The optimizer's step in its parts."""
+        return adam_closed_form(
+            self.loaded_optimizer.optimizer, self.policy.parameters, update.gradient, update.clip_factor
+        )
+
+    def _tangents(
+        self, state: ProbeState, step: Mapping[str, Tensor], mode: str, progress: MakeProgress
+    ) -> tuple[TokenTangents, DifferencePair | None]:
+        """Derivatives of E's scores along the step, per token."""
+        E, policy = _there(state.E, "E"), self.policy
+        if mode == "jvp":
+            return forward_tangents(policy, E, step, state.basis, progress("forward mode on E")), None
+        pair = self._difference_pair(state, step, progress)
+        return pair.tangents, pair
+
+    def _difference_pair(
+        self, state: ProbeState, step: Mapping[str, Tensor], progress: MakeProgress
+    ) -> DifferencePair:
+        """E scored on both sides; at scale 1 the upper point is the optimizer's own, and the ground truth's."""
+        E, policy, update = _there(state.E, "E"), self.policy, _there(state.update, "update")
+        scale, error = choose_scale(policy, E.subset(self._few(E)), step)
+        own = scale == 1.0 and self.config.probe_rework.step == "optimizer"
+        upper = update.new_parameters if own else None
+        pair = difference_pair(policy, E, step, scale, error, upper, state.basis, progress)
+        if own:
+            state.scores_new = pair.plus
+        return pair
+
+    def _agreement(self, backward: Prediction, tokens: Prediction, mode: str) -> float:
+        """Relative difference of deltaH1 by backward and by derivatives per token.
+
+        Relative to the larger of the parts that deltaH1 is the sum of, since these may nearly cancel.
+
+        Raises:
+            NumericalError: they disagree by more than the arithmetic allows.
+        """
+        size = max(abs(backward.pathwise), abs(backward.score), abs(backward.deltaH1), 1e-300)
+        found = abs(backward.deltaH1 - tokens.deltaH1) / size
+        limit = HALF_AGREEMENT_LIMIT if self.policy.half_precision else AGREEMENT_LIMIT
+        if mode == "jvp" and not found <= limit:
+            raise NumericalError(
+                f"expected forward mode and backward to give one deltaH1, found {tokens.deltaH1:.6g} and "
+                f"{backward.deltaH1:.6g} nats per response (relative difference {found:.2g}, at most {limit} "
+                "expected); some layer drops derivatives (try probe_rework.derivative_mode: finite_difference)"
+            )
+        return found
+
+    def _update_spread(
+        self, state: ProbeState, mode: str, progress: MakeProgress
+    ) -> tuple[float, float] | None:
+        """Standard deviation of deltaH1 over update batches, both estimands; None where it cannot be had."""
+        rework, update, U = self.config.probe_rework, _there(state.update, "update"), _there(state.U, "U")
+        X = state.entropy_gradient
+        adam = isinstance(self.loaded_optimizer.optimizer, torch.optim.Adam)
+        if not rework.update_spread or X is None or not adam or rework.step == "preconditioned":
+            return None
+        linear = self._closed_form(update).gradient_map
+        found = []
+        for of in (X.sequence, X.token):
+            u = preconditioned(linear, {name: of(name) for name in linear})
+            if mode == "jvp":
+                tangents = forward_tangents(self.policy, U, u, progress=progress("forward mode on U"))
+                factor = 1.0
+            else:  # the difference starts at a move as long as the step
+                factor = norm(update.step) / max(norm(u), 1e-300)
+                along = {name: factor * direction for name, direction in u.items()}
+                try:
+                    scale, _ = choose_scale(self.policy, U.subset(self._few(U)), along)
+                except NumericalError as error:
+                    logger.warning("deltaH1_sd_U is left out: %s", error)
+                    return None
+                tangents = difference_pair(self.policy, U, along, scale).tangents
+            contributions = prompt_contributions(
+                tangents, update.loss_weights, update.entropy_weights, U.group
+            )
+            found.append(spread(contributions / factor, self._group_tokens(U)))
+        sequence, token = found
+        return None if sequence is None or token is None else (sequence, token)
+
+    def _group_tokens(self, U: RolloutBatch) -> Tensor | None:
+        """Tokens per prompt of U where the loss is a mean over all tokens, else None."""
+        if self.config.probe_rework.loss != "dapo":
+            return None
+        _, member = U.group.unique(return_inverse=True)
+        return torch.zeros(int(member.max()) + 1, dtype=torch.float64).index_add_(
+            0, member, U.lengths.double()
+        )
+
+    def _with_control_variates(
+        self, state: ProbeState, found: Prediction, tangents: TokenTangents
+    ) -> Prediction:
+        """Subtract the control variates from deltaH1 (from its score part), and say whether they were used."""
+        E, scores = _there(state.E, "E"), _there(state.E_scores, "E_scores")
+        if state.basis is None:
+            return replace(
+                found, control_variates=f"off: {self._why_no_control_variates(len(E.group.unique()))}"
+            )
+        psi = state.basis.tokens[E.completion_ids.clamp(0, len(state.basis.tokens) - 1)]
+        if len(E.group.unique()) < 2:
+            raise ConfigError(
+                "probe_rework.control_variates: expected at least two prompts in E (they are fitted on one and used on "
+                "another), found one; use auto or off"
+            )
+        memory, draw = state.fit_memory, self._draw_name()
+        earlier = [] if memory is None else memory.earlier_than(E, draw)
+        fitted = control_variates(scores, tangents, psi, E.group, earlier)
+        state.control_variates = Z = fitted.means(scores, E.group)
+        path = self.config.probe_rework.control_variates_path
+        if path is not None:
+            memory = FitMemory(state.basis, self._policy_name()) if memory is None else memory
+            memory.add(E, fitted.statistics, draw)
+            write_fit_memory(Path(path), memory)
+        sequence, token = (e - z for e, z in zip(found.estimates["causal"], Z, strict=True))
+        batches = f" and {len(earlier)} earlier batches" if earlier else ""
+        return replace(
+            found,
+            deltaH1=found.deltaH1 - Z[0].value,
+            bars_dot=(found.deltaH1 - Z[0].value) / found.learning_rate,
+            score=found.score - Z[0].value,
+            deltaH1_tok=found.deltaH1_tok - Z[1].value,
+            bars_dot_tok=(found.deltaH1_tok - Z[1].value) / found.learning_rate,
+            score_tok=found.score_tok - Z[1].value,
+            estimates={**found.estimates, "causal+cv": (sequence, token)},
+            reported="causal+cv",
+            control_variates=f"on: fitted on other prompts{batches}",
+        )
+
+    def _why_no_control_variates(self, prompts: int) -> str:
+        """The reason, for the report."""
+        rework = self.config.probe_rework
+        if rework.control_variates == "off":
+            return "probe_rework.control_variates"
+        if rework.weighting != "causal":
+            return f"weighting: {rework.weighting}"
+        if prompts < SMALLEST_SAMPLE:
+            return f"{prompts} prompts in E, they are used from {SMALLEST_SAMPLE} on"
+        return "the output layer has no dense weight"
+
+    def _with_curvature(
+        self,
+        state: ProbeState,
+        found: Prediction,
+        step: Mapping[str, Tensor],
+        pair: DifferencePair | None,
+        progress: MakeProgress,
+    ) -> Prediction:
+        """Add deltaH2 by the way that is asked for."""
+        E, scores = _there(state.E, "E"), _there(state.E_scores, "E_scores")
+        wanted = self.config.probe_rework.curvature
+        if wanted == "off":
+            return found
+        if wanted == "jvp" or (wanted == "auto" and found.mode == "jvp"):
+            try:
+                first, second = second_order_tangents(self.policy, E, step, progress("curvature on E"))
+                sequence, token = nested_curvature(scores, first, second, E.group)
+                return replace(found, deltaH2=(sequence, token), curvature_mode="jvp")
+            except ForwardModeError as error:
+                if wanted == "jvp":
+                    raise
+                logger.info("deltaH2 by differences: %s", error)
+        pair = pair if pair is not None else self._difference_pair(state, step, progress)
+        sequence, token = symmetric_curvature(scores, pair, E.group)
+        return replace(found, deltaH2=(sequence, token), curvature_mode="finite_difference")
+
+    # ---------------------------------------------------------------- phase 5
+
+    def ground_truth(self, state: ProbeState, progress: MakeProgress = _no_progress) -> GroundTruth:
+        """DeltaH_true: E rescored at the weights the optimizer's step leads to. The parameters are not touched.
+
+        Raises:
+            NumericalError: a weight or a score is not finite.
+        """
+        E, scores, update = (
+            _there(state.E, "E"),
+            _there(state.E_scores, "E_scores"),
+            _there(state.update, "update"),
+        )
+        policy, importance = self.policy, self.config.importance
+        new = state.scores_new
+        if new is None:
+            new = score_tokens(policy.at(update.new_parameters), E, progress("score E after the step"))
+        metric = EntropyChange(
+            "snis" if importance.is_mode == "snis" else "per_decision", importance.clip_log_weight
+        )
+        metric.update(scores, new, E.group)
+        truth = metric.ground_truth()
+        if state.control_variates is not None and self.config.probe_rework.step != "preconditioned":
+            sequence, token = (
+                e - z.scaled(shrinkage(e, z))
+                for e, z in zip(truth.estimates["per_decision"], state.control_variates, strict=True)
+            )
+            reported = importance.is_mode == "per_decision"
+            truth = truth.with_estimate("per_decision+cv", (sequence, token), reported)
+        if importance.is_mode == "resample":
+            truth = truth.with_estimate("resample", self._resample(state, progress), reported=True)
+        if importance.noise_floor:
+            if state.noise_floor is None:
+                state.noise_floor = self._noise_floor(state, progress)
+            truth = replace(truth, noise_floor=state.noise_floor)
+        return truth
+
+    def at_learning_rate(self, state: ProbeState, learning_rate: float) -> ProbeState:
+        """What a run has produced, as it would be with another learning rate: same E, same U, same update direction.
+
+        The step of the optimizers that the probe knows is exactly proportional to the learning rate, so that deltaH1 is
+        multiplied by the factor and deltaH2 by its square. There is no ground truth yet: see `ground_truth`.
+
+        Args:
+            state: with an update.
+            learning_rate: `eta > 0`.
+
+        Raises:
+            ConfigError: the learning rate is not positive.
+        """
+        if not learning_rate > 0:
+            raise ConfigError(f"learning_rate: expected a number above 0, found {learning_rate}")
+        update = _there(state.update, "update")
+        factor = learning_rate / update.learning_rate
+        step, new, _, _ = optimizer_step(  # again, not scaled: a rounded step does not scale
+            self.loaded_optimizer.optimizer,
+            self.policy.parameters,
+            update.gradient,
+            self.config.probe_rework.max_grad_norm,
+            self.config.importance.snapshot_device,
+            lr_factor=factor,
+        )
+        Z = state.control_variates
+        return replace(
+            state,
+            update=replace(update, step=step, new_parameters=new, learning_rate=learning_rate),
+            prediction=None if state.prediction is None else state.prediction.at(learning_rate),
+            control_variates=None if Z is None else [z.scaled(factor) for z in Z],
+            scores_new=None,
+            noise_floor=None if self.policy.half_precision or factor < 1 else state.noise_floor,
+            ground_truth=None,
+            timing={},
+            diagnostics=dict(state.diagnostics),
+        )
+
+    def _resample(self, state: ProbeState, progress: MakeProgress) -> tuple[Estimate, Estimate]:
+        """The change from fresh responses of the updated policy to the same prompts."""
+        E, scores, update = (
+            _there(state.E, "E"),
+            _there(state.E_scores, "E_scores"),
+            _there(state.update, "update"),
+        )
+        if self.config.batch_config.E_rollouts is not None:
+            raise ConfigError(
+                "importance.is_mode: resample expects an E that is sampled here, found batch_config.E_rollouts; use "
+                "per_decision or snis"
+            )
+        prompts, group = _repeat(self.prompts[0], self.config.batch_config.G_E)
         policy = self.policy
         with parameters_at(policy.parameters, update.new_parameters):
-            new = score_tokens(policy, E, progress("score E after the step"))
-        return snis(scores, new, E.group)
+            fresh, _ = self._sample("E after the step", prompts, group, progress("sample E after the step"))
+            new = score_tokens(policy, fresh, progress("score E after the step"))
+        return resampled_change(scores, E.group, new, fresh.group)
+
+    def _noise_floor(self, state: ProbeState, progress: MakeProgress) -> tuple[float, float]:
+        """What rounding makes of a change of 0: E again, in other batch shapes, at weights moved to and fro."""
+        E, scores = _there(state.E, "E"), _there(state.E_scores, "E_scores")
+        order = torch.arange(len(E)).flip(0)
+        shuffled = E.subset(order)
+        size = self.policy.microbatch_size
+        other = replace(self.policy, microbatch_size=size // 2 if size > 1 else 2)
+        sides = []
+        for values in self._sham_step(_there(state.update, "update")):
+            again = score_tokens(other.at(values), shuffled, progress("score E for the noise floor"))
+            sides.append(TokenScores(again.logprob[order], again.entropy[order], again.mask[order]))
+        return noise_floor(scores, sides[0], sides[1], E.group)
+
+    def _sham_step(self, update: Update) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Parameters moved to either side by the step with random signs; by a small part of it where that is enough."""
+        size = 1.0 if self.policy.half_precision else SHAM_SIZE
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, "sham step"))
+        plus, minus = {}, {}
+        for name, p in self.policy.parameters.items():
+            signs = torch.randint(0, 2, p.shape, generator=generator) * 2 - 1
+            change = (size * update.step[name] * signs.to(update.step[name])).to(p)
+            plus[name], minus[name] = p.detach() + change, p.detach() - change
+        return plus, minus
 
 
 def _there(value: Any, name: str) -> Any:
@@ -352,6 +772,27 @@ def _there(value: Any, name: str) -> Any:
     if value is None:
         raise RuntimeError(f"expected {name} from an earlier phase, found none; run the phases in order")
     return value
+
+
+def _repeat(prompts: list[PromptExample], times: int) -> tuple[list[PromptExample], Tensor]:
+    """Every prompt `times` times, and the group of each entry."""
+    repeated = [prompt for prompt in prompts for _ in range(times)]
+    return repeated, torch.arange(len(prompts)).repeat_interleave(times)
+
+
+def _shared_sequences(E: RolloutBatch, U: RolloutBatch) -> int:
+    """Number of sequences of E that are in U too."""
+    in_U, in_E = (
+        [(b.prompt_ids[i], tuple(b.completion_ids[i][b.mask[i]].tolist())) for i in range(len(b))]
+        for b in (U, E)
+    )
+    found = set(in_U)
+    return sum(sequence in found for sequence in in_E)
+
+
+def norm(tensors: Mapping[str, Tensor]) -> float:
+    """Euclidean norm over all tensors, accumulated in float64."""
+    return float(sum(float(t.detach().double().square().sum()) for t in tensors.values()) ** 0.5)
 
 
 def on_policy_z(scores: TokenScores) -> float:

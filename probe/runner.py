@@ -29,6 +29,7 @@ from probe.results import ProbeResult, build_values
 from probe.scoring.passes import Progress
 from probe.snapshot import evaluation_mode, exact_float32, isolated_rng, one_thread
 from probe.state import ProbeState
+from probe.sweep.grid import SweepConfig
 
 Precision = Literal["32-true", "bf16-mixed"]
 """Fabric's name of the precision of forward passes. Trainable weights, moments and steps stay as loaded."""
@@ -53,6 +54,8 @@ class ProbeRunner:
         state: what the phases of the current (or last) run produced.
         result: the last run's result.
         errors: what went wrong while publishing a result; raised when everything else is published.
+        publish: whether the built-in callbacks publish a result (report, log files, TensorBoard); a sweep, which has a
+            table of its own, switches them off.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class ProbeRunner:
         self.state = ProbeState()
         self.result: ProbeResult | None = None
         self.errors: list[ProbeError] = []
+        self.publish = True
         self.config = ProbeConfig()
         self.resolved: dict[str, Any] = {}
         try:
@@ -123,7 +127,7 @@ class ProbeRunner:
         """
         self.config, self.state, self.errors, self.result = module.config, ProbeState(), [], None
         started = datetime.now().astimezone()
-        callbacks = [*default_callbacks(module.config), *self.extra_callbacks]
+        callbacks = [*default_callbacks(module.config, self.publish), *self.extra_callbacks]
         self.fabric._callbacks = callbacks
         if self._default_logger:  # one run, one version folder: TensorBoard ties hyper-parameters to it
             self.fabric._loggers = _loggers(True, Path(self.config.detailed_logging.output_directory))
@@ -141,6 +145,34 @@ class ProbeRunner:
             raise unpublished
         return result
 
+    def measure_at(self, module: EntropyProbe, learning_rate: float) -> ProbeResult:
+        """The last run's result as it would be with another learning rate; nothing is published.
+
+        E, U and the direction of the update are the same; the prediction is scaled, the ground truth measured anew at
+        `theta + step`. Parameters are never changed (except by `is_mode: resample`, which puts them back).
+
+        Args:
+            module: the module of the last run.
+            learning_rate: `eta > 0`.
+
+        Raises:
+            ProbeError: as `run`.
+        """
+        base = self.state
+        state = module.at_learning_rate(base, learning_rate)
+        with isolated_rng(), exact_float32(), evaluation_mode(module):
+            start = time.perf_counter()
+            if module.config.importance.enabled:
+                state.ground_truth = module.ground_truth(state)
+            state.timing = {"ground_truth": time.perf_counter() - start}
+            state.timing["total"] = state.timing["ground_truth"]
+            return ProbeResult(
+                values=build_values(state, module),
+                config=self.resolved or asdict(module.config),
+                checkpoint_name=module.files.name if module.files is not None else "policy",
+                started_at=datetime.now().astimezone().isoformat(timespec="seconds"),
+            )
+
     def demo(self, module: EntropyProbe) -> ProbeResult:
         """Probe the built-in demo policy (made when absent) and say what to try next.
 
@@ -152,6 +184,20 @@ class ProbeRunner:
         on_path = shutil.which("entropy-probe") is not None
         print(NEXT_STEPS.format(bin="" if on_path else f"{os.path.relpath(Path(sys.executable).parent)}/"))
         return result
+
+    def sweep(self, module: EntropyProbe, sweep: SweepConfig) -> None:
+        """Probe a grid of learning rates, batch sizes, seeds and checkpoints; can be stopped and continued.
+
+        Args:
+            module: the configuration that all points share.
+            sweep: what is varied. On the command line `--sweep.B_E` can be written `--B_E`.
+
+        Raises:
+            IncompleteSweepError: some points failed; everything else is done.
+        """
+        from probe.sweep.run import execute, refuse_failures
+
+        refuse_failures(execute(self, module, sweep))
 
     def progress(self, phase: str) -> Callable[[str], Progress]:
         """For a phase, a function from the name of a pass to its progress callback."""
@@ -207,8 +253,8 @@ class ProbeRunner:
         self.state.timing[phase] = time.perf_counter() - start
 
 
-def default_callbacks(config: ProbeConfig) -> list[ProbeCallback]:
-    """The built-in callbacks that the sections of a configuration ask for."""
+def default_callbacks(config: ProbeConfig, publish: bool = True) -> list[ProbeCallback]:
+    """The built-in callbacks that the sections of a configuration ask for; without `publish` those that measure."""
     from probe.callbacks import (
         ConsoleReport,
         DeltaH1,
@@ -219,11 +265,13 @@ def default_callbacks(config: ProbeConfig) -> list[ProbeCallback]:
         TensorBoardDiagnostics,
     )
 
-    callbacks: list[ProbeCallback] = [ProgressBars()]
+    callbacks: list[ProbeCallback] = [ProgressBars()] if publish else []
     if config.probe_rework.compute_delta_h1:
         callbacks.append(DeltaH1())
     if config.importance.enabled:
         callbacks.append(GroundTruth())
+    if not publish:
+        return callbacks
     callbacks.append(ConsoleReport())
     if config.output.results_path is not None:
         callbacks.append(ResultsFile(config.output.results_path))

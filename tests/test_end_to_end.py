@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -112,20 +113,43 @@ def same(a, b):
     return a == b
 
 
+def owner(key):
+    """`deltaH_true_se` belongs to `deltaH_true`."""
+    for ending in ("_se", "_ci95", "_sd_U"):
+        key = key.removesuffix(ending)
+    return key
+
+
 def test_every_key_is_there_and_is_plain(config):
     results = run(config)
-    per_token = {"bars_dot", "deltaH1", "pathwise", "score", "H_orig", "H_upd", "deltaH_true", "residual"}
-    expected = (
-        set(RESULT_KEYS) | {f"{k}_tok" for k in per_token} | {"deltaH_true_tok_se", "deltaH_true_tok_ci95"}
+    numbers = (
+        "bars_dot",
+        "deltaH1",
+        "pathwise",
+        "score",
+        "H_orig",
+        "H_upd",
+        "deltaH_true",
+        "residual",
+        "deltaH2",
     )
-    assert set(results) == expected
-    assert set(results["diagnostics"]) == set(DIAGNOSTIC_KEYS)
+    with_token = [key for key in RESULT_KEYS if key.startswith((*numbers, "eta_10"))]
+    per_token = {
+        key.replace(name, f"{name}_tok", 1) for key in with_token for name in numbers if owner(key) == name
+    }
+    assert set(results) == set(RESULT_KEYS) | per_token | {"eta_10_tok"}
+    differences = {"difference_scale", "difference_error"}  # forward mode needs none
+    assert set(results["diagnostics"]) == set(DIAGNOSTIC_KEYS) - differences - {"clipped_fraction"}
     assert set(results["timing"]) == {"load", *PHASES[:-1], "total"}
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     assert results["deltaH1"] == pytest.approx(results["learning_rate"] * results["bars_dot"])
     assert results["deltaH1"] == pytest.approx(results["pathwise"] + results["score"])
     assert results["deltaH_true"] == pytest.approx(results["H_upd"] - results["H_orig"])
-    assert results["residual"] == pytest.approx(results["deltaH1"] - results["deltaH_true"])
+    rows = {(r["quantity"], r["estimator"], r["estimand"]): r for r in results["estimates"]}
+    for suffix, estimand in (("", "sequence"), ("_tok", "token")):
+        matched, snis = rows["deltaH1", "matched", estimand], rows["deltaH_true", "snis", estimand]
+        assert results[f"residual{suffix}"] == pytest.approx(matched["value"] - snis["value"])
+        assert results[f"residual{suffix}_se"] < 0.5 * snis["se"]
     assert (results["B_E"], results["B_U"], results["G"]) == (24, 4, 4)
     assert results["diagnostics"]["bias_flags"] == []
     assert results["batch_statistics"]["avg_generation_length"] <= 8
@@ -154,7 +178,11 @@ def test_memory_settings_change_the_last_digits_only(config):
 
 def test_matched_weights_agree_with_the_measurement_on_the_same_responses(config):
     """Sampling error is shared, so at a small step the two agree far better than either knows the truth."""
-    results = run(config, probe_rework={"weighting": "matched", "learning_rate": 1e-4})
+    same_E = {
+        "probe_rework": {"weighting": "matched", "learning_rate": 1e-4},
+        "importance": {"is_mode": "snis"},
+    }
+    results = run(config, **same_E)
     for suffix in ("", "_tok"):
         assert results[f"deltaH1{suffix}"] == pytest.approx(results[f"deltaH_true{suffix}"], rel=0.02)
     assert abs(results["residual"]) < 0.1 * results["deltaH_true_se"]
@@ -304,7 +332,8 @@ def test_full_model_written_by_the_trainer(config, tmp_path, base):
 def test_other_precisions(config, settings):
     # An entropy bonus makes a step whose effect stands far above the rounding of half precision.
     rework = {"weighting": "matched", "learning_rate": 1e-3, "entropy_coef": 10.0}
-    results = run(config, checkpoint=settings, probe_rework=rework, batch_config={"B_E": 64})
+    changes = {"probe_rework": rework, "importance": {"is_mode": "snis"}, "batch_config": {"B_E": 64}}
+    results = run(config, checkpoint=settings, **changes)
     assert results["deltaH_true_tok"] > 3 * results["deltaH_true_tok_se"]
     for suffix in ("", "_tok"):
         assert results[f"deltaH1{suffix}"] == pytest.approx(results[f"deltaH_true{suffix}"], rel=0.2)
@@ -323,6 +352,88 @@ def test_rollouts_from_files_give_the_numbers_of_the_sampled_ones(config, tmp_pa
         assert read[key] == pytest.approx(sampled[key], rel=1e-6), key
     assert read["B_U"] == 4
     assert read["diagnostics"]["bias_flags"] == []
+
+
+def test_one_file_for_both_batches_is_invalid(config, tmp_path):
+    """The step would be made from the very sample that it is judged on."""
+    probe = OfflineEntropyProbe(config)
+    probe.run_mixed_probe()
+    write_rollouts(tmp_path / "U.jsonl", probe.runner.state.U)
+    files = {"E_rollouts": str(tmp_path / "U.jsonl"), "U_rollouts": str(tmp_path / "U.jsonl")}
+    results = run(config, batch_config=files)
+    assert "E_shares_U" in results["diagnostics"]["bias_flags"]
+    assert results["verdict"] == "invalid"
+    assert results["diagnostics"]["prompts_E"] == 4
+
+
+def test_a_learning_rate_measured_afterwards_is_the_run_at_that_rate(config):
+    """`measure_at` changes no parameter and gives what a run of its own would."""
+    probe = OfflineEntropyProbe(changed(config, checkpoint={"dtype": "float64"}))
+    base = probe.run_mixed_probe()
+    module, eta = probe._module, 0.5 * base["learning_rate"]
+    before = {n: p.detach().clone() for n, p in module.model.named_parameters()}
+    found = probe.runner.measure_at(module, eta).values
+    assert all(torch.equal(p, before[n]) for n, p in module.model.named_parameters())
+    own = run(config, checkpoint={"dtype": "float64"}, probe_rework={"learning_rate": eta})
+    for key in (
+        "deltaH1",
+        "deltaH_true",
+        "deltaH2",
+        "deltaH1_se",
+        "deltaH_true_tok_se",
+        "residual_tok",
+    ):
+        assert found[key] == pytest.approx(own[key], rel=1e-6, abs=1e-12), key
+
+
+@pytest.mark.parametrize("mode", ["jvp", "reverse", "finite_difference"])
+def test_every_way_to_the_derivative_gives_one_number(config, mode):
+    found = run(config, probe_rework={"derivative_mode": mode})
+    other = run(config)
+    assert found["diagnostics"]["derivative_mode"] == mode
+    for suffix in ("", "_tok"):
+        assert found[f"deltaH1{suffix}"] == pytest.approx(other[f"deltaH1{suffix}"], rel=2e-2, abs=1e-6)
+        assert found[f"deltaH1{suffix}_se"] == pytest.approx(other[f"deltaH1{suffix}_se"], rel=2e-2)
+    assert ("deltaH1_sd_U" in found) == (mode != "finite_difference")
+    assert ("difference_scale" in found["diagnostics"]) == (mode != "jvp")
+
+
+def test_resampling_measures_with_a_fresh_sample(config):
+    found = run(config, importance={"is_mode": "resample"}, batch_config={"G_E": 2})
+    rows = {r["estimator"]: r for r in found["estimates"] if r["estimand"] == "token"}
+    assert rows["resample"]["reported"]
+    assert found["deltaH_true_tok_se"] == rows["resample"]["se"] > rows["snis"]["se"]
+    assert found["B_E"] == 48
+    assert found["diagnostics"]["prompts_E"] == 24
+    assert found["diagnostics"]["is_mode"] == "resample"
+
+
+def test_clipped_weights_are_a_row_of_their_own(config):
+    found = run(config, importance={"clip_log_weight": 1e-6})
+    rows = {r["estimator"]: r for r in found["estimates"] if r["estimand"] == "token"}
+    assert found["diagnostics"]["clipped_fraction"] > 0.5
+    assert not rows["snis_clipped"]["reported"]
+    assert rows["snis_clipped"]["value"] != rows["snis"]["value"]
+
+
+def test_control_variates_learn_from_earlier_batches(config, tmp_path):
+    path = tmp_path / "taught.safetensors"
+    rework = {"control_variates": "on", "control_variates_path": str(path)}
+    first = run(config, probe_rework=rework)
+    assert first["diagnostics"]["control_variates"] == "on: fitted on other prompts"
+    again = run(config, probe_rework=rework)  # the same draw teaches itself nothing
+    assert again["deltaH1"] == first["deltaH1"]
+    other = run({**config, "seed_everything": 7}, probe_rework=rework)
+    assert "1 earlier batches" in other["diagnostics"]["control_variates"]
+    alone = run({**config, "seed_everything": 7}, probe_rework={"control_variates": "on"})
+    assert other["deltaH1"] != alone["deltaH1"]
+    with pytest.raises(DataError, match="one file per checkpoint"):
+        run(config, checkpoint={"checkpoint_path": str(copy_of(config, tmp_path))}, probe_rework=rework)
+
+
+def copy_of(config, tmp_path):
+    """The same checkpoint in another place."""
+    return shutil.copytree(config["checkpoint"]["checkpoint_path"], tmp_path / "copy")
 
 
 def test_responses_of_another_policy_are_flagged(config, tmp_path):
