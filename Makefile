@@ -1,4 +1,4 @@
-# Two commands are enough on a fresh machine with Python >= 3.10:
+# Two commands are enough on a fresh machine with Python >= 3.11:
 #   make demo   set up, then probe the built-in demo policy
 #   make test   set up, then run linters, type checks, doctests and all tests
 
@@ -25,7 +25,7 @@ lint: setup-test
 	$(BIN)/mypy
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 needed, found " + sys.version) if sys.version_info < (3, 10) else None'
+	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 needed, found " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
