@@ -46,7 +46,14 @@ class PolicyEntropy(Metric):
         Args:
             entropy: `h`, `(b, T)` nats.
             mask: `(b, T)` bool, the response tokens.
+
+        Raises:
+            ValueError: the shapes differ.
         """
+        if entropy.shape != mask.shape:
+            raise ValueError(
+                f"expected entropy and mask of one shape (b, T), found {tuple(entropy.shape)} and {tuple(mask.shape)}"
+            )
         self.entropy += (entropy.double() * mask).sum()
         self.tokens += mask.sum()
         self.sequences += len(mask)

@@ -592,11 +592,16 @@ def _praise(facts: _Facts) -> str:
     parts = [f"{facts.primary(suffix).range()}, excludes 0"]
     ess, k = number(facts.found, "ESS"), number(facts.found, "pareto_k")
     if ess is not None and facts.size is not None and facts.reweighted:
-        tail = "" if k is None else f", Pareto k {k:.2f} below {_pareto_limit(facts):.2f}"
+        limit = _pareto_limit(facts)
+        tail = "" if k is None or k > limit else f", Pareto k {k:.2f} below {limit:.2f}"
         parts.append(f"the weights are even (ESS {ess:.4g} of {facts.size:g}{tail})")
-    first, second = facts.estimate("deltaH1", suffix).value, facts.estimate("deltaH2", suffix).value
-    if first and second is not None:
-        parts.append(f"the second order is {_share(second, first)} of the first")
+    first, bent = facts.estimate("deltaH1", suffix).value, facts.estimate("deltaH2", suffix)
+    if first and bent.value is not None:
+        resolved = bent.half_width is None or abs(bent.value) > bent.half_width
+        bound = bent.value if resolved else abs(bent.value) + (bent.half_width or 0.0)
+        parts.append(
+            f"the second order is {'' if resolved else 'at most '}{_share(bound, first)} of the first"
+        )
     return "; ".join(parts) + "."
 
 
@@ -607,7 +612,7 @@ def _resolving_size(facts: _Facts, estimate: _Estimate) -> str:
     if size is None:
         return f"raise batch_config.B_E, or {larger_step}"
     if not estimate.value or estimate.half_width is None:
-        return f"the estimate itself is {_count(estimate.value)}: {larger_step}"
+        return f"the size of the change is not known: {larger_step}"
     factor = (estimate.half_width / estimate.value) ** 2
     if factor > OUT_OF_REACH:
         return f"more than {OUT_OF_REACH} times batch_config.B_E ({size:g}) would be needed: {larger_step}"

@@ -164,3 +164,8 @@ def test_two_ranks_with_unequal_numbers_of_updates_are_one(tmp_path):
     expected |= {"ground_truth": expected["deltaH_tok"], "sequences": 23}
     for rank in range(2):
         assert torch.load(f"{tmp_path}/found.{rank}") == pytest.approx(expected, rel=1e-12)
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    with pytest.raises(ValueError, match="of one shape"):
+        PolicyEntropy().update(torch.rand(4, 5), torch.ones(4, 1, dtype=torch.bool))

@@ -301,7 +301,7 @@ def test_a_problem_of_both_estimands_is_said_once():
         (-0.1, 0.2, "batch_config.B_E of about 16000 (now 1024) excludes 0"),
         (0.1, 0.1 / 1.95, "batch_config.B_E of about 1100 (now 1024) excludes 0"),
         (1e-4, 0.1, "more than 1000 times batch_config.B_E (1024) would be needed"),
-        (0.0, 0.1, "the estimate itself is 0: raise probe_rework.learning_rate"),
+        (0.0, 0.1, "the size of the change is not known: raise probe_rework.learning_rate"),
     ],
 )
 def test_the_batch_size_that_resolves(value, error, remedy):
