@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -26,8 +26,9 @@ from probe.estimators.derivative_check import derivative_check, forward_mode_che
 from probe.estimators.entropy_gradient import EntropyGradient, entropy_gradient
 from probe.estimators.estimate import Estimate, shrinkage
 from probe.estimators.ground_truth import GroundTruth, noise_floor, resampled_change
+from probe.estimators.groups import index_groups, sum_per_group
 from probe.estimators.losses import LossSettings
-from probe.estimators.prediction import Prediction, first_order, from_tokens, token_first_order
+from probe.estimators.prediction import Prediction, first_order, from_tokens, norm, token_first_order
 from probe.estimators.update import (
     ClosedFormStep,
     Update,
@@ -37,6 +38,7 @@ from probe.estimators.update import (
     preconditioned_direction,
 )
 from probe.estimators.update_spread import preconditioned, prompt_contributions, spread
+from probe.estimators.weighting import Weighting
 from probe.fit_memory import FitMemory, read_fit_memory, write_fit_memory
 from probe.loading import (
     CheckpointFiles,
@@ -441,11 +443,10 @@ class EntropyProbe(LightningModule):
                 raise
             return self._without_errors(state, step, f"{reason}; no error bars: {error}")
         by_name = {
-            name: token_first_order(scores, tangents, E.group, name, rework.baseline).total
-            for name in ("causal", "matched")
+            name: token_first_order(scores, tangents, E.group, name, rework.baseline)
+            for name in get_args(Weighting)
         }
-        own = token_first_order(scores, tangents, E.group, rework.weighting, rework.baseline)
-        found = from_tokens(own, update.learning_rate)
+        found = from_tokens(by_name[rework.weighting], update.learning_rate)
         agreement = None
         if state.entropy_gradient is not None:
             backward = first_order(state.entropy_gradient, step, update.learning_rate)
@@ -453,7 +454,7 @@ class EntropyProbe(LightningModule):
             found = backward if mode == "reverse" else found
         found = replace(
             found,
-            estimates=by_name,
+            estimates={name: parts.total for name, parts in by_name.items()},
             reported=rework.weighting,
             mode=mode,
             reason=reason,
@@ -567,10 +568,7 @@ class EntropyProbe(LightningModule):
         """Tokens per prompt of U where the loss is a mean over all tokens, else None."""
         if self.config.probe_rework.loss != "dapo":
             return None
-        _, member = U.group.unique(return_inverse=True)
-        return torch.zeros(int(member.max()) + 1, dtype=torch.float64).index_add_(
-            0, member, U.lengths.double()
-        )
+        return sum_per_group(U.lengths.double(), *index_groups(U.group))
 
     def _with_control_variates(
         self, state: ProbeState, found: Prediction, tangents: TokenTangents
@@ -788,11 +786,6 @@ def _shared_sequences(E: RolloutBatch, U: RolloutBatch) -> int:
     )
     found = set(in_U)
     return sum(sequence in found for sequence in in_E)
-
-
-def norm(tensors: Mapping[str, Tensor]) -> float:
-    """Euclidean norm over all tensors, accumulated in float64."""
-    return float(sum(float(t.detach().double().square().sum()) for t in tensors.values()) ** 0.5)
 
 
 def on_policy_z(scores: TokenScores) -> float:

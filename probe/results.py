@@ -10,6 +10,7 @@ from torch import Tensor
 
 from probe.estimators.curvature import eta_10
 from probe.estimators.estimate import Estimate, error_method
+from probe.estimators.prediction import norm
 from probe.verdict import verdict
 
 if TYPE_CHECKING:
@@ -239,11 +240,10 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
     if state.ground_truth is not None:
         found |= _ground_truth_diagnostics(state.ground_truth)
     if state.update is not None:
-        squares = sum(float(change.double().square().sum()) for change in state.update.step.values())
         found |= {
             "gradient_norm": state.update.gradient_norm,
             "clip_factor": state.update.clip_factor,
-            "step_norm": squares**0.5,
+            "step_norm": norm(state.update.step),
         }
     flags = [*E.bias_flags, *U.bias_flags]
     found["se_method"] = error_method(E.group)

@@ -17,12 +17,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from probe.estimators.estimate import NORMAL_975
+
 Word = Literal["trustworthy", "caution", "unresolved", "invalid"]
 WORDS: tuple[Word, ...] = ("trustworthy", "caution", "unresolved", "invalid")
 """From best to worst. The position is the code under which loggers that take only numbers get the verdict."""
 
-NORMAL_975 = 1.959963984540054
-"""Half the width of a 95 % interval in standard errors, for results that have an error but no interval."""
 PARETO_K_LIMIT = 0.7
 """Above it importance sampling is unreliable at any sample size one can afford (Vehtari, Simpson, Gelman, Yao and
 Gabry, "Pareto smoothed importance sampling", JMLR 2024); with `B` sequences above `1 - 1 / log10(B)` already."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from probe.errors import DataError
+from probe.estimators.groups import index_groups, sum_per_group
 
 AdvantageKind = Literal["grpo", "dr_grpo"]
 
@@ -54,13 +55,13 @@ def group_advantages(rewards: Tensor, group: Tensor, kind: AdvantageKind) -> Ten
         index = int((~values.isfinite()).nonzero()[0, 0])
         raise DataError(f"rewards: expected finite numbers, found {values[index].item()} at index {index}")
 
-    member, size = _index_groups(group)
-    centred = values - (_sum_per_group(values, member, size) / size)[member]
+    member, size = index_groups(group)
+    centred = values - (sum_per_group(values, member, size) / size)[member]
     # The mean of equal numbers can differ from them in the last bit; a constant group has to be exactly 0.
     centred = torch.where(_is_constant(values, member, size)[member], torch.zeros_like(centred), centred)
     if kind == "dr_grpo":
         return centred
-    variance = _sum_per_group(centred.square(), member, size) / (size - 1).clamp(min=1)
+    variance = sum_per_group(centred.square(), member, size) / (size - 1).clamp(min=1)
     return centred / (variance.sqrt()[member] + STD_EPSILON)
 
 
@@ -78,8 +79,8 @@ def count_zero_advantage_groups(advantages: Tensor, group: Tensor) -> int:
     1
     """
     _check_shapes(advantages, group, "advantages")
-    member, size = _index_groups(group)
-    nonzero = _sum_per_group((advantages != 0).to(torch.float64), member, size)
+    member, size = index_groups(group)
+    nonzero = sum_per_group((advantages != 0).to(torch.float64), member, size)
     return int((nonzero == 0).sum())
 
 
@@ -92,17 +93,6 @@ def _check_shapes(values: Tensor, group: Tensor, name: str) -> None:
         )
     if group.is_floating_point() or group.is_complex():
         raise ValueError(f"group: expected integers, found {group.dtype}")
-
-
-def _index_groups(group: Tensor) -> tuple[Tensor, Tensor]:
-    """The position `(B,)` of each response's group among the distinct groups, and the groups' sizes."""
-    _, member, size = torch.unique(group, return_inverse=True, return_counts=True)
-    return member, size
-
-
-def _sum_per_group(values: Tensor, member: Tensor, size: Tensor) -> Tensor:
-    """The sum of `values` over each group."""
-    return torch.zeros(len(size), dtype=values.dtype, device=values.device).index_add_(0, member, values)
 
 
 def _is_constant(values: Tensor, member: Tensor, size: Tensor) -> Tensor:

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from probe.data.batch import RolloutBatch
 from probe.errors import NumericalError
+from probe.estimators.prediction import norm
 from probe.estimators.weighting import still_to_come
 from probe.scoring.passes import Policy, score_tokens, token_gradients
+from probe.scoring.scores import TokenScores
 from probe.scoring.tangents import ForwardModeError, forward_tangents
 
 BLOCKS = 4
@@ -65,15 +67,9 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
     Raises:
         NumericalError: they disagree, or the gradient is zero throughout.
     """
-    scores = score_tokens(policy, batch)
-    weights = still_to_come(scores.entropy)
+    scores, weights, gradient = _own_gradient(policy, batch)
     terms = scores.entropy + weights * scores.logprob
     here, size = float(terms.sum()), float(terms.abs().sum())  # rounding goes by the size of the terms
-
-    def token_weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        return weights[i, t].unsqueeze(0), torch.ones_like(h).unsqueeze(0)
-
-    (gradient,), _ = token_gradients(policy, batch, token_weights, 1)
     parameters = policy.parameters
 
     def objective(direction: Mapping[str, Tensor], eps: float) -> float:
@@ -123,6 +119,25 @@ def forward_mode_check(policy: Policy, batch: RolloutBatch) -> ForwardModeCheck:
         policy: the policy.
         batch: a few sequences are enough; the cost is a gradient and a forward-mode pass of them.
     """
+    _, weights, gradient = _own_gradient(policy, batch)
+    length = norm(gradient)
+    if length == 0.0:
+        return ForwardModeCheck(False, "the gradient of the entropy is zero on the first responses")
+    try:
+        found = forward_tangents(policy, batch, {n: g / length for n, g in gradient.items()})
+    except ForwardModeError as error:
+        return ForwardModeCheck(False, str(error))
+    difference = abs(float((found.entropy + weights * found.logprob).sum()) / length - 1.0)
+    limit = HALF_FORWARD_TOLERANCE if policy.half_precision else FORWARD_TOLERANCE
+    if not difference <= limit:
+        return ForwardModeCheck(
+            False, f"forward mode and backward differ by {difference:.2g} relative, at most {limit} expected"
+        )
+    return ForwardModeCheck(True, f"forward mode agrees with backward to {difference:.1g}")
+
+
+def _own_gradient(policy: Policy, batch: RolloutBatch) -> tuple[TokenScores, Tensor, dict[str, Tensor]]:
+    """Scores, the weights `w` of the log-probs, and the gradient of `sum h + w l` by backward."""
     scores = score_tokens(policy, batch)
     weights = still_to_come(scores.entropy)
 
@@ -130,20 +145,7 @@ def forward_mode_check(policy: Policy, batch: RolloutBatch) -> ForwardModeCheck:
         return weights[i, t].unsqueeze(0), torch.ones_like(h).unsqueeze(0)
 
     (gradient,), _ = token_gradients(policy, batch, token_weights, 1)
-    norm = _norm(gradient)
-    if norm == 0.0:
-        return ForwardModeCheck(False, "the gradient of the entropy is zero on the first responses")
-    try:
-        found = forward_tangents(policy, batch, {n: g / norm for n, g in gradient.items()})
-    except ForwardModeError as error:
-        return ForwardModeCheck(False, str(error))
-    difference = abs(float((found.entropy + weights * found.logprob).sum()) / norm - 1.0)
-    limit = HALF_FORWARD_TOLERANCE if policy.half_precision else FORWARD_TOLERANCE
-    if not difference <= limit:
-        return ForwardModeCheck(
-            False, f"forward mode and backward differ by {difference:.2g} relative, at most {limit} expected"
-        )
-    return ForwardModeCheck(True, f"forward mode agrees with backward to {difference:.1g}")
+    return scores, weights, gradient
 
 
 REMEDY = (
@@ -164,15 +166,15 @@ def _block_error(
 
     0 for a block whose influence is below the rounding of a forward at every step allowed: nothing can be said.
     """
-    norm = _norm(gradient)
-    largest = LARGEST_MOVE * (_norm({n: parameters[n].detach() for n in gradient}) or 1.0)
-    if largest * norm < min(CHANGES) * size:
+    length = norm(gradient)
+    largest = LARGEST_MOVE * (norm({n: parameters[n].detach() for n in gradient}) or 1.0)
+    if largest * length < min(CHANGES) * size:
         return 0.0
-    direction, best = {n: g / norm for n, g in gradient.items()}, math.inf
+    direction, best = {n: g / length for n, g in gradient.items()}, math.inf
     for change in CHANGES:
-        eps = min(change * size / norm, largest)
+        eps = min(change * size / length, largest)
         quotient = (objective(direction, eps) - objective(direction, -eps)) / (2 * eps)
-        best = min(best, abs(quotient / norm - 1.0))
+        best = min(best, abs(quotient / length - 1.0))
         if best <= tolerance / 5:
             break
     return best
@@ -200,8 +202,3 @@ def _check_zeros(
             f"expected parameters without a gradient to have no influence, found that moving {names[0]} "
             f"({len(names)} such in all) changes the entropy by {moved - here:.2g}; {REMEDY}"
         )
-
-
-def _norm(tensors: Mapping[str, Tensor]) -> float:
-    """Euclidean norm over all tensors."""
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))

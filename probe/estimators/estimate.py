@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from probe.estimators.groups import index_groups, sum_per_group
+
 NORMAL_975 = 1.959963984540054
 """0.975 quantile of the standard normal distribution: half the width of a 95 % interval in standard errors."""
 JACKKNIFE_PROMPTS = 200
@@ -92,8 +94,8 @@ def estimate(estimator: Estimator, group: Tensor, method: ErrorMethod | None = N
         >>> mean.value, round(mean.se, 6), round(float(x.std() / 3**0.5), 6)
         (3.0, 1.527525, 1.527525)
     """
-    _, member = group.unique(return_inverse=True)
-    P = int(member.max()) + 1
+    member, size = index_groups(group)
+    P = len(size)
     q = torch.ones(len(group), dtype=torch.float64)
     values = estimator(q)
     if (method or error_method(group)) == "jackknife" and P > 1:
@@ -102,7 +104,7 @@ def estimate(estimator: Estimator, group: Tensor, method: ErrorMethod | None = N
         influence = (P - 1) / P * (without.mean(0) - without)
     else:
         by_sequence = torch.func.jacrev(estimator)(q)
-        influence = torch.zeros(P, len(values), dtype=q.dtype).index_add_(0, member, by_sequence.T)
+        influence = sum_per_group(by_sequence.T, member, size)
     return [Estimate(float(v), influence[:, k].contiguous()) for k, v in enumerate(values)]
 
 
@@ -128,7 +130,5 @@ def mean_by_prompt(x: Tensor, group: Tensor) -> Estimate:
     >>> mean_by_prompt(torch.tensor([1.0, 3.0], dtype=torch.float64), torch.arange(2)).value
     2.0
     """
-    _, member = group.unique(return_inverse=True)
-    P, B = int(member.max()) + 1, len(x)
-    deviations = (x - x.mean()) / B
-    return Estimate(float(x.mean()), torch.zeros(P, dtype=x.dtype).index_add_(0, member, deviations))
+    deviations = (x - x.mean()) / len(x)
+    return Estimate(float(x.mean()), sum_per_group(deviations, *index_groups(group)))

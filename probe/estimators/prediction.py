@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -121,6 +122,11 @@ def inner_product(gradient: Callable[[str], Tensor], step: Mapping[str, Tensor])
         part = gradient(name)
         total += float((part.double() * change.to(part.device).double()).sum())
     return total
+
+
+def norm(tensors: Mapping[str, Tensor]) -> float:
+    """Euclidean norm over all tensors, accumulated in float64."""
+    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors.values()))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from probe.estimators.groups import index_groups, sum_per_group
 from probe.scoring.scores import TokenTangents
 
 
@@ -30,9 +31,8 @@ def prompt_contributions(
         entropy_weights: `d loss / d h`, `(B, T)` (of an entropy bonus).
         group: `(B,)` prompts.
     """
-    _, member = group.unique(return_inverse=True)
     by_response = (weights * tangents.logprob + entropy_weights * tangents.entropy).sum(1)
-    return torch.zeros(int(member.max()) + 1, dtype=torch.float64).index_add_(0, member, by_response)
+    return sum_per_group(by_response, *index_groups(group))
 
 
 def spread(contributions: Tensor, sizes: Tensor | None = None) -> float | None:

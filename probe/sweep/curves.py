@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from probe.estimators.estimate import NORMAL_975
 from probe.sweep.fits import PowerLaw, fit_power_law
 
-NORMAL_975 = 1.959963984540054
-"""0.975 quantile of the standard normal distribution."""
 SIZES = ("B_E", "B_U", "G")
 POLICY = ("checkpoint", *SIZES)
 """What rows of one curve over learning rates have in common; seeds are repetitions of it."""
