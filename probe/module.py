@@ -18,16 +18,17 @@ from probe.config import ProbeConfig
 from probe.data.batch import PromptExample, RolloutBatch
 from probe.data.prompts import default_reward, load_prompts
 from probe.data.rewards import RewardFunction, compute_rewards, resolve_reward
-from probe.errors import ConfigError, DataError, NumericalError, RolloutError
+from probe.errors import ConfigError, DataError, NumericalError
 from probe.estimators.advantages import count_zero_advantage_groups, group_advantages
 from probe.estimators.control_variates import SMALLEST_SAMPLE, SMALLEST_TAUGHT, control_variates
 from probe.estimators.curvature import nested_curvature, symmetric_curvature
 from probe.estimators.derivative_check import derivative_check, forward_mode_check
 from probe.estimators.entropy_gradient import EntropyGradient, entropy_gradient
-from probe.estimators.estimate import Estimate, shrinkage
-from probe.estimators.ground_truth import GroundTruth, noise_floor, resampled_change
+from probe.estimators.estimate import Estimate
+from probe.estimators.ground_truth import GroundTruth, resampled_change
 from probe.estimators.groups import index_groups, sum_per_group
 from probe.estimators.losses import LossSettings
+from probe.estimators.noise_floor import rescored_noise_floor
 from probe.estimators.prediction import Prediction, first_order, from_tokens, norm, token_first_order
 from probe.estimators.update import (
     ClosedFormStep,
@@ -51,7 +52,7 @@ from probe.loading import (
 from probe.metrics import EntropyChange
 from probe.rollouts.draw import draw_prompts
 from probe.rollouts.files import read_rollouts
-from probe.rollouts.sampling import SampledTokens, sample_rollouts
+from probe.rollouts.sampling import SampledTokens, check_sampling, sample_rollouts
 from probe.scoring.features import FeatureBasis, feature_basis
 from probe.scoring.passes import Policy, Progress, score_tokens
 from probe.scoring.scores import TokenScores, TokenTangents
@@ -77,11 +78,6 @@ ON_POLICY_LIMIT = 4.0
 """E is marked as not drawn from the probed policy when `on_policy_z` is larger than this."""
 AGREEMENT_LIMIT, HALF_AGREEMENT_LIMIT = 1e-2, 0.1
 """Largest relative difference of deltaH1 by forward mode and by backward, and the same in half precision."""
-SHAM_SIZE = 1 / 32
-"""Size of the move that draws rounding anew, relative to the step, where no number has 16 bits: its curvature, a
-thousandth of the step's, stays out of the noise floor. Coarser numbers do not move unless the weights really do."""
-SAMPLING_GAP_LIMIT = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-"""Largest root mean square difference, in nats per token, between log-probs while sampling and when scored."""
 
 
 def _no_progress(what: str) -> Progress:
@@ -212,7 +208,7 @@ class EntropyProbe(LightningModule):
         state.basis = self._feature_basis(state)
         state.E_scores = score_tokens(self.policy, state.E, progress("score E"), state.basis)
         if "E" in state.seen:
-            state.diagnostics["sampling_scoring_gap"] = self._check_sampling(state.seen["E"], state.E_scores)
+            state.diagnostics["sampling_scoring_gap"] = check_sampling(self.policy, state.seen["E"], state.E_scores)
         state.diagnostics["on_policy_z"] = on_policy_z(state.E_scores)
 
     def _draw_prompts(self) -> tuple[list[PromptExample], list[PromptExample]]:
@@ -267,27 +263,6 @@ class EntropyProbe(LightningModule):
             rewards = compute_rewards(self._reward(), U)
         advantages = group_advantages(rewards, U.group, self.config.probe_rework.advantage_kind)
         return replace(U, rewards=rewards, advantages=advantages)
-
-    def _check_sampling(self, seen: SampledTokens, scores: TokenScores) -> float:
-        """Root mean square difference of log-probs while sampling and when scored, nats per token.
-
-        Raises:
-            RolloutError: it is too large for rounding: the sampler and the scorer see different policies.
-        """
-        difference = (seen.logprob - scores.logprob)[scores.mask]
-        gap = float(difference.square().mean().sqrt())
-        dtypes = {p.dtype for p in self.policy.model.parameters()} & set(SAMPLING_GAP_LIMIT)
-        limit = max(SAMPLING_GAP_LIMIT[d] for d in dtypes)
-        with self.autocast():
-            if torch.is_autocast_enabled(self.policy.device.type):
-                limit = max(limit, SAMPLING_GAP_LIMIT[torch.bfloat16])
-        if not gap <= limit:
-            raise RolloutError(
-                f"expected sampling and scoring to see the same policy, found log-probs that differ by {gap:.2g} nats "
-                f"per token (root mean square, at most {limit} expected); the model's cached decoding or its padding "
-                "changes its output (try checkpoint.attn_implementation: eager)"
-            )
-        return gap
 
     def _feature_basis(self, state: ProbeState) -> FeatureBasis | None:
         """Features for the control variates, from the tokens of U; None where there are to be none."""
@@ -372,7 +347,7 @@ class EntropyProbe(LightningModule):
         reference = self._reference_logprobs(U, progress) if rework.kl_coef > 0 else None
         found = loss_gradient(policy, U, self.loss_settings, reference, progress("gradient on U"))
         if "U" in state.seen:
-            self._check_sampling(state.seen["U"], found.scores)
+            check_sampling(policy, state.seen["U"], found.scores)
         optimizer = self.loaded_optimizer
         step, new, norm, factor = optimizer_step(
             optimizer.optimizer,
@@ -594,20 +569,8 @@ class EntropyProbe(LightningModule):
             memory = FitMemory(state.basis, self._policy_name()) if memory is None else memory
             memory.add(E, fitted.statistics, draw)
             write_fit_memory(Path(path), memory)
-        sequence, token = (e - z for e, z in zip(found.estimates["causal"], Z, strict=True))
         batches = f" and {len(earlier)} earlier batches" if earlier else ""
-        return replace(
-            found,
-            deltaH1=found.deltaH1 - Z[0].value,
-            bars_dot=(found.deltaH1 - Z[0].value) / found.learning_rate,
-            score=found.score - Z[0].value,
-            deltaH1_tok=found.deltaH1_tok - Z[1].value,
-            bars_dot_tok=(found.deltaH1_tok - Z[1].value) / found.learning_rate,
-            score_tok=found.score_tok - Z[1].value,
-            estimates={**found.estimates, "causal+cv": (sequence, token)},
-            reported="causal+cv",
-            control_variates=f"on: fitted on other prompts{batches}",
-        )
+        return found.with_control_variates(Z, f"on: fitted on other prompts{batches}")
 
     def _why_no_control_variates(self, prompts: int) -> str:
         """The reason, for the report."""
@@ -669,17 +632,15 @@ class EntropyProbe(LightningModule):
         metric.update(scores, new, E.group)
         truth = metric.ground_truth()
         if state.control_variates is not None and self.config.probe_rework.step != "preconditioned":
-            sequence, token = (
-                e - z.scaled(shrinkage(e, z))
-                for e, z in zip(truth.estimates["per_decision"], state.control_variates, strict=True)
-            )
             reported = importance.is_mode == "per_decision"
-            truth = truth.with_estimate("per_decision+cv", (sequence, token), reported)
+            truth = truth.with_control_variates(state.control_variates, reported)
         if importance.is_mode == "resample":
             truth = truth.with_estimate("resample", self._resample(state, progress), reported=True)
         if importance.noise_floor:
             if state.noise_floor is None:
-                state.noise_floor = self._noise_floor(state, progress)
+                state.noise_floor = rescored_noise_floor(
+                    policy, E, scores, update.step, stream_seed(self.seed, "sham step"), progress
+                )
             truth = replace(truth, noise_floor=state.noise_floor)
         return truth
 
@@ -739,30 +700,6 @@ class EntropyProbe(LightningModule):
             fresh, _ = self._sample("E after the step", prompts, group, progress("sample E after the step"))
             new = score_tokens(policy, fresh, progress("score E after the step"))
         return resampled_change(scores, E.group, new, fresh.group)
-
-    def _noise_floor(self, state: ProbeState, progress: MakeProgress) -> tuple[float, float]:
-        """What rounding makes of a change of 0: E again, in other batch shapes, at weights moved to and fro."""
-        E, scores = _there(state.E, "E"), _there(state.E_scores, "E_scores")
-        order = torch.arange(len(E)).flip(0)
-        shuffled = E.subset(order)
-        size = self.policy.microbatch_size
-        other = replace(self.policy, microbatch_size=size // 2 if size > 1 else 2)
-        sides = []
-        for values in self._sham_step(_there(state.update, "update")):
-            again = score_tokens(other.at(values), shuffled, progress("score E for the noise floor"))
-            sides.append(TokenScores(again.logprob[order], again.entropy[order], again.mask[order]))
-        return noise_floor(scores, sides[0], sides[1], E.group)
-
-    def _sham_step(self, update: Update) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Parameters moved to either side by the step with random signs; by a small part of it where that is enough."""
-        size = 1.0 if self.policy.half_precision else SHAM_SIZE
-        generator = torch.Generator().manual_seed(stream_seed(self.seed, "sham step"))
-        plus, minus = {}, {}
-        for name, p in self.policy.parameters.items():
-            signs = torch.randint(0, 2, p.shape, generator=generator) * 2 - 1
-            change = (size * update.step[name] * signs.to(update.step[name])).to(p)
-            plus[name], minus[name] = p.detach() + change, p.detach() - change
-        return plus, minus
 
 
 def _there(value: Any, name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -110,20 +110,10 @@ class ProbeResult:
 
 def build_values(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
     """The result mapping of what has run, verdict included."""
-    values: dict[str, Any] = {}
     prediction, truth = state.prediction, state.ground_truth
     suffixes = ("", "_tok") if module.config.importance.report_per_token else ("",)
-    if prediction is not None:
-        values |= _prediction_values(prediction)
-    if truth is not None:
-        for which, suffix in enumerate(suffixes):
-            values |= _ground_truth_values(truth, which, suffix)
     same_step = module.config.probe_rework.step != "preconditioned"  # which is not the step that is measured
-    if prediction is not None and truth is not None and prediction.estimates and same_step:
-        for which, suffix in enumerate(suffixes):
-            residual = prediction.estimates["matched"][which] - truth.estimates["snis"][which]
-            values |= _with_error(f"residual{suffix}", residual)
-    values["estimates"] = estimate_rows(prediction, truth, estimands=len(suffixes))
+    values = change_values(prediction, truth, suffixes, same_step)
     if state.update is not None:
         values["learning_rate"] = state.update.learning_rate
     values |= {
@@ -136,6 +126,34 @@ def build_values(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
     }
     found = verdict(values)
     return {"verdict": found.word, "verdict_reasons": list(found.reasons), **values}
+
+
+def change_values(
+    prediction: Prediction | None,
+    truth: GroundTruth | None,
+    suffixes: Sequence[str] = ("", "_tok"),
+    same_step: bool = True,
+) -> dict[str, Any]:
+    """What prediction and measurement say, and their same-E difference.
+
+    Args:
+        prediction: deltaH1, or None.
+        truth: deltaH_true, or None.
+        suffixes: of the estimands that the measurement is reported for.
+        same_step: whether they are about one step, so that their difference means something.
+    """
+    values: dict[str, Any] = {}
+    if prediction is not None:
+        values |= _prediction_values(prediction)
+    if truth is not None:
+        for which, suffix in enumerate(suffixes):
+            values |= _ground_truth_values(truth, which, suffix)
+    if prediction is not None and truth is not None and prediction.estimates and same_step:
+        for which, suffix in enumerate(suffixes):
+            residual = prediction.estimates["matched"][which] - truth.estimates["snis"][which]
+            values |= with_error(f"residual{suffix}", residual)
+    values["estimates"] = estimate_rows(prediction, truth, estimands=len(suffixes))
+    return values
 
 
 def estimate_rows(
@@ -174,7 +192,7 @@ def _batches(state: ProbeState) -> tuple[RolloutBatch, RolloutBatch]:
     return state.E, state.U
 
 
-def _with_error(name: str, found: Estimate) -> dict[str, Any]:
+def with_error(name: str, found: Estimate) -> dict[str, Any]:
     """A value with its error keys."""
     return {name: found.value, f"{name}_se": found.se, f"{name}_ci95": list(found.ci95)}
 
@@ -188,7 +206,7 @@ def _prediction_values(found: Prediction) -> dict[str, Any]:
         name, value = f"deltaH1{suffix}", values[f"deltaH1{suffix}"]
         if found.estimates:
             error = found.estimates[found.reported][which]
-            values |= _with_error(name, Estimate(value, error.influence))
+            values |= with_error(name, Estimate(value, error.influence))
         if found.sd_U is not None:
             values[f"{name}_sd_U"] = found.sd_U[which]
         if found.deltaH2 is not None:
@@ -214,7 +232,7 @@ def _eta_10(found: Prediction, which: int, deltaH1: float) -> float | None:
 def _ground_truth_values(truth: GroundTruth, which: int, suffix: str) -> dict[str, Any]:
     """One estimand of the measured change; null where it is below the noise floor."""
     found, before = (truth.sequence, truth.token)[which], truth.H_orig[which]
-    values = _with_error(f"deltaH_true{suffix}", found)
+    values = with_error(f"deltaH_true{suffix}", found)
     values |= {f"H_orig{suffix}": before, f"H_upd{suffix}": before + found.value}
     if truth.noise_floor is not None and abs(found.value) < truth.noise_floor[which]:
         values |= {f"deltaH_true{suffix}": None, f"H_upd{suffix}": None}
@@ -232,13 +250,9 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
 
     E, U = _batches(state)
     found: dict[str, Any] = dict(state.diagnostics)
-    found["truncated_fraction"] = float(E.truncated.double().mean())
-    found["prompts_E"] = len(E.group.unique())
-    found["distinct_responses"] = len(
-        {tuple(row[m].tolist()) for row, m in zip(E.completion_ids, E.mask, strict=True)}
-    )
+    found |= batch_diagnostics(E)
     if state.ground_truth is not None:
-        found |= _ground_truth_diagnostics(state.ground_truth)
+        found |= ground_truth_diagnostics(state.ground_truth)
     if state.update is not None:
         found |= {
             "gradient_norm": state.update.gradient_norm,
@@ -246,9 +260,8 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
             "step_norm": norm(state.update.step),
         }
     flags = [*E.bias_flags, *U.bias_flags]
-    found["se_method"] = error_method(E.group)
     if state.prediction is not None:
-        found |= _derivative_diagnostics(state.prediction)
+        found |= derivative_diagnostics(state.prediction)
         if module.config.probe_rework.step == "preconditioned":
             flags.append("preconditioned_step")
     if state.update is not None and not bool(state.update.loss_weights.any()):
@@ -263,7 +276,19 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
     return found
 
 
-def _ground_truth_diagnostics(truth: GroundTruth) -> dict[str, Any]:
+def batch_diagnostics(E: RolloutBatch) -> dict[str, Any]:
+    """What E is worth as a sample."""
+    return {
+        "truncated_fraction": float(E.truncated.double().mean()),
+        "prompts_E": len(E.group.unique()),
+        "distinct_responses": len(
+            {tuple(row[m].tolist()) for row, m in zip(E.completion_ids, E.mask, strict=True)}
+        ),
+        "se_method": error_method(E.group),
+    }
+
+
+def ground_truth_diagnostics(truth: GroundTruth) -> dict[str, Any]:
     """Weights, noise and the estimator in use."""
     weights = truth.weights
     found: dict[str, Any] = {
@@ -282,7 +307,7 @@ def _ground_truth_diagnostics(truth: GroundTruth) -> dict[str, Any]:
     return found
 
 
-def _derivative_diagnostics(prediction: Prediction) -> dict[str, Any]:
+def derivative_diagnostics(prediction: Prediction) -> dict[str, Any]:
     """How the prediction was differentiated; what does not apply is absent."""
     found = {
         "derivative_mode": prediction.mode,

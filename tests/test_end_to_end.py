@@ -476,7 +476,7 @@ def test_refusals(config, tmp_path, monkeypatch):
     probe.runner.extra_callbacks.append(ForgetMoments())
     with pytest.raises(OptimizerStateError, match="preconditioned"):
         probe.run_mixed_probe()
-    monkeypatch.setattr("probe.module.SAMPLING_GAP_LIMIT", {torch.float32: -1.0})
+    monkeypatch.setattr("probe.rollouts.sampling.SAMPLING_GAP_LIMIT", {torch.float32: -1.0})
     with pytest.raises(RolloutError, match="sampling and scoring to see the same policy"):
         run(config)
     probe = OfflineEntropyProbe(config)
@@ -515,7 +515,7 @@ class DistortGradients(ProbeCallback):
     """A layer whose backward keeps a third of the gradient."""
 
     def __init__(self, monkeypatch):
-        monkeypatch.setattr("probe.module.SAMPLING_GAP_LIMIT", {torch.float32: 1.0})
+        monkeypatch.setattr("probe.rollouts.sampling.SAMPLING_GAP_LIMIT", {torch.float32: 1.0})
 
     def on_entropy_gradient_start(self, runner, module):
         from tests.test_derivative_check import Distort

@@ -9,7 +9,8 @@ import torch
 
 from probe.errors import NumericalError
 from probe.estimators.entropy_change import reweighted_entropy
-from probe.estimators.ground_truth import measure, noise_floor, resampled_change
+from probe.estimators.ground_truth import measure, resampled_change
+from probe.estimators.noise_floor import noise_floor
 from probe.scoring import TokenScores, score_tokens
 from probe.snapshot import parameters_at
 from tests.enumerable import all_sequences, exact_entropies, tiny_policy

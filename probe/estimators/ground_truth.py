@@ -6,8 +6,7 @@ the same sequences, so that their common error cancels in the difference.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from probe.estimators.entropy_change import entropy, entropy_change
-from probe.estimators.estimate import Estimate, estimate
+from probe.estimators.estimate import Estimate, estimate, shrinkage
 from probe.estimators.importance_weights import WeightDiagnostics, weight_diagnostics
 from probe.scoring.scores import TokenScores
 
@@ -64,6 +63,18 @@ class GroundTruth:
         return replace(
             self, estimates={**self.estimates, name: both}, reported=name if reported else self.reported
         )
+
+    def with_control_variates(self, Z: Sequence[Estimate], reported: bool) -> GroundTruth:
+        """Add `per_decision+cv`: `per_decision` less as much of the control variates as it shares the noise of.
+
+        Args:
+            Z: `[mean Z_seq, mean Z_tok]` for the step, see `ControlVariates.means`.
+            reported: whether it becomes the reported estimate.
+        """
+        sequence, token = (
+            e - z.scaled(shrinkage(e, z)) for e, z in zip(self.estimates["per_decision"], Z, strict=True)
+        )
+        return self.with_estimate("per_decision+cv", (sequence, token), reported)
 
 
 def measure(
@@ -140,34 +151,6 @@ def resampled_change(old: TokenScores, group: Tensor, fresh: TokenScores, fresh_
         return entropy(q[B:], h[B:], mask[B:]) - entropy(q[:B], h[:B], mask[:B])
 
     return _both(estimate(change, torch.cat([group, fresh_group])))
-
-
-def noise_floor(
-    old: TokenScores, plus: TokenScores, minus: TokenScores, group: Tensor
-) -> tuple[float, float]:
-    """How large a change of 0 can seem by rounding.
-
-    E is scored again in other batch shapes, at `theta + v` and at `theta - v`. `v` is the step with random signs, so
-    that rounding is drawn anew but the move leads nowhere. The first order cancels in `(deltaH(v) + deltaH(-v)) / 2`;
-    what is left is rounding, and curvature where `v` is large, which only makes the floor higher. Its variance is 3/4
-    of that of a single change, hence the factor: `sqrt(4/3) (|mean| + 1.96 se)`, with the `per_decision` estimator.
-
-    Args:
-        old: scores of E at `theta`.
-        plus: scores of E at `theta + v`, other batch shapes.
-        minus: scores of E at `theta - v`, other batch shapes.
-        group: `(B,)` prompts.
-
-    Returns:
-        nats per response, nats per token.
-    """
-
-    def even(q: Tensor) -> Tensor:
-        sides = [entropy_change(q, old, side, "per_decision") for side in (plus, minus)]
-        return (sides[0] + sides[1]) / 2
-
-    sequence, token = (math.sqrt(4 / 3) * max(abs(end) for end in e.ci95) for e in estimate(even, group))
-    return sequence, token
 
 
 def _both(found: list[Estimate]) -> Both:

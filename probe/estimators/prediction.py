@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -63,6 +63,28 @@ class Prediction:
     deltaH2: tuple[Estimate, Estimate] | None = None
     curvature_mode: str | None = None
     sd_U: tuple[float, float] | None = None
+
+    def with_control_variates(self, Z: Sequence[Estimate], note: str) -> Prediction:
+        """Subtract the control variates of the `causal` estimates from deltaH1 (from its score part).
+
+        Args:
+            Z: `[mean Z_seq, mean Z_tok]`, see `ControlVariates.means`.
+            note: what `control_variates` says.
+        """
+        sequence, token = (e - z for e, z in zip(self.estimates["causal"], Z, strict=True))
+        deltaH1, deltaH1_tok = self.deltaH1 - Z[0].value, self.deltaH1_tok - Z[1].value
+        return replace(
+            self,
+            deltaH1=deltaH1,
+            bars_dot=deltaH1 / self.learning_rate,
+            score=self.score - Z[0].value,
+            deltaH1_tok=deltaH1_tok,
+            bars_dot_tok=deltaH1_tok / self.learning_rate,
+            score_tok=self.score_tok - Z[1].value,
+            estimates={**self.estimates, "causal+cv": (sequence, token)},
+            reported="causal+cv",
+            control_variates=note,
+        )
 
     def at(self, learning_rate: float) -> Prediction:
         """For another learning rate: the first order times the factor `c`, the second order times `c^2`."""

@@ -263,19 +263,59 @@ def _adam_terms(
     group: Mapping[str, Any], state: Mapping[str, Any], p: nn.Parameter, g: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One parameter's step: the parts of momentum and decay, and the factor of the clipped gradient `g`."""
-    lr, eps, decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
     beta1, beta2 = (float(b) for b in group["betas"])
-    k = float(state.get("step", 0)) + 1
     theta = p.detach().double()
     m = state["exp_avg"].to(p.device).double() if "exp_avg" in state else torch.zeros_like(theta)
     v = state["exp_avg_sq"].to(p.device).double() if "exp_avg_sq" in state else torch.zeros_like(theta)
-    sign = -1.0 if group["maximize"] else 1.0
-    decoupled = bool(group.get("decoupled_weight_decay", False))
-    coupled = torch.zeros_like(theta) if decoupled else decay * theta
-    second = beta2 * v + (1 - beta2) * (sign * g + coupled) ** 2
+    second = beta2 * v + (1 - beta2) * _effective_gradient(group, theta, g) ** 2
     if group["amsgrad"] and "max_exp_avg_sq" in state:
         second = torch.maximum(second, state["max_exp_avg_sq"].to(p.device).double())
-    denominator = (second / (1 - beta2**k)).sqrt() + eps
-    scale = -lr / (1 - beta1**k) / denominator
-    of_decay = -lr * decay * theta if decoupled else scale * (1 - beta1) * coupled
-    return scale * beta1 * m, of_decay, sign * scale * (1 - beta1)
+    return adam_parts(group, theta, beta1 * m, second, float(state.get("step", 0)) + 1)
+
+
+def adam_parts(
+    group: Mapping[str, Any], theta: Tensor, carried: Tensor, second: Tensor, step: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The parts of one parameter's Adam(W) step.
+
+    Args:
+        group: its settings.
+        theta: its value before the step, float64.
+        carried: `beta1 m`, what the first moment carries over from earlier gradients.
+        second: the second moment that the step uses (with AMSGrad the largest so far), before bias correction.
+        step: the number of this step, from 1.
+
+    Returns:
+        The part of momentum, the part of decay, and the factor of the clipped gradient.
+    """
+    lr, eps, decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
+    beta1, beta2 = (float(b) for b in group["betas"])
+    sign = -1.0 if group.get("maximize", False) else 1.0
+    denominator = (second / (1 - beta2**step)).sqrt() + eps
+    scale = -lr / (1 - beta1**step) / denominator
+    of_decay = -lr * decay * theta if _decoupled(group) else scale * (1 - beta1) * decay * theta
+    return scale * carried, of_decay, sign * scale * (1 - beta1)
+
+
+def carried_moment(group: Mapping[str, Any], theta: Tensor, first: Tensor, g: Tensor) -> Tensor:
+    """`beta1 m` from the first moment *after* a step, `first = beta1 m + (1 - beta1) g'`.
+
+    Args:
+        group: the parameter's settings.
+        theta: its value before the step, float64.
+        first: the first moment after the step.
+        g: the clipped gradient the step was taken with.
+    """
+    beta1 = float(group["betas"][0])
+    return first - (1 - beta1) * _effective_gradient(group, theta, g)
+
+
+def _effective_gradient(group: Mapping[str, Any], theta: Tensor, g: Tensor) -> Tensor:
+    """The gradient as the moments see it: negated to maximise, with the decay where it is coupled."""
+    signed = -g if group.get("maximize", False) else g
+    return signed if _decoupled(group) else signed + float(group["weight_decay"]) * theta
+
+
+def _decoupled(group: Mapping[str, Any]) -> bool:
+    """Whether weight decay acts on the parameter directly (AdamW)."""
+    return bool(group.get("decoupled_weight_decay", False))

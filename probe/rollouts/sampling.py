@@ -23,6 +23,7 @@ from probe.config import GenerationConfig
 from probe.data.batch import PromptExample, RolloutBatch
 from probe.errors import DataError, RolloutError
 from probe.scoring.passes import Policy, Progress
+from probe.scoring.scores import TokenScores
 
 NEUTRAL = {
     "do_sample": False,  # the token is chosen by `_InverseCdfSampler`; "greedy" then picks that token
@@ -46,6 +47,8 @@ NEUTRAL = {
     "renormalize_logits": False,
 }
 """Generation settings under which `generate` passes the model's own logits on."""
+SAMPLING_GAP_LIMIT = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""Largest root mean square difference, in nats per token, between log-probs while sampling and when scored."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,33 @@ def sample_rollouts(
             if progress is not None:
                 progress(len(rows), len(prompts))
     return _assemble(tokenizer, prompts, prompt_ids, [rows[i] for i in range(len(prompts))], settings, group)
+
+
+def check_sampling(policy: Policy, seen: SampledTokens, scores: TokenScores) -> float:
+    """Root mean square difference of log-probs while sampling and when scored, nats per token.
+
+    Args:
+        policy: the policy, for its precision.
+        seen: what `sample_rollouts` saw.
+        scores: scores of the same batch.
+
+    Raises:
+        RolloutError: it is too large for rounding: the sampler and the scorer see different policies.
+    """
+    difference = (seen.logprob - scores.logprob)[scores.mask]
+    gap = float(difference.square().mean().sqrt())
+    dtypes = {p.dtype for p in policy.model.parameters()} & set(SAMPLING_GAP_LIMIT)
+    limit = max(SAMPLING_GAP_LIMIT[d] for d in dtypes)
+    with policy.autocast():
+        if torch.is_autocast_enabled(policy.device.type):
+            limit = max(limit, SAMPLING_GAP_LIMIT[torch.bfloat16])
+    if not gap <= limit:
+        raise RolloutError(
+            f"expected sampling and scoring to see the same policy, found log-probs that differ by {gap:.2g} nats "
+            f"per token (root mean square, at most {limit} expected); the model's cached decoding or its padding "
+            "changes its output (try checkpoint.attn_implementation: eager)"
+        )
+    return gap
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[PromptExample]) -> list[tuple[int, ...]]:

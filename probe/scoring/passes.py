@@ -64,7 +64,23 @@ class Policy:
         unknown = sorted(set(values) - set(named))
         if unknown:
             raise ValueError(f"expected values for parameters of the model, found {unknown[:10]}")
-        return replace(self, values={name: v.to(named[name]) for name, v in values.items()})
+        own = {name: v.to(named[name]) for name, v in values.items()}
+        return replace(self, values={**(self.values or {}), **own})
+
+    def moved(self, direction: Mapping[str, Tensor], scale: float) -> Policy:
+        """The policy at `theta + scale * direction`, `theta` being the values it has now.
+
+        Args:
+            direction: by parameter name.
+            scale: in units of the direction.
+        """
+        here = self.point(direction)
+        return self.at({n: here[n] + scale * v.to(here[n]) for n, v in direction.items()})
+
+    def point(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The values of some parameters, those that stand in for them included; detached, not copied."""
+        named = {n: p.detach() for n, p in self.model.named_parameters()} | dict(self.values or {})
+        return {name: named[name] for name in names}
 
     @property
     def device(self) -> torch.device:

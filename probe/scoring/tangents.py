@@ -40,28 +40,43 @@ def forward_tangents(
     basis: FeatureBasis | None = None,
     progress: Progress | None = None,
 ) -> TokenTangents:
-    """Derivatives of all token scores by one forward-mode pass (dual numbers).
+    """Derivatives of all token scores by one forward-mode pass (dual numbers); see `scores_and_tangents`."""
+    return scores_and_tangents(policy, batch, direction, basis, progress)[1]
+
+
+def scores_and_tangents(
+    policy: Policy,
+    batch: RolloutBatch,
+    direction: Mapping[str, Tensor],
+    basis: FeatureBasis | None = None,
+    progress: Progress | None = None,
+) -> tuple[TokenScores, TokenTangents]:
+    """Token scores and their derivatives by one forward-mode pass (dual numbers).
 
     Args:
         policy: the policy, at the point of differentiation.
         batch: `B` responses.
         direction: by parameter name.
-        basis: also differentiate the expected token features.
+        basis: also give the features, and differentiate the expected token features.
         progress: called after each microbatch.
+
+    Returns:
+        The scores are what `score_tokens` gives with the same attention kernel (`differentiable_attention`).
 
     Raises:
         ForwardModeError: an operation of the model has no forward-mode derivative.
-        NumericalError: a derivative is not finite.
+        NumericalError: a score or derivative is not finite.
     """
-    collector = Collector(batch, progress)
-    named = dict(policy.model.named_parameters())
-    with torch.no_grad(), forward_ad.dual_level(), _differentiable_attention():
-        duals = {n: forward_ad.make_dual(named[n].detach(), v.to(named[n])) for n, v in direction.items()}
+    scores, tangents = Collector(batch, None), Collector(batch, progress)
+    here = policy.point(direction)
+    with torch.no_grad(), forward_ad.dual_level(), differentiable_attention(), _explained():
+        duals = {n: forward_ad.make_dual(here[n], v.to(here[n])) for n, v in direction.items()}
         for chunk in scored_chunks(policy.at(duals), batch, basis):
+            scores.add(chunk.sequence, chunk.position, *(_primal(x) for x in chunk.values))
             parts = chunk.values[:2] if basis is None else chunk.values[:3]
-            collector.add(chunk.sequence, chunk.position, *(_tangent(x) for x in parts))
-            collector.advance(chunk.finished)
-    return TokenTangents(*collector.arrays())
+            tangents.add(chunk.sequence, chunk.position, *(_tangent(x) for x in parts))
+            tangents.advance(chunk.finished)
+    return scores.finish(), TokenTangents(*tangents.arrays())
 
 
 def second_order_tangents(
@@ -83,14 +98,13 @@ def second_order_tangents(
         NumericalError: a derivative is not finite.
     """
     first, second = Collector(batch, None), Collector(batch, progress)
-    named = dict(policy.model.named_parameters())
-    start = {n: named[n].detach() for n in direction}
-    along = {n: v.to(named[n]) for n, v in direction.items()}
+    start = policy.point(direction)
+    along = {n: v.to(start[n]) for n, v in direction.items()}
     one = torch.ones((), dtype=torch.float64, device=policy.device)
     few = policy.microbatch_size
     order = batch.lengths.argsort(descending=True, stable=True)
     # with grad mode on, torch uses formulas that it can differentiate again; nothing here requires a gradient
-    with torch.enable_grad(), _differentiable_attention():
+    with torch.enable_grad(), differentiable_attention():
         for rows in order[batch.lengths[order] > 0].split(few):
             part = batch.subset(rows)
             places: list[Any] = []
@@ -172,15 +186,11 @@ def difference_pair(
     Raises:
         NumericalError: a score is not finite.
     """
-    named = dict(policy.model.named_parameters())
-
-    def at(s: float) -> Policy:
-        return policy.at({n: named[n].detach() + s * v.to(named[n]) for n, v in direction.items()})
-
-    above = policy.at(upper) if upper is not None else at(scale)
+    above = policy.at(upper) if upper is not None else policy.moved(direction, scale)
     of_pass = progress if progress is not None else (lambda what: None)
     plus = score_tokens(above, batch, of_pass("score E after the step"), basis)  # type: ignore[arg-type]
-    minus = score_tokens(at(-scale), batch, of_pass("score E on the other side"), basis)  # type: ignore[arg-type]
+    below = policy.moved(direction, -scale)
+    minus = score_tokens(below, batch, of_pass("score E on the other side"), basis)  # type: ignore[arg-type]
     return DifferencePair(plus=plus, minus=minus, scale=scale, error=error)
 
 
@@ -239,9 +249,9 @@ def choose_scale(policy: Policy, batch: RolloutBatch, direction: Mapping[str, Te
 
 
 @contextmanager
-def _differentiable_attention() -> Iterator[None]:
-    """Only the attention kernel with a forward-mode rule, and a plain sentence where something has none."""
-    with sdpa_kernel(SDPBackend.MATH), _explained():
+def differentiable_attention() -> Iterator[None]:
+    """Only the attention kernel with a forward-mode rule. Scores that are to be compared should all use the same."""
+    with sdpa_kernel(SDPBackend.MATH):
         yield
 
 
@@ -265,6 +275,11 @@ def _reason(error: BaseException) -> str:
     """One line that says which operation has no forward-mode rule."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"the model has no forward-mode derivative: {first[:200]}"
+
+
+def _primal(x: Tensor) -> Tensor:
+    """The value of a dual number."""
+    return forward_ad.unpack_dual(x).primal
 
 
 def _tangent(x: Tensor) -> Tensor:
