@@ -12,8 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from probe.callbacks.training_lightning import EntropyProbeCallback
+    from probe.callbacks.training_transformers import EntropyProbeTrainerCallback
     from probe.config import ProbeConfig
     from probe.errors import ProbeError
+    from probe.live.watcher import watch
     from probe.logs import load_log
     from probe.module import EntropyProbe
     from probe.offline import OfflineEntropyProbe
@@ -26,6 +29,8 @@ except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
 _HOME = {
+    "EntropyProbeCallback": "probe.callbacks.training_lightning",
+    "EntropyProbeTrainerCallback": "probe.callbacks.training_transformers",
     "EntropyProbe": "probe.module",
     "OfflineEntropyProbe": "probe.offline",
     "ProbeConfig": "probe.config",
@@ -33,16 +38,20 @@ _HOME = {
     "ProbeResult": "probe.results",
     "ProbeRunner": "probe.runner",
     "load_log": "probe.logs",
+    "watch": "probe.live.watcher",
 }
 
 __all__ = [
     "EntropyProbe",
+    "EntropyProbeCallback",
+    "EntropyProbeTrainerCallback",
     "OfflineEntropyProbe",
     "ProbeConfig",
     "ProbeError",
     "ProbeResult",
     "ProbeRunner",
     "load_log",
+    "watch",
 ]
 
 

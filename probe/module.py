@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -50,7 +49,7 @@ from probe.loading import (
     locate_checkpoint,
 )
 from probe.metrics import EntropyChange
-from probe.rollouts.draw import draw_prompts
+from probe.rollouts.draw import draw_prompts, stream_seed
 from probe.rollouts.files import read_rollouts
 from probe.rollouts.sampling import SampledTokens, check_sampling, sample_rollouts
 from probe.scoring.features import FeatureBasis, feature_basis
@@ -208,7 +207,9 @@ class EntropyProbe(LightningModule):
         state.basis = self._feature_basis(state)
         state.E_scores = score_tokens(self.policy, state.E, progress("score E"), state.basis)
         if "E" in state.seen:
-            state.diagnostics["sampling_scoring_gap"] = check_sampling(self.policy, state.seen["E"], state.E_scores)
+            state.diagnostics["sampling_scoring_gap"] = check_sampling(
+                self.policy, state.seen["E"], state.E_scores
+            )
         state.diagnostics["on_policy_z"] = on_policy_z(state.E_scores)
 
     def _draw_prompts(self) -> tuple[list[PromptExample], list[PromptExample]]:
@@ -735,9 +736,3 @@ def on_policy_z(scores: TokenScores) -> float:
         return 0.0
     se = float(gap.std() / len(gap) ** 0.5)
     return float(gap.mean()) / se if se > 0 else 0.0
-
-
-def stream_seed(seed: int, name: str) -> int:
-    """A seed for the random stream `name`, 63 bits."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

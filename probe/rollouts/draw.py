@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -48,6 +50,12 @@ def draw_prompts(
     if disjoint:
         allowed[U] = False
     return _draw_allowed(allowed, B_E, _generator(seed, _E_STREAM)).tolist(), U.tolist()
+
+
+def stream_seed(seed: int, name: str) -> int:
+    """A seed for the random stream `name`, 63 bits."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _check_sizes(num_prompts: int, B_E: int, B_U: int, disjoint: bool, seed: int) -> None:

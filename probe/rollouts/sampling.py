@@ -99,7 +99,7 @@ def sample_rollouts(
     if settings.temperature != policy.temperature:
         raise ValueError(f"expected one temperature, found {settings.temperature} and {policy.temperature}")
     prompt_ids = encode_prompts(tokenizer, prompts)
-    _check_context(policy.model, max(map(len, prompt_ids)), settings.max_new_tokens)
+    check_context(policy.model, max(map(len, prompt_ids)), settings.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompt_ids[i]))
     rows: dict[int, tuple[list[int], list[float], list[float], bool]] = {}
     with own_generation_config(policy.model, tokenizer, settings) as eos_ids:
@@ -157,7 +157,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[PromptExample]) -> list[tup
     return out
 
 
-def _check_context(model: Any, prompt: int, new: int) -> None:
+def check_context(model: Any, prompt: int, new: int) -> None:
     """Refuse responses that the model has no positions for.
 
     Raises:

@@ -1,0 +1,159 @@
+"""The drop-in probe for transformers' Trainer and TRL's trainers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from probe.errors import ConfigError
+from probe.live.report import say, tensorboard_layout
+from probe.live.watcher import Alarm, OnAlarm, Watch, watch
+
+HOST_PREFIX = "train/"
+"""What transformers' reporting callbacks put before names."""
+
+
+class EntropyProbeTrainerCallback(TrainerCallback):
+    """Says what the updates of a transformers or TRL trainer do to the policy's entropy.
+
+    Numbers go through the trainer's own log to wherever it reports (TensorBoard, Weights & Biases, `log_history`), as
+    `entropy_probe/...`. The trainer's other metrics are neither flushed nor delayed by it.
+
+        trainer = GRPOTrainer(...)
+        trainer.add_callback(EntropyProbeTrainerCallback(trainer, every=10))
+        trainer.train()
+
+    Attributes:
+        watch: the running probe, with its `history`; None before training begins.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        prompts: Iterable[Any] | None = None,
+        *,
+        on_alarm: OnAlarm | str | None = None,
+        **settings: Any,
+    ) -> None:
+        """Nothing is loaded before training begins.
+
+        Args:
+            trainer: the trainer that the callback is added to; its log is where the numbers go.
+            prompts: what E's prompts are drawn from: texts, message lists, or rows with a column `prompt`. By default
+                those of the trainer's evaluation data, else of its training data.
+            on_alarm: called with an `Alarm` when a collapse is forecast; `"stop"` ends training.
+            settings: see `probe.live.WatchSettings`. `temperature` and `max_new_tokens` are by default those of a GRPO
+                configuration (`temperature`, `max_completion_length`).
+
+        Raises:
+            ConfigError: `trainer` is no transformers Trainer.
+        """
+        if not isinstance(trainer, Trainer):
+            raise ConfigError(
+                f"trainer: expected a transformers Trainer (or TRL's), found {type(trainer).__name__}; add the "
+                "callback with trainer.add_callback(EntropyProbeTrainerCallback(trainer, ...))"
+            )
+        self.trainer = trainer
+        self.watch: Watch | None = None
+        self._prompts, self._on_alarm, self._settings = prompts, on_alarm, settings
+        self._waiting: list[dict[str, float]] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to the optimizer, which exists now."""
+        self._refuse_sharded()
+        self.watch = watch(
+            self.trainer.accelerator.unwrap_model(self.trainer.model),
+            self.trainer.optimizer,
+            self._default_prompts() if self._prompts is None else self._prompts,
+            getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class),
+            log=lambda metrics, step: self._waiting.append(dict(metrics)),
+            on_alarm=self._alarm,
+            first_step=state.global_step,
+            **{**self._own_settings(args), **self._settings},
+        )
+        for callback in self.trainer.callback_handler.callbacks:
+            writer = getattr(callback, "tb_writer", None)
+            if writer is not None and hasattr(writer, "add_custom_scalars"):
+                writer.add_custom_scalars(tensorboard_layout(HOST_PREFIX))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log what the step brought, now that the trainer has counted it."""
+        waiting, self._waiting = self._waiting, []
+        asked = control.should_log
+        for metrics in waiting:
+            # Not `trainer.log`: TRL's empties the averages of its own metrics there, which would change its logs.
+            Trainer.log(self.trainer, metrics)
+        control.should_log = asked  # logging takes it back, and the trainer's own log is still to come
+        if self.watch is not None and self.watch.should_stop:
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remove the hooks; the history stays."""
+        if self.watch is not None:
+            self.watch.detach()
+
+    def _alarm(self, alarm: Alarm) -> None:
+        """Pass an alarm on."""
+        if self._on_alarm == "stop":
+            alarm.stop()
+        elif callable(self._on_alarm):
+            self._on_alarm(alarm)
+
+    def _own_settings(self, args: TrainingArguments) -> dict[str, Any]:
+        """Temperature and length of the trainer's own rollouts, where it has any."""
+        found = {}
+        for name, own in (("temperature", "temperature"), ("max_completion_length", "max_new_tokens")):
+            if getattr(args, name, None) is not None:
+                found[own] = getattr(args, name)
+        cuts = {
+            name: getattr(args, name, None)
+            for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", None), ("repetition_penalty", 1.0))
+            if getattr(args, name, off) not in (off, None, 0.0, -1)
+        }
+        if cuts and "temperature" in found:
+            settings = ", ".join(f"{name} {value}" for name, value in cuts.items())
+            say(
+                f"the trainer samples with {settings}; the entropies here are those of the whole distribution at "
+                f"temperature {found['temperature']}",
+                warn=True,
+            )
+        return found
+
+    def _default_prompts(self) -> Any:
+        """The prompts of the trainer's own data."""
+        evaluation = self.trainer.eval_dataset
+        data: Any = self.trainer.train_dataset if evaluation is None else evaluation
+        columns = getattr(data, "column_names", None)
+        if (
+            isinstance(data, Mapping)
+            or not columns
+            or "prompt" not in columns
+            or not hasattr(data, "__len__")
+        ):
+            raise ConfigError(
+                "prompts: expected the trainer's data set to have a length and a column `prompt`, found none; give the "
+                "probe its prompts: EntropyProbeTrainerCallback(trainer, prompts=[...])"
+            )
+        return data.select_columns(["prompt"]) if hasattr(data, "select_columns") else data
+
+    def _refuse_sharded(self) -> None:
+        """Sharded training would fail on the first probed step.
+
+        Raises:
+            ConfigError: it is.
+        """
+        for name in ("is_deepspeed_enabled", "is_fsdp_enabled"):
+            if getattr(self.trainer, name, False):
+                kind = name.removeprefix("is_").removesuffix("_enabled")
+                raise ConfigError(
+                    f"trainer: expected whole parameters on every device, found {kind}; sharded training is not "
+                    "supported yet, probe its checkpoints with `entropy-probe run`"
+                )

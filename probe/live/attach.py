@@ -1,0 +1,233 @@
+"""What is checked when the probe is attached: a run should not fail at step 500 for what was wrong at step 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from probe.data.batch import PromptExample
+from probe.data.prompts import check_messages, render_messages
+from probe.errors import ConfigError, DataError
+from probe.loading.quantization import find_4bit_layers
+from probe.rollouts.draw import stream_seed
+
+Prompt = str | Sequence[Mapping[str, Any]] | PromptExample
+"""A text, a list of messages (TRL's conversational format, put through the chat template), or a ready example."""
+
+MOST_PROMPTS = 1024
+"""Prompts kept of a larger data set."""
+_LISTED = 3
+
+
+@runtime_checkable
+class _Indexed(Protocol):
+    """What has items by position."""
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def unwrapped_model(model: Any) -> nn.Module:
+    """The policy inside of DistributedDataParallel and `torch.compile`.
+
+    Raises:
+        ConfigError: it is no model that responses can be sampled from, or it is sharded or quantised in a way that the
+            probe cannot handle.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: expected a torch module, found {type(model).__name__}")
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    _refuse_sharded(model)
+    _refuse_no_policy(model)
+    return model
+
+
+def _refuse_no_policy(model: Any) -> None:
+    """Only a causal language model has responses and their entropies."""
+    config, name = getattr(model, "config", None), type(model).__name__
+    lacking = [
+        attribute
+        for attribute in ("generate", "get_output_embeddings", "get_input_embeddings")
+        if not callable(getattr(model, attribute, None))
+    ]
+    remedy = "give the policy itself, loaded with AutoModelForCausalLM (with peft around it or not)"
+    if config is None or lacking:
+        missing = "config" if config is None else lacking[0]
+        raise ConfigError(
+            f"model: expected a transformers causal language model, found {name} without {missing}; {remedy}"
+        )
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    generates = getattr(base, "can_generate", lambda: True)()
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"model: expected a causal (decoder-only) language model, found the encoder-decoder {name}; {remedy}"
+        )
+    if not generates or model.get_output_embeddings() is None:
+        raise ConfigError(f"model: expected a model that generates text, found {name}; {remedy}")
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Parameters must be whole, real and on one device."""
+    from torch.distributed.tensor import DTensor
+
+    names = dict(model.named_parameters())
+    shards = "FSDP and tensor parallelism are not supported yet; probe checkpoints with `entropy-probe run` instead"
+    for module in model.modules():
+        if type(module).__name__ in ("FullyShardedDataParallel", "FSDPModule"):
+            raise ConfigError(f"model: expected whole parameters, found {type(module).__name__}; {shards}")
+        if type(module).__name__ == "Linear8bitLt":
+            raise ConfigError(
+                "model: expected weights in 4 bits or in floating point, found bitsandbytes' Linear8bitLt, whose "
+                "forward changes its state; use load_in_4bit, or probe checkpoints with `entropy-probe run`"
+            )
+    for name, p in names.items():
+        if isinstance(p, DTensor) or isinstance(p.data, DTensor):
+            raise ConfigError(f"model: expected whole parameters, found a DTensor in {name}; {shards}")
+        if hasattr(p, "ds_id"):
+            raise ConfigError(f"model: expected whole parameters, found DeepSpeed ZeRO's in {name}; {shards}")
+        if p.device.type == "meta":
+            raise ConfigError(f"model: expected parameters with values, found {name} on the meta device")
+    devices = sorted({str(p.device) for p in names.values()})
+    if len(devices) > 1:
+        raise ConfigError(
+            f"model: expected all parameters on one device, found {', '.join(devices)}; {shards}"
+        )
+    for name, layer in find_4bit_layers(model).items():
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ConfigError(
+                f"model: expected the 4-bit weight of {name} as it was quantised, found it repacked by an earlier "
+                "forward of bitsandbytes in evaluation mode, after which gradients are wrong; load the model "
+                "again, and do not run it in evaluation mode before"
+            )
+
+
+def unwrapped_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimizers inside of Accelerate's, Lightning's or Fabric's wrappers.
+
+    Args:
+        optimizer: one, or a sequence of those that make one update together (Muon and AdamW, say).
+
+    Raises:
+        ConfigError: there is none, or one is no torch optimizer.
+    """
+    given = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    if not given:
+        raise ConfigError("optimizer: expected at least one, found an empty list")
+    found = []
+    for one in given:
+        while True:
+            inner = (
+                vars(one).get("optimizer", vars(one).get("_optimizer")) if hasattr(one, "__dict__") else None
+            )
+            if not isinstance(inner, torch.optim.Optimizer):
+                break
+            one = inner
+        if not isinstance(one, torch.optim.Optimizer) or not hasattr(one, "_optimizer_step_pre_hooks"):
+            raise ConfigError(
+                f"optimizer: expected a torch.optim.Optimizer, whose steps can be hooked, found {type(one).__name__}"
+            )
+        found.append(one)
+    return found
+
+
+def watched_parameters(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> tuple[dict[str, nn.Parameter], list[str]]:
+    """The trainable parameters of the model that the optimizers move, by name, and the names of those they do not.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    moved = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ConfigError(
+            "model: expected trainable parameters, found none with requires_grad=True; attach the probe after the "
+            "adapter is added"
+        )
+    found = {name: p for name, p in trainable.items() if id(p) in moved}
+    left_out = [name for name in trainable if name not in found]
+    if not found:
+        raise ConfigError(
+            f"optimizer: expected the model's {len(trainable)} trainable parameters in it, found none of them "
+            f"({', '.join(left_out[:_LISTED])}, ...); build the optimizer from this model's parameters, after peft has "
+            "wrapped it"
+        )
+    return found, left_out
+
+
+def prompt_examples(prompts: Iterable[Any], tokenizer: Any, seed: int = 0) -> list[PromptExample]:
+    """The prompts that E is drawn from: all of them, or 1,024 drawn at random where there are more.
+
+    Args:
+        prompts: texts, lists of messages, examples, or the rows of a data set with a column `prompt`.
+        tokenizer: renders chat templates.
+        seed: of the draw.
+
+    Raises:
+        DataError: there are none, or one cannot be used.
+    """
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
+        raise DataError(
+            f"prompts: expected a list of texts or of message lists, found {type(prompts).__name__}; put a single one "
+            "into a list"
+        )
+    if isinstance(prompts, Sized) and isinstance(prompts, _Indexed) and len(prompts) > MOST_PROMPTS:
+        # rendering and encoding a whole data set takes long, and E needs no more
+        generator = torch.Generator().manual_seed(stream_seed(seed, "prompts kept"))
+        kept = torch.randperm(len(prompts), generator=generator)[:MOST_PROMPTS].sort().values.tolist()
+        prompts = [prompts[i] for i in kept]
+    found = []
+    for index, prompt in enumerate(prompts):
+        where, row = f"prompts[{index}]", {}
+        if isinstance(prompt, PromptExample):
+            found.append(prompt)
+            continue
+        if isinstance(prompt, Mapping):
+            if "prompt" not in prompt:
+                raise DataError(f"{where}: expected a column `prompt`, found {', '.join(map(str, prompt))}")
+            row = dict(prompt)
+            prompt = prompt["prompt"]
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise DataError(f"{where}: expected a prompt, found an empty text")
+            found.append(PromptExample(prompt, row, index))
+        else:
+            messages = check_messages(prompt, where)
+            found.append(PromptExample(render_messages(tokenizer, messages, where), row, index, False))
+    if not found:
+        raise DataError("prompts: expected at least one, found an empty list")
+    return found
+
+
+def check_tokenizer(tokenizer: Any, model: nn.Module) -> None:
+    """The tokenizer must encode texts and know what ends a response.
+
+    Raises:
+        ConfigError: it does not, or its tokens are not the model's.
+    """
+    if tokenizer is None or not callable(tokenizer) or not hasattr(tokenizer, "batch_decode"):
+        raise ConfigError(f"tokenizer: expected a transformers tokenizer, found {type(tokenizer).__name__}")
+    if getattr(tokenizer, "eos_token_id", None) is None:
+        raise ConfigError(
+            "tokenizer: expected an EOS token, found none: responses could not end; set tokenizer.eos_token"
+        )
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if tokenizer.eos_token_id >= vocabulary:
+        raise ConfigError(
+            f"tokenizer: expected tokens of the model's vocabulary of {vocabulary}, found EOS with the id "
+            f"{tokenizer.eos_token_id}; give the tokenizer that belongs to the model"
+        )
+
+
+def copied(parameters: Mapping[str, Tensor], device: str | None) -> dict[str, Tensor]:
+    """Copies of parameters that share nothing with them, where they are or on `device`."""
+    return {name: p.detach().to(device or p.device, copy=True) for name, p in parameters.items()}

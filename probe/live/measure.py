@@ -1,0 +1,522 @@
+"""One probed optimizer step: E is drawn before it; what it did to the policy's entropy is worked out after it.
+
+    before    sample E from the policy, copy the trainable parameters
+    (the host's optimizer takes its step)
+    after     step = new - old; deltaH1 by forward mode at the old parameters, deltaH_true by rescoring E at the new
+
+The step is whatever the optimizer did: its rule, clipping, decay, fused kernels and all. Nothing is written to the
+model: passes at the old parameters use `torch.func.functional_call`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from probe.data.batch import PromptExample, RolloutBatch
+from probe.errors import NumericalError, RolloutError
+from probe.estimators.control_variates import SMALLEST_SAMPLE, SMALLEST_TAUGHT, control_variates
+from probe.estimators.derivative_check import forward_mode_check
+from probe.estimators.entropy_change import entropy
+from probe.estimators.estimate import Estimate, estimate
+from probe.estimators.ground_truth import GroundTruth, measure
+from probe.estimators.noise_floor import rescored_noise_floor
+from probe.estimators.prediction import Prediction, from_tokens, norm, token_first_order
+from probe.fit_memory import FitMemory
+from probe.live.attach import copied
+from probe.live.settings import WatchSettings
+from probe.live.shares import StepParts, step_parts
+from probe.results import (
+    batch_diagnostics,
+    change_values,
+    derivative_diagnostics,
+    ground_truth_diagnostics,
+    with_error,
+)
+from probe.rollouts.draw import draw_prompts, stream_seed
+from probe.rollouts.sampling import SampledTokens, check_sampling, sample_rollouts
+from probe.scoring.features import FeatureBasis, feature_basis
+from probe.scoring.passes import Policy, score_tokens
+from probe.scoring.scores import TokenScores, TokenTangents
+from probe.scoring.tangents import (
+    choose_scale,
+    difference_pair,
+    differentiable_attention,
+    scores_and_tangents,
+)
+from probe.verdict import verdict
+
+REHEARSAL_RESPONSES, REHEARSAL_TOKENS = 2, 16
+"""Size of the trial when attaching."""
+SETTING_NAMES = {
+    "batch_config.B_E": "B_E",
+    "generation.max_new_tokens": "max_new_tokens",
+    "generation.temperature": "temperature",
+    "probe_rework.learning_rate": "the learning rate",
+    "checkpoint.dtype: float32": "float32 weights",
+    "checkpoint.dtype: float64": "float64 weights",
+    "checkpoint.attn_implementation": "attn_implementation",
+    "probe_rework.derivative_mode": "derivative",
+    "memory_config.": "",
+}
+"""What the settings that the verdict and error messages name are called where there is no configuration file."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """What is kept from before a step.
+
+    Attributes:
+        number: of the optimizer step, from 1.
+        E: the evaluation batch, drawn from the policy as it was.
+        seen: what sampling saw.
+        old: copies of the trainable parameters.
+        seconds: that sampling took.
+    """
+
+    number: int
+    E: RolloutBatch
+    seen: SampledTokens
+    old: Mapping[str, Tensor]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one probed step did.
+
+    Attributes:
+        values: names and meanings as in `probe.results.RESULT_KEYS` and `probe.live.report.LIVE_KEYS`.
+        H: entropy before the step, `(sequence, token)`, nats.
+        deltaH1: as reported, `(sequence, token)`; exactly 0 without error where the step was 0.
+        deltaH_true: likewise.
+        moved: whether the step was not 0.
+    """
+
+    values: dict[str, Any]
+    H: tuple[Estimate, Estimate]
+    deltaH1: tuple[Estimate, Estimate]
+    deltaH_true: tuple[Estimate, Estimate]
+    moved: bool
+
+
+@dataclass
+class UpdateProbe:
+    """Probes optimizer steps of one policy.
+
+    Attributes:
+        model: the policy, unwrapped.
+        parameters: the trainable parameters that the optimizers move, by name.
+        tokenizer: a tokenizer of the probe's own.
+        prompts: what E's prompts are drawn from, with replacement.
+        settings: how.
+        mode: `jvp` or `finite_difference`; chosen by `rehearse`.
+        reason: why.
+        memory: what earlier probes taught the control variates.
+    """
+
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    tokenizer: Any
+    prompts: Sequence[PromptExample]
+    settings: WatchSettings
+    mode: str = "jvp"
+    reason: str = ""
+    memory: FitMemory | None = field(default=None)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy at the parameters it has now."""
+        return Policy(
+            model=self.model,
+            temperature=self.settings.temperature,
+            microbatch_size=self.settings.microbatch_size,
+            head_chunk_tokens=self.settings.head_chunk_tokens,
+        )
+
+    def rehearse(self) -> None:
+        """Sample and score a few tokens, and find out how this model can be differentiated.
+
+        Raises:
+            ProbeError: something that every probe needs does not work with this model.
+        """
+        settings, policy = self.settings, self.policy
+        longest = max(self.prompts, key=lambda prompt: len(prompt.text))
+        few = replace(settings.generation, max_new_tokens=min(settings.max_new_tokens, REHEARSAL_TOKENS))
+        examples = [longest, self.prompts[0]][:REHEARSAL_RESPONSES]
+        seed = stream_seed(settings.seed, "rehearsal")
+        E, seen = sample_rollouts(policy, self.tokenizer, examples, few, seed)
+        check_sampling(policy, seen, score_tokens(policy, E))
+        if settings.derivative == "finite_difference":
+            self.mode, self.reason = "finite_difference", "as configured"
+            return
+        check = forward_mode_check(policy, E)
+        self.mode, self.reason = "jvp" if check.usable else "finite_difference", check.reason
+        if settings.derivative == "jvp" and not check.usable:
+            raise NumericalError(
+                f"derivative: expected a model that allows jvp, found that {check.reason}; use auto or "
+                "finite_difference, or load the model with attn_implementation eager"
+            )
+
+    def before(self, number: int) -> Before:
+        """Draw E from the policy, and copy the parameters.
+
+        Args:
+            number: of the optimizer step that comes next, from 1: every step has random numbers of its own.
+        """
+        start, settings = time.perf_counter(), self.settings
+        index, _ = draw_prompts(
+            len(self.prompts), settings.B_E, 0, False, stream_seed(settings.seed, f"prompts {number}")
+        )
+        chosen = [self.prompts[i] for i in index]
+        seed = stream_seed(settings.seed, f"E {number}")
+        E, seen = sample_rollouts(self.policy, self.tokenizer, chosen, settings.generation, seed)
+        if not bool(E.mask.any()):
+            raise RolloutError(f"expected at least one response token, found {len(E)} empty responses")
+        old = copied(self.parameters, settings.snapshot_device)
+        return Before(number, E, seen, old, time.perf_counter() - start)
+
+    def after(self, before: Before, optimizers: Sequence[torch.optim.Optimizer]) -> Outcome:
+        """Work out what the step did.
+
+        Args:
+            before: from `before`.
+            optimizers: those that took the step, their gradients still there.
+
+        Raises:
+            NumericalError: the step or a score is not finite.
+        """
+        clock = _Clock()
+        E, step = before.E, self._step(before.old)
+        policy_old = self.policy.at(before.old)
+        if not any(bool(change.any()) for change in step.values()):
+            return self._no_step(before, policy_old, optimizers)
+        tangent_of = _Tangents(policy_old, E, step, self.mode)
+        with clock.measures("derivative"), tangent_of.attention():
+            basis = None if self.memory is None else self.memory.basis
+            scores, tangents = tangent_of.step(basis, self.policy)
+        check_sampling(self.policy, before.seen, scores)
+        with clock.measures("rescoring"), tangent_of.attention():
+            new = tangent_of.new_scores or score_tokens(self.policy, E)
+        prediction, earlier = self._prediction(E, scores, tangents, optimizers), self._earlier(before)
+        truth = measure(scores, new, E.group)
+        Z = self._control_variates(E, scores, tangents, earlier, before.number)
+        if Z is None:
+            prediction = replace(prediction, control_variates=self._why_no_control_variates(earlier))
+        else:
+            note = f"on: fitted on other prompts and {len(earlier)} earlier probes"
+            prediction = prediction.with_control_variates(Z, note)
+            truth = truth.with_control_variates(Z, reported=True)
+        prediction = replace(
+            prediction, difference_scale=tangent_of.scale, difference_error=tangent_of.scale_error
+        )
+        shares: dict[str, Any] = {}
+        if self.settings.shares:
+            with clock.measures("shares"), tangent_of.attention():
+                shares = self._shares(before, step, optimizers, scores, tangent_of, prediction, Z is not None)
+        if self.settings.noise_floor == "on" or (
+            self.settings.noise_floor == "auto" and policy_old.half_precision
+        ):
+            with clock.measures("noise_floor"), tangent_of.attention():
+                seed = stream_seed(self.settings.seed, f"sham step {before.number}")
+                floor = rescored_noise_floor(policy_old, E, scores, step, seed)
+            truth = replace(truth, noise_floor=floor)
+        if self.settings.control_variates and self.memory is None:
+            self._found_memory(E)
+        values = {
+            **self._values(before, prediction, truth, scores, optimizers),
+            **shares,
+            "step_norm": norm(step),
+        }
+        values["timing"] = {"sample": before.seconds, **clock.seconds}
+        first = prediction.estimates[prediction.reported]
+        return Outcome(
+            values=judged(values),
+            H=_entropies(scores, E),
+            deltaH1=(
+                Estimate(prediction.deltaH1, first[0].influence),
+                Estimate(prediction.deltaH1_tok, first[1].influence),
+            ),
+            deltaH_true=(truth.sequence, truth.token),
+            moved=True,
+        )
+
+    # ---------------------------------------------------------------- parts
+
+    def _step(self, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`theta_new - theta_old`, in float32 or better, where the old parameters are kept."""
+        step = {}
+        for name, p in self.parameters.items():
+            wide = torch.promote_types(p.dtype, torch.float32)
+            step[name] = p.detach().to(old[name].device, wide) - old[name].to(wide)
+            if not bool(torch.isfinite(step[name]).all()):
+                raise NumericalError(
+                    f"expected a finite optimizer step, found NaN or infinity in that of {name}"
+                )
+        return step
+
+    def _no_step(
+        self, before: Before, policy: Policy, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> Outcome:
+        """A step of exactly 0: a learning rate of 0 in a warm-up, or gradients of 0."""
+        scores = score_tokens(policy, before.E)
+        H = _entropies(scores, before.E)
+        nothing = Estimate(0.0, torch.zeros_like(H[0].influence))
+        values = {
+            "verdict": "unresolved",
+            "verdict_reasons": ["The optimizer's step was exactly 0 (learning rate 0, or gradients of 0)."],
+            **_levels(H),
+            **{f"{name}{suffix}": 0.0 for name in ("deltaH1", "deltaH_true") for suffix in ("", "_tok")},
+            "learning_rate": self._learning_rate(optimizers),
+            "B_E": len(before.E),
+            "avg_generation_length": float(before.E.lengths.double().mean()),
+            "step_norm": 0.0,
+            "diagnostics": {**batch_diagnostics(before.E), "bias_flags": []},
+            "timing": {"sample": before.seconds},
+        }
+        return Outcome(values, H, (nothing, nothing), (nothing, nothing), moved=False)
+
+    def _prediction(
+        self,
+        E: RolloutBatch,
+        scores: TokenScores,
+        tangents: TokenTangents,
+        optimizers: Sequence[torch.optim.Optimizer],
+    ) -> Prediction:
+        """DeltaH1 with its errors, without control variates."""
+        by_name = {name: token_first_order(scores, tangents, E.group, name) for name in ("causal", "matched")}  # type: ignore[arg-type]
+        # a rate of 0 with a step that is not 0 leaves bars_dot undefined
+        found = from_tokens(by_name["causal"], self._learning_rate(optimizers) or math.nan)
+        return replace(
+            found,
+            estimates={name: parts.total for name, parts in by_name.items()},
+            reported="causal",
+            mode=self.mode,
+            reason=self.reason,
+        )
+
+    def _learning_rate(self, optimizers: Sequence[torch.optim.Optimizer]) -> float:
+        """The largest learning rate of the groups that hold watched parameters."""
+        mine = {id(p) for p in self.parameters.values()}
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        return max(float(g["lr"]) for g in groups if any(id(p) in mine for p in g["params"]))
+
+    # ---------------------------------------------------------------- control variates
+
+    def _earlier(self, before: Before) -> list[Any]:
+        """What earlier probes contribute to the fit; E's of different steps are independent draws."""
+        return [] if self.memory is None else self.memory.earlier_than(before.E, f"step {before.number}")
+
+    def _control_variates(
+        self,
+        E: RolloutBatch,
+        scores: TokenScores,
+        tangents: TokenTangents,
+        earlier: Sequence[Any],
+        number: int,
+    ) -> list[Estimate] | None:
+        """`[mean Z_seq, mean Z_tok]` for this step; None where they are off or not worth it yet."""
+        if self.memory is None or scores.state_features is None:
+            return None
+        fitted = control_variates(
+            scores, tangents, _sampled_features(self.memory.basis, E), E.group, list(earlier)
+        )
+        self.memory.add(E, fitted.statistics, f"step {number}")
+        return fitted.means(scores, E.group) if self._enough(earlier) else None
+
+    def _enough(self, earlier: Sequence[Any]) -> bool:
+        """Whether E and what earlier ones taught are enough for errors that can be believed."""
+        return (SMALLEST_TAUGHT if earlier else SMALLEST_SAMPLE) <= self.settings.B_E
+
+    def _why_no_control_variates(self, earlier: Sequence[Any]) -> str:
+        if not self.settings.control_variates:
+            return "off: control_variates"
+        if self.memory is None:
+            return "off: the first probe; the next ones learn from it"
+        least = SMALLEST_TAUGHT if earlier else SMALLEST_SAMPLE
+        return f"off: {self.settings.B_E} prompts in E, they are used from {least} on"
+
+    def _found_memory(self, E: RolloutBatch) -> None:
+        """A basis of features from this E, for the ones to come."""
+        basis = feature_basis(self.model, E)
+        if basis is not None:
+            self.memory = FitMemory(basis, policy="live")
+
+    # ---------------------------------------------------------------- shares
+
+    def _shares(
+        self,
+        before: Before,
+        step: Mapping[str, Tensor],
+        optimizers: Sequence[torch.optim.Optimizer],
+        scores: TokenScores,
+        tangent_of: _Tangents,
+        prediction: Prediction,
+        with_control_variates: bool,
+    ) -> dict[str, Any]:
+        """What momentum and weight decay contribute to deltaH1, and the gradient of this batch: the rest."""
+        parts = step_parts(optimizers, self.parameters, before.old, step)
+        if isinstance(parts, str):
+            return {"shares_reason": parts}
+        E, earlier = before.E, self._earlier(before)
+        basis = self.memory.basis if self.memory is not None and with_control_variates else None
+        rest = list(_with_influence(prediction))
+        values: dict[str, Any] = {"shares_error": parts.error}
+        for name, direction in _directions(parts).items():
+            of_part = [Estimate(0.0, torch.zeros_like(e.influence)) for e in rest]
+            if any(bool(x.any()) for x in direction.values()):
+                tangents = tangent_of.along(direction, basis)
+                of_part = list(token_first_order(scores, tangents, E.group).total)
+                if basis is not None:
+                    psi = _sampled_features(basis, E)
+                    Z = control_variates(scores, tangents, psi, E.group, earlier).means(scores, E.group)
+                    of_part = [e - z for e, z in zip(of_part, Z, strict=True)]
+            rest = [all_ - part for all_, part in zip(rest, of_part, strict=True)]
+            values |= _part_values(name, of_part, prediction)
+        return values | _part_values("gradient", rest, prediction)
+
+    # ---------------------------------------------------------------- values
+
+    def _values(
+        self,
+        before: Before,
+        prediction: Prediction,
+        truth: GroundTruth,
+        scores: TokenScores,
+        optimizers: Sequence[torch.optim.Optimizer],
+    ) -> dict[str, Any]:
+        """The mapping of names to numbers."""
+        E = before.E
+        flags = [*E.bias_flags, *(["half_precision"] if self.policy.half_precision else [])]
+        return {
+            **change_values(prediction, truth),
+            **_levels(_entropies(scores, E)),
+            "learning_rate": self._learning_rate(optimizers),
+            "B_E": len(E),
+            "avg_generation_length": float(E.lengths.double().mean()),
+            "diagnostics": {
+                **batch_diagnostics(E),
+                **ground_truth_diagnostics(truth),
+                **derivative_diagnostics(prediction),
+                "bias_flags": flags,
+            },
+        }
+
+
+class _Tangents:
+    """Derivatives of E's scores along directions at one point, by the way that this model allows."""
+
+    def __init__(self, policy: Policy, E: RolloutBatch, step: Mapping[str, Tensor], mode: str) -> None:
+        """Args: `policy` at the old parameters, `E`, the optimizer's `step`, and `mode`."""
+        self.policy, self.E, self._step, self._mode = policy, E, step, mode
+        self.scale: float | None = None
+        self.scale_error: float | None = None
+        self.new_scores: TokenScores | None = None
+
+    def attention(self) -> Any:
+        """One attention kernel for all scores that are compared: forward mode has a rule for only one."""
+        return differentiable_attention() if self._mode == "jvp" else nullcontext()
+
+    def step(self, basis: FeatureBasis | None, now: Policy) -> tuple[TokenScores, TokenTangents]:
+        """Scores, and derivatives along the step.
+
+        Args:
+            basis: of the control variates, or None.
+            now: the policy at the new parameters, which differences at scale 1 need anyway.
+        """
+        if self._mode == "jvp":
+            return scores_and_tangents(self.policy, self.E, self._step, basis)
+        scores = score_tokens(self.policy, self.E, basis=basis)
+        few = torch.nonzero(self.E.lengths > 0).flatten()[: self.policy.microbatch_size]
+        self.scale, self.scale_error = choose_scale(self.policy, self.E.subset(few), self._step)
+        upper = now.point(self._step) if self.scale == 1.0 else None
+        pair = difference_pair(self.policy, self.E, self._step, self.scale, self.scale_error, upper, basis)
+        if upper is not None:
+            self.new_scores = pair.plus
+        return scores, pair.tangents
+
+    def along(self, direction: Mapping[str, Tensor], basis: FeatureBasis | None) -> TokenTangents:
+        """Derivatives along another direction; differences move as far as along the step."""
+        if self._mode == "jvp":
+            return scores_and_tangents(self.policy, self.E, direction, basis)[1]
+        scale = (self.scale or 1.0) * norm(self._step) / norm(direction)
+        return difference_pair(self.policy, self.E, direction, scale, basis=basis).tangents
+
+
+@dataclass
+class _Clock:
+    """Seconds spent in named parts."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measures(self, name: str) -> Iterator[None]:
+        """Add the time of a block."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def judged(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with their verdict, its reasons in the words of the drop-in probe's settings."""
+    found = verdict(values)
+    return {
+        "verdict": found.word,
+        "verdict_reasons": [live_words(reason) for reason in found.reasons],
+        **values,
+    }
+
+
+def live_words(text: str) -> str:
+    """A sentence with the names of an offline run's settings replaced by those of the drop-in probe.
+
+    >>> live_words("raise batch_config.B_E, or lower probe_rework.learning_rate")
+    'raise B_E, or lower the learning rate'
+    """
+    for name, own in SETTING_NAMES.items():
+        text = text.replace(name, own)
+    return text
+
+
+def _entropies(scores: TokenScores, E: RolloutBatch) -> tuple[Estimate, Estimate]:
+    """Entropy per response and per token, with errors over prompts."""
+    sequence, token = estimate(lambda q: entropy(q, scores.entropy, scores.mask), E.group)
+    return sequence, token
+
+
+def _levels(H: tuple[Estimate, Estimate]) -> dict[str, Any]:
+    """`H_orig` with its error, both estimands."""
+    return with_error("H_orig", H[0]) | with_error("H_orig_tok", H[1])
+
+
+def _with_influence(prediction: Prediction) -> tuple[Estimate, Estimate]:
+    """DeltaH1 as reported, `(sequence, token)`."""
+    return prediction.estimates[prediction.reported]
+
+
+def _directions(parts: StepParts) -> dict[str, Mapping[str, Tensor]]:
+    """The parts of a step that have a direction of their own; decay's is 0 where there is none."""
+    zero = {name: torch.zeros_like(x) for name, x in parts.momentum.items()}
+    return {"momentum": parts.momentum, "decay": parts.decay or zero}
+
+
+def _part_values(name: str, of_part: Sequence[Estimate], prediction: Prediction) -> dict[str, Any]:
+    """A part of deltaH1 in nats with its error; and as a share of it, where that is told from 0."""
+    values: dict[str, Any] = {}
+    for found, total, suffix in zip(of_part, _with_influence(prediction), ("", "_tok"), strict=True):
+        values |= with_error(f"deltaH1_{name}{suffix}", found)
+        low, high = total.ci95
+        values[f"{name}_share{suffix}"] = found.value / total.value if low > 0 or high < 0 else None
+    return values
+
+
+def _sampled_features(basis: FeatureBasis, E: RolloutBatch) -> Tensor:
+    """`psi(y[i,t])`, `(B, T, K)`."""
+    return basis.tokens[E.completion_ids.clamp(0, len(basis.tokens) - 1)]

@@ -1,0 +1,242 @@
+"""What the drop-in probe reports: the names of its numbers, the lines it prints, and where they go."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from probe.errors import ConfigError
+from probe.live.cost import Schedule
+from probe.verdict import WORDS
+
+logger = logging.getLogger("probe.live")
+
+PREFIX = "entropy_probe"
+Log = Callable[[Mapping[str, float], int], None]
+"""Called with numbers by name (`entropy_probe/...`) and the optimizer step they belong to."""
+
+LIVE_KEYS: dict[str, str] = {
+    "H_orig": "entropy of the policy before the step",
+    "deltaH1": "change predicted: entropy gradient times the optimizer's step",
+    "deltaH_true": "change measured: E rescored after the step",
+    "residual": "same-E difference of the two: curvature and code error only",
+    "cumulative_deltaH1": "sum of deltaH1 over all steps since the first probe, interpolated linearly between probes",
+    "cumulative_deltaH_true": "the same of deltaH_true",
+    "cumulative_H": "H_orig now minus H_orig at the first probe: what the two above should be",
+    "H_predicted": "H_orig at the first probe plus cumulative_deltaH1",
+    "H_tracked": "H_orig at the first probe plus cumulative_deltaH_true",
+    "deltaH1_momentum": "part of deltaH1 that earlier batches have in the step, through the optimizer's momentum",
+    "deltaH1_decay": "part of deltaH1 from weight decay",
+    "deltaH1_gradient": "part of deltaH1 from this step's own gradient: the rest",
+}
+"""Quantities in nats per response, and with the suffix `_tok` in nats per token; `_se` is the standard error,
+`_ci95_low` and `_ci95_high` the ends of the 95 % interval. Errors are those of sampling E; those of cumulative sums
+count the scatter of steps between probes too."""
+
+LIVE_NUMBERS: dict[str, str] = {
+    "momentum_share_tok": "deltaH1_momentum_tok / deltaH1_tok; absent where deltaH1_tok cannot be told from 0",
+    "decay_share_tok": "deltaH1_decay_tok / deltaH1_tok; absent likewise",
+    "steps_to_collapse": "optimizer steps until H_orig_tok is forecast to fall to the collapse threshold",
+    "steps_to_collapse_low": "lower end of its 95 % interval",
+    "steps_to_collapse_high": "upper end of its 95 % interval; absent where it is infinite",
+    "entropy_rate": "mean relative change of H_orig_tok per step over the last probes",
+    "collapse_entropy": "the threshold, nats per token",
+    "verdict_code": "0 trustworthy, 1 caution, 2 unresolved, 3 invalid: how far this probe's numbers can be believed",
+    "ESS": "effective sample size of the importance weights, at most B_E",
+    "pareto_k": "shape of the tail of the importance weights; absent where it cannot be fitted",
+    "noise_floor_tok": "size that a change of 0 can seem to have by rounding, nats per token",
+    "truncated_fraction": "share of E cut off by max_new_tokens",
+    "avg_generation_length": "tokens per response of E",
+    "learning_rate": "largest learning rate of the watched parameters",
+    "step_norm": "Euclidean norm of the step",
+    "seconds": "time of this probe",
+    "cost_share": "time in probes over training time without them, since the second step",
+    "every": "steps from probe to probe",
+}
+"""Further numbers, without a suffix."""
+
+LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
+    "Entropy: predicted and realised": {
+        "nats per token": (
+            "Multiline",
+            ("H_orig_tok", "H_predicted_tok", "H_tracked_tok", "collapse_entropy"),
+        ),
+        "change since the first probe": (
+            "Multiline",
+            ("cumulative_H_tok", "cumulative_deltaH1_tok", "cumulative_deltaH_true_tok"),
+        ),
+    },
+    "Change of entropy per step, with 95 % interval": {
+        "deltaH1 (predicted), nats per token": (
+            "Margin",
+            ("deltaH1_tok", "deltaH1_tok_ci95_low", "deltaH1_tok_ci95_high"),
+        ),
+        "deltaH_true (measured), nats per token": (
+            "Margin",
+            ("deltaH_true_tok", "deltaH_true_tok_ci95_low", "deltaH_true_tok_ci95_high"),
+        ),
+        "parts of deltaH1": (
+            "Multiline",
+            ("deltaH1_tok", "deltaH1_gradient_tok", "deltaH1_momentum_tok", "deltaH1_decay_tok"),
+        ),
+    },
+    "Forecast": {
+        "steps to collapse": (
+            "Multiline",
+            ("steps_to_collapse", "steps_to_collapse_low", "steps_to_collapse_high"),
+        ),
+    },
+}
+"""The charts of TensorBoard's tab CUSTOM SCALARS: chart type and names."""
+
+
+def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a history entry that are logged, by their full names.
+
+    >>> scalars({"step": 3, "H_orig_tok": 0.5, "pareto_k": None, "steps_to_collapse": math.inf, "verdict": "caution"})
+    {'entropy_probe/H_orig_tok': 0.5}
+    """
+    found = {}
+    for name, value in entry.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name != "step" and number and math.isfinite(value):
+            found[f"{PREFIX}/{name}"] = float(value)
+    return found
+
+
+def flat_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of one probe's values under the names of `LIVE_KEYS` and `LIVE_NUMBERS`, and its verdict."""
+    entry: dict[str, Any] = {"verdict": values["verdict"], "verdict_code": WORDS.index(values["verdict"])}
+    for key in LIVE_KEYS:
+        for name in (key, f"{key}_tok"):
+            if name in values:
+                entry[name] = values[name]
+            if f"{name}_se" in values:
+                entry[f"{name}_se"] = values[f"{name}_se"]
+            if f"{name}_ci95" in values:
+                entry[f"{name}_ci95_low"], entry[f"{name}_ci95_high"] = values[f"{name}_ci95"]
+    for source in (values, values["diagnostics"]):
+        entry |= {name: source[name] for name in LIVE_NUMBERS if name in source}
+    return entry
+
+
+def tensorboard_layout(prefix: str = "") -> dict[str, dict[str, list[Any]]]:
+    """The layout for `SummaryWriter.add_custom_scalars`.
+
+    Args:
+        prefix: what the host puts before names (`train/` in transformers' Trainer).
+    """
+    return {
+        category: {
+            title: [kind, [f"{prefix}{PREFIX}/{name}" for name in names]]
+            for title, (kind, names) in charts.items()
+        }
+        for category, charts in LAYOUT.items()
+    }
+
+
+def as_log(target: Any) -> Log | None:
+    """A function that logs to `target`.
+
+    Args:
+        target: None, a function of a mapping and a step (Fabric's `log_dict`), a Lightning logger (`log_metrics`), a
+            `SummaryWriter` (`add_scalar`), or a Weights & Biases run (`log`).
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if target is None:
+        return None
+    if hasattr(target, "log_metrics"):
+        return lambda metrics, step: target.log_metrics(dict(metrics), step=step)
+    if hasattr(target, "add_scalar"):
+        if hasattr(target, "add_custom_scalars"):
+            target.add_custom_scalars(tensorboard_layout())
+
+        def write(metrics: Mapping[str, float], step: int) -> None:
+            for name, value in metrics.items():
+                target.add_scalar(name, value, step)
+
+        return write
+    if callable(target):
+        return lambda metrics, step: target(dict(metrics), step)
+    if callable(getattr(target, "log", None)):
+        return lambda metrics, step: target.log(dict(metrics), step=step)
+    raise ConfigError(
+        "log: expected a function of (mapping, step), a Lightning logger, a SummaryWriter or a wandb run, found "
+        f"{type(target).__name__}"
+    )
+
+
+# ---------------------------------------------------------------- lines
+
+
+def say(line: str, *, warn: bool = False) -> None:
+    """Print a line through logging; where nobody has set logging up, on stderr."""
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    logger.log(logging.WARNING if warn else logging.INFO, "entropy probe: %s", line)
+
+
+def probe_line(entry: Mapping[str, Any]) -> str:
+    """One probe in a line."""
+    change = [_with_error(entry, name) for name in ("deltaH1_tok", "deltaH_true_tok")]
+    parts = [
+        f"step {entry['step']}: H {_with_error(entry, 'H_orig_tok')} nats/token",
+        f"predicted {change[0]}, measured {change[1]} ({entry['verdict']})",
+    ]
+    if entry.get("steps_to_collapse") is not None and math.isfinite(entry["steps_to_collapse"]):
+        parts.append(f"collapse in {forecast_words(entry)}")
+    return "; ".join(parts)
+
+
+def forecast_words(entry: Mapping[str, Any]) -> str:
+    """`about 31 steps (22 to 55)`."""
+    low, high = entry["steps_to_collapse_low"], entry["steps_to_collapse_high"]
+    upper = f"{high:.0f}" if math.isfinite(high) else "never"
+    return f"about {entry['steps_to_collapse']:.0f} steps (95 %: {low:.0f} to {upper})"
+
+
+def cost_line(schedule: Schedule, B_E: int, length: float, timing: Mapping[str, float]) -> str:
+    """The cost model in a line."""
+    parts = ", ".join(f"{name.replace('_', ' ')} {seconds:.2g}" for name, seconds in timing.items())
+    line = f"a probe of {B_E} responses of {length:.0f} tokens takes {schedule.expected_cost:.2g} s ({parts})"
+    if schedule.step_seconds is None or schedule.interval is None:
+        return line
+    line += f", a training step {schedule.step_seconds:.2g} s"
+    how = "every" if schedule.every is not None else f"every (budget {100 * schedule.budget:.3g} %)"
+    return f"{line}: {how} {schedule.interval} steps that is {100 * (schedule.share_ahead or 0):.2g} % of training time"
+
+
+def alarm_line(entry: Mapping[str, Any], threshold: float, horizon: int) -> str:
+    """The warning, with its remedy."""
+    H = entry["H_orig_tok"]
+    if threshold >= H:
+        what = f"the policy's entropy has collapsed: {H:.3g} nats/token, at or below {threshold:.3g}"
+    else:
+        what = (
+            f"entropy collapse forecast: from {H:.3g} to {threshold:.3g} nats/token in {forecast_words(entry)}, within "
+            f"the horizon of {horizon}"
+        )
+    share = entry.get("momentum_share_tok")
+    inertia = (
+        f" {100 * share:.0f} % of the change is momentum, so a lower rate acts with delay."
+        if share is not None and share > 0.5
+        else ""
+    )
+    return (
+        f"{what}; lower the learning rate, raise the entropy or KL coefficient, or clip less from above "
+        f"(epsilon_high).{inertia}"
+    )
+
+
+def _with_error(entry: Mapping[str, Any], name: str) -> str:
+    value, se = entry.get(name), entry.get(f"{name}_se")
+    if value is None:
+        return "not resolved"
+    return f"{value:.3g}" if se is None else f"{value:.3g} +/- {se:.1g}"

@@ -1,0 +1,149 @@
+"""The settings of the drop-in probe, the same in a plain loop, in Lightning and in transformers' Trainer."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from probe.config import GenerationConfig
+from probe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class WatchSettings:
+    """How often and how accurately a training run is probed, and when it warns."""
+
+    every: int | None = None
+    """Probe the first optimizer step and every `every`-th after it; None chooses it from `budget`."""
+    budget: float = 0.05
+    """With `every: None`: largest share of the training time, the probe's own left out, that probes may take."""
+    B_E: int = 64
+    """Responses in E, one per prompt drawn with replacement. Standard errors shrink like its square root."""
+    max_new_tokens: int = 256
+    """Responses of E are cut off after this many tokens; give the trainer's limit."""
+    temperature: float = 1.0
+    """The probed policy is softmax(logits / temperature); give the trainer's."""
+    stop_strings: tuple[str, ...] = ()
+    """A response ends with the token that completes one of these, or with EOS."""
+    generation_batch_size: int = 64
+    """Sequences generated at a time."""
+    microbatch_size: int = 8
+    """Sequences per scoring or forward-mode pass."""
+    head_chunk_tokens: int = 256
+    """Tokens whose logits are held at a time."""
+    derivative: Literal["auto", "jvp", "finite_difference"] = "auto"
+    """How deltaH1 is differentiated: one forward-mode pass, or differences of forwards; `auto` takes the first where
+    the model allows it."""
+    shares: bool = True
+    """Also say how much of deltaH1 is momentum's and weight decay's: one more forward-mode pass for each."""
+    control_variates: bool = True
+    """Let every probe learn from the earlier ones, which takes about half of the variance off."""
+    noise_floor: Literal["auto", "on", "off"] = "auto"
+    """Measure what rounding makes of a change of 0, by two scorings; `auto` does so where forwards are in 16 bits."""
+    snapshot_device: str | None = None
+    """Where the copy of the trainable parameters is kept during the step; None is where they are."""
+    collapse_entropy: float | None = None
+    """Entropy in nats per token that counts as collapse; None takes `collapse_fraction` of the first probe's."""
+    collapse_fraction: float = 0.1
+    """See `collapse_entropy`."""
+    horizon: int = 50
+    """Warn when collapse is forecast within this many optimizer steps."""
+    window: int = 10
+    """Probes that the forecast is made from: the last so many."""
+    seed: int = 0
+    """Of E's prompts and responses. Nothing is drawn from the training's own random streams."""
+    strict: bool = False
+    """Raise errors of the probe. By default one is logged with its traceback, and the probe switches itself off."""
+
+    def __post_init__(self) -> None:
+        """Check types and ranges."""
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            _check_type(field.name, getattr(self, field.name), hints[field.name])
+        for key, good, expected in (
+            ("every", self.every is None or self.every >= 1, "an integer of at least 1, or None"),
+            ("budget", self.budget > 0, "a share above 0, such as 0.05"),
+            ("B_E", self.B_E >= 2, "an integer of at least 2"),
+            ("microbatch_size", self.microbatch_size >= 1, "an integer of at least 1"),
+            ("head_chunk_tokens", self.head_chunk_tokens >= 1, "an integer of at least 1"),
+            (
+                "collapse_entropy",
+                self.collapse_entropy is None or self.collapse_entropy > 0,
+                "a number of nats per token above 0, or None",
+            ),
+            ("collapse_fraction", 0 < self.collapse_fraction < 1, "a number between 0 and 1"),
+            ("horizon", self.horizon >= 1, "an integer of at least 1"),
+            ("window", self.window >= 3, "an integer of at least 3"),
+            ("seed", self.seed >= 0, "an integer of at least 0"),
+        ):
+            if not good:
+                raise ConfigError(f"{key}: expected {expected}, found {getattr(self, key)!r}")
+        self.generation  # noqa: B018  (its own checks)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> WatchSettings:
+        """The settings of keyword arguments.
+
+        Raises:
+            ConfigError: one is unknown, of the wrong type or impossible.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
+                raise ConfigError(f"{name}: expected a setting of the probe, found an unknown one{hint}")
+        return cls(**values)
+
+    @property
+    def generation(self) -> GenerationConfig:
+        """How E is sampled."""
+        try:
+            return GenerationConfig(
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                stop_strings=list(self.stop_strings),
+                batch_size=self.generation_batch_size,
+            )
+        except ConfigError as error:
+            raise ConfigError(str(error).removeprefix("generation.")) from None
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """Refuse a value of another type than the field's.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if not _accepts(hint, value):
+        raise ConfigError(f"{name}: expected {_words(hint)}, found {value!r}")
+
+
+def _accepts(hint: Any, value: Any) -> bool:
+    """Whether a value belongs to one of the types that settings have; a truth value is not a number."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return value in parts
+    if kind is UnionType:
+        return any(_accepts(part, value) for part in parts)
+    if kind is tuple:
+        return isinstance(value, (tuple, list)) and all(isinstance(x, parts[0]) for x in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _words(hint: Any) -> str:
+    """A type in words."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return "one of " + ", ".join(map(repr, parts))
+    if kind is UnionType:
+        return " or ".join(map(_words, parts))
+    if kind is tuple:
+        return "a list of texts"
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "a text", NoneType: "None"}
+    return names[hint]

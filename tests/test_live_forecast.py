@@ -1,0 +1,335 @@
+"""The forecast of the steps to collapse: exact on noise-free decay, the right coverage on walks, and the alarm."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from probe.live.forecast import (
+    CollapseAlarm,
+    EntropyReading,
+    Forecast,
+    forecast,
+    student_quantile,
+)
+
+RATE = -0.004
+
+
+def decay(rate: float, steps: list[int], H0: float = 2.0, H_se: float = 0.0) -> list[EntropyReading]:
+    """Noise-free `H0 exp(rate k)`."""
+    levels = [H0 * math.exp(rate * k) for k in steps]
+    return [EntropyReading(k, H, H_se, H * math.expm1(rate), 0.0) for k, H in zip(steps, levels, strict=True)]
+
+
+def noisy(rates: list[float], H: float = 1.0, H_se: float = 0.0) -> list[EntropyReading]:
+    """Readings at every step with these increments of log H."""
+    log_levels = math.log(H) + np.cumsum([0.0, *rates[:-1]])
+    return [
+        EntropyReading(k, math.exp(y), H_se, math.exp(y) * math.expm1(r), 0.0)
+        for k, (y, r) in enumerate(zip(log_levels, rates, strict=True))
+    ]
+
+
+def found(readings: list[EntropyReading], threshold: float, **settings: float) -> Forecast:
+    result = forecast(readings, threshold, **settings)  # type: ignore[arg-type]
+    assert result is not None
+    return result
+
+
+@pytest.mark.parametrize("steps", [[0, 1, 2], list(range(100, 110)), [0, 10, 20, 30], [3, 4, 9, 30, 31]])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_exponential_decay_is_forecast_exactly(steps, momentum):
+    left = 57.25
+    result = found(decay(-0.01, steps), 2.0 * math.exp(-0.01 * (steps[-1] + 1 + left)), momentum=momentum)
+    assert result.steps == pytest.approx(left, rel=1e-9)
+    assert result.low == pytest.approx(left, rel=1e-5)
+    assert result.high == pytest.approx(left, rel=1e-5)
+    assert result.low <= result.steps <= result.high
+    assert result.rate == pytest.approx(-0.01)
+    assert result.rate_se == pytest.approx(0.0, abs=1e-12)
+    level = result.H
+    assert level == pytest.approx(2.0 * math.exp(-0.01 * (steps[-1] + 1)))
+    assert result.expected
+    assert result.readings_used == len(steps)
+
+
+def test_error_of_the_level_alone():
+    """Read too high by a share, `H` gives a distance too long and a relative change too small: 1 + 1 at distance 1."""
+    steps = list(range(10))
+    readings = [dataclasses.replace(x, H_se=0.03 * x.H) for x in decay(-0.01, steps)]
+    result = found(readings, 2.0 * math.exp(-0.01 * 110))
+    half_width = 2 * stats.t.ppf(0.975, 9) * 0.03 / math.sqrt(10) / 0.01
+    assert result.high - result.steps == pytest.approx(half_width, rel=0.05)
+    assert result.steps - result.low == pytest.approx(half_width, rel=0.05)
+
+
+def test_growth_never_collapses():
+    result = found(decay(0.01, list(range(10))), 0.5)
+    assert (result.steps, result.low, result.high) == (math.inf, math.inf, math.inf)
+    assert not result.expected
+
+
+def test_constant_entropy_never_collapses():
+    for change in (0.0, -0.0):
+        readings = [EntropyReading(k, 1.0, 0.0, change, 0.0) for k in range(5)]
+        result = found(readings, 0.5)
+        assert (result.steps, result.low, result.high) == (math.inf, math.inf, math.inf)
+
+
+def test_unresolved_drift_has_a_lower_end_only():
+    for sign in (1, -1):
+        result = found(noisy([0.01 + 0.002 * sign, -0.01 + 0.002 * sign] * 5), 0.5)
+        assert result.steps == (math.inf if sign > 0 else pytest.approx(math.log(2) / 0.002, rel=0.05))
+        assert 0 < result.low < math.inf
+        assert result.high == math.inf
+        assert not result.expected
+
+
+def test_resolved_growth_with_large_noise_can_still_touch_a_close_threshold():
+    growing = noisy([0.02, 0.05, 0.03, 0.06, 0.02, 0.05, 0.04, 0.03, 0.05, 0.02])
+    H = found(growing, 0.1).H
+    assert found(growing, 0.1).low == math.inf
+    close = found(growing, H * 0.999)
+    assert 0 < close.low < math.inf
+    assert close.steps == close.high == math.inf
+
+
+def test_interval_fulfils_its_definition():
+    """The ends are where the distance is the quantile times the prediction error, found by search."""
+    readings = noisy([-0.02, -0.01, -0.015, -0.03, -0.01, -0.02], H_se=0.02)
+    result = found(readings, 0.3)
+    r = np.array([-0.02, -0.01, -0.015, -0.03, -0.01, -0.02])
+    e = r - r.mean()
+    rho = (6 * (e[1:] @ e[:-1]) / (e @ e) + 1) / 3
+    assert rho < 0  # so the noise counts as white
+    level_variance = 1 / sum(x.H**2 / 0.02**2 for x in readings)
+    t = np.linspace(0, 200, 400_001)
+    error = stats.t.ppf(0.975, 5) * np.sqrt((t**2 / 6 + t) * e.var(ddof=1) * 1.0 + level_variance)
+    # the drift's measurement error is that of H alone, of relative order 1e-3 of the increment
+    inside = t[np.abs(math.log(result.H / 0.3) + r.mean() * t) <= error]
+    assert result.low == pytest.approx(inside[0], rel=2e-3)
+    assert result.high == pytest.approx(inside[-1], rel=2e-3)
+
+
+@pytest.mark.parametrize("rate", [-0.01, 0.01])
+def test_below_the_threshold_no_steps_are_left(rate):
+    result = found(decay(rate, list(range(5)), H0=0.1), 0.5)
+    assert (result.steps, result.low, result.high) == (0, 0, 0)
+    assert result.expected
+
+
+def test_level_not_resolved_from_the_threshold():
+    above = found(decay(-0.01, list(range(10)), H0=1.0, H_se=0.1), 0.89)
+    assert (above.low, above.steps > 0, above.high > above.steps) == (0, True, True)
+    below = found(decay(-0.01, list(range(10)), H0=1.0, H_se=0.1), 0.91)
+    assert (below.low, below.steps) == (0, 0)
+    assert 0 < below.high < math.inf
+    growing_below = found(decay(0.01, list(range(10)), H0=1.0, H_se=0.1), 1.12)
+    assert (growing_below.low, growing_below.steps, growing_below.high) == (0, 0, math.inf)
+
+
+def test_only_the_window_counts():
+    old, new = decay(0.05, list(range(20))), decay(-0.01, list(range(20, 30)))
+    assert forecast(old + new, 0.5) == forecast(new, 0.5)
+    assert forecast(old + new, 0.5, window=4) == forecast(new[-4:], 0.5)
+    assert found(old + new, 0.5, window=4).readings_used == 4
+    assert found(old + new, 0.5, window=100).readings_used == 30
+
+
+def test_too_few_readings():
+    readings = decay(-0.01, [0, 1, 2])
+    assert forecast([], 0.5) is None
+    assert forecast(readings[:2], 0.5) is None
+    assert forecast(readings, 0.5) is not None
+
+
+@pytest.mark.parametrize("field", ["H", "H_se", "change", "change_se"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_readings_that_are_not_finite_are_left_out(field, value):
+    readings = decay(-0.01, list(range(6)))
+    broken = dataclasses.replace(readings[3], **{field: value})
+    assert forecast([*readings[:3], broken, *readings[4:]], 0.5) == forecast(readings[:3] + readings[4:], 0.5)
+    assert forecast([*readings[:2], broken], 0.5) is None
+
+
+def test_a_change_of_more_than_the_entropy_gives_a_finite_forecast():
+    readings = [*decay(-0.01, [0, 1, 2, 3]), EntropyReading(4, 0.01, 0.001, -0.02, 0.02)]
+    result = found(readings, 0.001)
+    assert math.isfinite(result.rate)
+    assert math.isfinite(result.rate_se)
+
+
+def test_momentum_widens_the_interval():
+    readings = noisy(list(-0.01 + 0.001 * np.random.default_rng(1).standard_normal(10)))
+    widths = [(x := found(readings, 0.3, momentum=m)).high - x.low for m in (0.0, 0.5, 0.9)]
+    assert widths[0] < widths[1] < widths[2]
+
+
+def test_measurement_error_bounds_the_error_of_the_rate_from_below():
+    readings = [dataclasses.replace(x, change_se=0.001 * x.H) for x in decay(-0.01, list(range(10)))]
+    result = found(readings, 0.5)
+    assert result.rate_se == pytest.approx(0.001 / 0.99 / math.sqrt(10), rel=1e-3)
+
+
+def test_invalid_input():
+    readings = decay(-0.01, [0, 1, 2])
+    for threshold in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="threshold"):
+            forecast(readings, threshold)
+    with pytest.raises(ValueError, match="window"):
+        forecast(readings, 0.5, window=2)
+    for momentum in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="momentum"):
+            forecast(readings, 0.5, momentum=momentum)
+    with pytest.raises(ValueError, match="increasing"):
+        forecast(readings[::-1], 0.5)
+    with pytest.raises(ValueError, match="increasing"):
+        forecast([readings[0], *readings], 0.5)
+    for H in (0.0, -1.0):
+        with pytest.raises(ValueError, match="positive"):
+            forecast([*readings, EntropyReading(3, H, 0.1, 0.1, 0.1)], 0.5)
+    with pytest.raises(ValueError, match="negative"):
+        forecast([*readings, EntropyReading(3, 1.0, -0.1, 0.1, 0.1)], 0.5)
+
+
+def test_student_quantile():
+    for freedom in (2, 2.5, 3, 5.3, 9, 29, 57.6, 58, 200, 5000):
+        assert student_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-4)
+    for freedom in (1, 1.01, 1.1, 1.5, 1.9):
+        assert student_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=2e-3)
+    assert student_quantile(9, 0.5) == pytest.approx(stats.t.ppf(0.75, 9), rel=1e-4)
+
+
+def walks(
+    repetitions: int, n: int, every: int, phi: float, noise: float = 0.5, horizon: int = 1200, seed: int = 3
+) -> tuple[list[list[EntropyReading]], np.ndarray]:
+    """Log-random-walks to a threshold of 1 from e above it, read with error, and the times they get there.
+
+    `noise` is the step noise in units of the drift, `phi` its autocorrelation. Levels are read with 3 % error, changes
+    with 10 % of the mean change. A walk that does not get there within `horizon` has an infinite time.
+    """
+    rng = np.random.default_rng(seed)
+    past = (n - 1) * every + 1
+    e = rng.standard_normal((repetitions, past + horizon))
+    for k in range(1, e.shape[1]):
+        e[:, k] = phi * e[:, k - 1] + math.sqrt(1 - phi**2) * e[:, k]
+    increments = RATE + noise * abs(RATE) * e
+    level = np.concatenate([np.zeros((repetitions, 1)), increments.cumsum(1)], 1)
+    level += 1 - level[:, [past]]
+    step = np.arange(n) * every
+    H = np.exp(level[:, step])
+    change_se = 0.1 * abs(RATE) * H
+    change = H * np.expm1(increments[:, step]) + change_se * rng.standard_normal(H.shape)
+    read = H * np.exp(0.03 * rng.standard_normal(H.shape))
+    future = level[:, past:]
+    after = (future <= 0).argmax(1)
+    row = np.arange(repetitions)
+    crossing = after - future[row, after] / (future[row, after] - future[row, after - 1])
+    time = np.where(after > 0, crossing, math.inf)
+    readings = [
+        [
+            EntropyReading(int(k), float(x), 0.03 * float(x), float(c), float(s))
+            for k, x, c, s in zip(step, read[i], change[i], change_se[i], strict=True)
+        ]
+        for i in range(repetitions)
+    ]
+    return readings, time
+
+
+def coverage(readings: list[list[EntropyReading]], time: np.ndarray, momentum: float = 0.0) -> float:
+    forecasts = [found(x, 1.0, momentum=momentum) for x in readings]
+    return float(np.mean([x.low <= t <= x.high for x, t in zip(forecasts, time, strict=True)]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n", "every", "phi", "momentum", "least"),
+    [
+        (10, 1, 0.0, 0.0, 0.93),
+        (10, 5, 0.0, 0.0, 0.93),
+        (4, 5, 0.0, 0.0, 0.93),
+        # readings too close together to show their dependence: 90 % in 4,000 walks, less three standard errors
+        (10, 1, 0.5, 0.0, 0.87),
+        (10, 1, 0.5, 0.5, 0.93),
+        (10, 5, 0.5, 0.0, 0.93),
+        # Adam's momentum, told
+        (10, 1, 0.9, 0.9, 0.93),
+        (10, 10, 0.9, 0.9, 0.93),
+    ],
+)
+@pytest.mark.parametrize("noise", [0.5, 1.0])
+def test_interval_covers_the_time_of_collapse(n, every, phi, momentum, least, noise):
+    readings, time = walks(800, n, every, phi, noise)
+    assert least <= coverage(readings, time, momentum) <= 0.995
+
+
+def test_forecasts_are_not_biased_and_the_interval_is_not_vacuous():
+    readings, time = walks(150, 20, 5, 0.0)
+    forecasts = [found(x, 1.0, window=20) for x in readings]
+    assert np.mean([x.expected for x in forecasts]) > 0.95
+    assert np.median([x.steps / t for x, t in zip(forecasts, time, strict=True)]) == pytest.approx(
+        1, abs=0.05
+    )
+    # the rate of 20 readings has a relative error of 0.5 / sqrt(20) = 11 %
+    assert np.median([(x.high - x.low) / x.steps for x in forecasts]) < 0.9
+
+
+def test_linear_decay_is_forecast_too_late_far_from_the_threshold_and_in_time_close_to_it():
+    c = 1e-3
+    for ratio in (1.05, 1.2, 2.0, 10.0):
+        readings = [EntropyReading(k, ratio + c * (3 - k), 0.0, -c, 0.0) for k in range(3)]
+        expected = ratio * math.log(ratio) / (ratio - 1)
+        assert found(readings, 1.0).steps / ((ratio - 1) / c) == pytest.approx(expected, rel=0.01)
+
+
+def outlook(steps: float, high: float = 1e6, H: float = 1.0) -> Forecast:
+    return Forecast(steps, 0.0, high, -0.01, 0.001, H, 0.5, 10)
+
+
+def test_alarm_starts_once_and_is_armed_again_after_three_calm_readings():
+    alarm = CollapseAlarm(horizon=100)
+    assert not alarm.update(None, 0)
+    assert not alarm.update(outlook(101), 1)
+    assert not alarm.update(outlook(50, high=math.inf), 2)
+    assert alarm.update(outlook(100), 3)
+    assert (alarm.armed, alarm.last_alarm) == (False, 3)
+    assert not alarm.update(outlook(10), 4)
+    for step, steps in enumerate(
+        [201, 201, 150, 201, 201], start=5
+    ):  # the third is not calm: counted from the start
+        assert not alarm.update(outlook(steps), step)
+    assert not alarm.armed
+    assert not alarm.update(None, 10)
+    assert not alarm.update(outlook(50, high=math.inf), 11)
+    assert alarm.armed
+    assert alarm.update(outlook(99), 12)
+
+
+def test_alarm_at_or_below_the_threshold():
+    alarm = CollapseAlarm(horizon=100)
+    below = outlook(0.0, high=math.inf, H=0.5)
+    assert alarm.update(below, 1)
+    # not resolved, so not expected, but no relief
+    assert not any(alarm.update(below, step) for step in range(2, 10))
+    assert alarm.calm_readings == 0
+
+
+def test_alarm_state_survives_saving():
+    alarm = CollapseAlarm(horizon=100)
+    alarm.update(outlook(50), 1)
+    alarm.update(outlook(500), 2)
+    restored = CollapseAlarm(**json.loads(json.dumps(dataclasses.asdict(alarm))))
+    assert restored == alarm
+    assert (restored.armed, restored.calm_readings, restored.last_alarm) == (False, 1, 1)
+
+
+def test_alarm_wants_a_positive_horizon():
+    for horizon in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="horizon"):
+            CollapseAlarm(horizon=horizon)
