@@ -1,8 +1,11 @@
 """A training that collapses, with the drop-in probe attached: TRL's GRPOTrainer on the demo's base model.
 
-Two runs that differ in the learning rate only: one whose entropy collapses and a healthy one. Every step is probed
-(`--every`), and the trainer's own metric `entropy` is the independent reference: it comes from the training batches.
-Prompts of E are from the test split, which the training never sees.
+Two runs that differ in the learning rate only: one whose entropy collapses and a healthy one. The reward is a right
+answer plus a format, on few prompts. With the answer alone nothing selects among phrasings, and their entropy stays;
+with many prompts the entropy of numbers that the small model cannot work out stays.
+
+Every step is probed (`--every`). E is drawn from the training's prompts, so that the trainer's own metric `entropy`,
+which comes from its batches, is an independent measurement of the same thing.
 
     python benchmarks/collapse.py --folder /tmp/collapse --output docs/collapse.png
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -33,10 +37,16 @@ from probe.demo.cache import ensure_demo_checkpoint
 from probe.demo.grpo import LINEAR_LAYERS
 from probe.sweep.style import DIFFERENCE, FLOOR, MEASURED, PREDICTED, SPREAD, make_figure, plot_style
 
-COLLAPSING, HEALTHY = 5e-3, 1e-3
+COLLAPSING, HEALTHY = 1e-3, 1e-4
 """Constant learning rates."""
+FRACTION = 0.2
+"""Share of the first entropy that counts as collapse. The small model's softmax keeps a floor of about 0.13."""
+PROMPTS = 16
+"""Distinct questions in training."""
+FORMAT = (r"^ We see that ", r"\d (plus|minus|times) \d+ is \d", r" So the answer is \d+\.$")
+"""What a completion should have: an opening, a calculation, a closing."""
 STEPS = 200
-BATCH_SIZE, GROUP_SIZE, MAX_NEW_TOKENS = 128, 8, 32
+BATCH_SIZE, GROUP_SIZE, MAX_NEW_TOKENS = 64, 8, 32
 """Responses per step, responses per prompt, and the cap on their tokens."""
 SMOOTHING = 5
 """The collapse counts from the first step at which the running median of the trainer's entropy is at the threshold."""
@@ -45,10 +55,15 @@ SMOOTHING = 5
 # ---------------------------------------------------------------- training
 
 
-def prompt_rows(split: str, size: int, seed: int) -> list[dict[str, str]]:
+def prompt_rows(size: int, seed: int) -> list[dict[str, str]]:
     """Rows with the columns `prompt` and `answer`, as TRL takes them."""
-    rows = arithmetic_rows(split, size, seed)
+    rows = arithmetic_rows("train", size, seed)
     return [{"prompt": PROMPT_TEMPLATE.format(prompt=r["question"]), "answer": r["answer"]} for r in rows]
+
+
+def format_reward(completions: list[str], **_: Any) -> list[float]:
+    """Share of `FORMAT` that each completion keeps to."""
+    return [sum(bool(re.search(part, text)) for part in FORMAT) / len(FORMAT) for text in completions]
 
 
 def make_trainer(
@@ -77,6 +92,7 @@ def make_trainer(
     from trl import GRPOConfig, GRPOTrainer
 
     checkpoint = ensure_demo_checkpoint()
+    rewards: list[Any] = [exact_number, format_reward]
     usual: dict[str, Any] = {
         "use_cpu": True,
         "bf16": False,
@@ -97,8 +113,8 @@ def make_trainer(
         model=AutoModelForCausalLM.from_pretrained(checkpoint.parent / "base"),
         # Not the tokenizer in base/: beside a config of Qwen2, AutoTokenizer splits words as Qwen2 does.
         processing_class=AutoTokenizer.from_pretrained(checkpoint / "model"),
-        reward_funcs=exact_number,
-        train_dataset=Dataset.from_list(prompt_rows("train", 4096, seed)),
+        reward_funcs=rewards,
+        train_dataset=Dataset.from_list(prompt_rows(PROMPTS, seed)),
         args=GRPOConfig(output_dir=str(output_dir), report_to=report_to, **{**usual, **settings}),
         peft_config=LoraConfig(
             task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.0, target_modules=LINEAR_LAYERS
@@ -109,16 +125,15 @@ def make_trainer(
     return trainer
 
 
-def attach_probe(trainer: Any, every: int, B_E: int, seed: int) -> Any:
-    """The drop-in probe, on prompts of the test split."""
+def attach_probe(trainer: Any, every: int, B_E: int, seed: int, fraction: float) -> Any:
+    """The drop-in probe; prompts, temperature and cap on tokens are by default the trainer's own."""
     from probe.callbacks.training_transformers import EntropyProbeTrainerCallback
 
     callback = EntropyProbeTrainerCallback(
         trainer,
         every=every,
-        prompts=prompt_rows("test", 1024, seed),
         B_E=B_E,
-        max_new_tokens=MAX_NEW_TOKENS,
+        collapse_fraction=fraction,
         microbatch_size=B_E,
         head_chunk_tokens=4096,
         seed=seed,
@@ -176,11 +191,18 @@ class Run:
 
 
 def train(
-    output_dir: Path, learning_rate: float, steps: int, seed: int, every: int, B_E: int, report_to: str
+    output_dir: Path,
+    learning_rate: float,
+    steps: int,
+    seed: int,
+    every: int,
+    B_E: int,
+    fraction: float,
+    report_to: str,
 ) -> Run:
     """Train with the probe attached."""
     trainer = make_trainer(output_dir, learning_rate, steps, seed, report_to)
-    callback = attach_probe(trainer, every, B_E, seed)
+    callback = attach_probe(trainer, every, B_E, seed, fraction)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "entropy" in entry]
     return Run(
@@ -195,7 +217,8 @@ def train(
 
 def load_or_train(folder: Path, **settings: Any) -> Run:
     """A run from `folder`, where an earlier call has left it, else a new one that is left there."""
-    name = "_".join(f"{key}{settings[key]:g}" for key in ("learning_rate", "steps", "seed", "every", "B_E"))
+    named = ("learning_rate", "steps", "seed", "every", "B_E", "fraction")
+    name = "_".join(f"{key}{settings[key]:g}" for key in named)
     file = folder / f"{name}.json"
     if not file.exists():
         run = train(folder / name, **settings)
@@ -360,7 +383,8 @@ def change_panel(axis: Axes, run: Run) -> None:
         yerr=rows["deltaH_true_tok_se"],
         fmt="none",
         ecolor=FLOOR,
-        elinewidth=0.7,
+        elinewidth=0.5,
+        alpha=0.5,
         zorder=1,
     )
     points = axis.scatter(
@@ -427,10 +451,14 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--every", type=int, default=1, help="steps from probe to probe")
     parser.add_argument("--B-E", type=int, default=64, help="responses per probe")
+    parser.add_argument(
+        "--fraction", type=float, default=FRACTION, help="share of the first entropy that counts as collapse"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report-to", default="none", help="a logger of transformers, such as tensorboard")
     options = parser.parse_args()
-    shared = {key: getattr(options, key) for key in ("steps", "seed", "every", "B_E", "report_to")}
+    names = ("steps", "seed", "every", "B_E", "fraction", "report_to")
+    shared = {name: getattr(options, name) for name in names}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(options.folder or scratch)
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from probe.errors import ConfigError
+from probe.live.ranks import follow_first_rank
 from probe.live.report import tensorboard_layout
-from probe.live.watcher import OnAlarm, Watch, watch
+from probe.live.settings import WatchSettings
+from probe.live.watcher import OnAlarm, Watch
 
 
 class EntropyProbeCallback(Callback):
@@ -32,10 +34,10 @@ class EntropyProbeCallback(Callback):
         tokenizer: Any = None,
         policy: str | None = None,
         *,
-        on_alarm: OnAlarm | str | None = None,
+        on_alarm: Literal["stop"] | OnAlarm | None = None,
         **settings: Any,
     ) -> None:
-        """Nothing is checked before training begins.
+        """The settings are checked; everything else is when training begins.
 
         Args:
             prompts: what E's prompts are drawn from: texts, message lists, or rows with a column `prompt`.
@@ -44,10 +46,15 @@ class EntropyProbeCallback(Callback):
                 transformers or peft model.
             on_alarm: called with an `Alarm` when a collapse is forecast; `"stop"` ends training.
             settings: see `probe.live.WatchSettings`.
+
+        Raises:
+            ConfigError: a setting is unknown or cannot be used.
         """
+        WatchSettings.of(settings)
         self.watch: Watch | None = None
         self._prompts, self._tokenizer, self._policy = prompts, tokenizer, policy
-        self._on_alarm, self._settings = on_alarm, settings
+        self._on_alarm = on_alarm
+        self._settings = settings  # a line of its own, or jsonargparse loses track of it
         self._waiting: list[dict[str, float]] = []
         self._state: dict[str, Any] | None = None
 
@@ -60,15 +67,19 @@ class EntropyProbeCallback(Callback):
         optimizers = [
             o for o in trainer.optimizers if any(id(p) in mine for g in o.param_groups for p in g["params"])
         ]
-        self.watch = watch(
+        self._detach()  # of an earlier training
+        self._waiting = []
+        self.watch = Watch(
             model,
             optimizers or list(trainer.optimizers),
             self._prompts,
             tokenizer,
+            WatchSettings(**self._settings),  # this call also tells LightningCLI what `settings` can be
             log=lambda metrics, step: self._waiting.append(dict(metrics)),
             on_alarm=self._on_alarm,
-            **self._settings,
+            first_step=trainer.fit_loop.epoch_loop._batches_that_stepped,
         )
+        self.watch.schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         if self._state is not None:
             self.watch.load_state_dict(self._state)
             self._state = None
@@ -86,6 +97,8 @@ class EntropyProbeCallback(Callback):
             for logger in trainer.loggers:
                 # the counter that Lightning's own callbacks use: `global_step` counts every optimizer
                 logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        if self.watch is not None and self._on_alarm is not None:
+            follow_first_rank(self.watch)
         if self.watch is not None and self.watch.should_stop:
             trainer.should_stop = True
 

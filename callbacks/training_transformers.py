@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from probe.errors import ConfigError
+from probe.live.ranks import follow_first_rank
 from probe.live.report import say, tensorboard_layout
-from probe.live.watcher import Alarm, OnAlarm, Watch, watch
+from probe.live.watcher import OnAlarm, Watch, watch
 
 HOST_PREFIX = "train/"
 """What transformers' reporting callbacks put before names."""
@@ -34,7 +37,7 @@ class EntropyProbeTrainerCallback(TrainerCallback):
         trainer: Trainer,
         prompts: Iterable[Any] | None = None,
         *,
-        on_alarm: OnAlarm | str | None = None,
+        on_alarm: Literal["stop"] | OnAlarm | None = None,
         **settings: Any,
     ) -> None:
         """Nothing is loaded before training begins.
@@ -65,16 +68,20 @@ class EntropyProbeTrainerCallback(TrainerCallback):
     ) -> None:
         """Attach to the optimizer, which exists now."""
         self._refuse_sharded()
+        if self.watch is not None:
+            self.watch.detach()  # an exception ended an earlier training: there was no `on_train_end`
+        self._waiting = []
         self.watch = watch(
             self.trainer.accelerator.unwrap_model(self.trainer.model),
             self.trainer.optimizer,
             self._default_prompts() if self._prompts is None else self._prompts,
-            getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class),
+            self._tokenizer(),
             log=lambda metrics, step: self._waiting.append(dict(metrics)),
-            on_alarm=self._alarm,
+            on_alarm=self._on_alarm,
             first_step=state.global_step,
             **{**self._own_settings(args), **self._settings},
         )
+        self.watch.schedulers = [self.trainer.lr_scheduler]
         for callback in self.trainer.callback_handler.callbacks:
             writer = getattr(callback, "tb_writer", None)
             if writer is not None and hasattr(writer, "add_custom_scalars"):
@@ -90,6 +97,8 @@ class EntropyProbeTrainerCallback(TrainerCallback):
             # Not `trainer.log`: TRL's empties the averages of its own metrics there, which would change its logs.
             Trainer.log(self.trainer, metrics)
         control.should_log = asked  # logging takes it back, and the trainer's own log is still to come
+        if self.watch is not None and self._on_alarm is not None:
+            follow_first_rank(self.watch)
         if self.watch is not None and self.watch.should_stop:
             control.should_training_stop = True
 
@@ -99,13 +108,6 @@ class EntropyProbeTrainerCallback(TrainerCallback):
         """Remove the hooks; the history stays."""
         if self.watch is not None:
             self.watch.detach()
-
-    def _alarm(self, alarm: Alarm) -> None:
-        """Pass an alarm on."""
-        if self._on_alarm == "stop":
-            alarm.stop()
-        elif callable(self._on_alarm):
-            self._on_alarm(alarm)
 
     def _own_settings(self, args: TrainingArguments) -> dict[str, Any]:
         """Temperature and length of the trainer's own rollouts, where it has any."""
@@ -125,6 +127,16 @@ class EntropyProbeTrainerCallback(TrainerCallback):
                 f"temperature {found['temperature']}",
                 warn=True,
             )
+        return found
+
+    def _tokenizer(self) -> Any:
+        """The trainer's tokenizer, with what TRL gives to its chat template."""
+        processor: Any = self.trainer.processing_class
+        found = getattr(processor, "tokenizer", processor)
+        options = getattr(self.trainer, "chat_template_kwargs", None)
+        if options and found is not None:
+            found = copy.copy(found)
+            found.apply_chat_template = partial(found.apply_chat_template, **options)
         return found
 
     def _default_prompts(self) -> Any:

@@ -29,10 +29,15 @@ def isolated_rng() -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch every module to evaluation mode (no dropout), and each one back to what it was."""
+    """Switch every module to evaluation mode (no dropout), and each one back to what it was.
+
+    The flags are set one by one: `model.eval()` would call every module's `train`, and some do work there that nothing
+    undoes (merging an adapter into its weight).
+    """
     flags = {module: module.training for module in model.modules()}
-    model.eval()
     try:
+        for module in flags:
+            module.training = False
         yield
     finally:
         for module, training in flags.items():
@@ -52,13 +57,31 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Switch TF32 and other reduced-precision float32 products off."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Switch TF32 and other reduced-precision float32 products off.
+
+    Torch has two ways to set them, and refuses to read the old one where the new one was used (`fp32_precision` of a
+    backend, from torch 2.9 on). Setting the old one overwrites the new ones, so these are put back one by one.
+    """
+    found = (getattr(torch.backends.cuda, "matmul", None), getattr(torch.backends.mkldnn, "matmul", None))
+    backends: list[Any] = [b for b in found if hasattr(b, "fp32_precision")]
+    own = [b.fp32_precision for b in backends]
     try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        precision = None
+    try:
+        if precision is None:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+        else:
+            torch.set_float32_matmul_precision("highest")
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        for backend, value in zip(backends, own, strict=True):
+            if backend.fp32_precision != value:
+                backend.fp32_precision = value
 
 
 @contextmanager

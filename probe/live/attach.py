@@ -30,7 +30,7 @@ class _Indexed(Protocol):
 
 
 def unwrapped_model(model: Any) -> nn.Module:
-    """The policy inside of DistributedDataParallel and `torch.compile`.
+    """The policy inside of DistributedDataParallel, `torch.compile` and Fabric's wrapper.
 
     Raises:
         ConfigError: it is no model that responses can be sampled from, or it is sharded or quantised in a way that the
@@ -39,7 +39,8 @@ def unwrapped_model(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: expected a torch module, found {type(model).__name__}")
     while True:
-        inner = getattr(model, "_orig_mod", None)
+        # Fabric's forward has autocast in it, and its attributes are those of the module inside
+        inner = model._modules.get("_original_module", getattr(model, "_orig_mod", None))
         if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             inner = model.module
         if not isinstance(inner, nn.Module):

@@ -33,6 +33,7 @@ from probe.fit_memory import FitMemory
 from probe.live.attach import copied
 from probe.live.settings import WatchSettings
 from probe.live.shares import StepParts, step_parts
+from probe.live.words import own_words
 from probe.results import (
     batch_diagnostics,
     change_values,
@@ -55,18 +56,6 @@ from probe.verdict import verdict
 
 REHEARSAL_RESPONSES, REHEARSAL_TOKENS = 2, 16
 """Size of the trial when attaching."""
-SETTING_NAMES = {
-    "batch_config.B_E": "B_E",
-    "generation.max_new_tokens": "max_new_tokens",
-    "generation.temperature": "temperature",
-    "probe_rework.learning_rate": "the learning rate",
-    "checkpoint.dtype: float32": "float32 weights",
-    "checkpoint.dtype: float64": "float64 weights",
-    "checkpoint.attn_implementation": "attn_implementation",
-    "probe_rework.derivative_mode": "derivative",
-    "memory_config.": "",
-}
-"""What the settings that the verdict and error messages name are called where there is no configuration file."""
 
 
 @dataclass(frozen=True)
@@ -183,12 +172,15 @@ class UpdateProbe:
         old = copied(self.parameters, settings.snapshot_device)
         return Before(number, E, seen, old, time.perf_counter() - start)
 
-    def after(self, before: Before, optimizers: Sequence[torch.optim.Optimizer]) -> Outcome:
+    def after(
+        self, before: Before, optimizers: Sequence[torch.optim.Optimizer], late: bool = False
+    ) -> Outcome:
         """Work out what the step did.
 
         Args:
             before: from `before`.
             optimizers: those that took the step, their gradients still there.
+            late: the gradients may be those of the next step already, so that the parts of this one are not known.
 
         Raises:
             NumericalError: the step or a score is not finite.
@@ -218,7 +210,9 @@ class UpdateProbe:
             prediction, difference_scale=tangent_of.scale, difference_error=tangent_of.scale_error
         )
         shares: dict[str, Any] = {}
-        if self.settings.shares:
+        if self.settings.shares and late:
+            shares = {"shares_reason": "the step was known to be over only when the next one began"}
+        elif self.settings.shares:
             with clock.measures("shares"), tangent_of.attention():
                 shares = self._shares(before, step, optimizers, scores, tangent_of, prediction, Z is not None)
         if self.settings.noise_floor == "on" or (
@@ -469,20 +463,9 @@ def judged(values: Mapping[str, Any]) -> dict[str, Any]:
     found = verdict(values)
     return {
         "verdict": found.word,
-        "verdict_reasons": [live_words(reason) for reason in found.reasons],
+        "verdict_reasons": [own_words(reason) for reason in found.reasons],
         **values,
     }
-
-
-def live_words(text: str) -> str:
-    """A sentence with the names of an offline run's settings replaced by those of the drop-in probe.
-
-    >>> live_words("raise batch_config.B_E, or lower probe_rework.learning_rate")
-    'raise B_E, or lower the learning rate'
-    """
-    for name, own in SETTING_NAMES.items():
-        text = text.replace(name, own)
-    return text
 
 
 def _entropies(scores: TokenScores, E: RolloutBatch) -> tuple[Estimate, Estimate]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -39,12 +40,68 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         for kind in sorted(device_types):
             stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(_nondeterministic())
         stack.enter_context(_eager(model))
+        stack.enter_context(_parameters(model))
+        stack.enter_context(_attributes(model))
         stack.enter_context(_buffers(model))
         stack.enter_context(_unwrapped_forwards(model))
         stack.enter_context(_exact_4bit(model))
         stack.enter_context(evaluation_mode(model))
         yield
+
+
+@contextmanager
+def _attributes(model: nn.Module) -> Iterator[None]:
+    """Put plain attributes of modules back (rotary embeddings note the longest input they have seen)."""
+    found = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, saved in found:
+            own = vars(module)
+            for name in own.keys() - saved.keys():
+                del own[name]
+            for name, value in saved.items():
+                if own.get(name, own) is not value:
+                    own[name] = value
+
+
+@contextmanager
+def _parameters(model: nn.Module) -> Iterator[None]:
+    """Make sure that no parameter was written to.
+
+    Raises:
+        NumericalError: one was: a module works on its weights in the forward.
+    """
+    versions = {name: (p, _version(p)) for name, p in model.named_parameters()}
+    yield
+    changed = [name for name, (p, version) in versions.items() if _version(p) != version]
+    if changed:
+        raise NumericalError(
+            f"expected a forward to leave the parameters alone, found {changed[:5]} written to; this model cannot be "
+            "watched without disturbing its training"
+        )
+
+
+def _version(p: Tensor) -> int:
+    """How often a tensor was written to; 0 for those that do not count."""
+    return 0 if p.is_inference() else p._version
+
+
+@contextmanager
+def _nondeterministic() -> Iterator[None]:
+    """Allow operators without a deterministic kernel for a while (the sampler's cumulative sums, on CUDA)."""
+    wanted = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if not wanted:
+        yield
+        return
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(wanted, warn_only=warn_only)
 
 
 @contextmanager
@@ -117,6 +174,10 @@ def _exact_4bit(model: nn.Module) -> Iterator[None]:
 
 def _eager(model: nn.Module) -> Any:
     """No compilation of what the probe runs, and no recompilation of what training runs."""
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+    compiled = torch._dynamo.OptimizedModule if "torch._dynamo" in sys.modules else ()
+    if any(
+        isinstance(module, compiled) or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    ):
         return torch.compiler.set_stance("force_eager")
     return nullcontext()

@@ -57,6 +57,12 @@ LIVE_NUMBERS: dict[str, str] = {
 }
 """Further numbers, without a suffix."""
 
+LIVE_TEXTS: dict[str, str] = {
+    "verdict_reasons": "why the verdict is not better, a list of sentences",
+    "shares_reason": "why there are no parts of momentum and decay; absent where there are",
+}
+"""Texts in the history; they are not logged."""
+
 LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     "Entropy: predicted and realised": {
         "nats per token": (
@@ -83,9 +89,10 @@ LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         ),
     },
     "Forecast": {
-        "steps to collapse": (
+        # the upper end is often far away, and would set the scale
+        "steps to collapse, and the lower end of the interval": (
             "Multiline",
-            ("steps_to_collapse", "steps_to_collapse_low", "steps_to_collapse_high"),
+            ("steps_to_collapse", "steps_to_collapse_low"),
         ),
     },
 }
@@ -107,7 +114,7 @@ def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
 
 
 def flat_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of one probe's values under the names of `LIVE_KEYS` and `LIVE_NUMBERS`, and its verdict."""
+    """The numbers of one probe's values under the names of `LIVE_KEYS` and `LIVE_NUMBERS`, its verdict and texts."""
     entry: dict[str, Any] = {"verdict": values["verdict"], "verdict_code": WORDS.index(values["verdict"])}
     for key in LIVE_KEYS:
         for name in (key, f"{key}_tok"):
@@ -119,6 +126,7 @@ def flat_values(values: Mapping[str, Any]) -> dict[str, Any]:
                 entry[f"{name}_ci95_low"], entry[f"{name}_ci95_high"] = values[f"{name}_ci95"]
     for source in (values, values["diagnostics"]):
         entry |= {name: source[name] for name in LIVE_NUMBERS if name in source}
+    entry |= {name: values[name] for name in LIVE_TEXTS if name in values}
     return entry
 
 
@@ -128,11 +136,14 @@ def tensorboard_layout(prefix: str = "") -> dict[str, dict[str, list[Any]]]:
     Args:
         prefix: what the host puts before names (`train/` in transformers' Trainer).
     """
+
+    def tags(kind: str, names: tuple[str, ...]) -> list[str]:
+        full = [f"{prefix}{PREFIX}/{name}" for name in names]
+        # in charts of several lines TensorBoard takes tags for regular expressions
+        return [f"^{name}$" for name in full] if kind == "Multiline" else full
+
     return {
-        category: {
-            title: [kind, [f"{prefix}{PREFIX}/{name}" for name in names]]
-            for title, (kind, names) in charts.items()
-        }
+        category: {title: [kind, tags(kind, names)] for title, (kind, names) in charts.items()}
         for category, charts in LAYOUT.items()
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import NoneType, UnionType
@@ -51,8 +52,8 @@ class WatchSettings:
     """See `collapse_entropy`."""
     horizon: int = 50
     """Warn when collapse is forecast within this many optimizer steps."""
-    window: int = 10
-    """Probes that the forecast is made from: the last so many."""
+    window: int = 20
+    """Probes that the forecast is made from: the last so many, as far as they lie within four horizons."""
     seed: int = 0
     """Of E's prompts and responses. Nothing is drawn from the training's own random streams."""
     strict: bool = False
@@ -67,6 +68,9 @@ class WatchSettings:
             ("every", self.every is None or self.every >= 1, "an integer of at least 1, or None"),
             ("budget", self.budget > 0, "a share above 0, such as 0.05"),
             ("B_E", self.B_E >= 2, "an integer of at least 2"),
+            ("temperature", 0 < self.temperature < math.inf, "a finite number above 0"),
+            ("stop_strings", all(self.stop_strings), "texts that are not empty"),
+            ("generation_batch_size", self.generation_batch_size >= 1, "an integer of at least 1"),
             ("microbatch_size", self.microbatch_size >= 1, "an integer of at least 1"),
             ("head_chunk_tokens", self.head_chunk_tokens >= 1, "an integer of at least 1"),
             (

@@ -6,6 +6,7 @@ gradient `g` is still there, so the part that earlier batches have in the step f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,14 @@ TOLERANCE, CODED_TOLERANCE = 1e-2, 0.1
 """Largest norm of what the parts leave of the step unexplained, relative to the step; the same for 8-bit moments, which
 are rounded after they were used."""
 
+FIRST_STEP = 1e-4
+"""Relative distance of SGD's buffer from the gradient up to which they are the same, which they are after one step."""
+SMALLEST_DECAY = 1e-3
+"""Weight decay whose norm is below this share of the step's is not worth a pass: it counts with the gradient's part."""
+SECOND_MOMENT_TOLERANCE = 0.1
+"""How far rounding may take a second moment below its least value, relative to it and to the largest of its tensor
+(moments of 8 bits have one scale per block)."""
+
 
 @dataclass(frozen=True)
 class StepParts:
@@ -29,8 +38,9 @@ class StepParts:
 
     Attributes:
         momentum: what earlier gradients have in it.
-        decay: weight decay's part; empty where there is none.
-        error: norm of `step - (momentum + decay + gradient part)` relative to the step's.
+        decay: weight decay's part; empty where there is none to speak of.
+        error: norm of `step - (momentum + decay + gradient part)` relative to the step's: whether the rule is the one
+            assumed. It does not check the gradient, whose part momentum's makes up for.
     """
 
     momentum: Mapping[str, Tensor]
@@ -60,7 +70,7 @@ def step_parts(
         The parts, or the reason why there are none.
     """
     owners = {id(p): (o, group) for o in optimizers for group in o.param_groups for p in group["params"]}
-    momentum, decay, rest, coded = {}, {}, {}, False
+    momentum, decay, rest, coded = {}, {}, 0.0, False
     for name, p in parameters.items():
         optimizer, group = owners[id(p)]
         theta, state = old[name].to(p.device).double(), optimizer.state.get(p, {})
@@ -78,13 +88,14 @@ def step_parts(
         of_momentum, of_decay, of_gradient = (
             found if p.grad is not None else (theta * 0, theta * 0, theta * 0)
         )
-        rest[name] = step[name].to(p.device).double() - of_momentum - of_decay - of_gradient
+        left = step[name].to(p.device).double() - of_momentum - of_decay - of_gradient
+        rest += float(left.square().sum())
         momentum[name] = of_momentum.to(step[name])
         decay[name] = of_decay.to(step[name])
-    unexplained = norm(rest) / max(norm(step), 1e-300)
+    unexplained = math.sqrt(rest) / max(norm(step), 1e-300)
     if not unexplained <= (CODED_TOLERANCE if coded else TOLERANCE):
         return f"momentum, decay and gradient leave {unexplained:.2g} of the step unexplained"
-    if not any(bool(x.any()) for x in decay.values()):
+    if norm(decay) < SMALLEST_DECAY * norm(step):
         decay = {}
     return StepParts(momentum=momentum, decay=decay, error=unexplained)
 
@@ -117,9 +128,34 @@ def _adam(
     moments = read_moments({name: state}, {name: bool(group.get("amsgrad", False))})[name]
     largest = moments.max_exp_avg_sq
     second = (moments.exp_avg_sq if largest is None else largest).to(theta.device).double()
-    carried = carried_moment(group, theta, moments.exp_avg.to(theta.device).double(), g)
+    first = moments.exp_avg.to(theta.device).double()
+    carried = carried_moment(group, theta, first, g)
+    _check_gradient(group, name, first - carried, moments.exp_avg_sq.to(theta.device).double())
+    if moments.step == 1:
+        carried = torch.zeros_like(theta)  # exactly, whatever the rounding of the moment
     of_momentum, of_decay, factor = adam_parts(group, theta, carried, second, moments.step)
     return of_momentum, of_decay, factor * g
+
+
+def _check_gradient(group: Mapping[str, Any], name: str, new: Tensor, second: Tensor) -> None:
+    """Compare a gradient with the second moment, `beta2 v + (1 - beta2) g^2`, which cannot be less than its part of it.
+
+    The parts of momentum and gradient add up to the step whatever the gradient is: their sum cannot show that it is
+    another one than the step was taken with.
+
+    Args:
+        group: the parameter's settings.
+        name: its name.
+        new: `(1 - beta1) g`, the gradient's part of the first moment.
+        second: the second moment after the step.
+
+    Raises:
+        OptimizerStateError: the gradient is too large.
+    """
+    beta1, beta2 = (float(b) for b in group["betas"])
+    least = (1 - beta2) * (new / (1 - beta1)).square()
+    if bool((least > (1 + SECOND_MOMENT_TOLERANCE) * second + SECOND_MOMENT_TOLERANCE * second.max()).any()):
+        raise OptimizerStateError(f"the gradient of {name} is not the one that the step was taken with")
 
 
 def _sgd(
@@ -135,6 +171,6 @@ def _sgd(
         return torch.zeros_like(theta), -lr * decay * theta, -lr * sign * g
     after = buffer.to(theta.device).double()
     # the first step's buffer is the gradient itself, without dampening
-    first = bool(torch.allclose(after, effective, rtol=1e-5, atol=0.0))
+    first = float((after - effective).norm()) <= FIRST_STEP * float(after.norm())
     share = 1.0 if first else 1.0 - float(group["dampening"])
     return -lr * (after - share * effective), -lr * share * decay * theta, -lr * share * sign * g

@@ -6,7 +6,8 @@ import copy
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
@@ -37,9 +38,17 @@ from probe.live.report import (
     scalars,
 )
 from probe.live.settings import WatchSettings
+from probe.live.words import in_own_words
 from probe.rollouts.sampling import check_context, encode_prompts
 
 STATE_FORMAT = "entropy-probe/watch/1"
+WINDOW_HORIZONS, LEAST_WINDOW = 4, 5
+"""Older probes do not enter the forecast, unless there are fewer than so many: rates change in the course of a run."""
+SMALLEST_ENTROPY = 1e-9
+"""Nats per token that a policy without any choice left is taken to have, for the logarithm's sake."""
+
+GROUP_RATES, SCHEDULER_RATES = {"lr", "initial_lr", "max_lr", "min_lr"}, {"base_lrs", "max_lrs"}
+"""Learning rates in an optimizer's groups, and lists of them in a scheduler."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class Alarm:
         model: the policy.
         optimizers: those that are watched.
         stop: asks the host to end training after this step; a plain loop reads `watch.should_stop`.
+        schedulers: the learning-rate schedulers, where the host is a trainer.
     """
 
     step: int
@@ -63,14 +73,33 @@ class Alarm:
     model: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
     stop: Callable[[], None]
+    schedulers: Sequence[Any] = ()
 
-    def scale_learning_rate(self, factor: float) -> None:
-        """Multiply the learning rate of every group, and the base rates that schedulers keep in the groups."""
+    def scale_learning_rate(self, factor: float, *schedulers: Any) -> None:
+        """Multiply the learning rate of every group, now and in what schedulers make of it later.
+
+        Args:
+            factor: what the rate is multiplied by.
+            schedulers: those of a plain loop. Many (LambdaLR, say) work every rate out from base rates of their own,
+                and would undo the change. Those of Lightning's and transformers' trainers are known.
+        """
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                for key in ("lr", "initial_lr"):
-                    if key in group:
-                        group[key] = group[key] * factor
+                for key in GROUP_RATES & set(group):
+                    group[key] = group[key] * factor
+        for scheduler in single_schedulers([*self.schedulers, *schedulers]):
+            for key in SCHEDULER_RATES & set(vars(scheduler)):
+                setattr(scheduler, key, [rate * factor for rate in getattr(scheduler, key)])
+
+
+def single_schedulers(schedulers: Iterable[Any]) -> list[Any]:
+    """Learning-rate schedulers, those inside of SequentialLR, ChainedScheduler and Accelerate's wrapper, each once."""
+    found: dict[int, Any] = {}
+    for one in schedulers:
+        inside = getattr(one, "_schedulers", None) or [getattr(one, "scheduler", None)]
+        parts = [one, *single_schedulers(part for part in inside if part is not None)]
+        found |= {id(part): part for part in parts}
+    return list(found.values())
 
 
 OnAlarm = Callable[[Alarm], None]
@@ -133,6 +162,7 @@ class Watch:
         schedule: which steps are probed, and what that costs.
         error: the exception that switched the probe off, or None.
         should_stop: whether an alarm asked for the end of training.
+        schedulers: learning-rate schedulers that an alarm is told of.
     """
 
     def __init__(
@@ -154,13 +184,14 @@ class Watch:
         check_tokenizer(tokenizer, self.model)
         own_tokenizer = copy.deepcopy(tokenizer)  # encoding sets its padding and truncation
         examples = prompt_examples(prompts, own_tokenizer, settings.seed)
-        check_context(
-            self.model, max(map(len, encode_prompts(own_tokenizer, examples))), settings.max_new_tokens
-        )
+        with in_own_words():
+            longest = max(map(len, encode_prompts(own_tokenizer, examples)))
+            check_context(self.model, longest, settings.max_new_tokens)
         if not (on_alarm is None or callable(on_alarm) or on_alarm == "stop"):
             raise ConfigError(f"on_alarm: expected a function, 'stop' or None, found {on_alarm!r}")
         self._probe = UpdateProbe(self.model, parameters, own_tokenizer, examples, settings)
         self._log, self._on_alarm = log, on_alarm
+        self.schedulers: Sequence[Any] = ()
         self._run = _Run(step=first_step)
         self._alarm = CollapseAlarm(settings.horizon)
         self.schedule = Schedule(settings.every, settings.budget)
@@ -168,14 +199,15 @@ class Watch:
         self.error: BaseException | None = None
         self._before: Before | None = None
         self._waiting: set[int] = set()
-        self._in_update = False
+        self._in_update = self._in_hook = False
+        self._step_started = time.perf_counter()
         self._resumed: float | None = None
         self._cost_said = False
         self._origin = first_step
         self._handles: list[Any] = []
         if _rank() > 0:
             return  # parameters are the same on all ranks of data parallelism: the first one probes
-        with undisturbed(self.model):
+        with undisturbed(self.model), in_own_words():
             self._probe.rehearse()
         self._handles = [
             handle
@@ -222,7 +254,10 @@ class Watch:
     def detach(self) -> None:
         """Remove the hooks; the history stays."""
         for handle in self._handles:
-            handle.remove()
+            hooks = handle.hooks_dict_ref()
+            # while torch goes through an optimizer's hooks, only the last one can go; the others do nothing any more
+            if not self._in_hook or (hooks and next(reversed(hooks)) == handle.id):
+                handle.remove()
         self._handles = []
         self._before = None
 
@@ -261,16 +296,28 @@ class Watch:
 
     def _on_pre_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Before a step of an optimizer: an update begins, unless another optimizer has begun it."""
-        if self._in_update and id(optimizer) not in self._waiting:
-            self._end_update()  # a second step of one optimizer: the others take no part in this update
-        if not self._in_update:
-            self._begin_update()
-        self._waiting.discard(id(optimizer))
+        with self._hook():
+            if self._in_update and id(optimizer) not in self._waiting:
+                # a second step of one optimizer: the others take no part in this update
+                self._end_update(late=True)
+            if not self._in_update and self.active:
+                self._begin_update()
+            self._waiting.discard(id(optimizer))
 
     def _on_post_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """After a step: the update is over when every optimizer has had its turn."""
-        if self._in_update and not self._waiting:
-            self._end_update()
+        with self._hook():
+            if self._in_update and not self._waiting:
+                self._end_update()
+
+    @contextmanager
+    def _hook(self) -> Iterator[None]:
+        """Inside of an optimizer's hook."""
+        self._in_hook = True
+        try:
+            yield
+        finally:
+            self._in_hook = False
 
     def _begin_update(self) -> None:
         now = time.perf_counter()
@@ -283,7 +330,7 @@ class Watch:
             self._before = self._guarded(lambda: self._probe.before(self._run.step))
         self._step_started = time.perf_counter()
 
-    def _end_update(self) -> None:
+    def _end_update(self, late: bool = False) -> None:
         self._in_update = False
         before, self._before = self._before, None
         step_seconds = time.perf_counter() - self._step_started
@@ -291,7 +338,7 @@ class Watch:
             _finish_queue(self.model)
             step_seconds = time.perf_counter() - self._step_started
             start = time.perf_counter()
-            outcome = self._guarded(lambda: self._probe.after(before, self.optimizers))
+            outcome = self._guarded(lambda: self._probe.after(before, self.optimizers, late))
             if outcome is not None:
                 seconds = before.seconds + time.perf_counter() - start
                 self.schedule.add_probe(seconds)
@@ -302,7 +349,7 @@ class Watch:
     def _guarded(self, part: Callable[[], Any]) -> Any:
         """Run a part of the probe, leaving no trace; an error ends the probe, not the training."""
         try:
-            with undisturbed(self.model):
+            with undisturbed(self.model), in_own_words():
                 return part()
         except Exception as error:
             self.detach()
@@ -359,10 +406,15 @@ class Watch:
         run, H, change = self._run, outcome.H[1], outcome.deltaH_true[1]
         if run.threshold is None:
             given = self.settings.collapse_entropy
-            run.threshold = self.settings.collapse_fraction * H.value if given is None else given
-        if outcome.moved and H.value > 0:
-            run.readings.append(EntropyReading(step, H.value, H.se, change.value, change.se))
-            del run.readings[: -self.settings.window]
+            run.threshold = (
+                self.settings.collapse_fraction * max(H.value, SMALLEST_ENTROPY) if given is None else given
+            )
+        if outcome.moved:
+            level = max(H.value, SMALLEST_ENTROPY)
+            run.readings.append(EntropyReading(step, level, H.se, change.value, change.se))
+            oldest = step - WINDOW_HORIZONS * self.settings.horizon
+            recent = [reading for reading in run.readings[:-LEAST_WINDOW] if reading.step >= oldest]
+            run.readings = [*recent, *run.readings[-LEAST_WINDOW:]][-self.settings.window :]
         found = self._forecast()
         values = {"collapse_entropy": run.threshold}
         if found is not None:
@@ -378,14 +430,23 @@ class Watch:
         """From the last probes; None with fewer than three."""
         if self._run.threshold is None or not self._run.readings:
             return None
-        return forecast(self._run.readings, self._run.threshold, self.settings.window)
+        return forecast(
+            self._run.readings, self._run.threshold, self.settings.window, momentum=self._momentum()
+        )
+
+    def _momentum(self) -> float:
+        """The largest decay of a gradient average: what correlates the updates of neighbouring steps."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        rates = [float(g["betas"][0] if "betas" in g else g.get("momentum", 0.0)) for g in groups]
+        return max(rate for rate in [*rates, 0.0] if rate < 1.0)
 
     def _raise_alarm(self, found: Forecast, entry: dict[str, Any]) -> None:
         """Warn, and call what the user wants called; its exceptions are the user's."""
         message = alarm_line(entry, found.threshold, self.settings.horizon)
         entry["alarm"] = True
         say(message, warn=True)
-        alarm = Alarm(self._run.step, message, found, entry, self.model, self.optimizers, self._request_stop)
+        stop, step = self._request_stop, self._run.step
+        alarm = Alarm(step, message, found, entry, self.model, self.optimizers, stop, self.schedulers)
         if self._on_alarm == "stop":
             alarm.stop()
         elif callable(self._on_alarm):
