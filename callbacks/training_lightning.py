@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import product
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from probe.errors import ConfigError
+from probe.live.alarm import OnAlarm
 from probe.live.ranks import follow_first_rank
 from probe.live.report import tensorboard_layout
 from probe.live.settings import WatchSettings
-from probe.live.watcher import OnAlarm, Watch
+from probe.live.watcher import Watch
+from probe.snapshot import isolated_rng
 
 
 class EntropyProbeCallback(Callback):
@@ -93,8 +96,8 @@ class EntropyProbeCallback(Callback):
     ) -> None:
         """Log what the update brought, at the step under which Lightning logs this batch."""
         waiting, self._waiting = self._waiting, []
-        for metrics in waiting:
-            for logger in trainer.loggers:
+        for metrics, logger in product(waiting, trainer.loggers):
+            with isolated_rng():  # loggers draw names for files and runs
                 # the counter that Lightning's own callbacks use: `global_step` counts every optimizer
                 logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
         if self.watch is not None and self._on_alarm is not None:

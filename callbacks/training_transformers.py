@@ -10,9 +10,11 @@ from typing import Any, Literal
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from probe.errors import ConfigError
+from probe.live.alarm import OnAlarm
 from probe.live.ranks import follow_first_rank
-from probe.live.report import say, tensorboard_layout
-from probe.live.watcher import OnAlarm, Watch, watch
+from probe.live.report import PREFIX, say, tensorboard_layout
+from probe.live.watcher import Watch, watch
+from probe.snapshot import isolated_rng
 
 HOST_PREFIX = "train/"
 """What transformers' reporting callbacks put before names."""
@@ -82,6 +84,7 @@ class EntropyProbeTrainerCallback(TrainerCallback):
             **{**self._own_settings(args), **self._settings},
         )
         self.watch.schedulers = [self.trainer.lr_scheduler]
+        self.watch.replay(_logged(state))  # what a training that is resumed has logged before
         for callback in self.trainer.callback_handler.callbacks:
             writer = getattr(callback, "tb_writer", None)
             if writer is not None and hasattr(writer, "add_custom_scalars"):
@@ -94,8 +97,9 @@ class EntropyProbeTrainerCallback(TrainerCallback):
         waiting, self._waiting = self._waiting, []
         asked = control.should_log
         for metrics in waiting:
-            # Not `trainer.log`: TRL's empties the averages of its own metrics there, which would change its logs.
-            Trainer.log(self.trainer, metrics)
+            with isolated_rng():  # loggers draw names for files and runs
+                # Not `trainer.log`: TRL's empties the averages of its own metrics there, which would change its logs.
+                Trainer.log(self.trainer, metrics)
         control.should_log = asked  # logging takes it back, and the trainer's own log is still to come
         if self.watch is not None and self._on_alarm is not None:
             follow_first_rank(self.watch)
@@ -169,3 +173,15 @@ class EntropyProbeTrainerCallback(TrainerCallback):
                     f"trainer: expected whole parameters on every device, found {kind}; sharded training is not "
                     "supported yet, probe its checkpoints with `entropy-probe run`"
                 )
+
+
+def _logged(state: TrainerState) -> list[dict[str, Any]]:
+    """The probe's entries in a trainer's log, by the names of the history."""
+    entries = []
+    for logs in state.log_history:
+        own = {
+            name.removeprefix(f"{PREFIX}/"): x for name, x in logs.items() if name.startswith(f"{PREFIX}/")
+        }
+        if "H_orig_tok" in own:
+            entries.append({"step": logs["step"], **own})
+    return entries

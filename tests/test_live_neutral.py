@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import random
+import weakref
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import nn
 
 import probe.live.measure
 from probe.errors import NumericalError
+from probe.live.measure import UpdateProbe
 from probe.live.neutral import undisturbed
 from probe.loading import quiet_libraries
 from tests.live_loops import (
@@ -421,3 +424,106 @@ def test_products_are_exact_inside_and_the_switches_are_put_back(how):
         for backend, value in zip(backends, saved, strict=True):
             backend.fp32_precision = value
     assert fp32_precisions() == own
+
+
+# ---------------------------------------------------------------- what hosts do that is unusual
+
+
+class Merging(nn.Module):
+    """A layer that merges a delta into its weight in evaluation mode, and takes it out again in training mode."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside, self.merged = inside, False
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if self.merged == mode:
+            with torch.no_grad():
+                self.inside.weight.add_(-0.01 if mode else 0.01)
+            self.merged = not mode
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inside(x)
+
+
+def test_modules_that_work_in_train_are_not_called():
+    def merging() -> Loop:
+        loop = lora_adamw()
+        mlp = loop.model.get_base_model().model.layers[0].mlp
+        mlp.act_fn = nn.Sequential(Merging(nn.LayerNorm(2 * SMALL["hidden"])), nn.SiLU())
+        return loop
+
+    (plain, _), (probed, _) = host_after(merging, False), host_after(merging, True)
+    assert differences(plain, probed) == []
+
+
+def test_a_module_that_writes_to_its_weights_is_refused():
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                self.weight.add_(1.0)
+            return torch.nn.functional.silu(x)
+
+    loop = lora_adamw()
+    loop.model.get_base_model().model.layers[0].mlp.act_fn = Writing()
+    with pytest.raises(NumericalError, match=r"parameters alone, found .*act_fn\.weight.* written to"):
+        attach(loop.model, loop.optimizers[0])
+
+
+def test_operators_without_a_deterministic_kernel_are_allowed_inside():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with undisturbed(lora_model()):
+            assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_an_error_keeps_nothing_alive(monkeypatch):
+    """After running out of memory, training needs what the probe had."""
+    loop = lora_adamw()
+    watch = attach(loop.model, loop.optimizers[0], strict=False)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    original = UpdateProbe.before
+
+    def before(self: UpdateProbe, number: int) -> Any:
+        found = original(self, number)
+        alive.extend(weakref.ref(x) for x in found.old.values())
+        return found
+
+    def out_of_memory(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(UpdateProbe, "before", before)
+    monkeypatch.setattr("probe.live.measure.measure", out_of_memory)
+    loop.run(2)
+    assert isinstance(watch.error, torch.OutOfMemoryError)
+    assert alive
+    assert [x() for x in alive if x() is not None] == []
+
+
+def test_a_log_that_fails_is_dropped_and_the_probe_goes_on(caplog):
+    def full_disk(metrics: Any, step: int) -> None:
+        random.random()
+        raise OSError("no space left")
+
+    states = []
+    for log in (None, full_disk):
+        loop = lora_adamw()
+        with seeded():
+            watch = attach(loop.model, loop.optimizers[0], strict=False, log=log)
+            loop.run(3)
+            states.append(loop.everything())
+        assert len(watch.history) == 3
+    assert differences(*states) == []
+    assert watch.active
+    assert watch.error is None
+    assert sum("the log failed at step 1" in record.message for record in caplog.records) == 1

@@ -28,7 +28,6 @@ from probe.live.report import (
     scalars,
     tensorboard_layout,
 )
-from probe.live.watcher import _Sum
 from tests.live_loops import Loop, adamw, attach, full_model, lora_model, seeded, sgd, trainable
 
 TIMES = {"seconds", "cost_share", "every"}
@@ -46,94 +45,6 @@ def documented() -> set[str]:
 def small_loop(**options: Any) -> Loop:
     model = lora_model()
     return Loop(model, [adamw(model)], **options)
-
-
-# ---------------------------------------------------------------- cumulative sums
-
-
-def test_sums_are_exact_where_every_step_is_probed():
-    g = random.Random(0)
-    changes = [g.gauss(0, 1) for _ in range(30)]
-    sums, errors = _Sum(), [g.random() for _ in range(30)]
-    for k, (change, se) in enumerate(zip(changes, errors, strict=True)):
-        total, found = sums.advance(k + 5, change, se)
-        assert total == pytest.approx(sum(changes[:k]), abs=1e-12)
-        assert found == pytest.approx(math.sqrt(sum(e**2 for e in errors[:k])), abs=1e-12)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_sums_of_changes_that_are_linear_in_the_step_are_exact_at_any_spacing(seed):
-    g = random.Random(seed)
-    a, b, sums, steps = g.gauss(0, 1), g.gauss(0, 1), _Sum(), [1]
-    while steps[-1] < 60:
-        steps.append(steps[-1] + g.randint(1, 9))
-    for step in steps:
-        total, _ = sums.advance(step, a + b * step, 0.0)
-        assert total == pytest.approx(sum(a + b * k for k in range(1, step)), rel=1e-12, abs=1e-12)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_variance_of_a_sum_is_that_of_its_weights(seed):
-    """Brute force: the total is linear in the changes, so its weights are its differences by them."""
-    g = random.Random(seed)
-    steps = [1]
-    while len(steps) < 9:
-        steps.append(steps[-1] + g.randint(1, 6))
-    changes, errors = [g.gauss(0, 1) for _ in steps], [g.random() for _ in steps]
-
-    def total(values: list[float]) -> float:
-        sums = _Sum()
-        return [sums.advance(s, x, 0.0)[0] for s, x in zip(steps, values, strict=True)][-1]
-
-    weights = [total([float(i == k) for i in range(len(steps))]) for k in range(len(steps))]
-    assert sum(weights) == pytest.approx(steps[-1] - steps[0])
-    gaps = [b - a for a, b in pairwise(steps)]
-    scatter = sum(
-        ((gap - 1) + (gap - 1) ** 2) * (b - a) ** 2 / 2
-        for gap, a, b in zip(gaps, changes, changes[1:], strict=False)
-    )
-    sampling = sum((w * e) ** 2 for w, e in zip(weights, errors, strict=True))
-    sums = _Sum()
-    for s, x, e in zip(steps, changes, errors, strict=True):
-        value, se = sums.advance(s, x, e)
-    assert value == pytest.approx(total(changes), rel=1e-12)
-    assert se == pytest.approx(math.sqrt(sampling + scatter), rel=1e-12)
-
-
-def z_scores(every: int, scatter: float, noise: float, probes: int = 40, runs: int = 400) -> torch.Tensor:
-    """Errors of cumulative sums over their standard errors: changes scatter from step to step, readings are noisy."""
-    g = torch.Generator().manual_seed(every)
-    found = []
-    for _ in range(runs):
-        true = 0.3 + scatter * torch.randn(every * probes, generator=g, dtype=torch.float64)
-        read = true + noise * torch.randn(every * probes, generator=g, dtype=torch.float64)
-        sums = _Sum()
-        for k in range(0, every * probes, every):
-            total, se = sums.advance(k + 1, float(read[k]), noise)
-        found.append((total - float(true[:k].sum())) / se)
-    return torch.tensor(found)
-
-
-@pytest.mark.parametrize(
-    ("every", "scatter", "noise", "low", "high"),
-    [
-        (1, 1.0, 1.0, 0.9, 1.1),
-        (5, 1.0, 0.0, 0.9, 1.1),  # only the steps between probes are unknown
-        (10, 1.0, 0.0, 0.9, 1.1),
-        (5, 1.0, 0.3, 0.85, 1.1),
-        (
-            5,
-            0.0,
-            1.0,
-            0.6,
-            0.85,
-        ),  # noise of the readings counts as scatter too: errors are too large, not too small
-    ],
-)
-def test_errors_of_sums_in_distribution(every, scatter, noise, low, high):
-    z = z_scores(every, scatter, noise)
-    assert abs(float(z.mean())) < 3 * float(z.std()) / math.sqrt(len(z))
-    assert low < float(z.std()) < high
 
 
 # ---------------------------------------------------------------- schedule
@@ -653,3 +564,85 @@ def test_a_policy_without_any_entropy_does_not_end_training(monkeypatch, works):
     assert (watch.error is None) == works
     assert len(watch.history) == (6 if works else 0)
     assert all(entry["H_orig_tok"] == 0.0 for entry in watch.history)
+
+
+# ---------------------------------------------------------------- parameters that change, steps that do not
+
+
+@pytest.mark.parametrize("how", ["unfrozen", "replaced"])
+def test_parameters_that_join_or_are_replaced_later_are_watched(how, caplog):
+    caplog.set_level("INFO")
+    model = full_model()
+    late = model.lm_head.weight
+    late.requires_grad_(how == "replaced")
+    optimizer = adamw(model)
+    watch = attach(model, optimizer)
+    gradients(model, 0)
+    optimizer.step()
+    if how == "unfrozen":
+        late.requires_grad_()
+        optimizer.add_param_group({"params": [late], "lr": 0.05})
+    else:
+        fresh = nn.Parameter(late.detach().clone())
+        model.lm_head.weight = model.model.embed_tokens.weight = fresh
+        for group in optimizer.param_groups:
+            group["params"] = [fresh if p is late else p for p in group["params"]]
+    gradients(model, 1)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer.step()
+    assert watch.last["step_norm"] == pytest.approx(moved(before, model), rel=1e-6)
+    assert sum("the trained parameters have changed" in record.message for record in caplog.records) == 1
+    if how == "unfrozen":
+        assert watch.history[1]["step_norm"] > watch.history[0]["step_norm"]
+
+
+def test_parameters_that_are_frozen_for_a_while_stay_watched():
+    model, optimizers = two_optimizers()
+    watch = attach(model, optimizers)
+    names = set(watch._probe.parameters)
+    frozen = list(optimizers[1].param_groups[0]["params"])
+    gradients(model, 0)
+    for p in frozen:
+        p.requires_grad_(False)
+    optimizers[0].step()
+    for p in frozen:
+        p.requires_grad_(True)
+    optimizers[1].step()
+    assert set(watch._probe.parameters) == names
+    assert len(watch.history) == 1
+
+
+def test_steps_that_change_nothing_are_pointed_out(caplog):
+    loop = small_loop()
+    for group in loop.optimizers[0].param_groups:
+        group["lr"] = 0.0
+    attach(loop.model, loop.optimizers[0])
+    loop.run(5)
+    assert sum("3 probed steps in a row have changed nothing" in r.message for r in caplog.records) == 1
+
+
+def test_replaying_a_log_goes_on_as_if_nothing_had_happened():
+    settings = {"control_variates": False}  # what they learned is not in the log
+    with seeded():
+        one = small_loop(steps=6)
+        whole = attach(one.model, one.optimizers[0], **settings)
+        one.run()
+    with seeded():
+        two = small_loop(steps=6)
+        first = attach(two.model, two.optimizers[0], **settings)
+        two.run(4)
+        first.detach()
+        names = [{k.partition("/")[2]: v for k, v in scalars(e).items()} for e in first.history]
+        second = attach(two.model, two.optimizers[0], first_step=4, **settings)
+        second.replay({"step": e["step"], **own} for e, own in zip(first.history, names, strict=True))
+        two.run()
+    assert [e["step"] for e in second.history] == [1, 2, 3, 4, 5, 6]
+    for name in (
+        "cumulative_deltaH1_tok",
+        "cumulative_deltaH_true_se",
+        "cumulative_H_tok",
+        "H_predicted_tok",
+    ):
+        assert second.last[name] == pytest.approx(whole.last[name], rel=1e-9), name
+    assert second.last["steps_to_collapse"] == pytest.approx(whole.last["steps_to_collapse"], rel=1e-9)
+    assert second.last["collapse_entropy"] == whole.last["collapse_entropy"]

@@ -397,7 +397,12 @@ def test_a_resumed_training_goes_on_counting(tmp_path):
     (plain, _), (probed, callback) = found
     for name in plain:
         assert plain[name] == probed[name], name
-    assert [entry["step"] for entry in callback.watch.history] == [5, 7]
+    history = callback.watch.history
+    assert [entry["step"] for entry in history] == [1, 4, 5, 7]  # the curves go on from the logged ones
+    assert history[3]["cumulative_H_tok"] == pytest.approx(
+        history[3]["H_orig_tok"] - history[0]["H_orig_tok"]
+    )
+    assert history[3]["collapse_entropy"] == history[0]["collapse_entropy"]
     logged = probe_logs(callback.trainer)
     assert [entry["step"] for entry in logged] == [1, 4, 5, 7]  # those of the checkpoint, and the new ones
 

@@ -1,7 +1,9 @@
 """The drop-in probe: attached to a running training, it says what each update does to the policy's entropy."""
 
+from probe.live.alarm import Alarm
 from probe.live.forecast import Forecast
+from probe.live.ranks import follow_first_rank
 from probe.live.settings import WatchSettings
-from probe.live.watcher import Alarm, Watch, watch
+from probe.live.watcher import Watch, watch
 
-__all__ = ["Alarm", "Forecast", "Watch", "WatchSettings", "watch"]
+__all__ = ["Alarm", "Forecast", "Watch", "WatchSettings", "follow_first_rank", "watch"]

@@ -19,6 +19,8 @@ Prompt = str | Sequence[Mapping[str, Any]] | PromptExample
 
 MOST_PROMPTS = 1024
 """Prompts kept of a larger data set."""
+TRANSPARENT = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
+"""Packages whose optimizer classes only wrap another optimizer."""
 _LISTED = 3
 
 
@@ -124,10 +126,9 @@ def unwrapped_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
         raise ConfigError("optimizer: expected at least one, found an empty list")
     found = []
     for one in given:
-        while True:
-            inner = (
-                vars(one).get("optimizer", vars(one).get("_optimizer")) if hasattr(one, "__dict__") else None
-            )
+        # only wrappers that do nothing of their own are looked through: Lookahead, say, moves parameters too
+        while type(one).__module__.partition(".")[0] in TRANSPARENT:
+            inner = vars(one).get("optimizer", vars(one).get("_optimizer"))
             if not isinstance(inner, torch.optim.Optimizer):
                 break
             one = inner

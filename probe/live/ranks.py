@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from probe.live.watcher import GROUP_RATES, SCHEDULER_RATES, Watch, single_schedulers
+from probe.live.alarm import GROUP_RATES, SCHEDULER_RATES, single_schedulers
+from probe.live.watcher import Watch
 
 
 def follow_first_rank(watch: Watch) -> None:

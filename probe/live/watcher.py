@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from probe.errors import ConfigError
+from probe.live.alarm import Alarm, OnAlarm
 from probe.live.attach import (
     check_tokenizer,
     prompt_examples,
@@ -24,6 +25,7 @@ from probe.live.attach import (
     watched_parameters,
 )
 from probe.live.cost import Schedule
+from probe.live.curves import CumulativeSum
 from probe.live.forecast import CollapseAlarm, EntropyReading, Forecast, forecast
 from probe.live.measure import Before, Outcome, UpdateProbe
 from probe.live.neutral import undisturbed
@@ -40,107 +42,18 @@ from probe.live.report import (
 from probe.live.settings import WatchSettings
 from probe.live.words import in_own_words
 from probe.rollouts.sampling import check_context, encode_prompts
+from probe.snapshot import isolated_rng
+from probe.verdict import WORDS
 
 STATE_FORMAT = "entropy-probe/watch/1"
 WINDOW_HORIZONS, LEAST_WINDOW = 4, 5
 """Older probes do not enter the forecast, unless there are fewer than so many: rates change in the course of a run."""
+READING = ("H_orig_tok", "H_orig_tok_se", "deltaH_true_tok", "deltaH_true_tok_se")
+"""Names of what the forecast takes from a probe."""
+STILL_STEPS = 3
+"""Probed steps of exactly 0 after which there is a warning."""
 SMALLEST_ENTROPY = 1e-9
 """Nats per token that a policy without any choice left is taken to have, for the logarithm's sake."""
-
-GROUP_RATES, SCHEDULER_RATES = {"lr", "initial_lr", "max_lr", "min_lr"}, {"base_lrs", "max_lrs"}
-"""Learning rates in an optimizer's groups, and lists of them in a scheduler."""
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """A forecast collapse, as `on_alarm` gets it.
-
-    Attributes:
-        step: optimizer step after which it was raised, from 1.
-        message: the warning that was printed.
-        forecast: steps left, with interval.
-        entry: the history entry of this probe.
-        model: the policy.
-        optimizers: those that are watched.
-        stop: asks the host to end training after this step; a plain loop reads `watch.should_stop`.
-        schedulers: the learning-rate schedulers, where the host is a trainer.
-    """
-
-    step: int
-    message: str
-    forecast: Forecast
-    entry: Mapping[str, Any]
-    model: nn.Module
-    optimizers: Sequence[torch.optim.Optimizer]
-    stop: Callable[[], None]
-    schedulers: Sequence[Any] = ()
-
-    def scale_learning_rate(self, factor: float, *schedulers: Any) -> None:
-        """Multiply the learning rate of every group, now and in what schedulers make of it later.
-
-        Args:
-            factor: what the rate is multiplied by.
-            schedulers: those of a plain loop. Many (LambdaLR, say) work every rate out from base rates of their own,
-                and would undo the change. Those of Lightning's and transformers' trainers are known.
-        """
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                for key in GROUP_RATES & set(group):
-                    group[key] = group[key] * factor
-        for scheduler in single_schedulers([*self.schedulers, *schedulers]):
-            for key in SCHEDULER_RATES & set(vars(scheduler)):
-                setattr(scheduler, key, [rate * factor for rate in getattr(scheduler, key)])
-
-
-def single_schedulers(schedulers: Iterable[Any]) -> list[Any]:
-    """Learning-rate schedulers, those inside of SequentialLR, ChainedScheduler and Accelerate's wrapper, each once."""
-    found: dict[int, Any] = {}
-    for one in schedulers:
-        inside = getattr(one, "_schedulers", None) or [getattr(one, "scheduler", None)]
-        parts = [one, *single_schedulers(part for part in inside if part is not None)]
-        found |= {id(part): part for part in parts}
-    return list(found.values())
-
-
-OnAlarm = Callable[[Alarm], None]
-
-
-@dataclass
-class _Sum:
-    """A cumulative sum of per-step changes, known on probed steps and interpolated linearly between them.
-
-    The steps `k_j .. k_(j+1) - 1`, of which the first is probed, change entropy by
-    `g c_j + (g - 1) / 2 (c_(j+1) - c_j)` with `g = k_(j+1) - k_j`: their exact sum for `g = 1`, and wherever the
-    change is linear in the step. The variance is that of sampling, and that of the steps between probes, whose scatter
-    is taken from the difference of neighbouring probes, as if the steps were independent:
-    `((g - 1) + (g - 1)^2) (c_(j+1) - c_j)^2 / 2`.
-    """
-
-    total: float = 0.0
-    variance: float = 0.0
-    step: int | None = None
-    change: float = 0.0
-    change_variance: float = 0.0
-    weight: float = 0.0
-
-    def advance(self, step: int, change: float, se: float) -> tuple[float, float]:
-        """Take the change of one probed step in.
-
-        Returns:
-            The sum of the changes from the first probed step up to but without this one, and its standard error.
-        """
-        if self.step is not None:
-            gap = step - self.step
-            before, here = (gap + 1) / 2, (gap - 1) / 2
-            self.total += before * self.change + here * change
-            # the last change was in the sum already with the weight of the gap before it
-            self.variance += ((self.weight + before) ** 2 - self.weight**2) * self.change_variance
-            self.variance += here**2 * se**2
-            # what was not probed: g - 1 steps of their own, and two probed ones that stand for others
-            self.variance += ((gap - 1) + (gap - 1) ** 2) * (change - self.change) ** 2 / 2
-            self.weight = here
-        self.step, self.change, self.change_variance = step, change, se**2
-        return self.total, math.sqrt(self.variance)
 
 
 @dataclass
@@ -151,7 +64,7 @@ class _Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     readings: list[EntropyReading] = field(default_factory=list)
     threshold: float | None = None
-    sums: dict[str, _Sum] = field(default_factory=dict)
+    sums: dict[str, CumulativeSum] = field(default_factory=dict)
 
 
 class Watch:
@@ -200,10 +113,10 @@ class Watch:
         self._before: Before | None = None
         self._waiting: set[int] = set()
         self._in_update = self._in_hook = False
+        self._still = 0
         self._step_started = time.perf_counter()
         self._resumed: float | None = None
         self._cost_said = False
-        self._origin = first_step
         self._handles: list[Any] = []
         if _rank() > 0:
             return  # parameters are the same on all ranks of data parallelism: the first one probes
@@ -286,11 +199,33 @@ class Watch:
             )
         run = dict(state["run"])
         run["readings"] = [EntropyReading(**reading) for reading in run["readings"]]
-        run["sums"] = {name: _Sum(**found) for name, found in run["sums"].items()}
+        run["sums"] = {name: CumulativeSum(**found) for name, found in run["sums"].items()}
         run["history"] = [dict(entry) for entry in run["history"]]
         self._run = _Run(**run)
-        self._origin = self._run.step
         self._alarm = CollapseAlarm(**state["alarm"])
+
+    def replay(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Go on from what an earlier training has logged: curves and forecast as if it had not been interrupted.
+
+        Args:
+            entries: one per probe in the order of their `step`, with numbers by the names of `LIVE_KEYS` and
+                `LIVE_NUMBERS`. What is absent in one is taken as not known.
+        """
+        for given in entries:
+            entry = dict(given)
+            if "verdict_code" in entry:
+                entry.setdefault("verdict", WORDS[int(entry["verdict_code"])])
+            for name in ("deltaH1", "deltaH_true"):
+                for suffix in ("", "_tok"):
+                    change, se = entry.get(f"{name}{suffix}"), entry.get(f"{name}{suffix}_se")
+                    if change is not None and se is not None:
+                        self._sum(f"{name}{suffix}").advance(entry["step"], change, se, self._momentum())
+            if entry.get("collapse_entropy") is not None:
+                self._run.threshold = entry["collapse_entropy"]
+            needed = [entry[name] for name in READING if entry.get(name) is not None]
+            if len(needed) == len(READING):
+                self._add_reading(EntropyReading(entry["step"], *needed))
+            self._run.history.append(entry)
 
     # ---------------------------------------------------------------- hooks
 
@@ -325,31 +260,69 @@ class Watch:
             self.schedule.add_step(now - self._resumed)
         self._run.step += 1
         self._in_update, self._waiting = True, {id(o) for o in self.optimizers}
-        if self.schedule.due(self._run.step - self._origin):
+        self._seconds = 0.0
+        if self.schedule.due(self._run.step):
             _finish_queue(self.model)
-            self._before = self._guarded(lambda: self._probe.before(self._run.step))
+            start = time.perf_counter()
+            self._before = self._guarded(self._prepare)
+            _finish_queue(self.model)
+            self._seconds = time.perf_counter() - start
         self._step_started = time.perf_counter()
+
+    def _prepare(self) -> Before:
+        """E and the copies, of the parameters as they are trained now."""
+        with undisturbed(self.model):
+            self._adopt_parameters()
+            return self._probe.before(self._run.step)
+
+    def _adopt_parameters(self) -> None:
+        """Parameters may have been unfrozen, added or replaced since the last probe."""
+        known = self._probe.parameters
+        moved = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        # what was trainable once is kept: Lightning freezes one optimizer's parameters while another takes its step
+        found = {
+            name: p
+            for name, p in self.model.named_parameters()
+            if id(p) in moved and (p.requires_grad or name in known)
+        }
+        if {name: id(p) for name, p in found.items()} != {name: id(p) for name, p in known.items()}:
+            say(f"the trained parameters have changed: {len(found)} tensors are watched now")
+            self._probe.parameters = found
 
     def _end_update(self, late: bool = False) -> None:
         self._in_update = False
         before, self._before = self._before, None
-        step_seconds = time.perf_counter() - self._step_started
         if before is not None:
             _finish_queue(self.model)
-            step_seconds = time.perf_counter() - self._step_started
-            start = time.perf_counter()
-            outcome = self._guarded(lambda: self._probe.after(before, self.optimizers, late))
-            if outcome is not None:
-                seconds = before.seconds + time.perf_counter() - start
-                self.schedule.add_probe(seconds)
-                self._take(outcome, seconds)
+        step_seconds = time.perf_counter() - self._step_started
+        alarm = None
+        if before is not None:
+            alarm = self._guarded(lambda: self._conclude(before, late))
         # the optimizer's own time belongs to the training step that ends here
         self._resumed = time.perf_counter() - step_seconds
+        if alarm is not None:
+            self._act_on(alarm)
+
+    def _conclude(self, before: Before, late: bool) -> Alarm | None:
+        """What the step did, its entry in the history and the log, and the alarm that it raises."""
+        start = time.perf_counter()
+        with undisturbed(self.model):
+            outcome = self._probe.after(before, self.optimizers, late)
+        entry = self._enter(outcome)
+        self._seconds += time.perf_counter() - start
+        self.schedule.add_probe(self._seconds)
+        entry["seconds"] = self._seconds
+        entry |= {"cost_share": self.schedule.share, "every": self.schedule.interval}
+        say(probe_line(entry))
+        self._say_cost(outcome.values)
+        self._send(entry)
+        self._watch_for_standstill(outcome)
+        return self._raised(entry)
 
     def _guarded(self, part: Callable[[], Any]) -> Any:
-        """Run a part of the probe, leaving no trace; an error ends the probe, not the training."""
+        """Run a part of the probe; an error ends the probe, not the training."""
         try:
-            with undisturbed(self.model), in_own_words():
+            with in_own_words():
                 return part()
         except Exception as error:
             self.detach()
@@ -361,25 +334,58 @@ class Watch:
                 f"{traceback.format_exc()}",
                 warn=True,
             )
+            _let_go(error)
             return None
 
     # ---------------------------------------------------------------- results
 
-    def _take(self, outcome: Outcome, seconds: float) -> None:
-        """Add an outcome to the history, log it, and look ahead."""
-        run, step = self._run, self._run.step
-        entry = {"step": step, **flat_values(outcome.values), "seconds": seconds}
+    def _enter(self, outcome: Outcome) -> dict[str, Any]:
+        """Add an outcome to the history, and look ahead."""
+        step = self._run.step
+        entry = {"step": step, **flat_values(outcome.values)}
         entry |= self._cumulative(outcome, step)
         entry |= self._ahead(outcome, step)
-        entry |= {"cost_share": self.schedule.share, "every": self.schedule.interval}
-        run.history.append(entry)
-        say(probe_line(entry))
-        self._say_cost(outcome.values)
-        if self._log is not None:
-            self._log(scalars(entry), step)
-        found = self._forecast()
-        if self._alarm.update(found, step) and found is not None:
-            self._raise_alarm(found, entry)
+        self._run.history.append(entry)
+        return entry
+
+    def _send(self, entry: dict[str, Any]) -> None:
+        """Log an entry. A log that fails is not used again; the probe goes on."""
+        if self._log is None:
+            return
+        try:
+            with isolated_rng():  # loggers draw names for files and runs
+                self._log(scalars(entry), entry["step"])
+        except Exception as error:
+            if self.settings.strict:
+                raise
+            self._log = None
+            say(
+                f"the log failed at step {entry['step']} and is not used any more ({type(error).__name__}: {error}); "
+                "the numbers are still in `history`",
+                warn=True,
+            )
+
+    def _watch_for_standstill(self, outcome: Outcome) -> None:
+        """Warn where the parameters seem to move outside of `optimizer.step`."""
+        self._still = 0 if outcome.moved else self._still + 1
+        if self._still == STILL_STEPS:
+            say(
+                f"{STILL_STEPS} probed steps in a row have changed nothing: a learning rate of 0, gradients of 0, "
+                "steps below the resolution of 16-bit weights, or an optimizer that moves parameters outside of its "
+                "step (in gradient hooks, say), which the probe does not see",
+                warn=True,
+            )
+
+    def _sum(self, name: str) -> CumulativeSum:
+        """The cumulative sum of a quantity."""
+        return self._run.sums.setdefault(name, CumulativeSum())
+
+    def _add_reading(self, reading: EntropyReading) -> None:
+        """Keep what the forecast is made from."""
+        readings = [*self._run.readings, reading]
+        oldest = reading.step - WINDOW_HORIZONS * self.settings.horizon
+        recent = [one for one in readings[:-LEAST_WINDOW] if one.step >= oldest]
+        self._run.readings = [*recent, *readings[-LEAST_WINDOW:]][-self.settings.window :]
 
     def _cumulative(self, outcome: Outcome, step: int) -> dict[str, float]:
         """Predicted and measured change since the first probe, and the change of the level."""
@@ -393,8 +399,8 @@ class Watch:
                 ("deltaH1", "H_predicted", outcome.deltaH1[which]),
                 ("deltaH_true", "H_tracked", outcome.deltaH_true[which]),
             ):
-                sums = self._run.sums.setdefault(f"{name}{suffix}", _Sum())
-                total, se = sums.advance(step, change.value, change.se)
+                sums = self._sum(f"{name}{suffix}")
+                total, se = sums.advance(step, change.value, change.se, self._momentum())
                 found |= {f"cumulative_{name}{suffix}": total, f"cumulative_{name}{suffix}_se": se}
                 found[f"{level}{suffix}"] = start + total
             found[f"cumulative_H{suffix}"] = H.value - start
@@ -411,10 +417,7 @@ class Watch:
             )
         if outcome.moved:
             level = max(H.value, SMALLEST_ENTROPY)
-            run.readings.append(EntropyReading(step, level, H.se, change.value, change.se))
-            oldest = step - WINDOW_HORIZONS * self.settings.horizon
-            recent = [reading for reading in run.readings[:-LEAST_WINDOW] if reading.step >= oldest]
-            run.readings = [*recent, *run.readings[-LEAST_WINDOW:]][-self.settings.window :]
+            self._add_reading(EntropyReading(step, level, H.se, change.value, change.se))
         found = self._forecast()
         values = {"collapse_entropy": run.threshold}
         if found is not None:
@@ -440,13 +443,19 @@ class Watch:
         rates = [float(g["betas"][0] if "betas" in g else g.get("momentum", 0.0)) for g in groups]
         return max(rate for rate in [*rates, 0.0] if rate < 1.0)
 
-    def _raise_alarm(self, found: Forecast, entry: dict[str, Any]) -> None:
-        """Warn, and call what the user wants called; its exceptions are the user's."""
+    def _raised(self, entry: dict[str, Any]) -> Alarm | None:
+        """A new alarm, with its warning; None where there is none."""
+        found, step = self._forecast(), self._run.step
+        if found is None or not self._alarm.update(found, step):
+            return None
         message = alarm_line(entry, found.threshold, self.settings.horizon)
         entry["alarm"] = True
         say(message, warn=True)
-        stop, step = self._request_stop, self._run.step
-        alarm = Alarm(step, message, found, entry, self.model, self.optimizers, stop, self.schedulers)
+        stop = self._request_stop
+        return Alarm(step, message, found, entry, self.model, self.optimizers, stop, self.schedulers)
+
+    def _act_on(self, alarm: Alarm) -> None:
+        """Do what the user wants done; exceptions of a user's function are the user's."""
         if self._on_alarm == "stop":
             alarm.stop()
         elif callable(self._on_alarm):
@@ -461,6 +470,15 @@ class Watch:
             return
         self._cost_said = True
         say(cost_line(self.schedule, values["B_E"], values["avg_generation_length"], values["timing"]))
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the frames of an exception hold: copies of parameters, activations."""
+    while error is not None:
+        if error.__traceback__ is not None:
+            traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _rank() -> int:

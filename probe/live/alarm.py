@@ -1,0 +1,69 @@
+"""What a user's function gets when a collapse is forecast, and what it can do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from probe.live.forecast import Forecast
+
+GROUP_RATES, SCHEDULER_RATES = {"lr", "initial_lr", "max_lr", "min_lr"}, {"base_lrs", "max_lrs"}
+"""Learning rates in an optimizer's groups, and lists of them in a scheduler."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A forecast collapse, as `on_alarm` gets it.
+
+    Attributes:
+        step: optimizer step after which it was raised, from 1.
+        message: the warning that was printed.
+        forecast: steps left, with interval.
+        entry: the history entry of this probe.
+        model: the policy.
+        optimizers: those that are watched.
+        stop: asks the host to end training after this step; a plain loop reads `watch.should_stop`.
+        schedulers: the learning-rate schedulers, where the host is a trainer.
+    """
+
+    step: int
+    message: str
+    forecast: Forecast
+    entry: Mapping[str, Any]
+    model: nn.Module
+    optimizers: Sequence[torch.optim.Optimizer]
+    stop: Callable[[], None]
+    schedulers: Sequence[Any] = ()
+
+    def scale_learning_rate(self, factor: float, *schedulers: Any) -> None:
+        """Multiply the learning rate of every group, now and in what schedulers make of it later.
+
+        Args:
+            factor: what the rate is multiplied by.
+            schedulers: those of a plain loop. Many (LambdaLR, say) work every rate out from base rates of their own,
+                and would undo the change. Those of Lightning's and transformers' trainers are known.
+        """
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for key in GROUP_RATES & set(group):
+                    group[key] = group[key] * factor
+        for scheduler in single_schedulers([*self.schedulers, *schedulers]):
+            for key in SCHEDULER_RATES & set(vars(scheduler)):
+                setattr(scheduler, key, [rate * factor for rate in getattr(scheduler, key)])
+
+
+def single_schedulers(schedulers: Iterable[Any]) -> list[Any]:
+    """Learning-rate schedulers, those inside of SequentialLR, ChainedScheduler and Accelerate's wrapper, each once."""
+    found: dict[int, Any] = {}
+    for one in schedulers:
+        inside = getattr(one, "_schedulers", None) or [getattr(one, "scheduler", None)]
+        parts = [one, *single_schedulers(part for part in inside if part is not None)]
+        found |= {id(part): part for part in parts}
+    return list(found.values())
+
+
+OnAlarm = Callable[[Alarm], None]
