@@ -14,7 +14,7 @@ demo: setup
 	$(BIN)/entropy-probe demo
 
 test: setup-test lint
-	$(BIN)/python -m pytest --doctest-modules probe tests
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --doctest-modules probe tests
 
 setup: $(VENV)/.installed
 setup-test: $(VENV)/.installed-test

@@ -444,18 +444,18 @@ def main() -> int:
     )
     parser.add_argument("--output", default="docs/collapse.png", help="where the plot goes")
     parser.add_argument("--folder", default=None, help="keep the runs here: a second call does not train")
-    parser.add_argument("--learning-rate", type=float, default=COLLAPSING)
+    parser.add_argument("--learning_rate", type=float, default=COLLAPSING)
     parser.add_argument(
         "--healthy", type=float, default=HEALTHY, help="learning rate of the second run; 0: none"
     )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--every", type=int, default=1, help="steps from probe to probe")
-    parser.add_argument("--B-E", type=int, default=64, help="responses per probe")
+    parser.add_argument("--B_E", type=int, default=64, help="responses per probe")
     parser.add_argument(
         "--fraction", type=float, default=FRACTION, help="share of the first entropy that counts as collapse"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--report-to", default="none", help="a logger of transformers, such as tensorboard")
+    parser.add_argument("--report_to", default="none", help="a logger of transformers, such as tensorboard")
     options = parser.parse_args()
     names = ("steps", "seed", "every", "B_E", "fraction", "report_to")
     shared = {name: getattr(options, name) for name in names}

@@ -65,8 +65,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"collapse_entropy": "low"}, "collapse_entropy: expected a number or None, found 'low'"),
     # ranges
     ({"every": 0}, "every: expected an integer of at least 1, or None, found 0"),
-    ({"budget": 0}, "budget: expected a share above 0, such as 0.05, found 0"),
-    ({"budget": float("nan")}, "budget: expected a share above 0, such as 0.05, found nan"),
+    ({"budget": 0}, "budget: expected a share of at most 1, such as 0.05 for 5 %, found 0"),
+    ({"budget": 5}, "budget: expected a share of at most 1, such as 0.05 for 5 %, found 5"),
+    ({"budget": float("nan")}, "budget: expected a share of at most 1, such as 0.05 for 5 %, found nan"),
     ({"B_E": 1}, "B_E: expected an integer of at least 2, found 1"),
     ({"microbatch_size": 0}, "microbatch_size: expected an integer of at least 1, found 0"),
     ({"head_chunk_tokens": -1}, "head_chunk_tokens: expected an integer of at least 1, found -1"),

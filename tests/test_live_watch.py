@@ -7,14 +7,16 @@ import json
 import logging
 import math
 import random
+from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from probe.live import Alarm
+from probe.live import Alarm, WatchSettings
 from probe.live.cost import Schedule
 from probe.live.report import (
     LAYOUT,
@@ -646,3 +648,25 @@ def test_replaying_a_log_goes_on_as_if_nothing_had_happened():
         assert second.last[name] == pytest.approx(whole.last[name], rel=1e-9), name
     assert second.last["steps_to_collapse"] == pytest.approx(whole.last["steps_to_collapse"], rel=1e-9)
     assert second.last["collapse_entropy"] == whole.last["collapse_entropy"]
+
+
+# ---------------------------------------------------------------- the guide
+
+
+def test_the_guide_has_every_name_and_setting():
+    guide = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    short = {"steps_to_collapse_low": "..._low", "steps_to_collapse_high": "..._high"}
+    for name in [*LIVE_KEYS, *LIVE_NUMBERS]:
+        assert f"`{short.get(name, name)}`" in guide, name
+    for field in fields(WatchSettings):
+        assert f"`{field.name}`" in guide, field.name
+    table = guide[guide.index("## Settings") : guide.index("## What is logged")]
+    for name, default in (
+        ("every", "None"),
+        ("budget", "0.05"),
+        ("window", "20"),
+        ("horizon", "50"),
+        ("B_E", "64"),
+    ):
+        assert str(getattr(WatchSettings(), name)) == default
+        assert f"| `{name}` | {default} |" in table

@@ -66,7 +66,7 @@ class WatchSettings:
             _check_type(field.name, getattr(self, field.name), hints[field.name])
         for key, good, expected in (
             ("every", self.every is None or self.every >= 1, "an integer of at least 1, or None"),
-            ("budget", self.budget > 0, "a share above 0, such as 0.05"),
+            ("budget", 0 < self.budget <= 1, "a share of at most 1, such as 0.05 for 5 %"),
             ("B_E", self.B_E >= 2, "an integer of at least 2"),
             ("temperature", 0 < self.temperature < math.inf, "a finite number above 0"),
             ("stop_strings", all(self.stop_strings), "texts that are not empty"),
