@@ -370,7 +370,8 @@ def level_panel(axis: Axes, run: Run, healthy: Run | None) -> None:
     axis.axhline(run.threshold, color=DIFFERENCE, linestyle="--", linewidth=1.0, label="collapse threshold")
     mark_events(axis, run)
     axis.set(title="level", xlabel="optimizer step", ylabel="entropy (nats per token)")
-    axis.legend(loc="upper right")
+    axis.set_ylim(bottom=0.0, top=1.6 * axis.get_ylim()[1])  # room for the legend
+    axis.legend(loc="upper right", ncols=2)
 
 
 def change_panel(axis: Axes, run: Run) -> None:

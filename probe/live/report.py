@@ -190,7 +190,8 @@ def say(line: str, *, warn: bool = False) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)
     logger.log(logging.WARNING if warn else logging.INFO, "entropy probe: %s", line)
 
 
