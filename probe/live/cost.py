@@ -22,7 +22,7 @@ class Schedule:
     Attributes:
         every: steps from probe to probe; None chooses by `budget`.
         budget: largest share of probes in the training time, the probes' own left out.
-        probe_seconds: time spent in probes.
+        probe_seconds: time spent in probes, and in attaching.
         train_seconds: time of training without them, since the first step ended.
         probes: their number.
         last_probe: seconds that the last one took.

@@ -90,6 +90,7 @@ class Watch:
         first_step: int = 0,
     ) -> None:
         """Check everything, rehearse a small probe, and register the hooks; see `watch`."""
+        start = time.perf_counter()
         self.settings = settings
         self.model = unwrapped_model(model)
         self.optimizers = unwrapped_optimizers(optimizer)
@@ -130,6 +131,7 @@ class Watch:
                 optimizer_.register_step_post_hook(self._on_post_step),
             )
         ]
+        self.schedule.probe_seconds = time.perf_counter() - start  # attaching counts too
         count = sum(p.numel() for p in parameters.values())
         what = (
             f"watching {len(parameters)} trainable tensors ({count:,} numbers); deltaH1 by {self._probe.mode}"
