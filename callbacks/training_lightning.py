@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from probe.errors import ConfigError
-from probe.live.alarm import OnAlarm
+from probe.live.alarm import OnAlarm, check_on_alarm
 from probe.live.ranks import follow_first_rank
 from probe.live.report import tensorboard_layout
 from probe.live.settings import WatchSettings
@@ -54,6 +54,7 @@ class EntropyProbeCallback(Callback):
             ConfigError: a setting is unknown or cannot be used.
         """
         WatchSettings.of(settings)
+        check_on_alarm(on_alarm)
         self.watch: Watch | None = None
         self._prompts, self._tokenizer, self._policy = prompts, tokenizer, policy
         self._on_alarm = on_alarm

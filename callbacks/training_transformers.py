@@ -10,9 +10,10 @@ from typing import Any, Literal
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from probe.errors import ConfigError
-from probe.live.alarm import OnAlarm
+from probe.live.alarm import OnAlarm, check_on_alarm
 from probe.live.ranks import follow_first_rank
 from probe.live.report import PREFIX, say, tensorboard_layout
+from probe.live.settings import WatchSettings
 from probe.live.watcher import Watch, watch
 from probe.snapshot import isolated_rng
 
@@ -36,7 +37,7 @@ class EntropyProbeTrainerCallback(TrainerCallback):
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: Trainer | None = None,
         prompts: Iterable[Any] | None = None,
         *,
         on_alarm: Literal["stop"] | OnAlarm | None = None,
@@ -53,13 +54,15 @@ class EntropyProbeTrainerCallback(TrainerCallback):
                 configuration (`temperature`, `max_completion_length`).
 
         Raises:
-            ConfigError: `trainer` is no transformers Trainer.
+            ConfigError: `trainer` is no transformers Trainer, or a setting is unknown or cannot be used.
         """
         if not isinstance(trainer, Trainer):
             raise ConfigError(
-                f"trainer: expected a transformers Trainer (or TRL's), found {type(trainer).__name__}; add the "
-                "callback with trainer.add_callback(EntropyProbeTrainerCallback(trainer, ...))"
+                f"trainer: expected a transformers Trainer (or TRL's), found {type(trainer).__name__}; make the "
+                "trainer first, then trainer.add_callback(EntropyProbeTrainerCallback(trainer, ...))"
             )
+        WatchSettings.of(settings)
+        check_on_alarm(on_alarm)
         self.trainer = trainer
         self.watch: Watch | None = None
         self._prompts, self._on_alarm, self._settings = prompts, on_alarm, settings

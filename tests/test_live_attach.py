@@ -452,7 +452,9 @@ def test_bad_tokenizers(tokenizer, message):
 
 def test_no_tokenizer():
     model = full_model()
-    with pytest.raises(ConfigError, match=r"^tokenizer: expected a transformers tokenizer, found NoneType$"):
+    with pytest.raises(
+        ConfigError, match=r"^tokenizer: expected a transformers tokenizer, found NoneType; give the one that"
+    ):
         probe.watch(model, adamw(model), PROMPTS, None)
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import random
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 
 from probe.live import Alarm, WatchSettings
 from probe.live.cost import Schedule
+from probe.live.forecast import Forecast
 from probe.live.report import (
     LAYOUT,
     LIVE_KEYS,
@@ -26,6 +27,7 @@ from probe.live.report import (
     PREFIX,
     alarm_line,
     cost_line,
+    outlook,
     probe_line,
     scalars,
     tensorboard_layout,
@@ -181,8 +183,8 @@ def test_history(every):
             assert last[f"{level}{suffix}"] == pytest.approx(first[f"H_orig{suffix}"] + total)
     hypotenuse = math.hypot(last["H_orig_tok_se"], first["H_orig_tok_se"])
     assert last["cumulative_H_tok_se"] == pytest.approx(hypotenuse)
-    assert "steps_to_collapse" not in watch.history[1]
-    assert "steps_to_collapse" in watch.history[2]
+    assert [e["steps_to_collapse"] is None for e in watch.history[:3]] == [True, True, False]
+    assert [bool(e["outlook"]) for e in watch.history[:3]] == [False, False, True]
     # everything can be saved
     assert json.loads(json.dumps(watch.state_dict())) == json.loads(json.dumps(watch.state_dict()))
 
@@ -202,15 +204,16 @@ def test_only_finite_numbers_are_logged():
         "verdict": "caution",
         "alarm": True,
         "verdict_reasons": ["x"],
-        "a": 1,
-        "b": 0.5,
-        "c": math.nan,
-        "d": math.inf,
-        "e": None,
-        "f": "text",
+        "every": 1,
+        "H_orig_tok": 0.5,
+        "ESS": math.nan,
+        "steps_to_collapse_high": math.inf,
+        "pareto_k": None,
+        "outlook": "text",
+        "not_documented": 1.0,
     }
     found = scalars(entry)
-    assert found == {f"{PREFIX}/a": 1.0, f"{PREFIX}/b": 0.5}
+    assert found == {f"{PREFIX}/every": 1.0, f"{PREFIX}/H_orig_tok": 0.5}
     assert all(type(x) is float for x in found.values())
 
 
@@ -238,7 +241,7 @@ def test_a_learning_rate_of_0_is_no_error(caplog):
     assert watch.history[0]["verdict_reasons"][0].startswith("The optimizer's step was exactly 0")
     assert [e["step_norm"] == 0 for e in watch.history] == [True, True, False, False, False, False]
     assert watch.history[2]["cumulative_deltaH1_tok"] == 0.0
-    assert "steps_to_collapse" not in watch.history[3]  # a step of 0 is no reading of how entropy changes
+    assert watch.history[3]["steps_to_collapse"] is None  # a step of 0 is no reading of how entropy changes
     assert "steps_to_collapse" in watch.history[4]
     for entry in watch.history:
         assert set(entry) <= documented()
@@ -250,12 +253,18 @@ def test_lines():
     entry = {
         "step": 12, "verdict": "trustworthy", "H_orig_tok": 1.25, "H_orig_tok_se": 0.01, "deltaH1_tok": -0.02,
         "deltaH1_tok_se": 0.003, "deltaH_true_tok": None, "steps_to_collapse": 31.4, "steps_to_collapse_low": 22.0,
-        "steps_to_collapse_high": math.inf, "momentum_share_tok": 0.8,
+        "steps_to_collapse_high": math.inf, "momentum_share_tok": 0.8, "outlook": "no collapse in sight",
     }  # fmt: skip
     assert probe_line(entry) == (
-        "step 12: H 1.25 +/- 0.01 nats/token; predicted -0.02 +/- 0.003, measured not resolved (trustworthy); "
-        "collapse in about 31 steps (95 %: 22 to never)"
+        "step 12: H 1.250 +/- 0.010 nats/token; this step -0.0200 +/- 0.0030 predicted, not resolved measured "
+        "(trustworthy); no collapse in sight"
     )
+    falling = Forecast(31.4, 22.0, math.inf, -0.05, 0.01, 1.25, 0.125, 9)
+    assert outlook(falling, 50) == "collapse in about 31 steps (95 %: at least 22)"
+    assert outlook(replace(falling, rate_se=0.05), 50) == "no collapse in sight"
+    assert outlook(replace(falling, steps=501.0), 50) == "no collapse in sight"
+    assert outlook(replace(falling, H=0.1), 50) == "collapsed"
+    assert outlook(None, 50) == ""
     text = alarm_line(entry, 0.125, 50)
     assert "from 1.25 to 0.125 nats/token in about 31 steps" in text
     assert "within the horizon of 50" in text
@@ -268,8 +277,40 @@ def test_lines():
     )
     schedule.add_step(6.0)
     assert cost_line(schedule, 64, 20.0, {}).endswith(
-        "a training step 6 s: every 10 steps that is 5 % of training time"
+        "a training step 6 s: every 10 steps, 5 % of the training time"
     )
+    chosen = Schedule(None, 0.05)
+    chosen.add_probe(3.0)
+    chosen.add_step(0.5)
+    assert cost_line(chosen, 64, 20.0, {}).endswith(
+        ": one every 120 steps, 5 % of the training time, keeps the budget of 5 % (set every=... for more)"
+    )
+
+
+def test_the_cost_is_said_with_the_first_step_after_the_first_probe(caplog):
+    caplog.set_level(logging.INFO, "probe.live")
+    loop = small_loop(steps=3)
+    attach(loop.model, loop.optimizers[0], every=100)
+    loop.run()
+    assert sum("a training step" in record.message for record in caplog.records) == 1
+
+
+def test_the_first_reason_is_said_when_the_verdict_changes(caplog):
+    caplog.set_level(logging.INFO, "probe.live")
+    loop = small_loop(steps=4)
+    group = loop.optimizers[0].param_groups[0]
+    group["lr"] = 0.0
+    watch = attach(loop.model, loop.optimizers[0])
+    loop.run()
+    lines = [r.message for r in caplog.records if "entropy probe: step" in r.message]
+    assert [watch.history[0]["verdict_reasons"][0] in line for line in lines] == [True, False, False, False]
+
+
+def test_a_second_watch_is_pointed_out(caplog):
+    loop = small_loop(steps=1)
+    attach(loop.model, loop.optimizers[0])
+    attach(loop.model, loop.optimizers[0])
+    assert sum("watched already" in record.message for record in caplog.records) == 1
 
 
 # ---------------------------------------------------------------- going on from a checkpoint

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from probe.errors import ConfigError
 from probe.live.forecast import Forecast
 
 GROUP_RATES, SCHEDULER_RATES = {"lr", "initial_lr", "max_lr", "min_lr"}, {"base_lrs", "max_lrs"}
 """Learning rates in an optimizer's groups, and lists of them in a scheduler."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Alarm:
     """A forecast collapse, as `on_alarm` gets it.
 
@@ -38,6 +39,9 @@ class Alarm:
     optimizers: Sequence[torch.optim.Optimizer]
     stop: Callable[[], None]
     schedulers: Sequence[Any] = ()
+
+    def __repr__(self) -> str:
+        return f"Alarm(step={self.step}, {self.message!r})"
 
     def scale_learning_rate(self, factor: float, *schedulers: Any) -> None:
         """Multiply the learning rate of every group, now and in what schedulers make of it later.
@@ -67,3 +71,13 @@ def single_schedulers(schedulers: Iterable[Any]) -> list[Any]:
 
 
 OnAlarm = Callable[[Alarm], None]
+
+
+def check_on_alarm(value: Any) -> None:
+    """Refuse what cannot be called when there is an alarm.
+
+    Raises:
+        ConfigError: it is no function, `"stop"` or None.
+    """
+    if not (value is None or callable(value) or value == "stop"):
+        raise ConfigError(f"on_alarm: expected a function, 'stop' or None, found {value!r}")

@@ -217,7 +217,10 @@ def check_tokenizer(tokenizer: Any, model: nn.Module) -> None:
         ConfigError: it does not, or its tokens are not the model's.
     """
     if tokenizer is None or not callable(tokenizer) or not hasattr(tokenizer, "batch_decode"):
-        raise ConfigError(f"tokenizer: expected a transformers tokenizer, found {type(tokenizer).__name__}")
+        raise ConfigError(
+            f"tokenizer: expected a transformers tokenizer, found {type(tokenizer).__name__}; give the one that "
+            "belongs to the model"
+        )
     if getattr(tokenizer, "eos_token_id", None) is None:
         raise ConfigError(
             "tokenizer: expected an EOS token, found none: responses could not end; set tokenizer.eos_token"

@@ -35,8 +35,10 @@ changes are read with errors as large as the drift the interval is too wide (99 
 - Where entropy falls along a straight line and the forecast is made for an exponential (`p = 0`), it comes too late: by
   10 % at 1.2 times the threshold, about 40 % at twice, by a factor of 2.6 or more at ten times. With all shapes the
   interval covers at least what the right one does.
-- The drift itself may change. On a GRPO run of the demo policy that collapses (`benchmarks/collapse.py`), whose fall
-  slows down and then speeds up, the interval of all shapes held the truth at 98 % of the steps.
+- The drift itself may change. Readings before a clear change are left out; less clear ones are averaged over, and the
+  forecast of a collapse that speeds up is late: mind the lower end. On a GRPO run of the demo policy that collapses
+  (`benchmarks/collapse.py`), whose fall slows down and then speeds up, the interval of all shapes held the truth at
+  98 % of the steps.
 """
 
 from __future__ import annotations
@@ -53,6 +55,10 @@ SHAPES, MIDDLE_SHAPE = (0.0, 0.5, 1.0), 0.5
 """Powers `p` of the walks in `(H^p - 1) / p` that a forecast stands for: exponential decay, between, straight line."""
 LEAST_READINGS = 3
 """Fewest readings that a forecast is made from: two for the rate, one more for its error."""
+LEAST_SINCE_CHANGE = 4
+"""Fewest readings that show that the drift has changed."""
+CHANGED = 4.0
+"""Standard errors by which it must have."""
 CONFIDENCE = 0.95
 """Coverage of the interval."""
 MAX_AUTOCORRELATION = 0.8
@@ -223,7 +229,7 @@ def forecast(
         raise ValueError(f"momentum must be in [0, 1), not {momentum}")
     if shape is not None and not 0 <= shape <= 1:
         raise ValueError(f"shape must be in [0, 1] or None, not {shape}")
-    used = _usable(readings)[-window:]
+    used = _since_change(_usable(readings)[-window:], momentum)
     n = len(used)
     if n < LEAST_READINGS:
         return None
@@ -242,6 +248,34 @@ def forecast(
         threshold=threshold,
         readings_used=n,
     )
+
+
+def _since_change(readings: Sequence[EntropyReading], momentum: float) -> Sequence[EntropyReading]:
+    """The readings since the drift last changed: a learning rate that was lowered, a collapse that speeds up.
+
+    At every split with three readings before and four after it, the mean relative changes of both sides are compared,
+    in units of the error that their scatter about these means and the correlation through momentum give them. While
+    the clearest split differs by more than four of them, what is before it is left out. (Four, since there are many
+    splits, and the scatter is estimated from few readings.)
+    """
+    while len(readings) >= LEAST_READINGS + LEAST_SINCE_CHANGE:
+        step = np.array([x.step for x in readings])
+        relative = np.log1p(np.maximum([x.change / x.H for x in readings], -LARGEST_FALL))
+        rho = momentum ** float(np.median(np.diff(step)))
+        longest, n = (1 + rho) / (1 - rho), len(readings)
+        clearness = {}
+        for k in range(LEAST_READINGS, n - LEAST_SINCE_CHANGE + 1):
+            old, new = relative[:k], relative[k:]
+            scatter = (float(old.var()) * k + float(new.var()) * (n - k)) / (n - 2)
+            variance = scatter * (min(longest / k, 1.0) + min(longest / (n - k), 1.0))
+            size = abs(float(new.mean() - old.mean()))
+            # differences that are rounding are none
+            clearness[k] = size / math.sqrt(variance + 1e-18) if size > 1e-9 else 0.0
+        cut = max(clearness, key=clearness.__getitem__)
+        if clearness[cut] < CHANGED:
+            break
+        readings = readings[cut:]
+    return readings
 
 
 def _of_shape(used: Sequence[EntropyReading], threshold: float, momentum: float, power: float) -> Forecast:

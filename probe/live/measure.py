@@ -25,7 +25,7 @@ from probe.errors import NumericalError, RolloutError
 from probe.estimators.control_variates import SMALLEST_SAMPLE, SMALLEST_TAUGHT, control_variates
 from probe.estimators.derivative_check import forward_mode_check
 from probe.estimators.entropy_change import entropy
-from probe.estimators.estimate import Estimate, estimate
+from probe.estimators.estimate import Estimate, estimate, shrinkage
 from probe.estimators.ground_truth import GroundTruth, measure
 from probe.estimators.noise_floor import rescored_noise_floor
 from probe.estimators.prediction import Prediction, from_tokens, norm, token_first_order
@@ -204,6 +204,8 @@ class UpdateProbe:
             prediction = replace(prediction, control_variates=self._why_no_control_variates(earlier))
         else:
             note = f"on: fitted on other prompts and {len(earlier)} earlier probes"
+            # as much of them for both as the measurement shares the noise of, so that their difference stays that on E
+            Z = [z.scaled(shrinkage(e, z)) for e, z in zip(truth.estimates["per_decision"], Z, strict=True)]
             prediction = prediction.with_control_variates(Z, note)
             truth = truth.with_control_variates(Z, reported=True)
         prediction = replace(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from probe.callbacks.console import with_error
 from probe.errors import ConfigError
 from probe.live.cost import Schedule
+from probe.live.forecast import Forecast
 from probe.verdict import WORDS
 
 logger = logging.getLogger("probe.live")
@@ -38,7 +41,8 @@ count the scatter of steps between probes too."""
 LIVE_NUMBERS: dict[str, str] = {
     "momentum_share_tok": "deltaH1_momentum_tok / deltaH1_tok; absent where deltaH1_tok cannot be told from 0",
     "decay_share_tok": "deltaH1_decay_tok / deltaH1_tok; absent likewise",
-    "steps_to_collapse": "optimizer steps until H_orig_tok is forecast to fall to the collapse threshold",
+    "steps_to_collapse": "optimizer steps until H_orig_tok is forecast to fall to the collapse threshold; None before "
+    "the third probe, infinite where it does not fall",
     "steps_to_collapse_low": "lower end of its 95 % interval",
     "steps_to_collapse_high": "upper end of its 95 % interval; absent where it is infinite",
     "entropy_rate": "mean relative change of H_orig_tok per step over the last probes",
@@ -57,9 +61,13 @@ LIVE_NUMBERS: dict[str, str] = {
 }
 """Further numbers, without a suffix."""
 
+STEPS = ("steps_to_collapse", "steps_to_collapse_low", "steps_to_collapse_high")
+IN_SIGHT, FEW_PROBES = 10, 50
+"""Horizons within which a collapse is in sight; steps between probes from which on a hint says how to get more."""
 LIVE_TEXTS: dict[str, str] = {
     "verdict_reasons": "why the verdict is not better, a list of sentences",
     "shares_reason": "why there are no parts of momentum and decay; absent where there are",
+    "outlook": "the forecast in words; `no collapse in sight` where the drift is not clearly downward, or it is far",
 }
 """Texts in the history; they are not logged."""
 
@@ -108,9 +116,20 @@ def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for name, value in entry.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if name != "step" and number and math.isfinite(value):
+        if _is_logged(name) and number and math.isfinite(value):
             found[f"{PREFIX}/{name}"] = float(value)
     return found
+
+
+def _is_logged(name: str) -> bool:
+    """Whether a number of the history goes to the log: not the errors of parts and sums, nor these per response."""
+    key = re.sub(r"(_se|_ci95_low|_ci95_high)$", "", name)
+    if key.removesuffix("_tok") not in LIVE_KEYS:
+        return name in LIVE_NUMBERS
+    plain = key.removesuffix("_tok") in ("H_orig", "deltaH1", "deltaH_true")
+    if name == key:
+        return plain or key.endswith("_tok")
+    return plain and (name.endswith("_se") or (key.endswith("_tok") and key != "H_orig_tok"))
 
 
 def flat_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,18 +219,37 @@ def probe_line(entry: Mapping[str, Any]) -> str:
     change = [_with_error(entry, name) for name in ("deltaH1_tok", "deltaH_true_tok")]
     parts = [
         f"step {entry['step']}: H {_with_error(entry, 'H_orig_tok')} nats/token",
-        f"predicted {change[0]}, measured {change[1]} ({entry['verdict']})",
+        f"this step {change[0]} predicted, {change[1]} measured ({entry['verdict']})",
     ]
-    if entry.get("steps_to_collapse") is not None and math.isfinite(entry["steps_to_collapse"]):
-        parts.append(f"collapse in {forecast_words(entry)}")
+    if entry.get("outlook"):
+        parts.append(entry["outlook"])
     return "; ".join(parts)
 
 
-def forecast_words(entry: Mapping[str, Any]) -> str:
-    """`about 31 steps (22 to 55)`."""
-    low, high = entry["steps_to_collapse_low"], entry["steps_to_collapse_high"]
-    upper = f"{high:.0f}" if math.isfinite(high) else "never"
-    return f"about {entry['steps_to_collapse']:.0f} steps (95 %: {low:.0f} to {upper})"
+def outlook(found: Forecast | None, horizon: int) -> str:
+    """What a forecast comes to, in words; empty where there is none.
+
+    Args:
+        found: the forecast.
+        horizon: of the alarm. Ten of them ahead nothing is in sight.
+    """
+    if found is None:
+        return ""
+    if found.threshold >= found.H:
+        return "collapsed"
+    if not found.expected or found.steps > IN_SIGHT * horizon:
+        return "no collapse in sight"
+    return f"collapse in {forecast_words(found.steps, found.low, found.high)}"
+
+
+def forecast_words(steps: float, low: float, high: float) -> str:
+    """A number of steps with its interval.
+
+    >>> forecast_words(31.2, 21.9, 55.0), forecast_words(31.2, 21.9, math.inf)
+    ('about 31 steps (95 %: 22 to 55)', 'about 31 steps (95 %: at least 22)')
+    """
+    interval = f"{low:.0f} to {high:.0f}" if math.isfinite(high) else f"at least {low:.0f}"
+    return f"about {steps:.0f} steps (95 %: {interval})"
 
 
 def cost_line(schedule: Schedule, B_E: int, length: float, timing: Mapping[str, float]) -> str:
@@ -221,8 +259,12 @@ def cost_line(schedule: Schedule, B_E: int, length: float, timing: Mapping[str, 
     if schedule.step_seconds is None or schedule.interval is None:
         return line
     line += f", a training step {schedule.step_seconds:.2g} s"
-    how = "every" if schedule.every is not None else f"every (budget {100 * schedule.budget:.3g} %)"
-    return f"{line}: {how} {schedule.interval} steps that is {100 * (schedule.share_ahead or 0):.2g} % of training time"
+    every = "every step" if schedule.interval == 1 else f"every {schedule.interval} steps"
+    share = f"{100 * (schedule.share_ahead or 0):.0f} % of the training time"
+    if schedule.every is not None:
+        return f"{line}: {every}, {share}"
+    hint = " (set every=... for more)" if schedule.interval > FEW_PROBES else ""
+    return f"{line}: one {every}, {share}, keeps the budget of {100 * schedule.budget:.3g} %{hint}"
 
 
 def alarm_line(entry: Mapping[str, Any], threshold: float, horizon: int) -> str:
@@ -232,8 +274,8 @@ def alarm_line(entry: Mapping[str, Any], threshold: float, horizon: int) -> str:
         what = f"the policy's entropy has collapsed: {H:.3g} nats/token, at or below {threshold:.3g}"
     else:
         what = (
-            f"entropy collapse forecast: from {H:.3g} to {threshold:.3g} nats/token in {forecast_words(entry)}, within "
-            f"the horizon of {horizon}"
+            f"entropy collapse forecast: from {H:.3g} to {threshold:.3g} nats/token in "
+            f"{forecast_words(*(entry[name] for name in STEPS))}, within the horizon of {horizon}"
         )
     share = entry.get("momentum_share_tok")
     inertia = (
@@ -249,6 +291,4 @@ def alarm_line(entry: Mapping[str, Any], threshold: float, horizon: int) -> str:
 
 def _with_error(entry: Mapping[str, Any], name: str) -> str:
     value, se = entry.get(name), entry.get(f"{name}_se")
-    if value is None:
-        return "not resolved"
-    return f"{value:.3g}" if se is None else f"{value:.3g} +/- {se:.1g}"
+    return "not resolved" if value is None else with_error(value, se)

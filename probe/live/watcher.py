@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from probe.errors import ConfigError
-from probe.live.alarm import Alarm, OnAlarm
+from probe.live.alarm import Alarm, OnAlarm, check_on_alarm
 from probe.live.attach import (
     check_tokenizer,
     prompt_examples,
@@ -30,11 +30,13 @@ from probe.live.forecast import CollapseAlarm, EntropyReading, Forecast, forecas
 from probe.live.measure import Before, Outcome, UpdateProbe
 from probe.live.neutral import undisturbed
 from probe.live.report import (
+    STEPS,
     Log,
     alarm_line,
     as_log,
     cost_line,
     flat_values,
+    outlook,
     probe_line,
     say,
     scalars,
@@ -101,8 +103,7 @@ class Watch:
         with in_own_words():
             longest = max(map(len, encode_prompts(own_tokenizer, examples)))
             check_context(self.model, longest, settings.max_new_tokens)
-        if not (on_alarm is None or callable(on_alarm) or on_alarm == "stop"):
-            raise ConfigError(f"on_alarm: expected a function, 'stop' or None, found {on_alarm!r}")
+        check_on_alarm(on_alarm)
         self._probe = UpdateProbe(self.model, parameters, own_tokenizer, examples, settings)
         self._log, self._on_alarm = log, on_alarm
         self.schedulers: Sequence[Any] = ()
@@ -118,9 +119,13 @@ class Watch:
         self._step_started = time.perf_counter()
         self._resumed: float | None = None
         self._cost_said = False
+        self._cost_of: tuple[int, float, Mapping[str, float]] | None = None
+        self._said_verdict = ""
         self._handles: list[Any] = []
         if _rank() > 0:
             return  # parameters are the same on all ranks of data parallelism: the first one probes
+        if any(isinstance(getattr(h, "__self__", None), Watch) for h in self._present_hooks()):
+            say("this optimizer is watched already; every probe will be made and logged twice", warn=True)
         with undisturbed(self.model), in_own_words():
             self._probe.rehearse()
         self._handles = [
@@ -165,6 +170,10 @@ class Watch:
     def step(self) -> int:
         """Number of optimizer steps seen, `first_step` included."""
         return self._run.step
+
+    def _present_hooks(self) -> list[Any]:
+        """Hooks that the optimizers have already."""
+        return [hook for o in self.optimizers for hook in o._optimizer_step_pre_hooks.values()]
 
     def detach(self) -> None:
         """Remove the hooks; the history stays."""
@@ -260,6 +269,7 @@ class Watch:
         now = time.perf_counter()
         if self._resumed is not None:
             self.schedule.add_step(now - self._resumed)
+            self._say_cost()
         self._run.step += 1
         self._in_update, self._waiting = True, {id(o) for o in self.optimizers}
         self._seconds = 0.0
@@ -315,8 +325,7 @@ class Watch:
         self.schedule.add_probe(self._seconds)
         entry["seconds"] = self._seconds
         entry |= {"cost_share": self.schedule.share, "every": self.schedule.interval}
-        say(probe_line(entry))
-        self._say_cost(outcome.values)
+        self._say(entry, outcome.values)
         self._send(entry)
         self._watch_for_standstill(outcome)
         return self._raised(entry)
@@ -409,7 +418,7 @@ class Watch:
             found[f"cumulative_H{suffix}_se"] = math.hypot(H.se, spread) if self._run.history else 0.0
         return found
 
-    def _ahead(self, outcome: Outcome, step: int) -> dict[str, float]:
+    def _ahead(self, outcome: Outcome, step: int) -> dict[str, Any]:
         """The forecast after this probe."""
         run, H, change = self._run, outcome.H[1], outcome.deltaH_true[1]
         if run.threshold is None:
@@ -421,15 +430,13 @@ class Watch:
             level = max(H.value, SMALLEST_ENTROPY)
             self._add_reading(EntropyReading(step, level, H.se, change.value, change.se))
         found = self._forecast()
-        values = {"collapse_entropy": run.threshold}
-        if found is not None:
-            values |= {
-                "steps_to_collapse": found.steps,
-                "steps_to_collapse_low": found.low,
-                "steps_to_collapse_high": found.high,
-                "entropy_rate": found.rate,
-            }
-        return values
+        steps = (None, None, None) if found is None else (found.steps, found.low, found.high)
+        return {
+            "collapse_entropy": run.threshold,
+            **dict(zip(STEPS, steps, strict=True)),
+            "entropy_rate": None if found is None else found.rate,
+            "outlook": outlook(found, self.settings.horizon),
+        }
 
     def _forecast(self) -> Forecast | None:
         """From the last probes; None with fewer than three."""
@@ -466,12 +473,23 @@ class Watch:
     def _request_stop(self) -> None:
         self.should_stop = True
 
-    def _say_cost(self, values: Mapping[str, Any]) -> None:
-        """The cost model, once a training step has been timed."""
-        if self._cost_said or self.schedule.step_seconds is None:
+    def _say(self, entry: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+        """One line per probe; with the first reason where the verdict has changed for the worse."""
+        line = probe_line(entry)
+        if entry["verdict"] not in ("trustworthy", self._said_verdict):
+            line += f" [{entry['verdict_reasons'][0]}]"
+        self._said_verdict = entry["verdict"]
+        say(line)
+        timing = dict(values["timing"])
+        timing["other"] = max(entry["seconds"] - sum(timing.values()), 0.0)
+        self._cost_of = (values["B_E"], values["avg_generation_length"], timing)
+
+    def _say_cost(self) -> None:
+        """The cost model, once a probe and a training step have been timed."""
+        if self._cost_of is None or self._cost_said:
             return
         self._cost_said = True
-        say(cost_line(self.schedule, values["B_E"], values["avg_generation_length"], values["timing"]))
+        say(cost_line(self.schedule, *self._cost_of))
 
 
 def _let_go(error: BaseException | None) -> None:
@@ -541,7 +559,7 @@ def watch(
         >>> watch = probe.watch(model, optimizer, prompts, tokenizer, every=10)  # doctest: +SKIP
         >>> for batch in loader:  # doctest: +SKIP
         ...     training_step(model, batch)
-        >>> watch.last["deltaH_true_tok"], watch.last["steps_to_collapse"]  # doctest: +SKIP
+        >>> watch.last["deltaH_true_tok"], watch.last["outlook"]  # doctest: +SKIP
     """
     return Watch(
         model,

@@ -31,6 +31,11 @@ OWN_WORDS: tuple[tuple[str, str], ...] = (
     ("checkpoint.dtype", "the weights' type"),
     ("checkpoint.attn_implementation", "attn_implementation"),
     ("memory_config.", ""),
+    (
+        "use a chat model's tokenizer (checkpoint.tokenizer_path), or set use_chat_template: false and a "
+        "prompt_template",
+        "use a chat model's tokenizer, or give the prompts as texts",
+    ),
 )
 """What is replaced by what, in this order."""
 
