@@ -53,6 +53,7 @@ from probe.rollouts.draw import draw_prompts, stream_seed
 from probe.rollouts.files import read_rollouts
 from probe.rollouts.sampling import SampledTokens, check_sampling, sample_rollouts
 from probe.scoring.features import FeatureBasis, feature_basis
+from probe.scoring.microbatch import first_microbatch
 from probe.scoring.passes import Policy, Progress, score_tokens
 from probe.scoring.scores import TokenScores, TokenTangents
 from probe.scoring.tangents import (
@@ -306,7 +307,7 @@ class EntropyProbe(LightningModule):
         """
         E, scores = _there(state.E, "E"), _there(state.E_scores, "E_scores")
         rework = self.config.probe_rework
-        few = E.subset(self._few(E))
+        few = self._few(E)
         if rework.derivative_check and rework.derivative_mode != "finite_difference":
             check = derivative_check(self.policy, few)
             state.diagnostics["derivative_check_error"] = check.relative_error
@@ -318,9 +319,9 @@ class EntropyProbe(LightningModule):
             self.policy, E, scores, rework.weighting, rework.baseline, progress=progress("gradient on E")
         )
 
-    def _few(self, batch: RolloutBatch) -> Tensor:
-        """Indices of the first microbatch of responses that are not empty."""
-        return torch.nonzero(batch.lengths > 0).flatten()[: self.config.memory_config.microbatch_size]
+    def _few(self, batch: RolloutBatch) -> RolloutBatch:
+        """The first microbatch of responses that are not empty."""
+        return first_microbatch(batch, self.config.memory_config.microbatch_size)
 
     def _derivative_mode(self, few: RolloutBatch) -> tuple[str, str]:
         """The way to differentiate, and the reason.
@@ -481,7 +482,7 @@ class EntropyProbe(LightningModule):
     ) -> DifferencePair:
         """E scored on both sides; at scale 1 the upper point is the optimizer's own, and the ground truth's."""
         E, policy, update = _there(state.E, "E"), self.policy, _there(state.update, "update")
-        scale, error = choose_scale(policy, E.subset(self._few(E)), step)
+        scale, error = choose_scale(policy, self._few(E), step)
         own = scale == 1.0 and self.config.probe_rework.step == "optimizer"
         upper = update.new_parameters if own else None
         pair = difference_pair(policy, E, step, scale, error, upper, state.basis, progress)
@@ -528,7 +529,7 @@ class EntropyProbe(LightningModule):
                 factor = norm(update.step) / max(norm(u), 1e-300)
                 along = {name: factor * direction for name, direction in u.items()}
                 try:
-                    scale, _ = choose_scale(self.policy, U.subset(self._few(U)), along)
+                    scale, _ = choose_scale(self.policy, self._few(U), along)
                 except NumericalError as error:
                     logger.warning("deltaH1_sd_U is left out: %s", error)
                     return None
@@ -555,7 +556,7 @@ class EntropyProbe(LightningModule):
             return replace(
                 found, control_variates=f"off: {self._why_no_control_variates(len(E.group.unique()))}"
             )
-        psi = state.basis.tokens[E.completion_ids.clamp(0, len(state.basis.tokens) - 1)]
+        psi = state.basis.sampled(E)
         if len(E.group.unique()) < 2:
             raise ConfigError(
                 "probe_rework.control_variates: expected at least two prompts in E (they are fitted on one and used on "

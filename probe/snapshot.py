@@ -168,6 +168,11 @@ def _save(value: Any, device: torch.device | str) -> Any:
     return None if value is None else _Saved(value, device)
 
 
+def copied(tensors: Mapping[str, Tensor], device: torch.device | str | None = None) -> dict[str, Tensor]:
+    """Copies that share nothing with `tensors`, where these are or on `device`."""
+    return {name: _copy(x, x.device if device is None else device) for name, x in tensors.items()}
+
+
 def _copy(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A copy on `device` that shares nothing with `tensor`."""
     return tensor.detach().to(device, copy=True)

@@ -18,14 +18,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from probe.estimators.estimate import NORMAL_975
+from probe.estimators.importance_weights import PARETO_K_LIMIT, pareto_k_limit
 
 Word = Literal["trustworthy", "caution", "unresolved", "invalid"]
 WORDS: tuple[Word, ...] = ("trustworthy", "caution", "unresolved", "invalid")
 """From best to worst. The position is the code under which loggers that take only numbers get the verdict."""
 
-PARETO_K_LIMIT = 0.7
-"""Above it importance sampling is unreliable at any sample size one can afford (Vehtari, Simpson, Gelman, Yao and
-Gabry, "Pareto smoothed importance sampling", JMLR 2024); with `B` sequences above `1 - 1 / log10(B)` already."""
 EVEN_WEIGHTS = 1.5
 """Below this largest weight (their mean being 1) Pareto k gives no reason: k does not know the scale of the weights,
 and the tail of such even ones is that of rounding and chance."""
@@ -644,7 +642,7 @@ def _pareto_limit(facts: _Facts) -> float:
     limit, size = number(facts.found, "pareto_k_limit"), facts.size
     if limit is not None:
         return limit
-    return PARETO_K_LIMIT if size is None or size < 2 else min(1 - 1 / math.log10(size), PARETO_K_LIMIT)
+    return PARETO_K_LIMIT if size is None or size < 2 else pareto_k_limit(size)
 
 
 def _more_digits(facts: _Facts) -> str:

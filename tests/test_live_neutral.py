@@ -37,7 +37,7 @@ from tests.live_loops import (
     sgd,
     trainable,
 )
-from tests.tiny_models import LINEAR_LAYERS, add_lora, tiny_model
+from tests.tiny_models import LINEAR_LAYERS, add_lora, quantize_linear_layers, tiny_model
 
 
 def lora_adamw(**options: Any) -> Loop:
@@ -87,24 +87,10 @@ def bitsandbytes_loop(kind: str) -> Loop:
 
 def four_bit() -> Loop:
     """QLoRA: the frozen linear layers are in 4 bits."""
-    with quiet_libraries():
-        bnb = pytest.importorskip("bitsandbytes")
     model = tiny_model(hidden=64, layers=1, tied=False)
-    for block in model.model.layers:
-        for parent in (block.self_attn, block.mlp):
-            for name, layer in list(parent.named_children()):
-                if isinstance(layer, nn.Linear):
-                    small = bnb.nn.Linear4bit(
-                        layer.in_features,
-                        layer.out_features,
-                        bias=layer.bias is not None,
-                        compute_dtype=torch.float32,
-                        quant_type="nf4",
-                    )
-                    small.load_state_dict(layer.state_dict())
-                    # as on CPUs with AVX512-bf16, where bitsandbytes repacks the weight in evaluation mode
-                    small.support_avx512bf16_for_cpu = True
-                    setattr(parent, name, small)
+    for layer in quantize_linear_layers(model):
+        # as on CPUs with AVX512-bf16, where bitsandbytes repacks the weight in evaluation mode
+        layer.support_avx512bf16_for_cpu = True
     model = add_lora(model.to("cpu"), target_modules=LINEAR_LAYERS).train()
     return Loop(model, [adamw(model)])
 

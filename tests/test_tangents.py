@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from probe.errors import NumericalError
 from probe.estimators.derivative_check import forward_mode_check
-from probe.loading import quiet_libraries, use_exact_4bit_layers
+from probe.loading import use_exact_4bit_layers
 from probe.loading.quantization import find_4bit_layers
 from probe.module import EntropyProbe
 from probe.parsing import parse_config
@@ -211,22 +210,8 @@ def test_values_of_unknown_parameters_are_refused(monkeypatch):
 @pytest.mark.parametrize("head", [False, True])
 def test_four_bit_layers_are_differentiated(head):
     """A LoRA adapter on layers whose frozen weights are in 4 bits."""
-    with quiet_libraries():
-        bnb = pytest.importorskip("bitsandbytes")
     model = tiny_models.tiny_model(hidden=64, tied=False)
-    for block in model.model.layers:
-        for parent in (block.self_attn, block.mlp):
-            for name, layer in list(parent.named_children()):
-                if isinstance(layer, nn.Linear):
-                    small = bnb.nn.Linear4bit(
-                        layer.in_features,
-                        layer.out_features,
-                        bias=layer.bias is not None,
-                        compute_dtype=torch.float32,
-                        quant_type="nf4",
-                    )
-                    small.load_state_dict(layer.state_dict())
-                    setattr(parent, name, small)
+    tiny_models.quantize_linear_layers(model)
     model = model.to("cpu")
     targets = [*tiny_models.LINEAR_LAYERS, "lm_head"] if head else tiny_models.LINEAR_LAYERS
     model = tiny_models.add_lora(model, target_modules=targets).eval()

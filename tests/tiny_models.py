@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 from torch import nn
 
@@ -80,6 +81,28 @@ def load_base(folder: Path, **options: Any) -> Any:
 
     with quiet_libraries():
         return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def quantize_linear_layers(model: Any) -> list[Any]:
+    """Put bitsandbytes' 4-bit layers in the place of the blocks' linear ones; quantised when the model is moved."""
+    with quiet_libraries():
+        bnb = pytest.importorskip("bitsandbytes")
+    layers = []
+    for block in model.model.layers:
+        for parent in (block.self_attn, block.mlp):
+            for name, layer in list(parent.named_children()):
+                if isinstance(layer, nn.Linear):
+                    small = bnb.nn.Linear4bit(
+                        layer.in_features,
+                        layer.out_features,
+                        bias=layer.bias is not None,
+                        compute_dtype=torch.float32,
+                        quant_type="nf4",
+                    )
+                    small.load_state_dict(layer.state_dict())
+                    setattr(parent, name, small)
+                    layers.append(small)
+    return layers
 
 
 def set_gradients(named_parameters: Iterable[tuple[str, nn.Parameter]], seed: int = 0) -> None:

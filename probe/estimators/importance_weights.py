@@ -76,8 +76,13 @@ def weight_diagnostics(log_weights: Tensor) -> WeightDiagnostics:
         w_max=float(weights.max()),
         w_min=float(weights.min()),
         pareto_k=_pareto_k(log_weights),
-        pareto_k_limit=min(1 - 1 / math.log10(B), PARETO_K_LIMIT) if B > 1 else -math.inf,
+        pareto_k_limit=pareto_k_limit(B) if B > 1 else -math.inf,
     )
+
+
+def pareto_k_limit(size: float) -> float:
+    """Largest Pareto k at which a mean of `size` weights, at least 2, can be relied on."""
+    return min(1 - 1 / math.log10(size), PARETO_K_LIMIT)
 
 
 def _pareto_k(log_weights: Tensor) -> float | None:

@@ -18,7 +18,7 @@ from probe.errors import NumericalError, OptimizerStateError
 from probe.estimators.losses import LossSettings, loss_weights, token_normaliser
 from probe.scoring.passes import Policy, Progress, token_gradients
 from probe.scoring.scores import TokenScores
-from probe.snapshot import preserved
+from probe.snapshot import copied, preserved
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def optimizer_step(
         NumericalError: the step is not finite.
     """
     with preserved(parameters, optimizer, snapshot_device):
-        before = {name: p.detach().to(snapshot_device, copy=True) for name, p in parameters.items()}
+        before = copied(parameters, snapshot_device)
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * lr_factor
         for name, p in parameters.items():
@@ -167,7 +167,7 @@ def optimizer_step(
             nn.utils.clip_grads_with_norm_(list(parameters.values()), max_grad_norm, norm)
             factor = min(1.0, max_grad_norm / (float(norm) + 1e-6))  # torch's own formula
         optimizer.step()
-        new = {name: p.detach().to(snapshot_device, copy=True) for name, p in parameters.items()}
+        new = copied(parameters, snapshot_device)
     step = {name: new[name] - before[name] for name in new}
     for name, change in step.items():
         if not bool(torch.isfinite(change).all()):

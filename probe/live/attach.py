@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from probe.data.batch import PromptExample
 from probe.data.prompts import check_messages, render_messages
@@ -140,6 +140,11 @@ def unwrapped_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     return found
 
 
+def moved_parameters(optimizers: Sequence[torch.optim.Optimizer]) -> set[int]:
+    """The identities of the parameters in the optimizers' groups."""
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
 def watched_parameters(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> tuple[dict[str, nn.Parameter], list[str]]:
@@ -148,7 +153,7 @@ def watched_parameters(
     Raises:
         ConfigError: there are none.
     """
-    moved = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    moved = moved_parameters(optimizers)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ConfigError(
@@ -231,8 +236,3 @@ def check_tokenizer(tokenizer: Any, model: nn.Module) -> None:
             f"tokenizer: expected tokens of the model's vocabulary of {vocabulary}, found EOS with the id "
             f"{tokenizer.eos_token_id}; give the tokenizer that belongs to the model"
         )
-
-
-def copied(parameters: Mapping[str, Tensor], device: str | None) -> dict[str, Tensor]:
-    """Copies of parameters that share nothing with them, where they are or on `device`."""
-    return {name: p.detach().to(device or p.device, copy=True) for name, p in parameters.items()}

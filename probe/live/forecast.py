@@ -236,7 +236,7 @@ def forecast(
     powers = SHAPES if shape is None else (shape,)
     found = {power: _of_shape(used, threshold, momentum, power) for power in powers}
     main = found[MIDDLE_SHAPE if shape is None else shape]
-    relative = main if shape == 0 else _of_shape(used, threshold, momentum, 0.0)
+    relative = found[0.0] if 0.0 in found else _of_shape(used, threshold, momentum, 0.0)
     steps = main.steps
     return Forecast(
         steps=steps,

@@ -30,7 +30,6 @@ from probe.estimators.ground_truth import GroundTruth, measure
 from probe.estimators.noise_floor import rescored_noise_floor
 from probe.estimators.prediction import Prediction, from_tokens, norm, token_first_order
 from probe.fit_memory import FitMemory
-from probe.live.attach import copied
 from probe.live.settings import WatchSettings
 from probe.live.shares import StepParts, step_parts
 from probe.live.words import own_words
@@ -44,6 +43,7 @@ from probe.results import (
 from probe.rollouts.draw import draw_prompts, stream_seed
 from probe.rollouts.sampling import SampledTokens, check_sampling, sample_rollouts
 from probe.scoring.features import FeatureBasis, feature_basis
+from probe.scoring.microbatch import first_microbatch
 from probe.scoring.passes import Policy, score_tokens
 from probe.scoring.scores import TokenScores, TokenTangents
 from probe.scoring.tangents import (
@@ -52,6 +52,7 @@ from probe.scoring.tangents import (
     differentiable_attention,
     scores_and_tangents,
 )
+from probe.snapshot import copied
 from probe.verdict import verdict
 
 REHEARSAL_RESPONSES, REHEARSAL_TOKENS = 2, 16
@@ -321,9 +322,7 @@ class UpdateProbe:
         """`[mean Z_seq, mean Z_tok]` for this step; None where they are off or not worth it yet."""
         if self.memory is None or scores.state_features is None:
             return None
-        fitted = control_variates(
-            scores, tangents, _sampled_features(self.memory.basis, E), E.group, list(earlier)
-        )
+        fitted = control_variates(scores, tangents, self.memory.basis.sampled(E), E.group, list(earlier))
         self.memory.add(E, fitted.statistics, f"step {number}")
         return fitted.means(scores, E.group) if self._enough(earlier) else None
 
@@ -371,7 +370,7 @@ class UpdateProbe:
                 tangents = tangent_of.along(direction, basis)
                 of_part = list(token_first_order(scores, tangents, E.group).total)
                 if basis is not None:
-                    psi = _sampled_features(basis, E)
+                    psi = basis.sampled(E)
                     Z = control_variates(scores, tangents, psi, E.group, earlier).means(scores, E.group)
                     of_part = [e - z for e, z in zip(of_part, Z, strict=True)]
             rest = [all_ - part for all_, part in zip(rest, of_part, strict=True)]
@@ -430,8 +429,8 @@ class _Tangents:
         if self._mode == "jvp":
             return scores_and_tangents(self.policy, self.E, self._step, basis)
         scores = score_tokens(self.policy, self.E, basis=basis)
-        few = torch.nonzero(self.E.lengths > 0).flatten()[: self.policy.microbatch_size]
-        self.scale, self.scale_error = choose_scale(self.policy, self.E.subset(few), self._step)
+        few = first_microbatch(self.E, self.policy.microbatch_size)
+        self.scale, self.scale_error = choose_scale(self.policy, few, self._step)
         upper = now.point(self._step) if self.scale == 1.0 else None
         pair = difference_pair(self.policy, self.E, self._step, self.scale, self.scale_error, upper, basis)
         if upper is not None:
@@ -500,8 +499,3 @@ def _part_values(name: str, of_part: Sequence[Estimate], prediction: Prediction)
         low, high = total.ci95
         values[f"{name}_share{suffix}"] = found.value / total.value if low > 0 or high < 0 else None
     return values
-
-
-def _sampled_features(basis: FeatureBasis, E: RolloutBatch) -> Tensor:
-    """`psi(y[i,t])`, `(B, T, K)`."""
-    return basis.tokens[E.completion_ids.clamp(0, len(basis.tokens) - 1)]

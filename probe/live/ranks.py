@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from probe.live.alarm import GROUP_RATES, SCHEDULER_RATES, single_schedulers
-from probe.live.watcher import Watch
+
+if TYPE_CHECKING:
+    from probe.live.watcher import Watch
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank and the number of processes; 0 and 1 where training is not distributed."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
 
 
 def follow_first_rank(watch: Watch) -> None:
@@ -19,8 +27,7 @@ def follow_first_rank(watch: Watch) -> None:
     Args:
         watch: this rank's.
     """
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not there or torch.distributed.get_world_size() == 1:
+    if rank_and_size()[1] == 1:
         return
     told: list[Any] = [(watch.should_stop, _learning_rates(watch))]
     torch.distributed.broadcast_object_list(told, src=0)

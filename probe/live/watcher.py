@@ -19,6 +19,7 @@ from probe.errors import ConfigError
 from probe.live.alarm import Alarm, OnAlarm, check_on_alarm
 from probe.live.attach import (
     check_tokenizer,
+    moved_parameters,
     prompt_examples,
     unwrapped_model,
     unwrapped_optimizers,
@@ -29,6 +30,7 @@ from probe.live.curves import CumulativeSum
 from probe.live.forecast import CollapseAlarm, EntropyReading, Forecast, forecast
 from probe.live.measure import Before, Outcome, UpdateProbe
 from probe.live.neutral import undisturbed
+from probe.live.ranks import rank_and_size
 from probe.live.report import (
     STEPS,
     Log,
@@ -122,7 +124,7 @@ class Watch:
         self._cost_of: tuple[int, float, Mapping[str, float]] | None = None
         self._said_verdict = ""
         self._handles: list[Any] = []
-        if _rank() > 0:
+        if rank_and_size()[0] > 0:
             return  # parameters are the same on all ranks of data parallelism: the first one probes
         if any(isinstance(getattr(h, "__self__", None), Watch) for h in self._present_hooks()):
             say("this optimizer is watched already; every probe will be made and logged twice", warn=True)
@@ -290,7 +292,7 @@ class Watch:
     def _adopt_parameters(self) -> None:
         """Parameters may have been unfrozen, added or replaced since the last probe."""
         known = self._probe.parameters
-        moved = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        moved = moved_parameters(self.optimizers)
         # what was trainable once is kept: Lightning freezes one optimizer's parameters while another takes its step
         found = {
             name: p
@@ -320,7 +322,7 @@ class Watch:
         start = time.perf_counter()
         with undisturbed(self.model):
             outcome = self._probe.after(before, self.optimizers, late)
-        entry = self._enter(outcome)
+        entry, found = self._enter(outcome)
         self._seconds += time.perf_counter() - start
         self.schedule.add_probe(self._seconds)
         entry["seconds"] = self._seconds
@@ -328,7 +330,7 @@ class Watch:
         self._say(entry, outcome.values)
         self._send(entry)
         self._watch_for_standstill(outcome)
-        return self._raised(entry)
+        return self._raised(found, entry)
 
     def _guarded(self, part: Callable[[], Any]) -> Any:
         """Run a part of the probe; an error ends the probe, not the training."""
@@ -350,14 +352,21 @@ class Watch:
 
     # ---------------------------------------------------------------- results
 
-    def _enter(self, outcome: Outcome) -> dict[str, Any]:
+    def _enter(self, outcome: Outcome) -> tuple[dict[str, Any], Forecast | None]:
         """Add an outcome to the history, and look ahead."""
         step = self._run.step
         entry = {"step": step, **flat_values(outcome.values)}
         entry |= self._cumulative(outcome, step)
-        entry |= self._ahead(outcome, step)
+        found = self._ahead(outcome, step)
+        steps = (None, None, None) if found is None else (found.steps, found.low, found.high)
+        entry |= {
+            "collapse_entropy": self._run.threshold,
+            **dict(zip(STEPS, steps, strict=True)),
+            "entropy_rate": None if found is None else found.rate,
+            "outlook": outlook(found, self.settings.horizon),
+        }
         self._run.history.append(entry)
-        return entry
+        return entry, found
 
     def _send(self, entry: dict[str, Any]) -> None:
         """Log an entry. A log that fails is not used again; the probe goes on."""
@@ -418,8 +427,8 @@ class Watch:
             found[f"cumulative_H{suffix}_se"] = math.hypot(H.se, spread) if self._run.history else 0.0
         return found
 
-    def _ahead(self, outcome: Outcome, step: int) -> dict[str, Any]:
-        """The forecast after this probe."""
+    def _ahead(self, outcome: Outcome, step: int) -> Forecast | None:
+        """The forecast after this probe; None with fewer than three that moved."""
         run, H, change = self._run, outcome.H[1], outcome.deltaH_true[1]
         if run.threshold is None:
             given = self.settings.collapse_entropy
@@ -429,22 +438,7 @@ class Watch:
         if outcome.moved:
             level = max(H.value, SMALLEST_ENTROPY)
             self._add_reading(EntropyReading(step, level, H.se, change.value, change.se))
-        found = self._forecast()
-        steps = (None, None, None) if found is None else (found.steps, found.low, found.high)
-        return {
-            "collapse_entropy": run.threshold,
-            **dict(zip(STEPS, steps, strict=True)),
-            "entropy_rate": None if found is None else found.rate,
-            "outlook": outlook(found, self.settings.horizon),
-        }
-
-    def _forecast(self) -> Forecast | None:
-        """From the last probes; None with fewer than three."""
-        if self._run.threshold is None or not self._run.readings:
-            return None
-        return forecast(
-            self._run.readings, self._run.threshold, self.settings.window, momentum=self._momentum()
-        )
+        return forecast(run.readings, run.threshold, self.settings.window, momentum=self._momentum())
 
     def _momentum(self) -> float:
         """The largest decay of a gradient average: what correlates the updates of neighbouring steps."""
@@ -452,9 +446,9 @@ class Watch:
         rates = [float(g["betas"][0] if "betas" in g else g.get("momentum", 0.0)) for g in groups]
         return max(rate for rate in [*rates, 0.0] if rate < 1.0)
 
-    def _raised(self, entry: dict[str, Any]) -> Alarm | None:
+    def _raised(self, found: Forecast | None, entry: dict[str, Any]) -> Alarm | None:
         """A new alarm, with its warning; None where there is none."""
-        found, step = self._forecast(), self._run.step
+        step = self._run.step
         if found is None or not self._alarm.update(found, step):
             return None
         message = alarm_line(entry, found.threshold, self.settings.horizon)
@@ -499,12 +493,6 @@ def _let_go(error: BaseException | None) -> None:
             traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
-
-
-def _rank() -> int:
-    """This process's rank; 0 where training is not distributed."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if there else 0
 
 
 def _finish_queue(model: nn.Module) -> None:

@@ -28,6 +28,10 @@ class FeatureBasis:
     tokens: Tensor
     directions: Tensor
 
+    def sampled(self, batch: RolloutBatch) -> Tensor:
+        """`psi(y[i,t])` of the sampled tokens, `(B, T, K)`; entries outside the batch's mask mean nothing."""
+        return self.tokens[batch.completion_ids.clamp(0, len(self.tokens) - 1)]
+
     def of(self, logp: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """`(E_pi[psi], state features)`, `(n, K)` and `(n, K_state)`, from log-probs `(n, V)` and states `(n, D)`."""
         tokens = self.tokens.to(logp)

@@ -50,6 +50,11 @@ def microbatches(batch: RolloutBatch, size: int, device: torch.device) -> Iterat
         yield collate(batch, order[start : start + size].tolist(), device)
 
 
+def first_microbatch(batch: RolloutBatch, size: int) -> RolloutBatch:
+    """The first `size` sequences whose responses are not empty: enough for a check, or the choice of a step size."""
+    return batch.subset(torch.nonzero(batch.lengths > 0).flatten()[:size])
+
+
 def collate(batch: RolloutBatch, indices: list[int], device: torch.device) -> MicroBatch:
     """Build the microbatch of the sequences `indices`, whose responses are not empty.
 
