@@ -10,12 +10,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    HyperCLOVAXConfig,
+    HyperCLOVAXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -38,6 +42,17 @@ SMALL = {
 }
 
 
+class MultipliedThenCapped(LlamaForCausalLM):
+    """A tail with both parts, as newer models have it."""
+
+    def forward(self, *args, **kwargs):
+        """The logits after scale and soft cap."""
+        output = super().forward(*args, **kwargs)
+        cap = self.config.final_logit_softcapping
+        output.logits = cap * torch.tanh(output.logits * self.config.output_multiplier / cap)
+        return output
+
+
 def build(name):
     """Random models whose logits go through every kind of tail: soft-capped, multiplied, divided, none."""
     torch.manual_seed(0)
@@ -49,6 +64,23 @@ def build(name):
         model = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.3))
     elif name == "granite":
         model = GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=4.0))
+    elif name == "hyperclovax":  # multiplies by what Granite divides by
+        model = HyperCLOVAXForCausalLM(HyperCLOVAXConfig(**SMALL, logits_scaling=0.25))
+    elif name == "multiplied_then_capped":
+        config = LlamaConfig(**SMALL)
+        config.output_multiplier, config.final_logit_softcapping = 0.5, 2.0
+        model = MultipliedThenCapped(config)
+    elif name == "falcon_h1":
+        mamba = {
+            "mamba_d_ssm": 16,
+            "mamba_n_heads": 2,
+            "mamba_d_head": 8,
+            "mamba_d_state": 4,
+            "mamba_n_groups": 1,
+        }
+        model = FalconH1ForCausalLM(
+            FalconH1Config(**SMALL, **mamba, mamba_chunk_size=8, lm_head_multiplier=0.3)
+        )
     elif name == "gpt2":
         model = GPT2LMHeadModel(
             GPT2Config(
@@ -88,7 +120,19 @@ def ragged_batch(seed=1):
     )
 
 
-MODELS = ["llama", "llama_tied", "llama_lora_head", "llama_saved_head", "gemma2", "cohere", "granite", "gpt2"]
+MODELS = [
+    "llama",
+    "llama_tied",
+    "llama_lora_head",
+    "llama_saved_head",
+    "gemma2",
+    "cohere",
+    "granite",
+    "gpt2",
+    "hyperclovax",
+    "multiplied_then_capped",
+    "falcon_h1",
+]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -116,7 +160,7 @@ def test_scores_and_gradients_equal_full_logits_and_autograd(name):
 def test_a_head_that_is_followed_by_something_unknown_is_refused():
     model = build("llama")
     model.register_forward_hook(lambda m, args, output: replace_logits(output))
-    with pytest.raises(NumericalError, match="transformation this package does not know"):
+    with pytest.raises(NumericalError, match="neither a scale nor a soft cap"):
         score_tokens(Policy(model), ragged_batch())
 
 
