@@ -31,6 +31,9 @@ PARETO_K_NO_MEAN = 1.0
 """From here on the fitted tail of the weights has no finite mean: there is nothing the estimate converges to."""
 ESS_COLLAPSE = 0.1
 """Share of E that is left as effective sample size below which a few responses decide the result."""
+ESS_LEAST = 3.0
+"""Effective responses below which one or two decide the result, however small E is: a tenth of eight is less than the
+one that is always left. Leaving out one response at a time then says nothing about the error."""
 ESS_LOW = 0.5
 """Below this share the measurement costs half of E: the step is large for importance sampling, and the weights of E
 say less about the responses that were not drawn."""
@@ -433,9 +436,12 @@ def _effective_sample_size(facts: _Facts) -> Finding | None:
     if share is None or share >= ESS_LOW or not facts.reweighted:
         return None
     what = f"The effective sample size of E is {facts.found['ESS']:.3g} of {_count(facts.size)} responses"
-    if share < ESS_COLLAPSE:
-        limit = f"below {_percent(ESS_COLLAPSE)}: a few responses decide deltaH_true"
-        return Finding("invalid", f"{what}, {limit}; lower probe_rework.learning_rate.")
+    if share < ESS_COLLAPSE or facts.found["ESS"] < ESS_LEAST:
+        least = _percent(ESS_COLLAPSE) if share < ESS_COLLAPSE else f"{ESS_LEAST:g}"
+        return Finding(
+            "invalid",
+            f"{what}, below {least}: a few responses decide deltaH_true; lower probe_rework.learning_rate.",
+        )
     return Finding("caution", f"{what}, below half: the step is large for reweighting; {REMEDY_STEP}.")
 
 

@@ -12,6 +12,7 @@ from probe.verdict import (
     DERIVATIVE_LIMITS,
     DERIVATIVE_LIMITS_HALF,
     ESS_COLLAPSE,
+    ESS_LEAST,
     ESS_LOW,
     FEW_RESPONSES,
     MATERIAL,
@@ -171,6 +172,9 @@ RULES = {
         "invalid",
         "is 102 of 1024 responses, below 10 %",
     ),
+    "ESS of one in a small E": ({"B_E": 8, "ESS": 1.0}, "invalid", "is 1 of 8 responses, below 3: a few"),
+    "ESS at the least": ({"B_E": 8, "ESS": ESS_LEAST}, "caution", "is 3 of 8 responses, below half"),
+    "even weights of a tiny E": ({"B_E": 2, "ESS": 2.0}, "caution", "E has 2 responses"),
     "no weights": ({"is_mode": "resample", "ESS": 5.0, "pareto_k": 2.0}, "trustworthy", ""),
     "derivatives at the limit": ({"derivative_agreement": DERIVATIVE_LIMITS[0]}, "trustworthy", ""),
     "derivatives off": (
