@@ -39,6 +39,7 @@ from probe.estimators.update import (
 )
 from probe.estimators.update_spread import preconditioned, prompt_contributions, spread
 from probe.estimators.weighting import Weighting
+from probe.finite import require_finite_weights
 from probe.fit_memory import FitMemory, read_fit_memory, write_fit_memory
 from probe.loading import (
     CheckpointFiles,
@@ -118,6 +119,7 @@ class EntropyProbe(LightningModule):
             ConfigError: no checkpoint is named.
             CheckpointError: the checkpoint is incomplete or unreadable.
             OptimizerStateError: the optimizer's state does not belong to the model.
+            NumericalError: a weight is NaN or infinite.
         """
         if self.model is not None:
             return
@@ -134,6 +136,7 @@ class EntropyProbe(LightningModule):
         self.tokenizer = load_tokenizer(self.checkpoint, self.files)
         self.prompts = self._draw_prompts()  # what is wrong with the data shows before the model is loaded
         model, _ = load_policy_model(self.checkpoint, self.files, device, self.tokenizer)
+        require_finite_weights(model)
         self.optimizer = load_optimizer(
             model, self.files, self.checkpoint, learning_rate=self.config.probe_rework.learning_rate
         )

@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from probe.config import GenerationConfig
 from probe.data.batch import PromptExample
-from probe.errors import DataError, RolloutError
+from probe.errors import DataError, NumericalError, RolloutError
 from probe.rollouts.sampling import sample_rollouts, uniforms
 from probe.scoring import Policy, score_tokens
 from tests.enumerable import CAP, EOS, all_sequences, exact_entropies, tiny_policy
@@ -201,10 +201,6 @@ def test_refusals(monkeypatch):
     settings = GenerationConfig(max_new_tokens=CAP, temperature=policy.temperature)
     with pytest.raises(DataError, match="at least one token"):
         sample_rollouts(policy, TokenizerStub(), prompts(1, ""), settings, 0)
-    broken = tiny_policy(monkeypatch)
-    next(iter(broken.parameters.values())).data.fill_(float("nan"))
-    with pytest.raises(RolloutError, match="finite logits"):
-        draw(broken, 2)
     with pytest.raises(RolloutError, match=r"expected at most 30 .*32 positions.*2 tokens.*found 31"):
         draw(policy, 2, max_new_tokens=31)
     no_eos = TokenizerStub()
@@ -212,6 +208,27 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(policy.model.get_base_model(), "generation_config", HfGenerationConfig())
     with pytest.raises(RolloutError, match="EOS"):
         sample_rollouts(policy, no_eos, prompts(1), settings, 0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_every_weight_is_looked_at(monkeypatch, value):
+    """Whatever a kernel makes of it: fused attention returns finite numbers for NaN queries on some processors."""
+    policy = tiny_policy(monkeypatch)
+    for name, p in policy.model.named_parameters():
+        kept = p.detach().clone()
+        p.data.view(-1)[-1] = value
+        with pytest.raises(NumericalError, match=rf"found NaN or infinity in {name} \(1 entries\)"):
+            draw(policy, 2)
+        p.data.copy_(kept)
+    draw(policy, 2)
+
+
+def test_logits_that_overflow_are_refused(monkeypatch):
+    policy = tiny_policy(monkeypatch)
+    for p in policy.model.get_output_embeddings().parameters():
+        p.data.mul_(1e308)
+    with pytest.raises(RolloutError, match="finite logits"):
+        draw(policy, 2)
 
 
 def test_uniform_streams_are_independent_of_their_neighbours():

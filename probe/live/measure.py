@@ -29,6 +29,7 @@ from probe.estimators.estimate import Estimate, estimate, shrinkage
 from probe.estimators.ground_truth import GroundTruth, measure
 from probe.estimators.noise_floor import rescored_noise_floor
 from probe.estimators.prediction import Prediction, from_tokens, norm, token_first_order
+from probe.finite import require_finite_moments
 from probe.fit_memory import FitMemory
 from probe.live.settings import WatchSettings
 from probe.live.shares import StepParts, step_parts
@@ -184,9 +185,10 @@ class UpdateProbe:
             late: the gradients may be those of the next step already, so that the parts of this one are not known.
 
         Raises:
-            NumericalError: the step or a score is not finite.
+            NumericalError: the step, a moment of the optimizers or a score is not finite.
         """
         clock = _Clock()
+        require_finite_moments(optimizers, self.parameters.items())
         E, step = before.E, self._step(before.old)
         policy_old = self.policy.at(before.old)
         if not any(bool(change.any()) for change in step.values()):

@@ -22,6 +22,7 @@ from transformers.generation import MinPLogitsWarper, StopStringCriteria, TopKLo
 from probe.config import GenerationConfig
 from probe.data.batch import PromptExample, RolloutBatch
 from probe.errors import DataError, RolloutError
+from probe.finite import require_finite_weights
 from probe.scoring.passes import Policy, Progress
 from probe.scoring.scores import TokenScores
 
@@ -95,7 +96,9 @@ def sample_rollouts(
         ValueError: `policy.temperature` differs from the settings' (sampling would not equal scoring).
         DataError: no prompts, or a prompt without tokens.
         RolloutError: the model's generation settings change the distribution.
+        NumericalError: a weight is NaN or infinite.
     """
+    require_finite_weights(policy.model)
     if settings.temperature != policy.temperature:
         raise ValueError(f"expected one temperature, found {settings.temperature} and {policy.temperature}")
     prompt_ids = encode_prompts(tokenizer, prompts)
