@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 
@@ -336,7 +337,11 @@ def test_other_precisions(config, settings):
     results = run(config, checkpoint=settings, **changes)
     assert results["deltaH_true_tok"] > 3 * results["deltaH_true_tok_se"]
     for suffix in ("", "_tok"):
-        assert results[f"deltaH1{suffix}"] == pytest.approx(results[f"deltaH_true{suffix}"], rel=0.2)
+        # same E, matched against snis: what differs is rounding, curvature, and a third order of a percent
+        floor = results["diagnostics"][f"noise_floor{suffix}"]
+        error = 4 * math.hypot(results[f"residual{suffix}_se"], floor)
+        known = abs(results[f"deltaH2{suffix}"]) + 0.01 * abs(results[f"deltaH1{suffix}"])
+        assert abs(results[f"residual{suffix}"]) <= error + known
     assert results["diagnostics"]["derivative_check_error"] < 0.25
 
 

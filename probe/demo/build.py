@@ -81,6 +81,7 @@ def _bar(title: str, steps: int, value_name: str, progress: bool) -> Iterator[Ca
             bar.update()
 
         yield report
+        bar.refresh()  # the last value is shown however short the time since the one before
 
 
 def _save_base(base: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
