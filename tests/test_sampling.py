@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import GenerationConfig as HfGenerationConfig
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 
 from probe.config import GenerationConfig
 from probe.data.batch import PromptExample
 from probe.errors import DataError, NumericalError, RolloutError
-from probe.rollouts.sampling import sample_rollouts, uniforms
+from probe.rollouts.sampling import check_sampling, sample_rollouts, uniforms
 from probe.scoring import Policy, score_tokens
 from tests.enumerable import CAP, EOS, all_sequences, exact_entropies, tiny_policy
 from tests.helpers import char_tokenizer
@@ -229,6 +240,69 @@ def test_logits_that_overflow_are_refused(monkeypatch):
         p.data.mul_(1e308)
     with pytest.raises(RolloutError, match="finite logits"):
         draw(policy, 2)
+
+
+def recurrent(name):
+    """Small random models whose layers carry a state from token to token."""
+    size = {
+        "vocab_size": 100,
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+    torch.manual_seed(0)
+    if name == "recurrent_gemma":
+        config = RecurrentGemmaConfig(
+            **size, bos_token_id=2, intermediate_size=32, num_attention_heads=2, lru_width=16
+        )
+        model = RecurrentGemmaForCausalLM(config)
+    elif name == "mamba":
+        model = MambaForCausalLM(MambaConfig(**size, bos_token_id=2, state_size=4))
+    else:
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                **size,
+                bos_token_id=2,
+                intermediate_size=32,
+                num_attention_heads=2,
+                max_position_embeddings=64,
+            )
+        )
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["recurrent_gemma", "mamba", "llama"])
+def test_prompts_of_several_lengths(name):
+    """Padding must not reach a state: what sampling saw is what scoring sees, alone and in a batch."""
+    policy = Policy(recurrent(name), microbatch_size=4)
+    settings = GenerationConfig(max_new_tokens=5)
+    mixed = [PromptExample(text, {}, i) for i, text in enumerate(["abcde", "bcdefghijk", "lmnop", "opqrstu"])]
+    batch, seen = sample_rollouts(policy, char_tokenizer(), mixed, settings, seed=3)
+    scores = score_tokens(policy, batch)
+    check_sampling(policy, seen, scores)
+    one_by_one = replace(settings, batch_size=1)
+    alone, _ = sample_rollouts(policy, char_tokenizer(), mixed, one_by_one, seed=3)
+    torch.testing.assert_close(score_tokens(policy, alone).entropy[:, 0], scores.entropy[:, 0])
+
+
+def test_only_models_that_padding_reaches_sample_each_length_by_itself(monkeypatch):
+    mixed = [PromptExample(text, {}, i) for i, text in enumerate(["abcde", "bcdefgh", "eabcd", "fghijkl"])]
+    rows = {}
+    for name in ("recurrent_gemma", "llama"):
+        policy = Policy(recurrent(name))
+        sample_rollouts(policy, char_tokenizer(), mixed, GenerationConfig(max_new_tokens=2), seed=0)
+        own, rows[name] = policy.model.generate, []
+
+        def generate(input_ids, own=own, seen=rows[name], **settings):
+            seen.append(len(input_ids))
+            return own(input_ids=input_ids, **settings)
+
+        monkeypatch.setattr(policy.model, "generate", generate)
+        sample_rollouts(policy, char_tokenizer(), mixed, GenerationConfig(max_new_tokens=2), seed=0)
+    assert rows == {"recurrent_gemma": [2, 2], "llama": [4]}
 
 
 def test_uniform_streams_are_independent_of_their_neighbours():

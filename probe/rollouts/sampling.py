@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation import MinPLogitsWarper, StopStringCriteria, TopKLogitsWarper, TopPLogitsWarper
 
@@ -50,6 +52,12 @@ NEUTRAL = {
 """Generation settings under which `generate` passes the model's own logits on."""
 SAMPLING_GAP_LIMIT = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Largest root mean square difference, in nats per token, between log-probs while sampling and when scored."""
+
+
+_Row = tuple[list[int], list[float], list[float], bool]
+"""Of one response: token ids, their log-probs, the entropies they were drawn with, whether the cap ended it."""
+_PADDING_MATTERS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""What was found out about a model; it belongs to the architecture."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +112,10 @@ def sample_rollouts(
     prompt_ids = encode_prompts(tokenizer, prompts)
     check_context(policy.model, max(map(len, prompt_ids)), settings.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompt_ids[i]))
-    rows: dict[int, tuple[list[int], list[float], list[float], bool]] = {}
+    rows: dict[int, _Row] = {}
+    alike = _padding_matters(policy, tokenizer, [prompt_ids[order[0]], prompt_ids[order[-1]]], settings)
     with own_generation_config(policy.model, tokenizer, settings) as eos_ids:
-        for start in range(0, len(order), settings.batch_size):
-            indices = order[start : start + settings.batch_size]
+        for indices in _batches(order, prompt_ids, settings.batch_size, alike):
             rows.update(_sample_batch(policy, tokenizer, prompt_ids, indices, settings, seed, eos_ids))
             if progress is not None:
                 progress(len(rows), len(prompts))
@@ -126,19 +134,24 @@ def check_sampling(policy: Policy, seen: SampledTokens, scores: TokenScores) -> 
         RolloutError: it is too large for rounding: the sampler and the scorer see different policies.
     """
     difference = (seen.logprob - scores.logprob)[scores.mask]
-    gap = float(difference.square().mean().sqrt())
+    gap, limit = float(difference.square().mean().sqrt()), _gap_limit(policy)
+    if not gap <= limit:
+        raise RolloutError(
+            f"expected sampling and scoring to see the same policy, found log-probs that differ by {gap:.2g} nats "
+            f"per token (root mean square, at most {limit} expected); the model's cached decoding changes its output "
+            "(try checkpoint.attn_implementation: eager)"
+        )
+    return gap
+
+
+def _gap_limit(policy: Policy) -> float:
+    """The limit of `SAMPLING_GAP_LIMIT` for the coarsest type that the policy computes in, nats per token."""
     dtypes = {p.dtype for p in policy.model.parameters()} & set(SAMPLING_GAP_LIMIT)
     limit = max(SAMPLING_GAP_LIMIT[d] for d in dtypes)
     with policy.autocast():
         if torch.is_autocast_enabled(policy.device.type):
             limit = max(limit, SAMPLING_GAP_LIMIT[torch.bfloat16])
-    if not gap <= limit:
-        raise RolloutError(
-            f"expected sampling and scoring to see the same policy, found log-probs that differ by {gap:.2g} nats "
-            f"per token (root mean square, at most {limit} expected); the model's cached decoding or its padding "
-            "changes its output (try checkpoint.attn_implementation: eager)"
-        )
-    return gap
+    return limit
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[PromptExample]) -> list[tuple[int, ...]]:
@@ -193,12 +206,11 @@ def own_generation_config(
         raise RolloutError("expected an EOS token, found none in the tokenizer or the generation config")
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos_ids:
         eos_ids = (*eos_ids, tokenizer.eos_token_id)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
     neutral = transformers.GenerationConfig(
         **NEUTRAL,
         max_new_tokens=settings.max_new_tokens,
         eos_token_id=list(eos_ids),
-        pad_token_id=pad,
+        pad_token_id=_pad_id(tokenizer, eos_ids),
         use_cache=True,
     )
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -214,6 +226,74 @@ def own_generation_config(
             holder.generation_config = config
 
 
+def _padding_matters(
+    policy: Policy, tokenizer: Any, prompts: Sequence[tuple[int, ...]], settings: GenerationConfig
+) -> bool:
+    """Whether a prompt's next tokens depend on the padding to its left, by sampling the shorter of two both ways.
+
+    Attention masks padding out. The state of recurrent layers (Mamba, RWKV, Griffin) goes through it, and not every
+    model keeps it from doing so.
+
+    Args:
+        policy: the policy.
+        tokenizer: its tokenizer.
+        prompts: token ids of the longest and of the shortest prompt.
+        settings: of the sampler.
+    """
+    longest, shortest = prompts
+    if len(longest) == len(shortest):
+        return False
+    if policy.model not in _PADDING_MATTERS:
+        few = replace(settings, max_new_tokens=1)
+        with own_generation_config(policy.model, tokenizer, few) as eos_ids:
+            pad = _pad_id(tokenizer, eos_ids)
+            padded, alone = (_next_log_probs(policy, batch, pad)[-1] for batch in (prompts, [shortest]))
+        difference = float((padded - alone).square().mean().sqrt())
+        _PADDING_MATTERS[policy.model] = not difference <= _gap_limit(policy)
+    return _PADDING_MATTERS[policy.model]
+
+
+def _next_log_probs(policy: Policy, prompts: Sequence[tuple[int, ...]], pad: int) -> Tensor:
+    """Log-probs `(b, V)` of the first token of each response, nats, as `generate` computes them."""
+    seen: list[Tensor] = []
+
+    def keep(_: Tensor, scores: Tensor) -> Tensor:
+        seen.append(torch.log_softmax(scores.to("cpu", torch.float64), dim=-1))
+        return scores
+
+    input_ids, attention_mask = _left_padded(prompts, pad, policy.device)
+    with torch.no_grad(), policy.autocast():
+        policy.model.generate(input_ids=input_ids, attention_mask=attention_mask, logits_processor=[keep])  # type: ignore[operator]
+    return seen[0]
+
+
+def _left_padded(prompts: Sequence[tuple[int, ...]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, `(b, L)`; generation continues on the right, so padding stands on the left."""
+    widest = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), widest), pad, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):
+        input_ids[row, widest - len(ids) :] = torch.tensor(ids)
+        attention_mask[row, widest - len(ids) :] = 1
+    return input_ids.to(device), attention_mask.to(device)
+
+
+def _pad_id(tokenizer: Any, eos_ids: tuple[int, ...]) -> int:
+    """The token that fills rows up."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
+
+
+def _batches(
+    order: Sequence[int], prompt_ids: Sequence[tuple[int, ...]], size: int, alike: bool
+) -> Iterator[list[int]]:
+    """The entries in the given order, at most `size` at a time; with `alike`, only prompts of one length together."""
+    runs = groupby(order, key=lambda i: len(prompt_ids[i])) if alike else [(0, order)]
+    for _, run in runs:
+        entries = list(run)
+        for start in range(0, len(entries), size):
+            yield entries[start : start + size]
+
+
 def _sample_batch(
     policy: Policy,
     tokenizer: Any,
@@ -222,24 +302,17 @@ def _sample_batch(
     settings: GenerationConfig,
     seed: int,
     eos_ids: tuple[int, ...],
-) -> dict[int, tuple[list[int], list[float], list[float], bool]]:
-    """Sample the entries `indices`: `(ids, log-probs, entropies, truncated)` of each."""
-    widest = max(len(prompt_ids[i]) for i in indices)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
-    input_ids = torch.full((len(indices), widest), pad, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, i in enumerate(indices):
-        ids = prompt_ids[i]
-        input_ids[row, widest - len(ids) :] = torch.tensor(
-            ids
-        )  # generation continues on the right: pad on the left
-        attention_mask[row, widest - len(ids) :] = 1
+) -> dict[int, _Row]:
+    """Sample the entries `indices`."""
+    input_ids, attention_mask = _left_padded(
+        [prompt_ids[i] for i in indices], _pad_id(tokenizer, eos_ids), policy.device
+    )
     sampler = _InverseCdfSampler(uniforms(seed, indices, settings.max_new_tokens), settings)
-    stop = _Stop(eos_ids, widest, settings.stop_strings, tokenizer)
+    stop = _Stop(eos_ids, input_ids.shape[1], settings.stop_strings, tokenizer)
     with torch.no_grad(), policy.autocast():
         policy.model.generate(  # type: ignore[operator]
-            input_ids=input_ids.to(policy.device),
-            attention_mask=attention_mask.to(policy.device),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
             logits_processor=[sampler],
             stopping_criteria=[stop],
         )
