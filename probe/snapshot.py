@@ -85,6 +85,50 @@ def exact_float32() -> Iterator[None]:
 
 
 @contextmanager
+def standing_in(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module compute with other tensors in the place of some of its parameters or buffers.
+
+    The tensors themselves are not written to; dual numbers and the tensors of `torch.func` transforms may stand in.
+    Every place that holds one of them is found by identity and visited once, whatever number of names lead to it. So
+    tied weights move together, and a module that is reachable by two paths gets its own parameters back, the same
+    objects (`torch.func.functional_call` leaves it the stand-in of the first path).
+
+    Args:
+        module: any module.
+        values: by a name of `named_parameters` or `named_buffers`.
+
+    Raises:
+        ValueError: a name is neither.
+    """
+    own = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    unknown = sorted(set(values) - set(own))
+    if unknown:
+        raise ValueError(f"expected values for parameters or buffers of the module, found {unknown[:10]}")
+    wanted = {id(own[name]): value for name, value in values.items()}
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
+        (holder, key, tensor)
+        for part in module.modules()
+        for holder in (
+            part._parameters,
+            part._buffers,
+            vars(part),
+        )  # some keep a tied weight as a plain attribute
+        for key, tensor in holder.items()
+        if isinstance(tensor, Tensor) and id(tensor) in wanted
+    ]
+    try:
+        for holder, key, tensor in places:
+            holder[key] = wanted[id(tensor)]
+        yield
+    finally:
+        for holder, key, tensor in places:
+            holder[key] = tensor
+
+
+@contextmanager
 def parameters_at(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
     """Give `parameters` other values; the old ones are kept where the new ones are (`snapshot_device`)."""
     missing = sorted(set(parameters) ^ set(values))

@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from probe.estimators.update import optimizer_step
-from probe.snapshot import evaluation_mode, exact_float32, isolated_rng, parameters_at, preserved
+from probe.snapshot import (
+    evaluation_mode,
+    exact_float32,
+    isolated_rng,
+    parameters_at,
+    preserved,
+    standing_in,
+)
 
 
 def trained():
@@ -202,3 +209,73 @@ def test_exact_float32_restores_the_users_setting():
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+class Shared(nn.Module):
+    """One layer by two paths, and its weight once more under another name and as a plain attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(2, 2, bias=False)
+        self.again = nn.ModuleList([self.first])
+        self.tied = nn.Linear(2, 2, bias=False)
+        self.tied.weight = self.first.weight
+        object.__setattr__(self, "kept", self.first.weight)
+        self.register_buffer("shift", torch.ones(2))
+
+    def forward(self, x):
+        return self.tied(self.again[0](self.first(x))) @ self.kept + self.shift
+
+
+def slots(module):
+    """Every place of a module that holds a tensor, with the object that is in it."""
+    return [
+        (id(part), key, id(tensor), tensor.requires_grad)
+        for part in module.modules()
+        for holder in (part._parameters, part._buffers, vars(part))
+        for key, tensor in holder.items()
+        if isinstance(tensor, torch.Tensor)
+    ]
+
+
+def test_standing_in_reaches_every_place_and_leaves_the_same_objects():
+    module, x, value = Shared(), torch.randn(3, 2), torch.randn(2, 2)
+    before, own = slots(module), module.first.weight.detach().clone()
+    for name in ("first.weight", "again.0.weight", "tied.weight"):
+        with standing_in(module, {name: value, "shift": torch.zeros(2)}):
+            found = module(x)
+        torch.testing.assert_close(found, x @ value.T @ value.T @ value.T @ value)
+        assert slots(module) == before
+    with pytest.raises(KeyError), standing_in(module, {"first.weight": value}):
+        raise KeyError
+    assert slots(module) == before
+    assert torch.equal(module.first.weight, own)
+    assert module.first.weight.grad is None
+    with (
+        pytest.raises(ValueError, match=r"found \['second.weight'\]"),
+        standing_in(module, {"second.weight": x}),
+    ):
+        pass
+
+
+def test_standing_in_is_differentiated_in_every_mode():
+    module, x = Shared().double(), torch.randn(3, 2, dtype=torch.float64)
+    here, along = module.first.weight.detach(), torch.randn(2, 2, dtype=torch.float64)
+
+    def total(weight):
+        with standing_in(module, {"first.weight": weight}):
+            return module(x).square().sum()
+
+    leaf = here.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(total(leaf), leaf)
+    forward = torch.func.jvp(total, (here,), (along,))[1]
+    with torch.autograd.forward_ad.dual_level():
+        dual = total(torch.autograd.forward_ad.make_dual(here, along))
+        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    expected = (gradient * along).sum()
+    torch.testing.assert_close(forward, expected)
+    torch.testing.assert_close(tangent, expected)
+    nested = torch.func.jvp(lambda w: torch.func.jvp(total, (w,), (along,))[1], (here,), (along,))[1]
+    eps = 1e-3
+    second = (total(here + eps * along) - 2 * total(here) + total(here - eps * along)) / eps**2
+    torch.testing.assert_close(nested, second.detach(), rtol=1e-4, atol=1e-6)

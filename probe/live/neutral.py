@@ -25,7 +25,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Random streams (Python, NumPy, torch, CUDA), train and eval flags of every module, buffers, the `forward` that
     accelerate has wrapped, the class of 4-bit layers, TF32 and autocast settings are put back, also after an exception.
     Parameters, their `.grad` and the optimizer are never written: passes at other values use
-    `torch.func.functional_call`.
+    `probe.snapshot.standing_in`.
 
     Args:
         model: the policy.

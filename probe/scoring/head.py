@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from probe.errors import NumericalError
+from probe.snapshot import standing_in
 
 
 def token_log_probs(logits: Tensor, temperature: float) -> Tensor:
@@ -113,8 +114,8 @@ class OutputHead:
                 if t.dtype in half or name in self._values
             }
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self._tail(torch.func.functional_call(self.layer, self._promoted, (hidden.to(dtype),)))
+        with torch.autocast(hidden.device.type, enabled=False), standing_in(self.layer, self._promoted):
+            return self._tail(self.layer(hidden.to(dtype)))
 
     def _tail(self, logits: Tensor) -> Tensor:
         """What the model does to its logits after the output layer."""
@@ -134,7 +135,8 @@ class OutputHead:
             )
         with torch.no_grad():
             last = hidden[:, -1:].detach()
-            output = torch.func.functional_call(self.layer, self._values, (last,))
+            with standing_in(self.layer, self._values):
+                output = self.layer(last)
             half = min(torch.finfo(hidden.dtype).bits, torch.finfo(model_logits.dtype).bits) < 32
             tolerance = 1e-2 if half else 1e-4  # the tail itself rounds in half precision
             if not self._tail_known:

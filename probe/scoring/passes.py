@@ -21,6 +21,7 @@ from probe.scoring.features import FeatureBasis
 from probe.scoring.head import OutputHead, token_log_probs, token_statistics
 from probe.scoring.microbatch import MicroBatch, microbatches
 from probe.scoring.scores import TokenScores
+from probe.snapshot import standing_in
 
 Progress = Callable[[int, int], None]
 """Called with the number of sequences done and the total."""
@@ -41,7 +42,7 @@ class Policy:
         head_chunk_tokens: tokens whose logits are held at a time.
         autocast: a context manager factory for mixed precision (Fabric's `autocast`).
         values: values that stand in for some of the model's parameters, by name; the parameters themselves are not
-            touched (`torch.func.functional_call`). Dual numbers are allowed, which makes a pass forward-mode.
+            touched (`probe.snapshot.standing_in`). Dual numbers are allowed, which makes a pass forward-mode.
     """
 
     model: nn.Module
@@ -107,11 +108,8 @@ class Policy:
             "attention_mask": inputs.attention_mask,
             "use_cache": False,
         }
-        with head.capture() as captured, self.autocast():
-            if self.values is None:
-                output = self.model(**arguments)
-            else:
-                output = torch.func.functional_call(self.model, dict(self.values), (), arguments)
+        with head.capture() as captured, self.autocast(), standing_in(self.model, self.values or {}):
+            output = self.model(**arguments)
         with self.autocast():
             head.check(captured[-1], output.logits)
         hidden = captured[-1]  # on the output layer's device, which need not be the inputs'
