@@ -209,19 +209,42 @@ class ProbeReworkConfig:
     """Score weights of grad H: entropy still to come (`causal`), or the whole sequence's (`matched`)."""
     baseline: Literal["loo_position", "ridge", "none"] = "loo_position"
     """Baseline of the `causal` weights: leave-one-out mean per position, cross-fitted ridge regression, or none."""
-    loss: Literal["grpo", "dr_grpo", "dapo", "reinforce"] = "grpo"
-    """The policy-gradient loss of the update."""
-    advantage: Literal["auto", "grpo", "dr_grpo"] = "auto"
-    """Group advantages: normalised by the group's standard deviation (`grpo`) or only centred (`dr_grpo`); `auto` takes
-    `dr_grpo` for that loss and `grpo` for the others."""
+    loss: Literal["grpo", "dr_grpo", "dapo", "reinforce", "bnpo", "cispo", "sapo", "vespo", "luspo"] = "dapo"
+    """The policy-gradient loss of the update, by TRL's names and with TRL's default; `reinforce` sums over tokens."""
+    advantage: Literal["auto", "grpo", "dr_grpo", "batch"] = "auto"
+    """Group advantages: normalised by the group's standard deviation (`grpo`), only centred (`dr_grpo`), or centred and
+    normalised by the standard deviation of all rewards of U (`batch`); `auto` takes `dr_grpo` for that loss and `grpo`
+    for the others."""
     clip_range: float = 0.2
     """Lower PPO clip range of the ratio, used where a rollout file gives old log-probs."""
     clip_range_high: float | None = None
-    """Upper PPO clip range; by default `clip_range`."""
+    """Upper PPO clip range; by default `clip_range`. The largest weight of `cispo`."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Whose ratio is clipped: a token's, or a whole response's geometric mean (GSPO)."""
+    delta: float | None = None
+    """Upper bound of the ratio where the advantage is negative too (two-sided clipping); null is none."""
+    mask_truncated_completions: bool = False
+    """Leave the tokens of responses that the cap cut off out of the loss."""
+    top_entropy_quantile: float = 1.0
+    """Share of U's tokens, those of highest entropy, that the policy gradient and the entropy bonus act on."""
+    sapo_temperature_pos: float = 1.0
+    """Temperature of `sapo` where the advantage is positive."""
+    sapo_temperature_neg: float = 1.05
+    """Temperature of `sapo` elsewhere."""
+    vespo_k_pos: float = 2.0
+    """Power of the response's ratio in `vespo` where the advantage is not negative."""
+    vespo_lambda_pos: float = 3.0
+    """Rate of its exponential decay there."""
+    vespo_k_neg: float = 3.0
+    """Power of the response's ratio in `vespo` where the advantage is negative."""
+    vespo_lambda_neg: float = 2.0
+    """Rate of its exponential decay there."""
     kl_coef: float = 0.0
     """Weight of the KL penalty to the reference policy (the base model without its adapter)."""
+    use_bias_correction_kl: bool = True
+    """Multiply the KL estimate by the ratio, as TRL does: its gradient is then that of the divergence."""
     entropy_coef: float = 0.0
-    """Weight of an entropy bonus in the loss."""
+    """Weight of an entropy bonus in the loss: a mean over tokens, whatever the loss."""
     step: Literal["optimizer", "closed_form", "preconditioned"] = "optimizer"
     """The step that deltaH1 is for: the optimizer's real one, its closed form, or g / (sqrt(v_hat) + eps)."""
     learning_rate: float | None = None
@@ -264,10 +287,24 @@ class ProbeReworkConfig:
             "a number above 0, or null",
             self.clip_range_high,
         )
+        _require(
+            self.delta is None or self.delta > 0,
+            "probe_rework.delta",
+            "a number above 0, or null",
+            self.delta,
+        )
+        _require(
+            0 < self.top_entropy_quantile <= 1,
+            "probe_rework.top_entropy_quantile",
+            "a number in (0, 1]",
+            self.top_entropy_quantile,
+        )
+        for key in ("sapo_temperature_pos", "sapo_temperature_neg"):
+            _require(getattr(self, key) > 0, f"probe_rework.{key}", "a number above 0", getattr(self, key))
         _require(self.kl_coef >= 0, "probe_rework.kl_coef", "a number of at least 0", self.kl_coef)
 
     @property
-    def advantage_kind(self) -> Literal["grpo", "dr_grpo"]:
+    def advantage_kind(self) -> Literal["grpo", "dr_grpo", "batch"]:
         """The advantage that `auto` resolves to."""
         if self.advantage != "auto":
             return self.advantage

@@ -26,7 +26,7 @@ from probe.estimators.entropy_gradient import EntropyGradient, entropy_gradient
 from probe.estimators.estimate import Estimate
 from probe.estimators.ground_truth import GroundTruth, resampled_change
 from probe.estimators.groups import index_groups, sum_per_group
-from probe.estimators.losses import LossSettings
+from probe.estimators.losses import LOSS_OPTIONS, TOKEN_MEANS, LossSettings
 from probe.estimators.noise_floor import rescored_noise_floor
 from probe.estimators.prediction import Prediction, first_order, from_tokens, norm, token_first_order
 from probe.estimators.update import (
@@ -39,7 +39,6 @@ from probe.estimators.update import (
 )
 from probe.estimators.update_spread import preconditioned, prompt_contributions, spread
 from probe.estimators.weighting import Weighting
-from probe.finite import require_finite_weights
 from probe.fit_memory import FitMemory, read_fit_memory, write_fit_memory
 from probe.loading import (
     CheckpointFiles,
@@ -56,6 +55,7 @@ from probe.rollouts.sampling import SampledTokens, check_sampling, sample_rollou
 from probe.scoring.features import FeatureBasis, feature_basis
 from probe.scoring.microbatch import first_microbatch
 from probe.scoring.passes import Policy, Progress, score_tokens
+from probe.scoring.reference import as_reference
 from probe.scoring.scores import TokenScores, TokenTangents
 from probe.scoring.tangents import (
     DifferencePair,
@@ -119,7 +119,6 @@ class EntropyProbe(LightningModule):
             ConfigError: no checkpoint is named.
             CheckpointError: the checkpoint is incomplete or unreadable.
             OptimizerStateError: the optimizer's state does not belong to the model.
-            NumericalError: a weight is NaN or infinite.
         """
         if self.model is not None:
             return
@@ -136,7 +135,6 @@ class EntropyProbe(LightningModule):
         self.tokenizer = load_tokenizer(self.checkpoint, self.files)
         self.prompts = self._draw_prompts()  # what is wrong with the data shows before the model is loaded
         model, _ = load_policy_model(self.checkpoint, self.files, device, self.tokenizer)
-        require_finite_weights(model)
         self.optimizer = load_optimizer(
             model, self.files, self.checkpoint, learning_rate=self.config.probe_rework.learning_rate
         )
@@ -385,23 +383,13 @@ class EntropyProbe(LightningModule):
             clip_high=rework.clip_range if rework.clip_range_high is None else rework.clip_range_high,
             kl_coef=rework.kl_coef,
             entropy_coef=rework.entropy_coef,
+            **{name: getattr(rework, name) for name in LOSS_OPTIONS},
         )
 
     def _reference_logprobs(self, U: RolloutBatch, progress: MakeProgress) -> Tensor:
-        """Log-probs of U under the reference policy: the base model, its adapter switched off."""
-        disable = getattr(self.model, "disable_adapter", None)
-        if disable is None:
-            raise ConfigError(
-                "probe_rework.kl_coef: expected 0 for a full model (the reference policy is the base model without "
-                f"its adapter), found {self.config.probe_rework.kl_coef}"
-            )
-        flags = {p: p.requires_grad for p in self.policy.model.parameters()}
-        try:
-            with disable():
-                return score_tokens(self.policy, U, progress("score U under the reference")).logprob
-        finally:
-            for p, flag in flags.items():
-                p.requires_grad_(flag)
+        """Log-probs of U under the reference policy."""
+        with as_reference(self.policy.model):
+            return score_tokens(self.policy, U, progress("score U under the reference")).logprob
 
     def prediction(self, state: ProbeState, progress: MakeProgress = _no_progress) -> Prediction:
         """DeltaH1 of the step that `probe_rework.step` asks for, with errors, curvature and its spread over U.
@@ -546,7 +534,7 @@ class EntropyProbe(LightningModule):
 
     def _group_tokens(self, U: RolloutBatch) -> Tensor | None:
         """Tokens per prompt of U where the loss is a mean over all tokens, else None."""
-        if self.config.probe_rework.loss != "dapo":
+        if self.config.probe_rework.loss not in TOKEN_MEANS:
             return None
         return sum_per_group(U.lengths.double(), *index_groups(U.group))
 

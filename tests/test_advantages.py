@@ -17,12 +17,15 @@ def naive(rewards: list[float], group: list[int], kind: str) -> list[float]:
         if kind == "dr_grpo":
             out.append(reward - mean)
             continue
-        variance = math.fsum((r - mean) ** 2 for r in members) / max(len(members) - 1, 1)
+        spread, centre = members, mean
+        if kind == "batch":
+            spread, centre = rewards, math.fsum(rewards) / len(rewards)
+        variance = math.fsum((r - centre) ** 2 for r in spread) / max(len(spread) - 1, 1)
         out.append((reward - mean) / (math.sqrt(variance) + 1e-4))
     return out
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo"])
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "batch"])
 def test_against_a_naive_loop_with_scattered_groups_of_different_size(kind):
     generator = torch.Generator().manual_seed(3)
     rewards = torch.randn(40, generator=generator, dtype=torch.float64)
@@ -82,7 +85,7 @@ def test_group_has_to_be_integers():
 
 
 def test_unknown_kind():
-    with pytest.raises(ValueError, match="kind: expected 'grpo' or 'dr_grpo', found 'gae'"):
+    with pytest.raises(ValueError, match="kind: expected one of grpo, dr_grpo, batch, found 'gae'"):
         group_advantages(torch.zeros(2), torch.zeros(2, dtype=torch.int64), "gae")
 
 

@@ -1,62 +1,175 @@
-"""The losses' token weights equal autograd's gradient of the losses written out."""
+"""The losses' token weights equal the gradient of the losses written out one response at a time."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import fields
+from typing import get_args
+
 import pytest
 import torch
+from trl import GRPOConfig
 
-from probe.estimators.losses import LossSettings, loss_weights, token_normaliser
+from probe.estimators.losses import (
+    LOSS_OPTIONS,
+    Loss,
+    LossSettings,
+    loss_weights,
+    needs_scores,
+    policy_loss,
+    token_normaliser,
+)
+
+LOSSES = get_args(Loss)
+LIMIT = 11
 
 
 def batch(B=5, T=7, seed=0):
+    """Ragged responses, ratios on both sides of every clip range, an advantage of 0; rubbish outside the mask."""
     g = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor([7, 1, 3, 5, 2])
-    mask = torch.arange(T) < lengths.unsqueeze(1)
+    mask = torch.arange(T) < torch.tensor([7, 1, 3, 5, 2]).unsqueeze(1)
     l, old, ref, h = (torch.rand(B, T, generator=g, dtype=torch.float64) - 1.5 for _ in range(4))
     A = torch.randn(B, generator=g, dtype=torch.float64)
     A[2] = 0.0
-    return mask, l, old, ref, h, A
+    for x in (l, old, ref, h):
+        x[~mask] = math.nan
+    return mask, l, old, ref, h.abs(), A
 
 
-def written_out(name, mask, l, old, ref, h, A, kl, ent, low, high, max_new_tokens):
-    """The loss as one would write it in a trainer: loops over sequences."""
-    ratio = (l - (l.detach() if old is None else old)).exp()
-    A = A.unsqueeze(1)
-    per_token = -torch.min(ratio * A, ratio.clamp(1 - low, 1 + high) * A)
-    if kl:
-        per_token = per_token + kl * ((ref - l).exp() - (ref - l) - 1)
-    per_token = per_token - ent * h
-    rows = [per_token[i, : int(mask[i].sum())] for i in range(len(mask))]
-    return {
-        "grpo": lambda: torch.stack([r.mean() for r in rows]).mean(),
-        "dr_grpo": lambda: torch.stack([r.sum() / max_new_tokens for r in rows]).mean(),
-        "dapo": lambda: torch.cat(rows).mean(),
-        "reinforce": lambda: torch.stack([r.sum() for r in rows]).mean(),
-    }[name]()
+def written_out(s: LossSettings, mask, l, old, ref, h, A, cut):
+    """The loss with loops over responses and tokens."""
+    B, limit = len(mask), s.max_new_tokens
+    kept = [
+        [] if s.mask_truncated_completions and cut[i] else list(range(int(mask[i].sum()))) for i in range(B)
+    ]
+    entropies = torch.tensor([h[i, t].item() for i in range(B) for t in kept[i]], dtype=torch.float64)
+    threshold = (
+        torch.quantile(entropies, 1 - s.top_entropy_quantile) if s.top_entropy_quantile < 1 else -math.inf
+    )
+    terms = [[] for _ in range(B)]
+    acting = []
+    for i in range(B):
+        n, a = len(kept[i]), A[i]
+        logs = [l[i, t] - (l[i, t].detach() if old is None else old[i, t]) for t in kept[i]]
+        for t in kept[i]:
+            r = (sum(logs) / n if s.importance_sampling_level == "sequence" else logs[t]).exp()
+            if s.loss == "cispo":
+                term = -min(r.item(), s.clip_high) * a * l[i, t]
+            elif s.loss == "sapo":
+                T = s.sapo_temperature_pos if a > 0 else s.sapo_temperature_neg
+                term = -4 / T / (1 + (-T * (r - 1)).exp()) * a
+            elif s.loss == "vespo":
+                w = math.exp(sum(logs).item())
+                k, lam = (
+                    (s.vespo_k_pos, s.vespo_lambda_pos) if a >= 0 else (s.vespo_k_neg, s.vespo_lambda_neg)
+                )
+                term = -math.exp(lam) * w**k * math.exp(-lam * w) * a * l[i, t]
+            else:
+                upper = r if s.delta is None else torch.minimum(r, torch.tensor(s.delta, dtype=r.dtype))
+                clipped = torch.minimum(r, torch.tensor(1 + s.clip_high, dtype=r.dtype))
+                clipped = torch.maximum(clipped, torch.tensor(1 - s.clip_low, dtype=r.dtype))
+                term = -torch.minimum(upper * a, clipped * a)
+            if h[i, t] >= threshold:
+                acting.append(h[i, t])
+            else:
+                term = 0.0 * term
+            if s.kl_coef:
+                d = ref[i, t] - l[i, t]
+                term = term + s.kl_coef * (d.exp() - d - 1) * (r if s.use_bias_correction_kl else 1.0)
+            terms[i].append(term)
+    sums = [sum(x) for x in terms]
+    lengths = [max(len(x), 1) for x in terms]
+    if s.loss in ("grpo", "sapo"):
+        loss = sum(x / n for x, n in zip(sums, lengths, strict=True)) / B
+    elif s.loss == "dr_grpo":
+        loss = sum(sums) / (B * limit)
+    elif s.loss in ("reinforce", "luspo"):
+        loss = sum(sums) / B
+    else:
+        loss = sum(sums) / sum(len(x) for x in terms)
+    return loss - s.entropy_coef * sum(acting) / len(acting)
+
+
+OPTIONS = {
+    "plain": {},
+    "kl and entropy": {"kl_coef": 0.3, "entropy_coef": 0.01},
+    "kl uncorrected": {"kl_coef": 0.3, "use_bias_correction_kl": False},
+    "sequence ratios": {"importance_sampling_level": "sequence", "kl_coef": 0.3},
+    "two-sided": {"delta": 1.4},
+    "cut-off left out": {"mask_truncated_completions": True, "entropy_coef": 0.2},
+    "high entropy": {"top_entropy_quantile": 0.4, "entropy_coef": 0.2, "kl_coef": 0.1},
+}
 
 
 @pytest.mark.parametrize("with_old", [False, True])
-@pytest.mark.parametrize(("kl", "ent"), [(0.0, 0.0), (0.3, 0.01)])
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "reinforce"])
-def test_weights_are_the_gradient_of_the_loss(name, kl, ent, with_old):
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_weights_are_the_gradient_of_the_loss(name, options, with_old):
     mask, l, old, ref, h, A = batch()
-    old = old if with_old else None
+    old, cut = old if with_old else None, torch.tensor([False, True, False, True, False])
+    settings = LossSettings(loss=name, max_new_tokens=LIMIT, clip_low=0.2, clip_high=0.3, **options)
     l.requires_grad_(), h.requires_grad_()
-    value = written_out(name, mask, l, old, ref, h, A, kl, ent, 0.2, 0.3, 11)
+    value = written_out(settings, mask, l, old, ref, h, A, cut)
     of_l, of_h = torch.autograd.grad(value, [l, h], allow_unused=True)
-    settings = LossSettings(
-        loss=name, max_new_tokens=11, clip_low=0.2, clip_high=0.3, kl_coef=kl, entropy_coef=ent
+    of_h = torch.zeros_like(h) if of_h is None else of_h
+    found = loss_weights(settings, mask, A, l, h, cut, old, ref)
+    for weights, expected in zip(found, (of_l, of_h), strict=True):
+        torch.testing.assert_close(weights, torch.where(mask, expected, 0.0), rtol=1e-12, atol=1e-15)
+    loss = policy_loss(settings, mask, A, l.detach(), h.detach(), cut, old, ref)
+    torch.testing.assert_close(loss, value.detach(), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_weights_that_need_no_scores_are_those_at_any_scores(name):
+    mask, l, old, _, h, A = batch()
+    settings = LossSettings(loss=name, entropy_coef=0.1)
+    assert not needs_scores(settings, None)
+    zeros = torch.zeros(mask.shape, dtype=torch.float64)
+    for found, expected in zip(
+        loss_weights(settings, mask, A, zeros, zeros), loss_weights(settings, mask, A, l, h), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+    assert needs_scores(settings, old)
+    assert needs_scores(LossSettings(kl_coef=0.1), None)
+    assert needs_scores(LossSettings(top_entropy_quantile=0.5), None)
+
+
+def test_on_policy_kl_weight_is_that_of_the_divergence():
+    """`E[grad l (l - l_ref)]` is the gradient of `KL(pi || pi_ref)`; without the ratio it is another one's."""
+    mask, l, _, ref, h, A = batch()
+    weights = {
+        corrected: loss_weights(
+            LossSettings("reinforce", kl_coef=1.0, use_bias_correction_kl=corrected),
+            mask,
+            0 * A,
+            l,
+            h,
+            ref_logprob=ref,
+        )[0]
+        for corrected in (True, False)
+    }
+    torch.testing.assert_close(weights[True][mask], (l - ref)[mask] / len(mask))
+    torch.testing.assert_close(weights[False][mask], (1 - (ref - l).exp())[mask] / len(mask))
+
+
+def test_options_have_trls_names_and_defaults():
+    theirs = {f.name: f.default for f in fields(GRPOConfig)}
+    own = {f.name: f.default for f in fields(LossSettings)}
+    assert {name: own[name] for name in LOSS_OPTIONS} == {name: theirs[name] for name in LOSS_OPTIONS}
+    assert (own["loss"], own["clip_low"], own["kl_coef"]) == (
+        theirs["loss_type"],
+        theirs["epsilon"],
+        theirs["beta"],
     )
-    found_l, found_h = loss_weights(
-        settings, token_normaliser(name, mask, 11), A.unsqueeze(1), l.detach(), old, ref
-    )
-    torch.testing.assert_close(found_l, of_l, rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(found_h, torch.zeros_like(h) if of_h is None else of_h, rtol=1e-12, atol=1e-15)
 
 
 def test_refusals():
-    mask, l, *_ = batch()
-    with pytest.raises(ValueError, match="expected 'grpo'"):
+    mask, l, _, _, h, A = batch()
+    with pytest.raises(ValueError, match="expected one of grpo"):
         token_normaliser("ppo", mask, 5)
     with pytest.raises(ValueError, match="reference log-probs"):
-        loss_weights(LossSettings(kl_coef=0.1), mask.double(), torch.ones(5, 1), l)
+        loss_weights(LossSettings(kl_coef=0.1), mask, A, l, h)
+    with pytest.raises(ValueError, match="which responses were truncated"):
+        loss_weights(LossSettings(mask_truncated_completions=True), mask, A, l, h)
+    with pytest.raises(ValueError, match="expected token or sequence"):
+        loss_weights(LossSettings(importance_sampling_level="word"), mask, A, l, h)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from probe.errors import DataError
 from probe.estimators.groups import index_groups, sum_per_group
 
-AdvantageKind = Literal["grpo", "dr_grpo"]
+AdvantageKind = Literal["grpo", "dr_grpo", "batch"]
 
 STD_EPSILON = 1e-4
 """Added to a group's standard deviation, as in TRL, so that a constant group is not divided by zero."""
@@ -23,7 +23,8 @@ def group_advantages(rewards: Tensor, group: Tensor, kind: AdvantageKind) -> Ten
 
     - `grpo`: `(r - m) / (s + 1e-4)`, without unit; Shao et al. 2024 (arXiv:2402.03300), with the constant
       that TRL uses;
-    - `dr_grpo`: `r - m`, in units of the reward; Liu et al. 2025 (arXiv:2503.20783).
+    - `dr_grpo`: `r - m`, in units of the reward; Liu et al. 2025 (arXiv:2503.20783);
+    - `batch`: `(r - m) / (s_U + 1e-4)` with the unbiased standard deviation `s_U` of all `B` rewards.
 
     A group whose rewards are all equal, a group of one response included, has advantage exactly 0. It is
     kept: its responses add nothing to the gradient but count in its normalisation. Groups need not be
@@ -32,11 +33,11 @@ def group_advantages(rewards: Tensor, group: Tensor, kind: AdvantageKind) -> Ten
     Args:
         rewards: `(B,)`, finite.
         group: `(B,)` integers, equal within a group.
-        kind: `grpo` or `dr_grpo`.
+        kind: `grpo`, `dr_grpo` or `batch`.
 
     Raises:
         ValueError: the shapes differ or are not one-dimensional, `group` is not of an integer type, or `kind`
-            is neither of the two.
+            is none of these.
         DataError: a reward is not finite.
 
     >>> rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 2.0])
@@ -47,8 +48,8 @@ def group_advantages(rewards: Tensor, group: Tensor, kind: AdvantageKind) -> Ten
     ...     -4 / (4 + 1e-4), 0.0, 4 / (4 + 1e-4)]
     True
     """
-    if kind not in ("grpo", "dr_grpo"):
-        raise ValueError(f"kind: expected 'grpo' or 'dr_grpo', found {kind!r}")
+    if kind not in get_args(AdvantageKind):
+        raise ValueError(f"kind: expected one of {', '.join(get_args(AdvantageKind))}, found {kind!r}")
     _check_shapes(rewards, group, "rewards")
     values = rewards.detach().to(torch.float64)
     if not bool(values.isfinite().all()):
@@ -61,6 +62,9 @@ def group_advantages(rewards: Tensor, group: Tensor, kind: AdvantageKind) -> Ten
     centred = torch.where(_is_constant(values, member, size)[member], torch.zeros_like(centred), centred)
     if kind == "dr_grpo":
         return centred
+    if kind == "batch":
+        spread = values.std() if len(values) > 1 else torch.zeros((), dtype=torch.float64)
+        return centred / (spread + STD_EPSILON)
     variance = sum_per_group(centred.square(), member, size) / (size - 1).clamp(min=1)
     return centred / (variance.sqrt()[member] + STD_EPSILON)
 

@@ -1,52 +1,105 @@
-"""The policy-gradient losses, as weights on log-probs: `weight[i, t] = d loss / d l[i, t]`.
+"""The policy-gradient losses, as functions of token scores, and their weights `weight[i, t] = d loss / d l[i, t]`.
 
-With `A` the advantage, `r = exp(l - l_old)` the ratio and `c[i, t]` the loss's normalisation,
+The loss is written once, as it stands in a trainer; its derivatives by the log-probs `l` and the entropies `h` of the
+tokens are autograd's, in float64. So losses that couple the tokens of a response or of a batch (sequence ratios,
+entropy quantiles) need nothing of their own. With `A` the advantage and `r = exp(l - l_old)` the ratio (of a token, or
+the geometric mean over a response: `importance_sampling_level`), a token's term is
 
-    loss = sum_(i,t) c[i, t] * ( -min(r A, clip(r, 1 - low, 1 + high) A) + kl_coef * k3(l_ref - l) - entropy_coef * h )
+    grpo, dr_grpo, bnpo, dapo, reinforce   -min(min(r, delta) A, clip(r, 1 - low, 1 + high) A)
+    cispo      -stop(min(r, high)) A l
+    sapo       -4 / T sigmoid(T (r - 1)) A, with T by the sign of A
+    vespo      -stop(phi(w)) A l, with w the ratio of the whole response and phi(w) = exp(lambda + k log w - lambda w)
 
-where `k3(d) = exp(d) - d - 1` estimates the KL divergence to the reference policy. The entropy bonus has the loss's own
-normalisation (TRL averages it over all tokens of the batch whatever the loss; with `dapo` the two are the same).
+plus `kl_coef * k3(l_ref - l)`, where `k3(d) = exp(d) - d - 1` estimates the KL divergence to the reference policy. With
+`use_bias_correction_kl` it is multiplied by `r`: its gradient on samples of the policy is then that of the divergence,
+`kl_coef (l - l_ref)`. Terms are averaged as `token_normaliser` says. The entropy bonus, `-entropy_coef` times a mean of
+`h` over tokens, is averaged over tokens whatever the loss.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Loss = Literal["grpo", "dr_grpo", "dapo", "reinforce"]
+Loss = Literal["grpo", "dr_grpo", "dapo", "reinforce", "bnpo", "cispo", "sapo", "vespo", "luspo"]
+RatioLevel = Literal["token", "sequence"]
+
+TOKEN_MEANS: tuple[Loss, ...] = ("dapo", "bnpo", "cispo", "vespo")
+"""Losses that are a mean over all tokens of the batch."""
+LOSS_OPTIONS = (
+    "importance_sampling_level",
+    "delta",
+    "use_bias_correction_kl",
+    "mask_truncated_completions",
+    "top_entropy_quantile",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+)
+"""Options that have one name here, in the configuration's section `probe_rework`, and in TRL's `GRPOConfig`."""
+SMALLEST_RATIO, LARGEST_LOG_RATIO, SMALLEST_LAMBDA = 1e-8, 20.0, 1e-4
+"""Clamps of `vespo`'s ratio of a response, and of its `lambda`, as in TRL."""
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What fixes a loss.
+    """What fixes a loss; the names of the options are TRL's where they are not those of the configuration.
 
     Attributes:
-        loss: the normalisation, see `token_normaliser`.
+        loss: the terms and their normalisation. `luspo` has the terms of `grpo` and the normalisation of `reinforce`.
         max_new_tokens: the constant length of `dr_grpo`.
         clip_low: lower clip range of the ratio.
-        clip_high: upper clip range of the ratio.
+        clip_high: upper clip range of the ratio; the largest weight of `cispo`.
         kl_coef: weight of the KL penalty.
         entropy_coef: weight of the entropy bonus.
+        importance_sampling_level: whose ratio it is, a token's or a response's.
+        delta: upper bound of the ratio where the advantage is negative too; None for none.
+        use_bias_correction_kl: multiply the KL estimate by the ratio.
+        mask_truncated_completions: tokens of responses that the cap cut off have no part in the loss; the responses
+            still count where the normalisation is a mean over responses.
+        top_entropy_quantile: share of the tokens, those of highest entropy, that have a policy-gradient term and an
+            entropy bonus.
+        sapo_temperature_pos: `T` where the advantage is positive.
+        sapo_temperature_neg: `T` elsewhere.
+        vespo_k_pos: `k` where the advantage is not negative.
+        vespo_lambda_pos: `lambda` there.
+        vespo_k_neg: `k` elsewhere.
+        vespo_lambda_neg: `lambda` elsewhere.
     """
 
-    loss: Loss = "grpo"
+    loss: Loss = "dapo"
     max_new_tokens: int = 256
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
+    importance_sampling_level: RatioLevel = "token"
+    delta: float | None = None
+    use_bias_correction_kl: bool = True
+    mask_truncated_completions: bool = False
+    top_entropy_quantile: float = 1.0
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
 
 
 def token_normaliser(loss: Loss, mask: Tensor, max_new_tokens: int) -> Tensor:
     """The factor `c[i, t]` of every token, `(B, T)` float64, 0 outside `mask`.
 
-    - `grpo`: mean over the tokens of each sequence, then over sequences: `1 / (B T_i)`
+    - `grpo`, `sapo`: mean over the tokens of each sequence, then over sequences: `1 / (B T_i)`
     - `dr_grpo`: a constant length: `1 / (B max_new_tokens)`
-    - `dapo`: mean over all tokens: `1 / sum_j T_j`
-    - `reinforce`: mean over sequences of the sum over tokens: `1 / B`
+    - `dapo`, `bnpo`, `cispo`, `vespo`: mean over all tokens: `1 / sum_j T_j`
+    - `reinforce`, `luspo`: mean over sequences of the sum over tokens: `1 / B`
 
     Args:
         loss: one of the above.
@@ -64,57 +117,152 @@ def token_normaliser(loss: Loss, mask: Tensor, max_new_tokens: int) -> Tensor:
     """
     tokens = mask.double()
     B, lengths = len(mask), tokens.sum(1, keepdim=True).clamp_min(1.0)
-    if loss == "grpo":
+    if loss in ("grpo", "sapo"):
         return tokens / (B * lengths)
     if loss == "dr_grpo":
         return tokens / (B * max_new_tokens)
-    if loss == "dapo":
+    if loss in TOKEN_MEANS:
         return tokens / tokens.sum().clamp_min(1.0)
-    if loss == "reinforce":
+    if loss in ("reinforce", "luspo"):
         return tokens / B
-    raise ValueError(f"loss: expected 'grpo', 'dr_grpo', 'dapo' or 'reinforce', found {loss!r}")
+    raise ValueError(f"loss: expected one of {', '.join(get_args(Loss))}, found {loss!r}")
+
+
+def policy_loss(
+    settings: LossSettings,
+    mask: Tensor,
+    advantages: Tensor,
+    logprob: Tensor,
+    entropy: Tensor,
+    truncated: Tensor | None = None,
+    old_logprob: Tensor | None = None,
+    ref_logprob: Tensor | None = None,
+) -> Tensor:
+    """The loss of a batch, a scalar that can be differentiated by `logprob` and `entropy`.
+
+    Args:
+        settings: the loss.
+        mask: `(B, T)` bool, the response tokens.
+        advantages: `A`, `(B,)`.
+        logprob: `l` under the current policy, `(B, T)`, nats.
+        entropy: `h`, `(B, T)`, nats.
+        truncated: `(B,)` bool, needed with `mask_truncated_completions`.
+        old_logprob: `l_old` under the policy that sampled, `(B, T)`; None means the current policy: ratio 1.
+        ref_logprob: `l_ref`, `(B, T)`, needed where `kl_coef > 0`.
+
+    Raises:
+        ValueError: what an option needs is missing, or the loss is unknown.
+    """
+    if settings.mask_truncated_completions:
+        if truncated is None:
+            raise ValueError(
+                "mask_truncated_completions: expected which responses were truncated, found nothing"
+            )
+        mask = mask & ~truncated.unsqueeze(1)
+    normaliser = token_normaliser(settings.loss, mask, settings.max_new_tokens)
+    A = advantages.double().unsqueeze(1)
+    # what stands outside the mask must not reach a sum, not even times 0
+    l, h = torch.where(mask, logprob, 0.0), torch.where(mask, entropy, 0.0)
+    old = l.detach() if old_logprob is None else torch.where(mask, old_logprob, 0.0)
+    log_ratio = l - old
+    token_ratio = log_ratio.exp()
+    ratio = token_ratio
+    if settings.importance_sampling_level == "sequence":
+        ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)).exp().expand_as(l)
+    elif settings.importance_sampling_level != "token":
+        raise ValueError(
+            f"importance_sampling_level: expected token or sequence, found {settings.importance_sampling_level!r}"
+        )
+    terms = _terms(settings, A, l, log_ratio, ratio)
+    chosen = _high_entropy(settings.top_entropy_quantile, h.detach(), mask)
+    terms = torch.where(chosen, terms, 0.0)
+    if settings.kl_coef > 0:
+        if ref_logprob is None:
+            raise ValueError("kl_coef > 0: expected reference log-probs, found none")
+        ahead = torch.where(mask, ref_logprob, 0.0) - l
+        kl = ahead.exp() - ahead - 1.0
+        terms = terms + settings.kl_coef * (kl * ratio if settings.use_bias_correction_kl else kl)
+    loss = (normaliser * terms).sum()
+    if settings.entropy_coef != 0.0:
+        acting = chosen.double()
+        loss = loss - settings.entropy_coef * (acting * h).sum() / acting.sum().clamp_min(1.0)
+    return loss
+
+
+def _terms(settings: LossSettings, A: Tensor, l: Tensor, log_ratio: Tensor, ratio: Tensor) -> Tensor:
+    """The policy-gradient term of every token, `(B, T)`."""
+    if settings.loss == "cispo":
+        return -ratio.clamp(max=settings.clip_high).detach() * A * l
+    if settings.loss == "sapo":
+        T = _by_sign(A > 0, settings.sapo_temperature_pos, settings.sapo_temperature_neg)
+        return -4.0 / T * torch.sigmoid(T * (ratio - 1.0)) * A
+    if settings.loss == "vespo":
+        largest = LARGEST_LOG_RATIO
+        whole = log_ratio.detach().clamp(-largest, largest).sum(1, keepdim=True)
+        log_w = whole.clamp(math.log(SMALLEST_RATIO), largest)
+        k = _by_sign(A >= 0, settings.vespo_k_pos, settings.vespo_k_neg)
+        scale = _by_sign(A >= 0, settings.vespo_lambda_pos, settings.vespo_lambda_neg)
+        scale = scale.clamp_min(SMALLEST_LAMBDA)
+        phi = (scale + k * log_w - scale * log_w.exp()).exp()
+        return -phi.nan_to_num(nan=0.0, posinf=0.0) * A * l
+    clipped = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
+    bounded = ratio if settings.delta is None else ratio.clamp(max=settings.delta)
+    return -torch.min(bounded * A, clipped * A)
+
+
+def _by_sign(condition: Tensor, yes: float, no: float) -> Tensor:
+    """One of two numbers for every response, float64 (`torch.where` on numbers alone rounds to the default type)."""
+    return torch.where(
+        condition, torch.tensor(yes, dtype=torch.float64), torch.tensor(no, dtype=torch.float64)
+    )
+
+
+def _high_entropy(share: float, h: Tensor, mask: Tensor) -> Tensor:
+    """The tokens of the batch whose entropy is in the uppermost `share`, `(B, T)` bool."""
+    if share >= 1.0 or not bool(mask.any()):
+        return mask
+    found = h[mask].sort().values
+    place = (1.0 - share) * (len(found) - 1)  # linear between neighbours; torch.quantile has a limit on sizes
+    low = int(place)
+    high = min(low + 1, len(found) - 1)
+    threshold = found[low] + (place - low) * (found[high] - found[low])
+    return (h >= threshold) & mask
+
+
+def needs_scores(settings: LossSettings, old_logprob: Tensor | None) -> bool:
+    """Whether the weights depend on the scores: off-policy ratios, a KL term, a choice of tokens by entropy."""
+    return old_logprob is not None or settings.kl_coef > 0 or settings.top_entropy_quantile < 1.0
 
 
 def loss_weights(
     settings: LossSettings,
-    normaliser: Tensor,
+    mask: Tensor,
     advantages: Tensor,
     logprob: Tensor,
+    entropy: Tensor,
+    truncated: Tensor | None = None,
     old_logprob: Tensor | None = None,
     ref_logprob: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weights of `l` and of `h` in the loss's gradient, elementwise on tensors of one (broadcastable) shape.
-
-    Args:
-        settings: the loss.
-        normaliser: `c`, from `token_normaliser`.
-        advantages: `A` of the token's sequence.
-        logprob: `l` under the current policy, nats.
-        old_logprob: `l_old` under the policy that sampled; None means the current policy: ratio 1, nothing clipped.
-        ref_logprob: `l_ref`, needed where `kl_coef > 0`.
+    """Derivatives of `policy_loss` by every token's log-prob and entropy, at the scores given.
 
     Returns:
-        `(d loss / d l, d loss / d h)`.
+        `(d loss / d l, d loss / d h)`, `(B, T)` float64, 0 outside the mask.
 
     Raises:
-        ValueError: `kl_coef > 0` without reference log-probs.
+        ValueError: see `policy_loss`.
 
     Example:
-        >>> one = torch.ones(1)
-        >>> loss_weights(LossSettings(), one, 2 * one, -one, old_logprob=-1.1 * one)[0]  # ratio 1.105, inside the clip
-        tensor([-2.2103])
-        >>> loss_weights(LossSettings(), one, 2 * one, -one, old_logprob=-2 * one)[0]  # ratio 2.7, clipped
-        tensor([0.])
+        >>> mask, one = torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 1).double()
+        >>> A, l = torch.tensor([2.0]), -one
+        >>> loss_weights(LossSettings(), mask, A, l, one, old_logprob=-1.1 * one)[0]  # ratio 1.105, inside the clip
+        tensor([[-2.2103]], dtype=torch.float64)
+        >>> loss_weights(LossSettings(), mask, A, l, one, old_logprob=-2 * one)[0]  # ratio 2.7, clipped
+        tensor([[0.]], dtype=torch.float64)
     """
-    if old_logprob is None:
-        of_logprob = -advantages * torch.ones_like(logprob)
-    else:
-        ratio = (logprob - old_logprob).exp()
-        inside = torch.where(advantages >= 0, ratio <= 1 + settings.clip_high, ratio >= 1 - settings.clip_low)
-        of_logprob = torch.where(inside, -advantages * ratio, 0.0)  # a clipped ratio may be infinite
-    if settings.kl_coef > 0:
-        if ref_logprob is None:
-            raise ValueError("kl_coef > 0: expected reference log-probs, found none")
-        of_logprob = of_logprob + settings.kl_coef * (1.0 - (ref_logprob - logprob).exp())
-    of_entropy = torch.full_like(logprob, -settings.entropy_coef)
-    return normaliser * of_logprob, normaliser * of_entropy
+    with torch.enable_grad():
+        l = logprob.detach().double().requires_grad_()
+        h = entropy.detach().double().requires_grad_()
+        value = policy_loss(settings, mask, advantages, l, h, truncated, old_logprob, ref_logprob)
+        of_l, of_h = torch.autograd.grad(value, [l, h], allow_unused=True)
+    return tuple(torch.zeros_like(l) if g is None else g for g in (of_l, of_h))  # type: ignore[return-value]

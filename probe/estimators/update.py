@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from probe.data.batch import RolloutBatch
 from probe.errors import NumericalError, OptimizerStateError
-from probe.estimators.losses import LossSettings, loss_weights, token_normaliser
-from probe.scoring.passes import Policy, Progress, token_gradients
+from probe.estimators.losses import LossSettings, loss_weights, needs_scores
+from probe.scoring.passes import Policy, Progress, score_tokens, token_gradients
 from probe.scoring.scores import TokenScores
 from probe.snapshot import copied, preserved
 
@@ -95,6 +95,8 @@ def loss_gradient(
 ) -> LossGradient:
     """Gradient of the policy-gradient loss on U, summed over microbatches: their size changes nothing.
 
+    Where the weights depend on scores (see `needs_scores`), U is scored first: they may depend on other tokens' too.
+
     Args:
         policy: the policy.
         batch: U, with advantages; with `old_logprobs` the PPO ratio and clipping apply.
@@ -111,21 +113,23 @@ def loss_gradient(
         raise ValueError(
             "expected an update batch with advantages, found none; see probe.estimators.advantages"
         )
-    advantages, old = batch.advantages, batch.old_logprobs
-    normaliser = token_normaliser(settings.loss, batch.mask, settings.max_new_tokens)
-    kept, kept_entropy = (torch.zeros(batch.mask.shape, dtype=torch.float64) for _ in range(2))
+    old, scores = batch.old_logprobs, None
+    if needs_scores(settings, old):
+        scores = score_tokens(policy, batch, None)
+    zeros = torch.zeros(batch.mask.shape, dtype=torch.float64)
+    kept, kept_entropy = loss_weights(
+        settings,
+        batch.mask,
+        batch.advantages,
+        zeros if scores is None else scores.logprob,
+        zeros if scores is None else scores.entropy,
+        batch.truncated,
+        old,
+        ref_logprobs,
+    )
 
     def token_weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = loss_weights(
-            settings,
-            normaliser[i, t],
-            advantages[i],
-            l,
-            None if old is None else old[i, t],
-            None if ref_logprobs is None else ref_logprobs[i, t],
-        )
-        kept[i, t], kept_entropy[i, t] = a, b
-        return a.unsqueeze(0), b.unsqueeze(0)
+        return kept[i, t].unsqueeze(0), kept_entropy[i, t].unsqueeze(0)
 
     (gradient,), scores = token_gradients(policy, batch, token_weights, 1, progress)
     return LossGradient(gradient=gradient, weights=kept, entropy_weights=kept_entropy, scores=scores)

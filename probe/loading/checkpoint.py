@@ -14,6 +14,8 @@ from probe.errors import CheckpointError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+REFERENCE_ADAPTER = "ref"
+"""The adapter in which TRL keeps a copy of the one that a training started from, and the folder it is saved in."""
 MODEL_CONFIG = "config.json"
 MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")

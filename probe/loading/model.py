@@ -20,7 +20,7 @@ from torch import nn
 
 from probe.config import CheckpointConfig
 from probe.errors import CheckpointError, ProbeError
-from probe.loading.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CheckpointFiles
+from probe.loading.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, REFERENCE_ADAPTER, CheckpointFiles
 from probe.loading.quantization import dequantized_weight, find_4bit_layers, use_exact_4bit_layers
 
 if TYPE_CHECKING:
@@ -352,6 +352,12 @@ def _attach_adapter(model: Any, folder: Path, device: torch.device) -> nn.Module
         )
     if not trainable_parameters(policy):
         raise CheckpointError(f"adapter {folder}: expected trainable weights, found none")
+    reference = folder / REFERENCE_ADAPTER
+    if (
+        reference / ADAPTER_CONFIG
+    ).is_file():  # training started from a trained adapter, and kept a copy of it
+        with _rewritten(f"adapter {reference}", remedy):
+            policy.load_adapter(str(reference), REFERENCE_ADAPTER, is_trainable=False, **placed)
     return policy
 
 

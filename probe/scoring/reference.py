@@ -1,0 +1,48 @@
+"""The reference policy of a KL penalty: what the policy was when its training began."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from probe.errors import ConfigError
+from probe.loading.checkpoint import REFERENCE_ADAPTER
+
+
+@contextmanager
+def as_reference(model: nn.Module) -> Iterator[None]:
+    """Let an adapter's model be the reference policy for a while.
+
+    That is the adapter `ref` where there is one (training started from a trained adapter), else the base model with its
+    adapter switched off, as for TRL. Active adapter and `requires_grad` are put back, also after an exception.
+
+    Args:
+        model: a peft model.
+
+    Raises:
+        ConfigError: it is none, and nothing says what the reference is.
+    """
+    adapters: Any = getattr(model, "peft_config", None)
+    if adapters is None:
+        raise ConfigError(
+            "probe_rework.kl_coef: expected 0 for a full model (the reference policy is the base model without its "
+            "adapter, or the adapter `ref`), found a larger one"
+        )
+    policy: Any = model
+    flags = {p: p.requires_grad for p in policy.parameters()}
+    own = policy.active_adapter
+    try:
+        if REFERENCE_ADAPTER in adapters:
+            policy.set_adapter(REFERENCE_ADAPTER)
+            yield
+        else:
+            with policy.disable_adapter():
+                yield
+    finally:
+        if REFERENCE_ADAPTER in adapters:
+            policy.set_adapter(own)
+        for p, flag in flags.items():
+            p.requires_grad_(flag)

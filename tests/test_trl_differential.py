@@ -1,0 +1,263 @@
+"""The gradient on U is that of TRL's own trainer, for every option of its loss, on-policy and off."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from probe.data.batch import RolloutBatch
+from probe.estimators.advantages import group_advantages
+from probe.estimators.losses import LOSS_OPTIONS, LossSettings
+from probe.estimators.update import loss_gradient
+from probe.scoring import Policy, score_tokens
+from probe.scoring.reference import as_reference
+from tests.helpers import char_tokenizer
+
+LENGTH, GENERATIONS, ROWS = 6, 4, 8
+TOLERANCE = 1e-5
+"""Relative error of the gradient, by norm: both are float32, summed in another order."""
+
+ADAPTER = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
+
+
+class Recorder(GRPOTrainer):
+    """Keeps the inputs of every loss, and parameters and gradients of every optimizer step before clipping."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.window, self.updates = [], []
+
+    def _compute_loss(self, model, inputs):
+        self.window.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
+        return super()._compute_loss(model, inputs)
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+
+        def keep(*_):
+            named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+            values = {n: p.detach().clone() for n, p in named.items()}
+            gradients = {
+                n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named.items()
+            }
+            self.updates.append((self.window, values, gradients))
+            self.window = []
+
+        optimizer.register_step_pre_hook(keep)
+        return optimizer
+
+
+def policy_model(new_adapter=False):
+    """A LoRA whose B is not 0, so that every adapter weight has a gradient; or the base model without."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=100,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    if new_adapter:
+        return model
+    model = get_peft_model(model, ADAPTER)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(0.2 * torch.randn_like(p))
+    return model
+
+
+def variety(completions, **_):
+    """A reward that differs between responses."""
+    return [float(sum(map(ord, c)) % 7) for c in completions]
+
+
+def train(folder, options, steps, new_adapter=False):
+    """A short run of TRL's trainer, from a trained adapter or with a new one."""
+    torch.manual_seed(1)
+    settings = {
+        "per_device_train_batch_size": ROWS,
+        "num_generations": GENERATIONS,
+        "max_completion_length": LENGTH,
+        "max_steps": steps,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.0,  # no clipping: the gradient itself is compared
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 100,
+        **options,
+    }
+    prompts = [{"prompt": text} for text in ("1+2=", "abc", "12", "what?")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = Recorder(
+            model=policy_model(new_adapter),
+            peft_config=ADAPTER if new_adapter else None,
+            reward_funcs=variety,
+            args=GRPOConfig(output_dir=str(folder), **settings),
+            train_dataset=Dataset.from_list(prompts),
+            processing_class=char_tokenizer(),
+        )
+        trainer.train()
+    return trainer
+
+
+def as_batch(windows):
+    """What the trainer computed its losses on, as U."""
+    rows = [
+        {key: window[key][i] for key in window if isinstance(window[key], torch.Tensor) and window[key].dim()}
+        for window in windows
+        for i in range(len(window["completion_ids"]))
+    ]
+    widest = max(len(row["completion_ids"]) for row in rows)
+
+    def padded(key):
+        out = torch.zeros(len(rows), widest, dtype=rows[0][key].dtype)
+        for i, row in enumerate(rows):
+            out[i, : len(row[key])] = row[key]
+        return out
+
+    mask = padded("completion_mask").bool()
+    ids = padded("completion_ids")
+    cut = torch.tensor([not bool((own[m] == 1).any()) for own, m in zip(ids, mask, strict=True)])
+    batch = RolloutBatch(
+        prompts=("",) * len(rows),
+        completions=("",) * len(rows),
+        prompt_ids=tuple(tuple(row["prompt_ids"][row["prompt_mask"].bool()].tolist()) for row in rows),
+        completion_ids=ids,
+        mask=mask,
+        truncated=cut,
+        group=torch.arange(len(rows)),
+        advantages=torch.stack([row["advantages"] for row in rows]).double(),
+        old_logprobs=padded("old_per_token_logps").double() if "old_per_token_logps" in rows[0] else None,
+    )
+    reference = padded("ref_per_token_logps").double() if "ref_per_token_logps" in rows[0] else None
+    return batch, reference
+
+
+OFF_POLICY = {"num_iterations": 2}
+CASES = {
+    **{loss: {"loss_type": loss} for loss in ("grpo", "dr_grpo", "bnpo", "dapo", "sapo", "vespo", "luspo")},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
+    "the default": {},
+    "beta": {"beta": 0.3},
+    "beta, uncorrected": {"beta": 0.3, "use_bias_correction_kl": False, "loss_type": "grpo"},
+    "entropy bonus": {"entropy_coef": 0.5},
+    "entropy bonus, grpo": {"entropy_coef": 0.5, "loss_type": "grpo"},
+    "high-entropy tokens": {"top_entropy_quantile": 0.3, "entropy_coef": 0.5},
+    "temperature": {"temperature": 0.7, "beta": 0.1},
+    "rewards by batch": {"scale_rewards": "batch"},
+    "rewards only centred": {"scale_rewards": "none"},
+    "accumulation": {"per_device_train_batch_size": ROWS // 2, "gradient_accumulation_steps": 2},
+    "accumulation, grpo, beta": {
+        "per_device_train_batch_size": ROWS // 2,
+        "gradient_accumulation_steps": 2,
+        "loss_type": "grpo",
+        "beta": 0.3,
+    },
+    **{
+        f"{loss}, off policy": {"loss_type": loss, **OFF_POLICY}
+        for loss in ("grpo", "dr_grpo", "bnpo", "dapo", "sapo", "vespo", "luspo")
+    },
+    "cispo, off policy": {"loss_type": "cispo", "epsilon_high": 1.1, **OFF_POLICY},
+    "narrow clipping": {"epsilon": 0.01, "epsilon_high": 0.02, **OFF_POLICY},
+    "two-sided clipping": {"delta": 1.05, **OFF_POLICY},
+    "sequence ratios": {"importance_sampling_level": "sequence", **OFF_POLICY},
+    "sequence ratios, beta, grpo": {
+        "importance_sampling_level": "sequence",
+        "beta": 0.3,
+        "loss_type": "grpo",
+        **OFF_POLICY,
+    },
+    "luspo, sequence ratios": {
+        "importance_sampling_level": "sequence",
+        "loss_type": "luspo",
+        **OFF_POLICY,
+    },
+    "everything": {
+        "beta": 0.2,
+        "entropy_coef": 0.3,
+        "top_entropy_quantile": 0.5,
+        "delta": 1.1,
+        "temperature": 0.8,
+        "loss_type": "dr_grpo",
+        **OFF_POLICY,
+    },
+}
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_gradient(options, tmp_path):
+    compare(train(tmp_path, options, steps=2))
+
+
+def test_gradient_of_a_new_adapter_whose_reference_is_the_base_model(tmp_path):
+    compare(train(tmp_path, {"beta": 0.3, "learning_rate": 0.1}, steps=3, new_adapter=True))
+
+
+def compare(trainer):
+    """The gradient of every update, against the probe's at the same parameters on the same tokens."""
+    args = trainer.args
+    settings = LossSettings(
+        loss=args.loss_type,
+        max_new_tokens=LENGTH,
+        clip_low=args.epsilon,
+        clip_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
+        kl_coef=args.beta,
+        entropy_coef=args.entropy_coef,
+        **{name: getattr(args, name) for name in LOSS_OPTIONS},
+    )
+    model = trainer.model.eval()
+    assert len(trainer.updates) == args.max_steps
+    for windows, values, expected in trainer.updates:
+        batch, reference = as_batch(windows)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name in values:
+                    p.copy_(values[name])
+        policy = Policy(model, temperature=args.temperature, microbatch_size=3)
+        assert policy.parameters.keys() == expected.keys()
+        if reference is not None:
+            with as_reference(model):
+                ours = score_tokens(policy, batch).logprob
+            assert policy.parameters.keys() == expected.keys()
+            torch.testing.assert_close(ours[batch.mask], reference[batch.mask], rtol=0, atol=1e-5)
+        found = loss_gradient(policy, batch, settings, reference).gradient
+        size = sum(float(g.double().square().sum()) for g in expected.values()) ** 0.5
+        error = sum(float((found[n] - g).double().square().sum()) for n, g in expected.items()) ** 0.5
+        assert size > 0
+        assert error <= TOLERANCE * size, error / size
+
+
+@pytest.mark.parametrize(("scale", "kind"), [("group", "grpo"), ("batch", "batch"), ("none", "dr_grpo")])
+def test_advantages(scale, kind, tmp_path):
+    trainer = train(tmp_path, {"scale_rewards": scale}, 1)
+    batch, _ = as_batch(trainer.updates[0][0])
+    texts = [
+        trainer.processing_class.decode(ids[m], skip_special_tokens=True)
+        for ids, m in zip(batch.completion_ids, batch.mask, strict=True)
+    ]
+    rewards = torch.tensor(variety(texts), dtype=torch.float64)
+    # TRL shuffles the rows of a generation; equal prompts are one group, as the prompts of a step differ
+    group = torch.tensor([sorted(set(batch.prompt_ids)).index(ids) for ids in batch.prompt_ids])
+    found = group_advantages(rewards, group, kind)
+    torch.testing.assert_close(found, batch.advantages, rtol=1e-4, atol=1e-5)
