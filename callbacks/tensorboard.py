@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from probe.callbacks.base import ProbeCallback
@@ -18,6 +22,7 @@ from probe.callbacks.console import (
     trust_rows,
 )
 from probe.errors import LogError
+from probe.files import ensure_writable, write_error, write_failure
 from probe.log_sections import samples
 from probe.verdict import WORDS
 
@@ -63,6 +68,14 @@ class TensorBoardDiagnostics(ProbeCallback):
         self.hyperparameters = hyperparameters
         self.examples = examples
 
+    def on_probe_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Make sure, before anything expensive runs, that the loggers' files can be written."""
+        if runner.fabric.is_global_zero:
+            for logger in runner.fabric.loggers:
+                folder = _folder(logger, "root_dir")
+                if folder is not None:
+                    ensure_writable(folder)
+
     def on_report_end(self, runner: ProbeRunner, module: EntropyProbe, result: ProbeResult) -> None:
         """Publish; a logger that fails does not keep the others from publishing."""
         if not runner.fabric.is_global_zero:
@@ -70,12 +83,18 @@ class TensorBoardDiagnostics(ProbeCallback):
         show_texts = runner.config.detailed_logging.log_sequences is not False
         for logger in runner.fabric.loggers:
             try:
-                self._publish(logger, runner.state, result, self.examples if show_texts else 0)
+                with _writer_errors_raised_once():
+                    self._publish(logger, runner.state, result, self.examples if show_texts else 0)
             except Exception as error:
                 # Loggers of all makers come by here, with exceptions of any kind.
-                failure = LogError(
-                    f"{type(logger).__name__} did not take the results: {error}; see the log files"
-                )
+                folder, of_disk = _folder(logger, "log_dir"), write_failure(error)
+                failure = LogError(f"{type(logger).__name__} did not take the results: {error}")
+                if folder is not None and of_disk is not None:
+                    failure = write_error(folder, of_disk)
+                    if (
+                        runner.default_logger
+                    ):  # the folder is this run's own, and holds half of an events file
+                        shutil.rmtree(folder, ignore_errors=True)
                 failure.__cause__ = error
                 runner.errors.append(failure)
 
@@ -104,6 +123,36 @@ class TensorBoardDiagnostics(ProbeCallback):
             if self.hyperparameters:
                 _log_hyperparameters(logger, hyperparameters(result))
         logger.save()
+
+
+def _folder(logger: Any, name: str) -> str | None:
+    """The local folder that a logger names by `root_dir` or `log_dir`; None where it has none."""
+    folder = getattr(logger, name, None)
+    return os.fspath(folder) if isinstance(folder, (str, os.PathLike)) and "://" not in str(folder) else None
+
+
+@contextmanager
+def _writer_errors_raised_once() -> Iterator[None]:
+    """Keep the thread in which TensorBoard writes from printing the traceback of an error that is raised here too."""
+
+    def is_writer(thread: threading.Thread | None) -> bool:
+        return type(thread).__name__ == "_AsyncWriterThread"
+
+    def hook(args: Any) -> None:
+        if not (is_writer(args.thread) and isinstance(args.exc_value, OSError)):
+            before(args)
+
+    before = threading.excepthook
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        for thread in threading.enumerate():
+            # It hands its error over before it ends, and prints it last.
+            if is_writer(thread) and getattr(thread, "exception", None) is not None:
+                thread.join(timeout=5)
+        if threading.excepthook is hook:
+            threading.excepthook = before
 
 
 def training_step(result: ProbeResult) -> int:
