@@ -17,6 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from probe import __version__
 from probe.errors import ConfigError, ProbeError
+from probe.imports import current_directory_importable
 from probe.module import EntropyProbe
 from probe.parsing import SHIPPED_CONFIGS, add_probe_arguments, explain, find_config_file, resolve
 from probe.runner import ProbeRunner
@@ -94,7 +95,8 @@ class ProbeCLI(LightningCLI):
             ConfigError: an unknown option or key, or a wrong type.
         """
         try:
-            self.config = parser.parse_args(args)  # type: ignore[arg-type]
+            with current_directory_importable():
+                self.config = parser.parse_args(args)  # type: ignore[arg-type]
         except (ArgumentError, TypeError, ValueError) as error:
             asked = args[0] if isinstance(args, list) and args and args[0] in self.subcommands() else "run"
             message = explain(str(error), self._subcommand_parsers[asked])
