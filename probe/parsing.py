@@ -147,10 +147,15 @@ def find_config_file(path: str | Path) -> Path:
     # Under `configs/` they lie in a clone of the repository; elsewhere that is how documentation names them.
     if Path(path) in (Path(file.name), Path("configs") / file.name) and shipped.is_file():
         return shipped
-    names = ", ".join(sorted(p.stem for p in SHIPPED_CONFIGS.glob("*.yaml")))
+    names = ", ".join(shipped_names())
     raise ConfigError(
         f"configuration: expected a YAML file, or one of the shipped configurations ({names}), found no {path}"
     )
+
+
+def shipped_names() -> list[str]:
+    """The names of the configurations that come with the package."""
+    return sorted(path.stem for path in SHIPPED_CONFIGS.glob("*.yaml"))
 
 
 def explain(message: str, parser: LightningArgumentParser) -> str:

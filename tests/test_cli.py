@@ -13,6 +13,7 @@ import yaml
 
 from probe.callbacks import ProbeCallback
 from probe.cli import main
+from probe.parsing import shipped_names
 from tests.tiny_models import lora_checkpoint, save_base
 
 
@@ -113,6 +114,24 @@ def test_help_explains_options(call):
     code, out, _ = call()
     assert code == 0
     assert "demo" in out
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["sweep"], ["demo"]])
+def test_help_begins_with_what_one_needs_first(call, command):
+    code, out, _ = call(*command, "--help")
+    assert code == 0
+    first = out.split("options:")[0]
+    assert first.startswith(f"usage: {' '.join(['entropy-probe', *command])} ")
+    assert len(first.splitlines()) < 25
+    examples = [line.strip() for line in first.splitlines() if line.startswith("  entropy-probe ")]
+    assert examples
+    assert all(line.startswith(f"entropy-probe {' '.join(command)}".strip()) for line in examples)
+    if command != ["demo"]:
+        for name in shipped_names():
+            assert name in first
+    if command in (["run"], ["sweep"]):
+        assert "--checkpoint takes the folder of a checkpoint" in first
+        assert "--checkpoint FOLDER   Folder of the checkpoint" in out
 
 
 BAD = [
