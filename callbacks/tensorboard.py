@@ -6,9 +6,7 @@ import math
 import os
 import re
 import shutil
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probe.callbacks.base import ProbeCallback
@@ -22,7 +20,7 @@ from probe.callbacks.console import (
     trust_rows,
 )
 from probe.errors import LogError
-from probe.files import ensure_writable, write_error, write_failure
+from probe.files import ensure_writable, write_error, write_failure, writer_errors_raised_once
 from probe.log_sections import samples
 from probe.verdict import WORDS
 
@@ -83,7 +81,7 @@ class TensorBoardDiagnostics(ProbeCallback):
         show_texts = runner.config.detailed_logging.log_sequences is not False
         for logger in runner.fabric.loggers:
             try:
-                with _writer_errors_raised_once():
+                with writer_errors_raised_once():
                     self._publish(logger, runner.state, result, self.examples if show_texts else 0)
             except Exception as error:
                 # Loggers of all makers come by here, with exceptions of any kind.
@@ -129,30 +127,6 @@ def _folder(logger: Any, name: str) -> str | None:
     """The local folder that a logger names by `root_dir` or `log_dir`; None where it has none."""
     folder = getattr(logger, name, None)
     return os.fspath(folder) if isinstance(folder, (str, os.PathLike)) and "://" not in str(folder) else None
-
-
-@contextmanager
-def _writer_errors_raised_once() -> Iterator[None]:
-    """Keep the thread in which TensorBoard writes from printing the traceback of an error that is raised here too."""
-
-    def is_writer(thread: threading.Thread | None) -> bool:
-        return type(thread).__name__ == "_AsyncWriterThread"
-
-    def hook(args: Any) -> None:
-        if not (is_writer(args.thread) and isinstance(args.exc_value, OSError)):
-            before(args)
-
-    before = threading.excepthook
-    threading.excepthook = hook
-    try:
-        yield
-    finally:
-        for thread in threading.enumerate():
-            # It hands its error over before it ends, and prints it last.
-            if is_writer(thread) and getattr(thread, "exception", None) is not None:
-                thread.join(timeout=5)
-        if threading.excepthook is hook:
-            threading.excepthook = before
 
 
 def training_step(result: ProbeResult) -> int:

@@ -10,10 +10,13 @@ import re
 import secrets
 import shutil
 import stat
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from probe.errors import LogError
 
@@ -53,6 +56,30 @@ def write_failure(error: BaseException | None) -> OSError | None:
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
+
+
+@contextmanager
+def writer_errors_raised_once() -> Iterator[None]:
+    """Keep the thread in which TensorBoard writes from printing the traceback of an error that is raised here too."""
+
+    def is_writer(thread: threading.Thread | None) -> bool:
+        return type(thread).__name__ == "_AsyncWriterThread"
+
+    def hook(args: Any) -> None:
+        if not (is_writer(args.thread) and isinstance(args.exc_value, OSError)):
+            before(args)
+
+    before = threading.excepthook
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        for thread in threading.enumerate():
+            # It hands its error over before it ends, and prints it last.
+            if is_writer(thread) and getattr(thread, "exception", None) is not None:
+                thread.join(timeout=5)
+        if threading.excepthook is hook:
+            threading.excepthook = before
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
