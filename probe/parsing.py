@@ -196,7 +196,7 @@ def _class_path_problem(text: str) -> str | None:
         return None
     key, rest = wrong.groups()
     named = re.findall(r"'class_path': '([^']*)'", rest)
-    named += re.findall(r"Given value: ([A-Za-z_]\w*(?:\.\w+)+)$", rest)
+    named += re.findall(r"Given value: ([A-Za-z_]\w*(?:\.\w+)*)$", rest)
     for path in dict.fromkeys(named):
         reason = why_no_class(path, _base_class(key))
         if reason is not None:

@@ -354,6 +354,19 @@ def test_a_class_in_the_working_folder_and_its_arguments(call, tmp_path, monkeyp
     assert reason in err
 
 
+def test_a_class_given_as_an_option(call, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "my_part", raising=False)
+    (tmp_path / "my_part.py").write_text("import no_such_package\n")
+    for value, reason in (
+        ("my_part.Part", "needs a package that is missing"),
+        ("x", "expected module.Class"),
+    ):
+        code, _, err = call("run", f"--trainer.callbacks+={value}")
+        assert code == 2
+        assert f"trainer.callbacks: {'' if value == 'x' else 'module '}" in err
+        assert reason in err
+
+
 def test_the_installed_script_finds_a_class_in_the_working_folder(tmp_path):
     """The folder of the script, and not the current one, is on its path."""
     (tmp_path / "my_part.py").write_text(
