@@ -61,7 +61,8 @@ def ensure_demo_checkpoint(
         except (OSError, LogError) as error:
             raise CheckpointError(
                 f"demo: expected a cache folder that can be written, found {root.parent} "
-                f"({error}); set ENTROPY_PROBE_CACHE to a folder that you may write to, on a disk with some megabytes of space"
+                f"({error}); set "
+                "ENTROPY_PROBE_CACHE to a folder that you may write to, on a disk with some megabytes of space"
             ) from error
     return root / "checkpoint"
 
