@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from probe.callbacks.base import ProbeCallback
+from probe.files import ensure_replaceable
 
 if TYPE_CHECKING:
     from probe.module import EntropyProbe
@@ -15,6 +16,12 @@ class DeltaH1(ProbeCallback):
     """Computes X on E, the optimizer's step from U, and their inner product."""
 
     phases = ("entropy_gradient", "update", "prediction")
+
+    def on_probe_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Make sure, before anything expensive runs, that what the control variates learn can be written."""
+        path = module.config.probe_rework.control_variates_path
+        if path is not None and runner.fabric.is_global_zero:
+            ensure_replaceable(path)
 
     def run_entropy_gradient(self, runner: ProbeRunner, module: EntropyProbe) -> None:
         """Compute X."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -17,8 +18,14 @@ from probe.callbacks.base import ProbeCallback
 from probe.callbacks.console import say
 from probe.config import DetailedLoggingConfig
 from probe.errors import LogError
-from probe.files import atomic_write_bytes, ensure_writable, write_error
-from probe.logs import CONFIG_SCHEMA, build_log, dump_bytes, prune, summary, to_plain
+from probe.files import (
+    atomic_create_bytes,
+    atomic_write_bytes,
+    ensure_writable,
+    remove_leftovers,
+    write_error,
+)
+from probe.logs import CONFIG_SCHEMA, DATE_FOLDERS, build_log, dump_bytes, prune, summary, to_plain
 
 if TYPE_CHECKING:
     from probe.module import EntropyProbe
@@ -59,7 +66,9 @@ class DetailedLogging(ProbeCallback):
         """Make sure, before anything expensive runs, that the log can be written."""
         self.paths = None
         if self.config.enabled and runner.fabric.is_global_zero:
-            ensure_writable(self.config.output_directory)
+            folder = ensure_writable(self.config.output_directory)
+            for dated in folder.glob(DATE_FOLDERS):
+                remove_leftovers(dated)
 
     def on_report_end(self, runner: ProbeRunner, module: EntropyProbe, result: ProbeResult) -> None:
         """Write the files, and delete the oldest runs where `max_files` asks for it."""
@@ -88,6 +97,9 @@ def write_log(
 ) -> LogPaths:
     """Write the three files of a run into `<output_directory>/YYYY-MM-DD/`, under a name that is not taken.
 
+    Each file gets its name when it is complete. The configuration comes first, and keeps the name for this run; the
+    summary comes last: where there is one, the run's files are all there.
+
     Args:
         result: what the run found.
         state: what it produced on the way.
@@ -100,27 +112,27 @@ def write_log(
     Raises:
         LogError: a file cannot be written. Files that were complete by then stay.
     """
+    log = build_log(
+        result,
+        state,
+        level=config.level,
+        log_sequences=config.log_sequences,
+        log_tokens=config.log_tokens,
+        log_raw_tensors=config.log_raw_tensors,
+        token_text=token_text,
+    )
+    main = dump_bytes(log, config.compress)
     folder = Path(config.output_directory) / _date(result)
-    paths = _claim(folder, log_name(result, config), ".json.gz" if config.compress else ".json")
+    paths = _claim(folder, log_name(result, config), ".json.gz" if config.compress else ".json", result)
     try:
-        log = build_log(
-            result,
-            state,
-            level=config.level,
-            log_sequences=config.log_sequences,
-            log_tokens=config.log_tokens,
-            log_raw_tensors=config.log_raw_tensors,
-            token_text=token_text,
-        )
-        atomic_write_bytes(paths.main, dump_bytes(log, config.compress))
-        atomic_write_bytes(paths.config, _config_yaml(result).encode("utf-8", "backslashreplace"))
-        # The summary goes last: where there is one, the run's files are complete.
-        files = {"main": paths.main.name, "config": paths.config.name}
-        atomic_write_bytes(paths.summary, dump_bytes(summary(result, config.level, files)))
+        atomic_write_bytes(paths.main, main)
     except BaseException:
-        if paths.summary.exists() and paths.summary.stat().st_size == 0:
-            paths.summary.unlink()
+        with suppress(OSError):
+            paths.config.unlink()
+            folder.rmdir()  # fails where it holds something else
         raise
+    files = {"main": paths.main.name, "config": paths.config.name}
+    atomic_write_bytes(paths.summary, dump_bytes(summary(result, config.level, files)))
     return paths
 
 
@@ -168,33 +180,21 @@ def _date(result: ProbeResult) -> str:
     return datetime.fromisoformat(result.started_at).strftime("%Y-%m-%d")
 
 
-def _claim(folder: Path, name: str, ending: str) -> LogPaths:
-    """The paths for `name`, or `name_2`, ...: the first that are free, claimed by an empty summary."""
+def _claim(folder: Path, name: str, ending: str, result: ProbeResult) -> LogPaths:
+    """The paths for `name`, or `name_2`, ...: the first that are free, claimed by the run's configuration."""
+    config = _config_yaml(result).encode("utf-8", "backslashreplace")
     number = 1
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            stem = name if number == 1 else f"{name}_{number}"
-            paths = LogPaths(
-                main=folder / f"{stem}{ending}",
-                summary=folder / f"{stem}_summary.json",
-                config=folder / f"{stem}_config.yaml",
-            )
-            others = (folder / f"{stem}.json", folder / f"{stem}.json.gz", paths.config)
-            if not any(os.path.lexists(path) for path in others) and _create(paths.summary):
-                return paths
-            number += 1
-    except OSError as error:
-        raise write_error(folder / name, error) from error
-
-
-def _create(path: Path) -> bool:
-    """Make an empty file, and say whether this process was the one that made it."""
-    try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-    except FileExistsError:
-        return False
-    return True
+    while True:
+        stem = name if number == 1 else f"{name}_{number}"
+        paths = LogPaths(
+            main=folder / f"{stem}{ending}",
+            summary=folder / f"{stem}_summary.json",
+            config=folder / f"{stem}_config.yaml",
+        )
+        others = (folder / f"{stem}.json", folder / f"{stem}.json.gz", paths.summary)
+        if not any(os.path.lexists(path) for path in others) and atomic_create_bytes(paths.config, config):
+            return paths
+        number += 1
 
 
 def _config_yaml(result: ProbeResult) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from probe.callbacks.console import (
     trust_rows,
 )
 from probe.errors import LogError
+from probe.files import ensure_writable, write_error, write_failure, writer_errors_raised_once
 from probe.log_sections import samples
 from probe.verdict import WORDS
 
@@ -63,6 +66,14 @@ class TensorBoardDiagnostics(ProbeCallback):
         self.hyperparameters = hyperparameters
         self.examples = examples
 
+    def on_probe_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Make sure, before anything expensive runs, that the loggers' files can be written."""
+        if runner.fabric.is_global_zero:
+            for logger in runner.fabric.loggers:
+                folder = _folder(logger, "root_dir")
+                if folder is not None:
+                    ensure_writable(folder)
+
     def on_report_end(self, runner: ProbeRunner, module: EntropyProbe, result: ProbeResult) -> None:
         """Publish; a logger that fails does not keep the others from publishing."""
         if not runner.fabric.is_global_zero:
@@ -70,12 +81,18 @@ class TensorBoardDiagnostics(ProbeCallback):
         show_texts = runner.config.detailed_logging.log_sequences is not False
         for logger in runner.fabric.loggers:
             try:
-                self._publish(logger, runner.state, result, self.examples if show_texts else 0)
+                with writer_errors_raised_once():
+                    self._publish(logger, runner.state, result, self.examples if show_texts else 0)
             except Exception as error:
                 # Loggers of all makers come by here, with exceptions of any kind.
-                failure = LogError(
-                    f"{type(logger).__name__} did not take the results: {error}; see the log files"
-                )
+                folder, of_disk = _folder(logger, "log_dir"), write_failure(error)
+                failure = LogError(f"{type(logger).__name__} did not take the results: {error}")
+                if folder is not None and of_disk is not None:
+                    failure = write_error(folder, of_disk)
+                    if (
+                        runner.default_logger
+                    ):  # the folder is this run's own, and holds half of an events file
+                        shutil.rmtree(folder, ignore_errors=True)
                 failure.__cause__ = error
                 runner.errors.append(failure)
 
@@ -104,6 +121,12 @@ class TensorBoardDiagnostics(ProbeCallback):
             if self.hyperparameters:
                 _log_hyperparameters(logger, hyperparameters(result))
         logger.save()
+
+
+def _folder(logger: Any, name: str) -> str | None:
+    """The local folder that a logger names by `root_dir` or `log_dir`; None where it has none."""
+    folder = getattr(logger, name, None)
+    return os.fspath(folder) if isinstance(folder, (str, os.PathLike)) and "://" not in str(folder) else None
 
 
 def training_step(result: ProbeResult) -> int:

@@ -7,18 +7,27 @@ import re
 import sys
 import traceback
 import warnings
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, DefaultHelpFormatter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from probe import __version__
 from probe.errors import ConfigError, ProbeError
+from probe.imports import current_directory_importable
 from probe.module import EntropyProbe
-from probe.parsing import SHIPPED_CONFIGS, add_probe_arguments, explain, find_config_file, resolve
+from probe.parsing import (
+    SHIPPED_CONFIGS,
+    add_probe_arguments,
+    explain,
+    find_config_file,
+    resolve,
+    shipped_names,
+)
 from probe.runner import ProbeRunner
 from probe.sweep.grid import IncompleteSweepError, SweepConfig, sweep_config
 
@@ -33,6 +42,60 @@ SWEEP_LISTS = {
     **{"G": "4, 8", "seeds": "1, 2, 3"},
 }
 """Options of `sweep` that are lists of numbers, with examples."""
+
+
+USAGE = {
+    "run": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--section.key VALUE ...]",
+    "demo": "[--section.key VALUE ...]",
+    "sweep": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--LIST VALUES ...] [--section.key VALUE ...]",
+}
+"""What the help of a subcommand begins with."""
+DESCRIPTION = """Predict and measure what the next update does to a policy's entropy.
+
+examples:
+  entropy-probe demo
+  entropy-probe run --config quickstart
+  entropy-probe run --config my.yaml --checkpoint /path/to/checkpoint-60
+  entropy-probe sweep --config quickstart --eta_factors "[0.5, 1, 2]"
+
+--config takes a YAML file, or the name of a configuration that comes with the package:
+  {configs}"""
+DESCRIPTIONS = {
+    "run": """Probe a checkpoint: predict what the next update does to the policy's entropy, and measure it.
+
+examples:
+  entropy-probe run --config quickstart
+  entropy-probe run --config qwen2_5_1_5b_gsm8k --checkpoint /path/to/checkpoint-60
+  entropy-probe run --checkpoint /path/to/checkpoint-60 --batch_config.dataset_name prompts.jsonl \\
+      --batch_config.split train --batch_config.reward my_rewards:accuracy
+
+--config takes a YAML file, or the name of a configuration that comes with the package:
+  {configs}
+--checkpoint takes the folder of a checkpoint, as transformers' Trainer and TRL write it (an adapter or a full model,
+with optimizer.pt); it is short for --checkpoint.checkpoint_path. The options below are the keys of a YAML file.""",
+    "demo": """Probe the built-in demo policy, which is made at the first use (half a minute), and say what to try next.
+
+examples:
+  entropy-probe demo
+  entropy-probe demo --probe_rework.learning_rate 5e-3
+
+The options below are those of entropy-probe run; their defaults here are those of the configuration quickstart.""",
+    "sweep": """Probe a grid of learning rates, batch sizes, seeds and checkpoints. The same command continues it.
+
+examples:
+  entropy-probe sweep --config quickstart --eta_factors "[0.25, 0.5, 1, 2, 4, 8]"
+  entropy-probe sweep --config quickstart --B_E "[128, 512, 2048]" --seeds "[0, 1, 2]"
+
+lists: {lists}; --output_folder FOLDER keeps the points, --overwrite starts anew.
+--config takes a YAML file, or the name of a configuration that comes with the package:
+  {configs}
+--checkpoint takes the folder of a checkpoint; it is short for --checkpoint.checkpoint_path. The options below are the
+keys of a YAML file.""",
+}
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of the descriptions."""
 
 
 class ProbeCLI(LightningCLI):
@@ -53,7 +116,9 @@ class ProbeCLI(LightningCLI):
             load_from_checkpoint_support=False,
             parser_kwargs={
                 "prog": "entropy-probe",
-                "description": "Predict and measure what the next update does to a policy's entropy.",
+                "description": DESCRIPTION.format(configs=", ".join(shipped_names())),
+                "usage": "entropy-probe {run,demo,sweep} [--config NAME_OR_FILE] ...",
+                "formatter_class": _HelpFormatter,
                 "exit_on_error": False,
                 "run": {"exit_on_error": False},
                 "demo": {"exit_on_error": False, **demo},
@@ -85,6 +150,15 @@ class ProbeCLI(LightningCLI):
                 "sweep", None
             )  # that of the method's own options, of which there are none
             parser.add_class_arguments(SweepConfig, "sweep")
+        parser.usage = f"entropy-probe {subcommand} {USAGE[subcommand]}"
+        lists = " ".join(f"--{option}" for option in (*SWEEP_LISTS, "checkpoints"))
+        parser.description = DESCRIPTIONS[subcommand].format(configs=", ".join(shipped_names()), lists=lists)
+        for action in parser._actions:
+            if action.option_strings == ["--checkpoint"]:
+                action.help, action.metavar = (
+                    "Folder of the checkpoint, or a YAML file with this section.",
+                    "FOLDER",
+                )
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -94,7 +168,8 @@ class ProbeCLI(LightningCLI):
             ConfigError: an unknown option or key, or a wrong type.
         """
         try:
-            self.config = parser.parse_args(args)  # type: ignore[arg-type]
+            with current_directory_importable():
+                self.config = parser.parse_args(args)  # type: ignore[arg-type]
         except (ArgumentError, TypeError, ValueError) as error:
             asked = args[0] if isinstance(args, list) and args and args[0] in self.subcommands() else "run"
             message = explain(str(error), self._subcommand_parsers[asked])

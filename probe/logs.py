@@ -38,6 +38,8 @@ SCHEMA_VERSION = 1
 LOG_SCHEMA = "entropy-probe/log"
 SUMMARY_SCHEMA = "entropy-probe/summary"
 CONFIG_SCHEMA = "entropy-probe/config"
+DATE_FOLDERS = "[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]"
+"""The pattern of the folders that logs go into."""
 
 CORE_KEYS = (
     *("verdict", "verdict_reasons"),
@@ -214,7 +216,7 @@ def prune(directory: str | os.PathLike[str], max_files: int, keep: Path | None =
         LogError: a file cannot be deleted.
     """
     runs: dict[Path, _StoredRun] = {}
-    for folder in Path(directory).glob("[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]"):
+    for folder in Path(directory).glob(DATE_FOLDERS):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             own = _own_file(path)
             if own is not None:

@@ -17,7 +17,7 @@ from probe.config import ProbeConfig
 from probe.data.batch import PromptExample, RolloutBatch
 from probe.data.prompts import default_reward, load_prompts
 from probe.data.rewards import RewardFunction, compute_rewards, resolve_reward
-from probe.errors import ConfigError, DataError, NumericalError
+from probe.errors import ConfigError, DataError, LogError, NumericalError
 from probe.estimators.advantages import count_zero_advantage_groups, group_advantages
 from probe.estimators.control_variates import SMALLEST_SAMPLE, SMALLEST_TAUGHT, control_variates
 from probe.estimators.curvature import nested_curvature, symmetric_curvature
@@ -561,7 +561,10 @@ class EntropyProbe(LightningModule):
         if path is not None:
             memory = FitMemory(state.basis, self._policy_name()) if memory is None else memory
             memory.add(E, fitted.statistics, draw)
-            write_fit_memory(Path(path), memory)
+            try:
+                write_fit_memory(Path(path), memory)
+            except LogError as error:  # what was measured is not lost for that
+                state.unwritten.append(error)
         batches = f" and {len(earlier)} earlier batches" if earlier else ""
         return found.with_control_variates(Z, f"on: fitted on other prompts{batches}")
 

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from probe.config import ProbeConfig
 from probe.errors import ConfigError
+from probe.imports import current_directory_importable, why_no_class
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -78,7 +79,8 @@ def parse_config(config: Mapping[str, Any]) -> ResolvedConfig:
     add_probe_arguments(parser)
     given = {key: value for key, value in config.items() if value is not None}
     try:
-        namespace = parser.parse_object(given)
+        with current_directory_importable():
+            namespace = parser.parse_object(given)
     except (ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(explain(str(error), parser)) from error
     return resolve(parser, namespace)
@@ -95,7 +97,8 @@ def resolve(parser: LightningArgumentParser, namespace: Namespace) -> ResolvedCo
     for option in ("config", "debug"):  # of the command line, not of the probe
         mapping.pop(option, None)
     try:
-        objects = parser.instantiate(namespace)
+        with current_directory_importable():
+            objects = parser.instantiate(namespace)
     except ConfigError:
         raise
     except (ArgumentError, TypeError, ValueError) as error:
@@ -141,17 +144,26 @@ def find_config_file(path: str | Path) -> Path:
     if file.is_file():
         return file
     shipped = SHIPPED_CONFIGS / f"{file.name.removesuffix('.yaml')}.yaml"
-    if file.name == str(path) and shipped.is_file():
+    # Under `configs/` they lie in a clone of the repository; elsewhere that is how documentation names them.
+    if Path(path) in (Path(file.name), Path("configs") / file.name) and shipped.is_file():
         return shipped
-    names = ", ".join(sorted(p.stem for p in SHIPPED_CONFIGS.glob("*.yaml")))
+    names = ", ".join(shipped_names())
     raise ConfigError(
-        f"--config: expected a YAML file, or one of the shipped configurations ({names}), found no {path}"
+        f"configuration: expected a YAML file, or one of the shipped configurations ({names}), found no {path}"
     )
+
+
+def shipped_names() -> list[str]:
+    """The names of the configurations that come with the package."""
+    return sorted(path.stem for path in SHIPPED_CONFIGS.glob("*.yaml"))
 
 
 def explain(message: str, parser: LightningArgumentParser) -> str:
     """One line from jsonargparse's message: `key: expected ..., found ...`, or the nearest key to an unknown one."""
     text = _one_line(message)
+    of_class = _class_path_problem(text)
+    if of_class is not None:
+        return of_class
     in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
     if in_group is not None:
         return _unknown_key(".".join(in_group.groups()), parser)
@@ -172,6 +184,40 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
     if not expected or found is None:
         return f"{key}: {rest}"
     return f"{key}: expected {' or '.join(expected)}, found {found.group(1)!r}"
+
+
+def _class_path_problem(text: str) -> str | None:
+    """What is wrong with a class under `trainer.callbacks` or `trainer.logger`; None where it is something else."""
+    raised = re.match(r"Does not validate against any of the Union subtypes .*?Errors: - (.*?) - ", text)
+    if raised is not None:  # by the class's own `__init__`
+        return f"trainer: a class of callbacks or logger cannot be made: {raised.group(1)}"
+    wrong = re.match(r'Parser key "(trainer\.(?:callbacks|logger))": (.*)', text)
+    if wrong is None:
+        return None
+    key, rest = wrong.groups()
+    named = re.findall(r"'class_path': '([^']*)'", rest)
+    named += re.findall(r"Given value: ([A-Za-z_]\w*(?:\.\w+)*)$", rest)
+    for path in dict.fromkeys(named):
+        reason = why_no_class(path, _base_class(key))
+        if reason is not None:
+            return f"{key}: {reason}"
+    argument = re.search(r"Problem with given class_path '([\w.]+)': (.*?)(?: - |$)", rest)
+    if argument is None:
+        return None
+    unknown = re.search(r"Option '([\w.]+)' is not accepted", argument.group(2))
+    if unknown is not None:
+        return f"{key}: {argument.group(1)} has no argument {unknown.group(1)!r}"
+    found = re.match(r'Parser key "([\w.]+)": (.*)', argument.group(2))
+    return f"{key}: {argument.group(1)}: {': '.join(found.groups()) if found else argument.group(2)}"
+
+
+def _base_class(key: str) -> type:
+    """The class from which what stands under `trainer.callbacks` or `trainer.logger` is derived."""
+    from lightning.fabric.loggers import Logger
+
+    from probe.callbacks.base import ProbeCallback
+
+    return ProbeCallback if key == "trainer.callbacks" else Logger
 
 
 def _unknown_key(key: str, parser: LightningArgumentParser) -> str:

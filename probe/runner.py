@@ -54,6 +54,7 @@ class ProbeRunner:
         state: what the phases of the current (or last) run produced.
         result: the last run's result.
         errors: what went wrong while publishing a result; raised when everything else is published.
+        default_logger: whether each run has a TensorBoard logger with a folder of its own.
         publish: whether the built-in callbacks publish a result (report, log files, TensorBoard); a sweep, which has a
             table of its own, switches them off.
     """
@@ -89,7 +90,7 @@ class ProbeRunner:
                 "in float32 (checkpoint.dtype sets the type of the frozen ones, and float64 that of all)"
             )
         self.extra_callbacks = [callbacks] if isinstance(callbacks, ProbeCallback) else list(callbacks or [])
-        self._default_logger = logger is True
+        self.default_logger = logger is True
         self.state = ProbeState()
         self.result: ProbeResult | None = None
         self.errors: list[ProbeError] = []
@@ -129,7 +130,7 @@ class ProbeRunner:
         started = datetime.now().astimezone()
         callbacks = [*default_callbacks(module.config, self.publish), *self.extra_callbacks]
         self.fabric._callbacks = callbacks
-        if self._default_logger:  # one run, one version folder: TensorBoard ties hyper-parameters to it
+        if self.default_logger:  # one run, one version folder: TensorBoard ties hyper-parameters to it
             self.fabric._loggers = _loggers(True, Path(self.config.detailed_logging.output_directory))
         self.fabric.launch()
         try:
@@ -234,6 +235,7 @@ class ProbeRunner:
             started_at=started.isoformat(timespec="seconds"),
         )
         self.result = result
+        self.errors.extend(self.state.unwritten)
         self.fabric.call("on_report_end", self, module, result)
         self.fabric.call("on_probe_end", self, module, result)
         return result
@@ -275,9 +277,9 @@ def default_callbacks(config: ProbeConfig, publish: bool = True) -> list[ProbeCa
     callbacks.append(ConsoleReport())
     if config.output.results_path is not None:
         callbacks.append(ResultsFile(config.output.results_path))
-    callbacks.append(TensorBoardDiagnostics())
     if config.detailed_logging.enabled:
         callbacks.append(DetailedLogging(config.detailed_logging))
+    callbacks.append(TensorBoardDiagnostics())
     return callbacks
 
 

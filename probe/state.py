@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from probe.data.batch import RolloutBatch
+    from probe.errors import LogError
     from probe.estimators.entropy_gradient import EntropyGradient
     from probe.estimators.estimate import Estimate
     from probe.estimators.ground_truth import GroundTruth
@@ -40,6 +41,7 @@ class ProbeState:
         ground_truth: deltaH_true and its diagnostics.
         timing: seconds per phase that ran.
         diagnostics: further numbers for the result's `diagnostics`.
+        unwritten: files that could not be written on the way; said when everything else is published.
     """
 
     E: RolloutBatch | None = None
@@ -59,3 +61,4 @@ class ProbeState:
     ground_truth: GroundTruth | None = None
     timing: dict[str, float] = field(default_factory=dict)
     diagnostics: dict[str, object] = field(default_factory=dict)
+    unwritten: list[LogError] = field(default_factory=list)

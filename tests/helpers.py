@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import string
+import subprocess
+import sys
 from typing import Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -41,3 +43,11 @@ def char_tokenizer(
     if chat_template:
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def name_of_ended_process() -> str:
+    """The name that a temporary file of a process has which is no longer there."""
+    code = "from probe.files import temporary_name; print(temporary_name())"
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()

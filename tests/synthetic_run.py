@@ -288,7 +288,9 @@ def estimate_rows(values: dict[str, Any]) -> list[dict[str, Any]]:
 def make_runner(state: ProbeState, loggers: tuple[Any, ...] = (), config: ProbeConfig | None = None) -> Any:
     """Stands in for the runner: what the publishing callbacks use of it."""
     fabric = SimpleNamespace(loggers=list(loggers), is_global_zero=True)
-    return SimpleNamespace(state=state, fabric=fabric, errors=[], config=config or ProbeConfig())
+    return SimpleNamespace(
+        state=state, fabric=fabric, errors=[], config=config or ProbeConfig(), default_logger=False
+    )
 
 
 def make_module() -> Any:

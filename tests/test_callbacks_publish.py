@@ -35,7 +35,7 @@ from probe.callbacks.console import (
     trust_rows,
     with_error,
 )
-from probe.callbacks.detailed_logging import DetailedLogging, log_name, safe_name
+from probe.callbacks.detailed_logging import DetailedLogging, log_name, safe_name, write_log
 from probe.callbacks.progress import ProgressBars
 from probe.callbacks.results_file import ResultsFile
 from probe.callbacks.tensorboard import (
@@ -52,6 +52,7 @@ from probe.errors import LogError
 from probe.logs import build_log, load_log
 from probe.state import ProbeState
 from probe.verdict import WORDS
+from tests.helpers import name_of_ended_process
 from tests.synthetic_run import (
     estimate_rows,
     make_module,
@@ -226,17 +227,50 @@ def test_what_was_complete_before_the_disk_was_full_stays(state, tmp_path, monke
         DetailedLogging(DetailedLoggingConfig(output_directory=str(tmp_path))),
         make_runner(state),
     )
-    real, calls = os.replace, []
+    real = os.replace
 
-    def second_fails(source, target):
-        calls.append(target)
-        return no_space() if len(calls) == 2 else real(source, target)
+    def summary_fails(source, target):
+        return no_space() if "_summary" in str(target) else real(source, target)
 
-    monkeypatch.setattr(os, "replace", second_fails)
+    monkeypatch.setattr(os, "replace", summary_fails)
     callback.on_report_end(runner, make_module(), make_result(state))
-    assert "_config.yaml" in str(runner.errors[0])
-    (left,) = tmp_path.glob("*/*")
-    assert load_log(left)["level"] == "standard"
+    assert "_summary.json" in str(runner.errors[0])
+    config, log = sorted(tmp_path.glob("*/*"), key=lambda path: path.suffix, reverse=True)
+    assert config.name.endswith("_config.yaml")
+    assert load_log(log)["level"] == "standard"
+
+
+def test_a_kill_at_any_time_leaves_whole_files_only(state, tmp_path, monkeypatch):
+    """Each file is looked at whenever something happens to a name, as another process, or a kill, would find it."""
+    seen = []
+
+    def spy(name):
+        real = getattr(os, name)
+
+        def call(*args, **kwargs):
+            seen.extend((path, path.read_bytes()) for path in tmp_path.glob("*/[!.]*"))
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("open", "link", "replace", "fsync", "unlink"):
+        monkeypatch.setattr(os, name, spy(name))
+    config = DetailedLoggingConfig(output_directory=str(tmp_path))
+    write_log(make_result(state), state, config)
+    monkeypatch.undo()
+    assert {path.suffix for path, _ in seen} == {".yaml", ".gz"}
+    assert all(content == path.read_bytes() for path, content in seen)
+    assert len(list(tmp_path.glob("*/*"))) == 3
+
+
+def test_what_a_killed_run_left_in_the_log_folder_goes_at_the_next_start(state, tmp_path):
+    config = DetailedLoggingConfig(output_directory=str(tmp_path))
+    paths = write_log(make_result(state), state, config)
+    left = paths.main.with_name(name_of_ended_process())
+    left.write_bytes(b"half")
+    DetailedLogging(config).on_probe_start(make_runner(state), make_module())
+    assert not left.exists()
+    assert paths.main.exists()
 
 
 def test_a_failure_to_prune_is_reported(state, tmp_path, monkeypatch):
@@ -552,9 +586,60 @@ def test_a_logger_that_fails_does_not_keep_the_next_from_publishing(state, tmp_p
     good = FabricTensorBoardLogger(str(tmp_path / "good"))
     runner = make_runner(state, (Broken(str(tmp_path / "bad")), good))
     publish(TensorBoardDiagnostics(), state, make_result(state), runner)
-    with pytest.raises(LogError, match="Broken did not take the results: no network; see the log files"):
+    with pytest.raises(LogError, match=r"Broken did not take the results: no network$"):
         raise runner.errors[0]
     assert events(good).Tags()["scalars"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_a_full_disk_under_tensorboard_is_one_line_and_no_traceback(
+    state, tmp_path, monkeypatch, capsys, code, after
+):
+    """Its writer fails in a thread of its own, at the first record or later."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    real, calls = RecordWriter.write, []
+
+    def write(self, data):
+        calls.append(data)
+        if len(calls) > after:
+            raise OSError(code, os.strerror(code))
+        real(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    logger = PyTorchTensorBoardLogger(str(tmp_path), name="entropy_probe")
+    runner = make_runner(state, (logger,))
+    runner.default_logger = True
+    before = threading.excepthook
+    publish(TensorBoardDiagnostics(), state, make_result(state), runner)
+    assert threading.excepthook is before
+    (error,) = runner.errors
+    assert str(error).startswith(f"cannot write {logger.log_dir}: {os.strerror(code)}; ")
+    assert "Traceback" not in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_errors_of_other_threads_are_still_shown(state, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: shown.append(args.exc_value))
+
+    class Busy(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            thread = threading.Thread(target=no_space)
+            thread.start()
+            thread.join()
+
+    publish(TensorBoardDiagnostics(), state, make_result(state), make_runner(state, (Busy(str(tmp_path)),)))
+    assert [error.errno for error in shown] == [errno.ENOSPC]
+
+
+def test_the_folder_of_a_logger_is_tried_before_the_work(state, tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    for logger in (CSVLogger, PyTorchTensorBoardLogger, FabricCSVLogger, FabricTensorBoardLogger):
+        runner = make_runner(state, (logger(str(tmp_path / "file")),))
+        with pytest.raises(LogError, match=r"a part of the path is a file|a file of that name is in the way"):
+            TensorBoardDiagnostics().on_probe_start(runner, make_module())
 
 
 def test_the_report_as_markdown_has_a_verdict(state):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 
 from probe.callbacks import ProbeCallback
 from probe.cli import main
+from probe.parsing import shipped_names
 from tests.tiny_models import lora_checkpoint, save_base
 
 
@@ -112,6 +114,24 @@ def test_help_explains_options(call):
     code, out, _ = call()
     assert code == 0
     assert "demo" in out
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["sweep"], ["demo"]])
+def test_help_begins_with_what_one_needs_first(call, command):
+    code, out, _ = call(*command, "--help")
+    assert code == 0
+    first = out.split("options:")[0]
+    assert first.startswith(f"usage: {' '.join(['entropy-probe', *command])} ")
+    assert len(first.splitlines()) < 25
+    examples = [line.strip() for line in first.splitlines() if line.startswith("  entropy-probe ")]
+    assert examples
+    assert all(line.startswith(f"entropy-probe {' '.join(command)}".strip()) for line in examples)
+    if command != ["demo"]:
+        for name in shipped_names():
+            assert name in first
+    if command in (["run"], ["sweep"]):
+        assert "--checkpoint takes the folder of a checkpoint" in first
+        assert "--checkpoint FOLDER   Folder of the checkpoint" in out
 
 
 BAD = [
@@ -278,3 +298,93 @@ def test_python_dash_m(files):
     )  # fmt: skip
     assert done.returncode == 2
     assert "found no nope" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "entry", "reason"),
+    [
+        ("def f(:", "my_part.Part", "importing module 'my_part' failed with SyntaxError"),
+        (
+            "import no_such_package",
+            "my_part.Part",
+            "needs a package that is missing: No module named 'no_such_package'",
+        ),
+        ("1 / 0", "my_part.Part", "failed with ZeroDivisionError: division by zero"),
+        ("class Patr: pass", "my_part.Part", "has no class 'Part' (nearest: Patr)"),
+        ("class Part: pass", "my_part.Part", "expected my_part.Part to be derived from"),
+        (None, "my_part.Part", "module 'my_part' was not found; start in the folder that holds it"),
+    ],
+)
+@pytest.mark.parametrize("key", ["callbacks", "logger"])
+def test_why_a_class_of_the_users_cannot_be_taken(call, tmp_path, monkeypatch, module, entry, reason, key):
+    monkeypatch.delitem(sys.modules, "my_part", raising=False)
+    if module is not None:
+        (tmp_path / "my_part.py").write_text(module)
+    value = [{"class_path": entry}] if key == "callbacks" else {"class_path": entry}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"trainer": {key: value}}))
+    code, _, err = call("run", "--config", "c.yaml")
+    assert code == 2
+    (line,) = err.splitlines()
+    assert line.startswith(f"entropy-probe: error: trainer.{key}: ")
+    assert reason in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"text": [1]}, "trainer.callbacks: my_part.Part: text: Expected a <class 'str'>"),
+        ({"txt": "a"}, "trainer.callbacks: my_part.Part has no argument 'txt'"),
+        ({"text": "bad"}, "cannot be made: not this text"),
+        ({"text": "good"}, "Checkpoint not found"),
+    ],
+)
+def test_a_class_in_the_working_folder_and_its_arguments(call, tmp_path, monkeypatch, arguments, reason):
+    monkeypatch.delitem(sys.modules, "my_part", raising=False)
+    (tmp_path / "my_part.py").write_text(
+        "from probe.callbacks import ProbeCallback\n"
+        "class Part(ProbeCallback):\n"
+        "    def __init__(self, text: str):\n"
+        "        if text == 'bad': raise ValueError('not this text')\n"
+    )
+    trainer = {"logger": False, "callbacks": [{"class_path": "my_part.Part", "init_args": arguments}]}
+    config = {"trainer": trainer, "checkpoint": {"checkpoint_path": "/nowhere"}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    code, _, err = call("run", "--config", "c.yaml")
+    assert code == 2
+    assert reason in err
+
+
+def test_a_class_given_as_an_option(call, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "my_part", raising=False)
+    (tmp_path / "my_part.py").write_text("import no_such_package\n")
+    for value, reason in (
+        ("my_part.Part", "needs a package that is missing"),
+        ("x", "expected module.Class"),
+    ):
+        code, _, err = call("run", f"--trainer.callbacks+={value}")
+        assert code == 2
+        assert f"trainer.callbacks: {'' if value == 'x' else 'module '}" in err
+        assert reason in err
+
+
+def test_the_installed_script_finds_a_class_in_the_working_folder(tmp_path):
+    """The folder of the script, and not the current one, is on its path."""
+    (tmp_path / "my_part.py").write_text(
+        "from probe.callbacks import ProbeCallback\nclass Part(ProbeCallback): pass\n"
+    )
+    config = {"trainer": {"callbacks": [{"class_path": "my_part.Part"}], "logger": False}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config | {"checkpoint": {"checkpoint_path": "/nowhere"}}))
+    script = tmp_path / "bin" / "entropy-probe"
+    script.parent.mkdir()
+    script.write_text("import sys\nfrom probe.cli import main\nsys.exit(main())\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(script), "run", "--config", "c.yaml"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "Checkpoint not found" in done.stderr

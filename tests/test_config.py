@@ -114,8 +114,11 @@ def test_not_a_mapping():
         parse_config([1])
 
 
-def test_files(tmp_path):
+def test_files(tmp_path, monkeypatch):
     assert find_config_file("quickstart").name == "quickstart.yaml"
+    monkeypatch.chdir(tmp_path)
+    for name in ("quickstart", "quickstart.yaml", "configs/quickstart.yaml"):
+        assert find_config_file(name).is_file()
     with pytest.raises(
         ConfigError, match=r"shipped configurations \(.*quickstart.*\), found no nowhere.yaml"
     ):

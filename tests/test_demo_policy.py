@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from probe.config import CheckpointConfig
@@ -25,6 +26,7 @@ from probe.demo.pretraining import IGNORED, encode_corpus
 from probe.demo.tokenizer import build_tokenizer
 from probe.errors import CheckpointError
 from probe.loading import load_policy_model, locate_checkpoint
+from tests.helpers import name_of_ended_process
 
 TINY = DemoRecipe(
     hidden_size=32,
@@ -250,6 +252,40 @@ def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch, error):
     with pytest.raises(error):
         make(tmp_path, replace(TINY, pretrain_steps=1))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["save_pretrained", "torch.save", "write_text"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/2"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_says_which_folder_and_leaves_nothing(tmp_path, monkeypatch, where, error):
+    """Every library that writes a part of the demo has an error of its own for it."""
+    names = {
+        "save_pretrained": "transformers.PreTrainedModel.save_pretrained",
+        "torch.save": "torch.save",
+        "write_text": "pathlib.Path.write_text",
+    }
+
+    def full(*args, **options):
+        raise error
+
+    monkeypatch.setattr(names[where], full)
+    with pytest.raises(CheckpointError, match=f"found {tmp_path} .*; set ENTROPY_PROBE_CACHE"):
+        make(tmp_path, replace(TINY, pretrain_steps=1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_build_left_goes(tmp_path, builds):
+    left = tmp_path / name_of_ended_process().replace(".tmp-entropy-probe", ".demo-v1-seed0")
+    left.mkdir(parents=True)
+    (left / "base").mkdir()
+    make(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo-v1-seed0"]
 
 
 def test_loser_of_a_race_takes_the_winners_demo(tmp_path, builds, monkeypatch):

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.readme_demo import BLOCK, layout, shown
 from probe import OfflineEntropyProbe
+from probe.cli import main
 from probe.parsing import read_config_file
 
 pytestmark = pytest.mark.slow
@@ -42,6 +44,16 @@ def test_prediction_and_measurement_agree(demo):
     assert results["diagnostics"]["ESS"] > 0.9 * results["B_E"]
     assert results["diagnostics"]["bias_flags"] == []
     assert abs(results["diagnostics"]["on_policy_z"]) < 4
+
+
+def test_the_report_in_the_readme_is_laid_out_like_that_of_the_demo(demo, capsys):
+    """Its numbers are those of one machine; `benchmarks/readme_demo.py` renews them."""
+    assert main(["demo"]) == 0
+    (block,) = BLOCK.findall((REPOSITORY / "README.md").read_text(encoding="utf-8"))
+    report = shown(capsys.readouterr().out)
+    assert layout(block)[0].startswith("nats per token | nats per response")
+    rows = [row for row in layout(block) if not row.startswith("curvature only")]
+    assert rows == [row for row in layout(report) if not row.startswith("curvature only")]
 
 
 def test_the_difference_on_the_same_responses_shrinks_like_eta_squared(demo):

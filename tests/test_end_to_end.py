@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 
@@ -434,6 +435,33 @@ def test_control_variates_learn_from_earlier_batches(config, tmp_path):
     assert other["deltaH1"] != alone["deltaH1"]
     with pytest.raises(DataError, match="one file per checkpoint"):
         run(config, checkpoint={"checkpoint_path": str(copy_of(config, tmp_path))}, probe_rework=rework)
+
+
+def test_the_file_of_the_control_variates_is_tried_before_the_work(config, tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    probe = OfflineEntropyProbe(
+        changed(config, probe_rework={"control_variates_path": str(tmp_path / "file" / "taught.safetensors")})
+    )
+    with pytest.raises(LogError, match="a file of that name is in the way"):
+        probe.run_mixed_probe()
+    assert probe.runner.state.E is None
+
+
+def test_a_full_disk_under_the_control_variates_does_not_lose_the_results(config, tmp_path, monkeypatch):
+    path = tmp_path / "taught.safetensors"
+    rework = {"control_variates": "on", "control_variates_path": str(path)}
+    real = os.replace
+
+    def full(source, target):
+        if str(target) == str(path):
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(LogError, match=r"cannot write .*taught\.safetensors: No space left") as caught:
+        run(config, probe_rework=rework)
+    assert caught.value.results["deltaH1"] != 0
+    assert list(tmp_path.glob("*.safetensors")) == []
 
 
 def copy_of(config, tmp_path):

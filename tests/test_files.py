@@ -9,7 +9,17 @@ import stat
 import pytest
 
 from probe.errors import LogError
-from probe.files import atomic_write_bytes, atomic_write_text, ensure_replaceable, ensure_writable
+from probe.files import (
+    LEFTOVER_AGE,
+    atomic_create_bytes,
+    atomic_write_bytes,
+    atomic_write_text,
+    ensure_replaceable,
+    ensure_writable,
+    remove_leftovers,
+    temporary_name,
+)
+from tests.helpers import name_of_ended_process
 
 
 def failing(code):
@@ -105,3 +115,62 @@ def test_trying_out_a_folder_leaves_it_empty(tmp_path):
     assert ensure_writable(tmp_path / "new") == tmp_path / "new"
     assert ensure_replaceable(tmp_path / "new" / "r.json") == tmp_path / "new" / "r.json"
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_only_one_makes_a_file_of_a_name(tmp_path):
+    assert atomic_create_bytes(tmp_path / "a" / "x", b"first")
+    assert not atomic_create_bytes(tmp_path / "a" / "x", b"second")
+    assert [(path.name, path.read_bytes()) for path in (tmp_path / "a").iterdir()] == [("x", b"first")]
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert not atomic_create_bytes(tmp_path / "link", b"x")
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(os, "link", failing(code))
+    assert atomic_create_bytes(tmp_path / "x", b"first")
+    assert not atomic_create_bytes(tmp_path / "x", b"second")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"first")]
+
+
+@pytest.mark.parametrize("call", ["link", "fsync", "open"])
+def test_a_new_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, call):
+    monkeypatch.setattr(os, call, failing(errno.ENOSPC))
+    with pytest.raises(LogError, match=r"cannot write .*x: No space left on device"):
+        atomic_create_bytes(tmp_path / "x", b"new")
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_processes_left_goes_and_nothing_else(tmp_path):
+    ended, own, foreign = name_of_ended_process(), temporary_name(), ".tmp-entropy-probe-00000000-1-00000000"
+    old = foreign.replace("-1-", "-2-")
+    kept = (own, foreign, ".tmp-entropy-probe", ".tmp-x", "x", f"{ended}.json", f"x{ended}", ended.upper())
+    for name in (ended, old, *kept):
+        (tmp_path / name).write_bytes(b"x")
+    day_before = (tmp_path / foreign).stat().st_mtime - LEFTOVER_AGE - 60
+    for name in (old, own, ".tmp-x"):
+        os.utime(tmp_path / name, (day_before, day_before))
+    ensure_writable(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_folders_and_links_that_were_left(tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "x").write_bytes(b"x")
+    ended = name_of_ended_process().replace(".tmp-entropy-probe", ".demo")
+    (tmp_path / ended).mkdir()
+    (tmp_path / ended / "model").write_bytes(b"x")
+    (tmp_path / f"{ended[:-8]}abcdef01").symlink_to(kept)
+    remove_leftovers(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    remove_leftovers(tmp_path, ".demo")
+    assert list(tmp_path.iterdir()) == [kept]
+    assert (kept / "x").exists()
+
+
+def test_a_folder_that_is_not_there_has_no_leftovers(tmp_path):
+    remove_leftovers(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()

@@ -57,7 +57,7 @@ def test_the_points_of_a_sweep_are_what_single_runs_give(config, capsys):
 
 
 def test_a_sweep_that_was_killed_continues(config, tmp_path):
-    """SIGKILL as soon as two points are there; the same command does the rest, with the numbers of an unbroken one."""
+    """SIGKILL as soon as a point is there; the same command does the rest, with the numbers of an unbroken one."""
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     command = [
         sys.executable,
@@ -75,16 +75,16 @@ def test_a_sweep_that_was_killed_continues(config, tmp_path):
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     points = tmp_path / "lightning_logs" / "sweep" / "points"
     deadline = time.monotonic() + 300
-    while len(list(points.glob("*.json"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+    while len(list(points.glob("*.json"))) < 1 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = {path: path.read_bytes() for path in points.glob("*.json")}
-    assert len(kept) == 2
+    assert 1 <= len(kept) < 3  # on a busy machine another may be finished meanwhile
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True, timeout=300
     )
-    assert "Sweep of 3 points, 2 of them finished before" in done.stdout
+    assert f"Sweep of 3 points, {len(kept)} of them finished before" in done.stdout
     assert "[3/3] seed 3" in done.stdout
     assert all(path.read_bytes() == content for path, content in kept.items())
     table = pd.read_parquet(points.parent / "sweep.parquet")

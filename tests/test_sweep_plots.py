@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from probe.errors import LogError
 from probe.sweep.curves import ESTIMANDS, eta_slope, reference_rows
 from probe.sweep.figures_checkpoints import along
 from probe.sweep.grid import Point
@@ -319,3 +320,19 @@ def test_missing_results_are_missing_values():
     assert pd.isna(table["checkpoint_name"][0])
     assert table["error"][0] == "no"
     assert table["pareto_k_good"].dtype == "boolean"
+
+
+def test_a_full_disk_under_the_plots_is_one_line_and_leaves_no_half_events_file(
+    tmp_path, eta_table, monkeypatch, capsys
+):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    folder = SweepFolder(tmp_path)
+    with pytest.raises(LogError, match=f"cannot write {tmp_path}: No space left on device; free some space"):
+        write_plots(eta_table, folder)
+    assert "Traceback" not in capsys.readouterr().err
+    assert list(tmp_path.rglob("events*")) == []

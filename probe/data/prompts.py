@@ -283,7 +283,7 @@ def _load_rows(config: BatchConfig, named: NamedDataset) -> list[dict[str, Any]]
             rows = _select(_load_hub(config, named), config)
     else:
         # Local files are read as they are now: the library's cache of their conversion is not kept.
-        with _without_progress_bars(), tempfile.TemporaryDirectory() as cache:
+        with _without_progress_bars(), _without_calling_home(), tempfile.TemporaryDirectory() as cache:
             rows = _select(_load_local(*local, config, named, cache), config)
     if not rows:
         raise DataError(
@@ -417,6 +417,19 @@ def _without_progress_bars() -> Iterator[None]:
         yield
     finally:
         datasets.enable_progress_bars()
+
+
+@contextmanager
+def _without_calling_home() -> Iterator[None]:
+    """Keep `datasets` from counting, at its makers' server, that a local file is read."""
+    import datasets
+
+    before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
 def _reason(error: BaseException) -> str:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +17,7 @@ from torch import Tensor
 from probe.data.batch import RolloutBatch
 from probe.data.names import nearest
 from probe.errors import DataError
+from probe.imports import UserImportError, import_module
 
 RewardFunction = Callable[..., Sequence[float | None]]
 """`fn(prompts=[...], completions=[...], **columns)`: one number for each completion, or None where the reward
@@ -314,7 +311,10 @@ def _import_reward(spec: str) -> RewardFunction:
         raise DataError(
             f"batch_config.reward: expected module:function (for example rewards:accuracy), found {spec!r}"
         )
-    module = _import_module(module_name)
+    try:
+        module = import_module(module_name)
+    except UserImportError as error:
+        raise DataError(f"batch_config.reward: {error}") from error.__cause__
     if not hasattr(module, attribute):
         functions = [key for key, value in vars(module).items() if callable(value)]
         raise DataError(
@@ -327,38 +327,6 @@ def _import_reward(spec: str) -> RewardFunction:
             f"batch_config.reward: expected {spec} to be a function, found {type(function).__name__}"
         )
     return function
-
-
-def _import_module(name: str) -> ModuleType:
-    """Import a module, also from the current directory."""
-    try:
-        with _current_directory_importable():
-            return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise DataError(
-                f"batch_config.reward: module {name!r} was not found; start in the folder that holds it, or "
-                "put that folder on PYTHONPATH"
-            ) from error
-        raise DataError(
-            f"batch_config.reward: module {name!r} needs a package that is missing: {error}"
-        ) from error
-    except Exception as error:
-        raise DataError(
-            f"batch_config.reward: importing module {name!r} failed with {type(error).__name__}: {error}"
-        ) from error
-
-
-@contextmanager
-def _current_directory_importable() -> Iterator[None]:
-    """Let imports see the current directory first; a console script, unlike `python -m`, does not have it."""
-    importlib.invalidate_caches()
-    sys.path.insert(0, "")
-    try:
-        yield
-    finally:
-        with suppress(ValueError):  # the imported module may have changed the path itself
-            sys.path.remove("")
 
 
 def _text(completion: Any) -> str:

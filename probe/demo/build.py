@@ -36,6 +36,9 @@ def build_demo(
         seed: seed of everything random.
         recipe: sizes and settings.
         progress: show progress bars on stderr.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     start = time.perf_counter()
     with quiet_libraries(), _reproducible(seed):
@@ -43,15 +46,29 @@ def build_demo(
         base = new_model(recipe, tokenizer)
         with _bar("demo: pre-training", recipe.pretrain_steps, "loss", progress) as report:
             pretrain(base, tokenizer, recipe, seed, report)
-        _save_base(base, tokenizer, folder / "base")
+        with _writing():
+            _save_base(base, tokenizer, folder / "base")
         model = add_adapter(base, recipe)
         before = measure(model, tokenizer, recipe, seed)
         with _bar("demo: GRPO", recipe.grpo_steps, "reward", progress) as report:
             optimizer = train_grpo(model, tokenizer, recipe, seed, report)
         after = measure(model, tokenizer, recipe, seed)
-        _save_checkpoint(model, tokenizer, optimizer, folder / "checkpoint", base_path)
+        with _writing():
+            _save_checkpoint(model, tokenizer, optimizer, folder / "checkpoint", base_path)
     facts = {"version": version, "seed": seed, "seconds": round(time.perf_counter() - start, 1)}
-    _save_facts(folder / "demo.json", facts, recipe, before, after)
+    with _writing():
+        _save_facts(folder / "demo.json", facts, recipe, before, after)
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Raise what goes wrong while files are written as `OSError`: each library has an error of its own for it."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 @contextmanager

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
 from probe.demo.recipe import DemoRecipe
-from probe.errors import CheckpointError
+from probe.errors import CheckpointError, LogError
+from probe.files import ensure_writable, remove_leftovers, temporary_name
 
 DEMO_VERSION = 1
 """Raised with every change that makes other weights, so that no older cache is taken for the new demo."""
@@ -58,10 +58,11 @@ def ensure_demo_checkpoint(
     if not is_complete(root):
         try:
             _make(root, seed, recipe or DemoRecipe(), progress)
-        except OSError as error:
+        except (OSError, LogError) as error:
             raise CheckpointError(
-                f"demo: expected a cache folder that can be written, found {root.parent} ({error}); set "
-                "ENTROPY_PROBE_CACHE to a folder that you may write to"
+                f"demo: expected a cache folder that can be written, found {root.parent} "
+                f"({error}); set "
+                "ENTROPY_PROBE_CACHE to a folder that you may write to, on a disk with some megabytes of space"
             ) from error
     return root / "checkpoint"
 
@@ -94,9 +95,10 @@ def _make(root: Path, seed: int, recipe: DemoRecipe, progress: bool) -> None:
     from probe.demo.build import build_demo
 
     root.parent.mkdir(parents=True, exist_ok=True)
-    temporary = root.with_name(f".{root.name}-{secrets.token_hex(8)}")
+    remove_leftovers(root.parent, f".{root.name}")
+    temporary = root.with_name(temporary_name(f".{root.name}"))
     try:
-        temporary.mkdir()
+        ensure_writable(temporary)
         build_demo(temporary, root / "base", DEMO_VERSION, seed, recipe, progress)
         _move(temporary, root)
     finally:
@@ -113,7 +115,7 @@ def _move(built: Path, root: Path) -> None:
             if not root.exists():
                 raise
         # A damaged demo is in the way. Another process may be removing it as well, and be faster.
-        damaged = built.with_name(f"{built.name}-damaged")
+        damaged = built.with_name(temporary_name(f".{root.name}"))
         with suppress(FileNotFoundError):
             root.rename(damaged)
         shutil.rmtree(damaged, ignore_errors=True)

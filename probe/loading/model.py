@@ -203,6 +203,7 @@ def _load_base(
             logger.info("checkpoint.dtype is for frozen weights: the whole model is trainable, and float32")
         dtype = torch.float32
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": revision or "main"}
+    options["local_files_only"] = _needs_no_hub(config, source)
     model_config = _read_model_config(source, options)
     quantized = config.load_in_4bit or getattr(model_config, "quantization_config", None) is not None
     if quantized and (trainable or dtype == torch.float64):
@@ -230,6 +231,11 @@ def _load_base(
         model.to(device)
     model.requires_grad_(trainable)
     return model
+
+
+def _needs_no_hub(config: CheckpointConfig, source: str) -> bool:
+    """Whether everything is in a local folder, so that nothing is to be looked up; its code may be on the hub."""
+    return Path(source).is_dir() and not config.trust_remote_code
 
 
 def _read_model_config(source: str, options: dict[str, Any]) -> PretrainedConfig:
@@ -446,6 +452,7 @@ def _load_tokenizer(
     with _rewritten(
         f"tokenizer {source}", "name a folder or hub id with a tokenizer in checkpoint.tokenizer_path"
     ):
+        options["local_files_only"] = _needs_no_hub(config, source)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if tokenizer.eos_token_id is None:
         raise CheckpointError(

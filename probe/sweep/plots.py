@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from probe.errors import LogError
-from probe.files import atomic_write_bytes
+from probe.files import atomic_write_bytes, write_error, writer_errors_raised_once
 from probe.sweep.curves import (
     POLICY,
     SIZES,
@@ -52,16 +53,16 @@ def write_plots(table: pd.DataFrame, folder: SweepFolder) -> list[Path]:
     folder.clear_plots()
     files = []
     try:
-        with plot_style(), SummaryWriter(str(folder.path / EVENTS)) as events:
+        with plot_style(), writer_errors_raised_once(), SummaryWriter(str(folder.path / EVENTS)) as events:
             for name, figure in figures(table):
                 buffer = io.BytesIO()
                 FigureCanvasAgg(figure).print_png(buffer)
                 files.append(atomic_write_bytes(folder.path / f"{name}.png", buffer.getvalue()))
                 events.add_figure(f"sweep/{name}", figure, close=False)
     except OSError as error:
-        raise LogError(
-            f"cannot write plots to {folder.path}: {error}; check that it can be written to"
-        ) from error
+        with suppress(LogError):
+            folder.clear_events()  # they end in the middle
+        raise write_error(folder.path, error) from error
     return files
 
 

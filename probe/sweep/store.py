@@ -133,6 +133,10 @@ class SweepFolder:
         """Delete the plots and TensorBoard's files of them."""
         for pattern in _PLOTS:
             self._remove(self.path.glob(pattern))
+        self.clear_events()
+
+    def clear_events(self) -> None:
+        """Delete TensorBoard's files of the plots."""
         self._remove((self.path / EVENTS).glob("events.out.tfevents.*"))
 
     def _remove(self, files: Iterable[Path]) -> None:
