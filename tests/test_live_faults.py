@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from probe.errors import ConfigError, NumericalError
+from probe.errors import ConfigError, DataError, NumericalError
 from probe.live.neutral import undisturbed
 from probe.loading import quiet_libraries
 from tests.helpers import char_tokenizer
@@ -256,6 +256,16 @@ def test_a_state_does_not_grow_with_the_history():
     kept = watch.state_dict()["run"]["history"]
     assert [entry["step"] for entry in kept] == [1, *range(480, 500)]
     assert len(watch.history) == 499
+
+
+def test_advice_names_what_is_there():
+    """`probe.watch` has no configuration file, whose keys have sections."""
+    model = lora_model()
+    with pytest.raises(DataError) as caught:
+        attach(model, adamw(model), [[{"role": "user", "content": "ab"}]], char_tokenizer())
+    assert "give the prompts as texts" in str(caught.value)
+    assert "checkpoint." not in str(caught.value)
+    assert "prompt_template" not in str(caught.value)
 
 
 # ---------------------------------------------------------------- the step

@@ -9,6 +9,7 @@ from probe.data.batch import PromptExample
 from probe.errors import DataError
 from probe.live.attach import few_of, prompt_examples
 from probe.live.report import error_text, say
+from probe.live.words import in_own_words
 
 IMAGES = ("image", "images")
 """Columns that TRL puts into prompts as pictures."""
@@ -86,10 +87,11 @@ def trainer_prompts(trainer: Any, prompts: Iterable[Any], tokenizer: Any, seed: 
     failed: list[str] = []
     for index, prompt in enumerate(few_of(prompts, seed)):
         try:
-            if isinstance(prompt, PromptExample) or not callable(encode):
-                found += prompt_examples([prompt], tokenizer, seed)
-            else:
-                found.append(_encoded(trainer, encode, prompt, tokenizer, index))
+            with in_own_words():
+                if isinstance(prompt, PromptExample) or not callable(encode):
+                    found += prompt_examples([prompt], tokenizer, seed)
+                else:
+                    found.append(_encoded(trainer, encode, prompt, tokenizer, index))
         except Exception as error:  # chat templates are programs: they raise what they like
             failed.append(f"prompts[{index}]: {error_text(error)}")
     if not found:

@@ -133,8 +133,8 @@ class Watch:
         parameters, left_out = watched_parameters(self.model, self.optimizers)
         check_tokenizer(tokenizer, self.model)
         own_tokenizer = copy.deepcopy(tokenizer)  # encoding sets its padding and truncation
-        examples = prompt_examples(prompts, own_tokenizer, settings.seed)
         with in_own_words():
+            examples = prompt_examples(prompts, own_tokenizer, settings.seed)
             encoded = encode_prompts(own_tokenizer, examples)
             check_token_ids(self.model, encoded)
             check_context(self.model, max(map(len, encoded)), settings.max_new_tokens)
