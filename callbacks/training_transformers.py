@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from probe.errors import ConfigError
+from probe.errors import ConfigError, DataError
 from probe.live.alarm import OnAlarm, check_on_alarm
 from probe.live.ranks import follow_first_rank
-from probe.live.report import PREFIX, say, tensorboard_layout
+from probe.live.report import PREFIX, error_text, say, tensorboard_layout
 from probe.live.settings import WatchSettings
+from probe.live.trainers import sampling_changes, trainer_prompts
 from probe.live.watcher import Watch, watch
 from probe.snapshot import isolated_rng
 
@@ -67,6 +68,7 @@ class EntropyProbeTrainerCallback(TrainerCallback):
         self.watch: Watch | None = None
         self._prompts, self._on_alarm, self._settings = prompts, on_alarm, settings
         self._waiting: list[dict[str, float]] = []
+        self._log_failed = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -75,12 +77,22 @@ class EntropyProbeTrainerCallback(TrainerCallback):
         self._refuse_sharded()
         if self.watch is not None:
             self.watch.detach()  # an exception ended an earlier training: there was no `on_train_end`
+            self.watch = None
         self._waiting = []
+        tokenizer = self._tokenizer()
+        prompts = self._default_prompts() if self._prompts is None else self._prompts
+        try:
+            examples = trainer_prompts(self.trainer, prompts, tokenizer, int(self._settings.get("seed", 0)))
+        except DataError as error:
+            if self._settings.get("strict", False):
+                raise
+            say(f"not attached, training goes on without it: {error_text(error)}", warn=True)
+            return
         self.watch = watch(
             self.trainer.accelerator.unwrap_model(self.trainer.model),
             self.trainer.optimizer,
-            self._default_prompts() if self._prompts is None else self._prompts,
-            self._tokenizer(),
+            examples,
+            tokenizer,
             log=lambda metrics, step: self._waiting.append(dict(metrics)),
             on_alarm=self._on_alarm,
             first_step=state.global_step,
@@ -100,9 +112,7 @@ class EntropyProbeTrainerCallback(TrainerCallback):
         waiting, self._waiting = self._waiting, []
         asked = control.should_log
         for metrics in waiting:
-            with isolated_rng():  # loggers draw names for files and runs
-                # Not `trainer.log`: TRL's empties the averages of its own metrics there, which would change its logs.
-                Trainer.log(self.trainer, metrics)
+            self._log(metrics)
         control.should_log = asked  # logging takes it back, and the trainer's own log is still to come
         if self.watch is not None and self._on_alarm is not None:
             follow_first_rank(self.watch)
@@ -116,22 +126,36 @@ class EntropyProbeTrainerCallback(TrainerCallback):
         if self.watch is not None:
             self.watch.detach()
 
+    def _log(self, metrics: dict[str, float]) -> None:
+        """Log through the trainer; what fails there does not end the training, unless `strict`."""
+        if self._log_failed:
+            return
+        try:
+            with isolated_rng():  # loggers draw names for files and runs
+                # Not `trainer.log`: TRL's empties the averages of its own metrics there, which would change its logs.
+                Trainer.log(self.trainer, metrics)
+        except Exception as error:
+            if self._settings.get("strict", False):
+                raise
+            self._log_failed = True
+            say(
+                f"the trainer's log failed and gets nothing from the probe any more ({error_text(error)}); the numbers "
+                "are still in `watch.history`",
+                warn=True,
+            )
+
     def _own_settings(self, args: TrainingArguments) -> dict[str, Any]:
         """Temperature and length of the trainer's own rollouts, where it has any."""
         found = {}
         for name, own in (("temperature", "temperature"), ("max_completion_length", "max_new_tokens")):
             if getattr(args, name, None) is not None:
                 found[own] = getattr(args, name)
-        cuts = {
-            name: getattr(args, name, None)
-            for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", None), ("repetition_penalty", 1.0))
-            if getattr(args, name, off) not in (off, None, 0.0, -1)
-        }
-        if cuts and "temperature" in found:
-            settings = ", ".join(f"{name} {value}" for name, value in cuts.items())
+        changes = sampling_changes(self.trainer)
+        if changes:
+            temperature = self._settings.get("temperature", found.get("temperature", 1.0))
             say(
-                f"the trainer samples with {settings}; the entropies here are those of the whole distribution at "
-                f"temperature {found['temperature']}",
+                f"the trainer samples with {', '.join(f'{name} {value}' for name, value in changes.items())}; the "
+                f"entropies here are those of the whole distribution at temperature {temperature}",
                 warn=True,
             )
         return found
@@ -161,7 +185,7 @@ class EntropyProbeTrainerCallback(TrainerCallback):
                 "prompts: expected the trainer's data set to have a length and a column `prompt`, found none; give the "
                 "probe its prompts: EntropyProbeTrainerCallback(trainer, prompts=[...])"
             )
-        return data.select_columns(["prompt"]) if hasattr(data, "select_columns") else data
+        return data
 
     def _refuse_sharded(self) -> None:
         """Sharded training would fail on the first probed step.

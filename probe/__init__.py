@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from probe.callbacks.rollout_recorder import RolloutRecorderCallback
     from probe.callbacks.training_lightning import EntropyProbeCallback
     from probe.callbacks.training_transformers import EntropyProbeTrainerCallback
     from probe.config import ProbeConfig
@@ -37,6 +38,7 @@ _HOME = {
     "ProbeError": "probe.errors",
     "ProbeResult": "probe.results",
     "ProbeRunner": "probe.runner",
+    "RolloutRecorderCallback": "probe.callbacks.rollout_recorder",
     "load_log": "probe.logs",
     "watch": "probe.live.watcher",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "ProbeError",
     "ProbeResult",
     "ProbeRunner",
+    "RolloutRecorderCallback",
     "load_log",
     "watch",
 ]

@@ -332,7 +332,7 @@ def test_buffers_are_put_back_and_large_ones_are_watched(monkeypatch):
     with undisturbed(model):
         pass
     with (
-        pytest.raises(NumericalError, match=r"leave the model's buffers alone, found \['odd'\] changed"),
+        pytest.raises(NumericalError, match=r"leave the model alone, found buffer odd changed"),
         undisturbed(model),
     ):
         model.odd.add_(1.0)
@@ -458,7 +458,7 @@ def test_a_module_that_writes_to_its_weights_is_refused():
 
     loop = lora_adamw()
     loop.model.get_base_model().model.layers[0].mlp.act_fn = Writing()
-    with pytest.raises(NumericalError, match=r"parameters alone, found .*act_fn\.weight.* written to"):
+    with pytest.raises(NumericalError, match=r"model alone, found .*act_fn\.weight written to"):
         attach(loop.model, loop.optimizers[0])
 
 

@@ -18,12 +18,14 @@ class PromptExample:
         row: all columns of the data set's row, for rewards (the reference answer stands under `answer`).
         index: position in the data set.
         add_special_tokens: whether the tokenizer adds its own (BOS); false after a chat template, which has them.
+        ids: token ids, where they are known already: then `text` is only for reading.
     """
 
     text: str
     row: Mapping[str, Any]
     index: int
     add_special_tokens: bool = True
+    ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

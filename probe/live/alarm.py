@@ -54,7 +54,8 @@ class Alarm:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for key in GROUP_RATES & set(group):
-                    group[key] = group[key] * factor
+                    if group[key] is not None:
+                        group[key] = group[key] * factor
         for scheduler in single_schedulers([*self.schedulers, *schedulers]):
             for key in SCHEDULER_RATES & set(vars(scheduler)):
                 setattr(scheduler, key, [rate * factor for rate in getattr(scheduler, key)])

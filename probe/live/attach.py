@@ -171,6 +171,20 @@ def watched_parameters(
     return found, left_out
 
 
+def few_of(prompts: Iterable[Any], seed: int = 0) -> Iterable[Any]:
+    """The prompts, or 1,024 of them drawn at random where there are more: rendering a whole data set takes long.
+
+    Args:
+        prompts: what has a length and items by position; anything else is left as it is.
+        seed: of the draw.
+    """
+    if isinstance(prompts, Sized) and isinstance(prompts, _Indexed) and len(prompts) > MOST_PROMPTS:
+        generator = torch.Generator().manual_seed(stream_seed(seed, "prompts kept"))
+        kept = torch.randperm(len(prompts), generator=generator)[:MOST_PROMPTS].sort().values.tolist()
+        return [prompts[i] for i in kept]
+    return prompts
+
+
 def prompt_examples(prompts: Iterable[Any], tokenizer: Any, seed: int = 0) -> list[PromptExample]:
     """The prompts that E is drawn from: all of them, or 1,024 drawn at random where there are more.
 
@@ -187,11 +201,7 @@ def prompt_examples(prompts: Iterable[Any], tokenizer: Any, seed: int = 0) -> li
             f"prompts: expected a list of texts or of message lists, found {type(prompts).__name__}; put a single one "
             "into a list"
         )
-    if isinstance(prompts, Sized) and isinstance(prompts, _Indexed) and len(prompts) > MOST_PROMPTS:
-        # rendering and encoding a whole data set takes long, and E needs no more
-        generator = torch.Generator().manual_seed(stream_seed(seed, "prompts kept"))
-        kept = torch.randperm(len(prompts), generator=generator)[:MOST_PROMPTS].sort().values.tolist()
-        prompts = [prompts[i] for i in kept]
+    prompts = few_of(prompts, seed)
     found = []
     for index, prompt in enumerate(prompts):
         where, row = f"prompts[{index}]", {}
@@ -213,6 +223,54 @@ def prompt_examples(prompts: Iterable[Any], tokenizer: Any, seed: int = 0) -> li
     if not found:
         raise DataError("prompts: expected at least one, found an empty list")
     return found
+
+
+def check_first_step(value: Any) -> None:
+    """Refuse what steps cannot be counted from.
+
+    Raises:
+        ConfigError: it is no integer of at least 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"first_step: expected an integer of at least 0, found {value!r}")
+
+
+def check_token_ids(model: Any, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse tokens that the model has no row for; on a GPU they would end the process.
+
+    Args:
+        model: the policy.
+        prompts: token ids of each prompt.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    for index, ids in enumerate(prompts):
+        worst = max(ids, key=lambda i: i if i >= 0 else rows - i)
+        if not 0 <= worst < rows:
+            raise ConfigError(
+                f"tokenizer: expected tokens of the model's vocabulary of {rows}, found the id {worst} in "
+                f"prompts[{index}]; give the tokenizer that belongs to the model, or call "
+                "model.resize_token_embeddings after adding tokens"
+            )
+
+
+def backward_hooks(parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """The parameters that have hooks which run as soon as their gradient is there: such hooks can move them."""
+    return [name for name, p in parameters.items() if getattr(p, "_post_accumulate_grad_hooks", None)]
+
+
+def learning_rate(rate: Any) -> float | None:
+    """A group's learning rate as a number; None where the rule works it out itself (Adafactor's relative step).
+
+    >>> learning_rate(torch.tensor(0.5)), learning_rate(None)
+    (0.5, None)
+    """
+    try:
+        return float(rate)
+    except (TypeError, ValueError):
+        return None
 
 
 def check_tokenizer(tokenizer: Any, model: nn.Module) -> None:

@@ -31,6 +31,7 @@ from probe.estimators.noise_floor import rescored_noise_floor
 from probe.estimators.prediction import Prediction, from_tokens, norm, token_first_order
 from probe.finite import require_finite_moments
 from probe.fit_memory import FitMemory
+from probe.live.attach import learning_rate
 from probe.live.settings import WatchSettings
 from probe.live.shares import StepParts, step_parts
 from probe.live.words import own_words
@@ -301,11 +302,12 @@ class UpdateProbe:
             reason=self.reason,
         )
 
-    def _learning_rate(self, optimizers: Sequence[torch.optim.Optimizer]) -> float:
-        """The largest learning rate of the groups that hold watched parameters."""
+    def _learning_rate(self, optimizers: Sequence[torch.optim.Optimizer]) -> float | None:
+        """The largest learning rate of the groups that hold watched parameters; None where they have none."""
         mine = {id(p) for p in self.parameters.values()}
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        return max(float(g["lr"]) for g in groups if any(id(p) in mine for p in g["params"]))
+        rates = [learning_rate(g.get("lr")) for g in groups if any(id(p) in mine for p in g["params"])]
+        return max((rate for rate in rates if rate is not None), default=None)
 
     # ---------------------------------------------------------------- control variates
 

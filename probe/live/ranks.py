@@ -34,6 +34,8 @@ def follow_first_rank(watch: Watch) -> None:
     watch.should_stop, rates = told[0]
     for holder, given in zip(_holders(watch), rates, strict=True):
         for key, rate in given.items():
+            if rate is None:
+                continue
             if isinstance(holder[key], torch.Tensor):
                 holder[key].fill_(rate)
             else:
@@ -55,4 +57,4 @@ def _learning_rates(watch: Watch) -> list[dict[str, Any]]:
 def _number(rate: Any) -> Any:
     if isinstance(rate, list):
         return [_number(one) for one in rate]
-    return float(rate)
+    return None if rate is None else float(rate)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -204,7 +206,31 @@ def as_log(target: Any) -> Log | None:
 
 
 def say(line: str, *, warn: bool = False) -> None:
-    """Print a line through logging; where nobody has set logging up, on stderr."""
+    """Print a line through logging; where nobody has set logging up, or its handlers fail, on stderr.
+
+    Never raises: a full disk or a dead socket behind a logging handler is no reason to end a training.
+    """
+    try:
+        _log_line(line, warn)
+    except Exception as error:
+        with contextlib.suppress(Exception):  # stderr may be closed too, and then nobody listens
+            print(f"entropy probe: {line} (logging failed: {error_text(error)})", file=sys.stderr, flush=True)
+
+
+def error_text(error: BaseException) -> str:
+    """Type and text of an error, also of one whose text raises.
+
+    >>> error_text(ValueError("too long"))
+    'ValueError: too long'
+    """
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return f"{type(error).__name__} (without a text: its __str__ raises)"
+
+
+def _log_line(line: str, warn: bool) -> None:
+    """Hand a line to logging."""
     if not logger.hasHandlers():
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
+
 from probe.config import GenerationConfig
 from probe.errors import ConfigError
 
@@ -85,7 +87,26 @@ class WatchSettings:
         ):
             if not good:
                 raise ConfigError(f"{key}: expected {expected}, found {getattr(self, key)!r}")
+        self._check_snapshot_device()
         self.generation  # noqa: B018  (its own checks)
+
+    def _check_snapshot_device(self) -> None:
+        """Refuse what is no device, or one that is not there.
+
+        Raises:
+            ConfigError: it is.
+        """
+        if self.snapshot_device is None:
+            return
+        try:
+            usable = torch.empty(1, device=self.snapshot_device).device.type != "meta"
+        except Exception:  # an unknown name, a card that is not there, a torch without CUDA
+            usable = False
+        if not usable:
+            raise ConfigError(
+                "snapshot_device: expected a device that tensors can be kept on, such as 'cpu', or None, found "
+                f"{self.snapshot_device!r}"
+            )
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> WatchSettings:

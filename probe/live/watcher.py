@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from probe.errors import ConfigError
+from probe.live.adapters import ActiveAdapters
 from probe.live.alarm import Alarm, OnAlarm, check_on_alarm
 from probe.live.attach import (
+    backward_hooks,
+    check_first_step,
+    check_token_ids,
     check_tokenizer,
+    learning_rate,
     moved_parameters,
     prompt_examples,
     unwrapped_model,
@@ -37,6 +45,7 @@ from probe.live.report import (
     alarm_line,
     as_log,
     cost_line,
+    error_text,
     flat_values,
     outlook,
     probe_line,
@@ -58,6 +67,29 @@ STILL_STEPS = 3
 """Probed steps of exactly 0 after which there is a warning."""
 SMALLEST_ENTROPY = 1e-9
 """Nats per token that a policy without any choice left is taken to have, for the logarithm's sake."""
+
+
+_FULL_BYTES = 4
+"""Bytes of a float32 number."""
+KEPT_ENTRIES = 20
+"""Entries of the history, beside the first one, that a `state_dict` holds."""
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _out_of_dynamo(method: Method) -> Method:
+    """A hook that a compiled optimizer step calls as it is: compiling a probe takes minutes and breaks it."""
+    disabled: Any = None
+
+    @functools.wraps(method)
+    def call(*args: Any, **kw: Any) -> Any:
+        nonlocal disabled
+        if disabled is None:
+            if "torch._dynamo" not in sys.modules:  # nothing is compiled here, and loading it takes seconds
+                return method(*args, **kw)
+            disabled = torch.compiler.disable(method)
+        return disabled(*args, **kw)
+
+    return cast(Method, call)
 
 
 @dataclass
@@ -101,11 +133,13 @@ class Watch:
         parameters, left_out = watched_parameters(self.model, self.optimizers)
         check_tokenizer(tokenizer, self.model)
         own_tokenizer = copy.deepcopy(tokenizer)  # encoding sets its padding and truncation
-        examples = prompt_examples(prompts, own_tokenizer, settings.seed)
         with in_own_words():
-            longest = max(map(len, encode_prompts(own_tokenizer, examples)))
-            check_context(self.model, longest, settings.max_new_tokens)
+            examples = prompt_examples(prompts, own_tokenizer, settings.seed)
+            encoded = encode_prompts(own_tokenizer, examples)
+            check_token_ids(self.model, encoded)
+            check_context(self.model, max(map(len, encoded)), settings.max_new_tokens)
         check_on_alarm(on_alarm)
+        check_first_step(first_step)
         self._probe = UpdateProbe(self.model, parameters, own_tokenizer, examples, settings)
         self._log, self._on_alarm = log, on_alarm
         self.schedulers: Sequence[Any] = ()
@@ -118,6 +152,11 @@ class Watch:
         self._waiting: set[int] = set()
         self._in_update = self._in_hook = False
         self._still = 0
+        self._adapters = ActiveAdapters(self.model)
+        self._early = False
+        self._seen_versions: dict[int, int] = {}
+        self._moved_before: set[int] = set()
+        self._foreign: set[int] = set()
         self._step_started = time.perf_counter()
         self._resumed: float | None = None
         self._cost_said = False
@@ -130,14 +169,8 @@ class Watch:
             say("this optimizer is watched already; every probe will be made and logged twice", warn=True)
         with undisturbed(self.model), in_own_words():
             self._probe.rehearse()
-        self._handles = [
-            handle
-            for optimizer_ in self.optimizers
-            for handle in (
-                optimizer_.register_step_pre_hook(self._on_pre_step),
-                optimizer_.register_step_post_hook(self._on_post_step),
-            )
-        ]
+        self._register()
+        self._seen_versions = self._versions()
         self.schedule.probe_seconds = time.perf_counter() - start  # attaching counts too
         count = sum(p.numel() for p in parameters.values())
         what = (
@@ -149,6 +182,16 @@ class Watch:
                 f"{len(left_out)} trainable tensors are in no watched optimizer and taken as constant "
                 f"({', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''})",
                 warn=True,
+            )
+        half = [name for name, p in parameters.items() if p.element_size() < _FULL_BYTES]
+        if half:
+            say(
+                f"{len(half)} of {len(parameters)} trainable tensors are in 16 bits: steps below their resolution are "
+                "rounded away in training itself; what is predicted and measured is the step that remains"
+            )
+        if hooked := backward_hooks(parameters):
+            self._probe_early(
+                f"{len(hooked)} trainable tensors have hooks that run in the backward pass ({hooked[0]}, ...)"
             )
 
     # ---------------------------------------------------------------- what a user reads
@@ -177,6 +220,19 @@ class Watch:
         """Hooks that the optimizers have already."""
         return [hook for o in self.optimizers for hook in o._optimizer_step_pre_hooks.values()]
 
+    def _register(self) -> None:
+        """Hooks on the watched optimizers, and one that sees the steps of others."""
+        own = [
+            handle
+            for optimizer in self.optimizers
+            for handle in (
+                optimizer.register_step_pre_hook(self._on_pre_step),
+                optimizer.register_step_post_hook(self._on_post_step),
+            )
+        ]
+        # first in the list, last in the dictionary of hooks: see `detach`
+        self._handles = [*own, register_optimizer_step_post_hook(self._on_any_step)]
+
     def detach(self) -> None:
         """Remove the hooks; the history stays."""
         for handle in self._handles:
@@ -197,8 +253,14 @@ class Watch:
         self.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs to go on with curves and forecast: plain numbers and texts."""
-        return {"format": STATE_FORMAT, "run": asdict(self._run), "alarm": asdict(self._alarm)}
+        """What a resumed training needs to go on with curves and forecast: plain numbers and texts.
+
+        Of the history the first entry, which the curves start from, and the last 20.
+        """
+        history = self._run.history
+        kept = [*history[:1], *history[1:][-KEPT_ENTRIES:]]
+        run = asdict(replace(self._run, history=kept))
+        return {"format": STATE_FORMAT, "run": run, "alarm": asdict(self._alarm)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`.
@@ -206,16 +268,16 @@ class Watch:
         Raises:
             ConfigError: it is none.
         """
-        if state.get("format") != STATE_FORMAT:
+        if not isinstance(state, Mapping) or state.get("format") != STATE_FORMAT:
+            found = state.get("format") if isinstance(state, Mapping) else type(state).__name__
+            raise ConfigError(f"state: expected one of the format {STATE_FORMAT}, found {found!r}")
+        try:
+            run, alarm = _run_of(state["run"]), CollapseAlarm(**state["alarm"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
-                f"state: expected one of the format {STATE_FORMAT}, found {state.get('format')!r}"
-            )
-        run = dict(state["run"])
-        run["readings"] = [EntropyReading(**reading) for reading in run["readings"]]
-        run["sums"] = {name: CumulativeSum(**found) for name, found in run["sums"].items()}
-        run["history"] = [dict(entry) for entry in run["history"]]
-        self._run = _Run(**run)
-        self._alarm = CollapseAlarm(**state["alarm"])
+                f"state: expected what `state_dict` returned, found something else ({error_text(error)})"
+            ) from error
+        self._run, self._alarm = run, alarm
 
     def replay(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Go on from what an earlier training has logged: curves and forecast as if it had not been interrupted.
@@ -242,6 +304,7 @@ class Watch:
 
     # ---------------------------------------------------------------- hooks
 
+    @_out_of_dynamo
     def _on_pre_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Before a step of an optimizer: an update begins, unless another optimizer has begun it."""
         with self._hook():
@@ -252,11 +315,35 @@ class Watch:
                 self._begin_update()
             self._waiting.discard(id(optimizer))
 
+    @_out_of_dynamo
     def _on_post_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """After a step: the update is over when every optimizer has had its turn."""
         with self._hook():
             if self._in_update and not self._waiting:
                 self._end_update()
+                self._seen_versions = self._versions()
+                if self._early and self.active:
+                    self._draw(self._run.step + 1)
+
+    @_out_of_dynamo
+    def _on_any_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """After a step of any optimizer: one that is not watched may have taken a watched one's place."""
+        if (
+            not self.active
+            or self._in_update
+            or id(optimizer) in self._foreign
+            or optimizer in self.optimizers
+        ):
+            return
+        watched = {id(p) for p in self._probe.parameters.values()}
+        if watched.isdisjoint(moved_parameters([optimizer])):
+            return
+        self._foreign.add(id(optimizer))
+        say(
+            f"an optimizer that is not watched ({type(optimizer).__name__}) has moved watched parameters: was it "
+            "replaced after the probe was attached? Its steps are not probed; attach the probe to it",
+            warn=True,
+        )
 
     @contextmanager
     def _hook(self) -> Iterator[None]:
@@ -274,20 +361,52 @@ class Watch:
             self._say_cost()
         self._run.step += 1
         self._in_update, self._waiting = True, {id(o) for o in self.optimizers}
-        self._seconds = 0.0
-        if self.schedule.due(self._run.step):
-            _finish_queue(self.model)
-            start = time.perf_counter()
-            self._before = self._guarded(self._prepare)
-            _finish_queue(self.model)
-            self._seconds = time.perf_counter() - start
+        now_versions = self._versions()
+        self._moved_before = {i for i, v in now_versions.items() if self._seen_versions.get(i, v) != v}
+        if not self._early:
+            self._draw(self._run.step)
+        self._seen_versions = self._versions()
         self._step_started = time.perf_counter()
 
-    def _prepare(self) -> Before:
+    def _draw(self, number: int) -> None:
+        """Draw E for an update and copy the parameters, where it is to be probed."""
+        self._seconds = 0.0
+        if self._before is None and self.schedule.due(number):
+            _finish_queue(self.model)
+            start = time.perf_counter()
+            self._before = self._guarded(lambda: self._prepare(number))
+            _finish_queue(self.model)
+            self._seconds = time.perf_counter() - start
+
+    def _prepare(self, number: int) -> Before:
         """E and the copies, of the parameters as they are trained now."""
         with undisturbed(self.model):
+            self._adapters.use()
             self._adopt_parameters()
-            return self._probe.before(self._run.step)
+            return self._probe.before(number)
+
+    def _versions(self) -> dict[int, int]:
+        """How often each watched parameter was written to."""
+        return {id(p): p._version for p in self._probe.parameters.values() if not p.is_inference()}
+
+    def _moved_outside(self) -> bool:
+        """Whether parameters were written to before this step, and left alone by the step itself."""
+        now = self._versions()
+        return any(now.get(i) == self._seen_versions.get(i) for i in self._moved_before)
+
+    def _probe_early(self, why: str) -> None:
+        """Probe updates from the end of one step to the end of the next: parameters move outside of `step`."""
+        if self._early:
+            return
+        self._early = True
+        say(
+            f"{why}: parameters may move outside of optimizer.step (updates fused into the backward pass, LOMO, "
+            "layerwise optimizers). An update is probed from the end of one step to that of the next, and the copy of "
+            "the parameters is kept all that time",
+            warn=True,
+        )
+        if not self._in_update:
+            self._draw(self._run.step + 1)
 
     def _adopt_parameters(self) -> None:
         """Parameters may have been unfrozen, added or replaced since the last probe."""
@@ -299,6 +418,11 @@ class Watch:
             for name, p in self.model.named_parameters()
             if id(p) in moved and (p.requires_grad or name in known)
         }
+        if not found:
+            raise ConfigError(
+                "optimizer: expected the trained parameters in it, found none of them any more (its groups were "
+                "emptied, or the model's parameters replaced); attach the probe again, to what is trained now"
+            )
         if {name: id(p) for name, p in found.items()} != {name: id(p) for name, p in known.items()}:
             say(f"the trained parameters have changed: {len(found)} tensors are watched now")
             self._probe.parameters = found
@@ -306,12 +430,15 @@ class Watch:
     def _end_update(self, late: bool = False) -> None:
         self._in_update = False
         before, self._before = self._before, None
+        if not self._early and self._moved_outside():
+            before = None  # drawn too late: the parameters had moved already
+            self._probe_early(f"step {self._run.step} has left alone what had moved before it")
         if before is not None:
             _finish_queue(self.model)
         step_seconds = time.perf_counter() - self._step_started
         alarm = None
         if before is not None:
-            alarm = self._guarded(lambda: self._conclude(before, late))
+            alarm = self._guarded(lambda: self._conclude(before, late or self._early))
         # the optimizer's own time belongs to the training step that ends here
         self._resumed = time.perf_counter() - step_seconds
         if alarm is not None:
@@ -321,7 +448,11 @@ class Watch:
         """What the step did, its entry in the history and the log, and the alarm that it raises."""
         start = time.perf_counter()
         with undisturbed(self.model):
+            self._adapters.use()
             outcome = self._probe.after(before, self.optimizers, late)
+        if not outcome.moved and not self._early and self._may_have_moved():
+            self._probe_early(f"step {self._run.step} has changed nothing, at a learning rate above 0")
+            return None
         entry, found = self._enter(outcome)
         self._seconds += time.perf_counter() - start
         self.schedule.add_probe(self._seconds)
@@ -331,6 +462,12 @@ class Watch:
         self._send(entry)
         self._watch_for_standstill(outcome)
         return self._raised(found, entry)
+
+    def _may_have_moved(self) -> bool:
+        """Whether a step of exactly 0 may be one whose update was made before it, and whose gradients are used up."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        rate = max((learning_rate(group.get("lr")) or 0.0 for group in groups), default=0.0)
+        return rate > 0 and all(p.grad is None for p in self._probe.parameters.values())
 
     def _guarded(self, part: Callable[[], Any]) -> Any:
         """Run a part of the probe; an error ends the probe, not the training."""
@@ -343,7 +480,7 @@ class Watch:
             if self.settings.strict:
                 raise
             say(
-                f"switched off at step {self._run.step}, training goes on: {type(error).__name__}: {error}\n"
+                f"switched off at step {self._run.step}, training goes on: {error_text(error)}\n"
                 f"{traceback.format_exc()}",
                 warn=True,
             )
@@ -380,7 +517,7 @@ class Watch:
                 raise
             self._log = None
             say(
-                f"the log failed at step {entry['step']} and is not used any more ({type(error).__name__}: {error}); "
+                f"the log failed at step {entry['step']} and is not used any more ({error_text(error)}); "
                 "the numbers are still in `history`",
                 warn=True,
             )
@@ -443,7 +580,7 @@ class Watch:
     def _momentum(self) -> float:
         """The largest decay of a gradient average: what correlates the updates of neighbouring steps."""
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        rates = [float(g["betas"][0] if "betas" in g else g.get("momentum", 0.0)) for g in groups]
+        rates = [learning_rate(g["betas"][0] if g.get("betas") else g.get("momentum")) or 0.0 for g in groups]
         return max(rate for rate in [*rates, 0.0] if rate < 1.0)
 
     def _raised(self, found: Forecast | None, entry: dict[str, Any]) -> Alarm | None:
@@ -484,6 +621,33 @@ class Watch:
             return
         self._cost_said = True
         say(cost_line(self.schedule, *self._cost_of))
+
+
+def _run_of(state: Mapping[str, Any]) -> _Run:
+    """What a watch had seen, from its `state_dict`.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it is not what `state_dict` returned.
+    """
+    run = dict(state)
+    run["readings"] = [EntropyReading(**reading) for reading in run["readings"]]
+    run["sums"] = {name: CumulativeSum(**found) for name, found in run["sums"].items()}
+    run["history"] = [dict(entry) for entry in run["history"]]
+    for entry in run["history"]:
+        _require_numbers(entry["step"], entry["H_orig"], entry["H_orig_tok"])
+    for reading in run["readings"]:
+        _require_numbers(*asdict(reading).values())
+    found = _Run(**run)
+    check_first_step(found.step)
+    if found.threshold is not None:
+        _require_numbers(found.threshold)
+    return found
+
+
+def _require_numbers(*values: Any) -> None:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"expected a number, found {value!r}")
 
 
 def _let_go(error: BaseException | None) -> None:

@@ -36,6 +36,8 @@ OWN_WORDS: tuple[tuple[str, str], ...] = (
         "prompt_template",
         "use a chat model's tokenizer, or give the prompts as texts",
     ),
+    ("checkpoint.tokenizer_path", "tokenizer"),
+    ("batch_config.", ""),
 )
 """What is replaced by what, in this order."""
 

@@ -164,7 +164,9 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[PromptExample]) -> list[tup
         raise DataError("expected at least one prompt, found none")
     out = []
     for prompt in prompts:
-        ids = tokenizer(prompt.text, add_special_tokens=prompt.add_special_tokens)["input_ids"]
+        ids = prompt.ids
+        if ids is None:
+            ids = tokenizer(prompt.text, add_special_tokens=prompt.add_special_tokens)["input_ids"]
         if len(ids) == 0:
             raise DataError(
                 f"prompt {prompt.index}: expected at least one token, found none in {prompt.text!r}"
