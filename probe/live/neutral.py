@@ -31,8 +31,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Random streams (Python, NumPy, torch, CUDA), train and eval flags of every module, the parameters and buffers that
     stand in each module, their `.grad` and `requires_grad`, the `forward` that accelerate has wrapped, the class of
     4-bit layers, TF32, grad mode and autocast settings are put back, also after an exception, and also where Ctrl-C
-    strikes inside of the code that puts them back. Compared are the objects that stand in the model, by every path. Passes
-    at other values use `probe.snapshot.standing_in`.
+    strikes inside of the code that puts them back. Compared are the objects that stand in the model, by every path.
+    Passes at other values use `probe.snapshot.standing_in`.
 
     Args:
         model: the policy.
