@@ -380,7 +380,7 @@ def test_the_hparams_tab_has_settings_and_metrics(state, tmp_path, kind):
     assert session["checkpoint_name"].string_value == "step_60"
     assert session["learning_rate"].number_value == 1e-6
     assert session["settings/batch_config/disjoint"].string_value == "true"
-    assert session["settings/probe_rework/loss"].string_value == "grpo"
+    assert session["settings/probe_rework/loss"].string_value == "dapo"
     assert sorted(session)[:5] == ["B_E", "B_U", "G", "checkpoint_name", "learning_rate"]
 
 

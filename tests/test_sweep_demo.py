@@ -34,6 +34,7 @@ def config(demo_cache, tmp_path, monkeypatch):
 def single(config, **rework):
     quiet = {"detailed_logging": {"enabled": False}}
     quiet["trainer"] = {**config["trainer"], "logger": False}
+    rework = {**config["probe_rework"], **rework}
     return OfflineEntropyProbe({**config, **quiet, "probe_rework": rework}).run_mixed_probe()
 
 

@@ -182,7 +182,7 @@ def test_a_longer_list_adds_points(folder):
         ({"seeds": [1, 3]}, {}, r"sweep.seeds is \[1, 2\] there and \[1, 3\] here"),
         ({"seeds": [1, 2], "learning_rates": [1e-3]}, {}, "sweep.eta_factors is .*1.*there and not swept here"),
         ({"seeds": [1, 2]}, {"weighting": "matched"}, "probe_rework.weighting is 'causal' there and 'matched' here"),
-        ({"seeds": [1, 2]}, {"kl_coef": 0.5, "loss": "dapo"}, "probe_rework.loss is .*; probe_rework.kl_coef is"),
+        ({"seeds": [1, 2]}, {"kl_coef": 0.5, "loss": "grpo"}, "probe_rework.loss is .*; probe_rework.kl_coef is"),
     ],
 )  # fmt: skip
 def test_another_sweep_in_the_folder_is_refused(folder, axes, change, message):
