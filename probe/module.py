@@ -254,11 +254,14 @@ class EntropyProbe(LightningModule):
             logger.info(
                 "U: %d groups, %d responses from %s; B_U and G do not apply", groups, len(U), U.source
             )
-            rewards = U.rewards
+            rewards, kind = U.rewards, self.config.probe_rework.advantage
+            if U.advantages is not None and kind == "auto":
+                return U  # what the trainer made the update with
             if rewards is None:
+                advice = "" if U.advantages is None else ", or leave probe_rework.advantage at auto"
                 raise DataError(
                     f"batch_config.U_rollouts: expected a column with rewards in {batch.U_rollouts}, found none; name "
-                    "it with batch_config.reward_columns"
+                    f"it with batch_config.reward_columns{advice}"
                 )
         else:
             repeated, group = _repeat(prompts, batch.G)
