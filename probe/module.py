@@ -241,7 +241,10 @@ class EntropyProbe(LightningModule):
     def _read(self, path: str) -> RolloutBatch:
         batch = self.config.batch_config
         vocabulary = self.policy.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        return read_rollouts(path, self.tokenizer, batch, self.config.generation.max_new_tokens, vocabulary)
+        step = None if self.files is None else self.files.step
+        update = None if step is None else step + 1  # the checkpoint has its own step in weights and moments
+        cap = self.config.generation.max_new_tokens
+        return read_rollouts(path, self.tokenizer, batch, cap, vocabulary, update)
 
     def _update_batch(
         self, state: ProbeState, prompts: list[PromptExample], progress: MakeProgress

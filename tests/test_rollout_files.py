@@ -246,7 +246,7 @@ def test_the_last_of_several_steps_is_used(tmp_path, ending, caplog):
     with caplog.at_level(logging.INFO):
         batch = read(write(tmp_path / f"a.{ending}", [*trl_rows(step=2), *rows]))
     assert len(batch) == 6
-    assert "holds 3 steps: the 6 rows of the last one, 10, are used" in caplog.text
+    assert "holds 3 steps: the 6 rows of step 10 are used" in caplog.text
     with pytest.raises(DataError, match=r"row 1: expected a number as step, found None"):
         read(write(tmp_path / f"b.{ending}", [rows[0], {**rows[1], "step": None}]))
 
@@ -600,3 +600,35 @@ def test_bad_row_and_flags(tmp_path):
         read(write(tmp_path / "a.jsonl", [{**base, "row": "[]"}]))
     with pytest.raises(DataError, match="row 0: expected bias_flags to be a list of texts, found 'x'"):
         read(write(tmp_path / "a.jsonl", [{**base, "bias_flags": "x"}]))
+
+
+def test_the_rows_are_those_of_the_update_after_the_checkpoint(tmp_path):
+    """TRL writes `completions_N` after update N, and checkpoint-N has that update in its weights already."""
+    folder = tmp_path / "completions"
+    folder.mkdir()
+    for step in (59, 60, 61):
+        write(folder / f"completions_{step:05d}.parquet", trl_rows(step=step))
+
+    def update(path, number):
+        return read_rollouts(str(path), char_tokenizer(), BatchConfig(), 256, update=number)
+
+    assert update(folder, 61).source == str(folder / "completions_00061.parquet")
+    assert len(update(folder / "completions_00061.parquet", 61)) == len(trl_rows())
+    with pytest.raises(
+        DataError,
+        match=r"rows of update 61 .* step 60, found those of 60; give .*completions_00061\.parquet, or",
+    ):
+        update(folder / "completions_00060.parquet", 61)
+    with pytest.raises(
+        DataError, match=r"expected one file of update 70, .* step 69, found those of 59, 60, 61; "
+    ):
+        update(folder, 70)
+    with pytest.raises(DataError, match="found those of 61; give the file of that update, or leave"):
+        update(folder / "completions_00061.parquet", 70)
+    write(folder / "rollouts_00061.jsonl", trl_rows(step=61))
+    with pytest.raises(DataError, match=r"found 2 \(completions_00061.parquet, rollouts_00061.jsonl\)"):
+        update(folder, 61)
+    several = write(tmp_path / "all.jsonl", [*trl_rows(step=60), *trl_rows(step=61), *trl_rows(step=62)])
+    assert len(update(several, 61)) == len(trl_rows())
+    plain = [{"prompt": "a", "completion": "b", "reward": 1.0}]
+    assert len(update(write(tmp_path / "own.jsonl", plain), 61)) == 1

@@ -9,7 +9,7 @@ The columns of a file:
 - `old_logprobs`: log-probs of the response's tokens under the policy that sampled.
 - `truncated`: whether the cap on tokens ended the response.
 - `group` or `prompt_id`: equal for the responses to the same draw of a prompt.
-- `step`: of several steps the last one is used.
+- `step`: the update that the rows were used for; it has to be the one after the checkpoint's, where that is known.
 - `row`: the data set's row, `bias_flags`: those of the batch; both written by `write_rollouts`.
 """
 
@@ -81,6 +81,7 @@ def read_rollouts(
     config: BatchConfig,
     max_new_tokens: int,
     vocabulary: int | None = None,
+    update: int | None = None,
 ) -> RolloutBatch:
     """Read a rollout file (`.jsonl` or `.parquet`; the columns stand at the top of this module).
 
@@ -109,6 +110,7 @@ def read_rollouts(
         max_new_tokens: the cap on tokens that the responses were sampled with.
         vocabulary: number of tokens the model knows, for the check of exact ids; models often have more than
             their tokenizer names, and sample them. By default the tokenizer's.
+        update: number of the update whose rows are wanted, see `read_table`.
 
     Returns:
         The batch, with advantages where the file has them; `source` is the path.
@@ -117,7 +119,7 @@ def read_rollouts(
         DataError: the file or a column is missing or malformed; messages name the row, counted from 0.
         RolloutError: all responses are empty.
     """
-    table = read_table(path)
+    table = read_table(path, update)
     vocabulary = len(tokenizer) if vocabulary is None else vocabulary
     prompts, prompt_ids, messages = _read_prompts(table, tokenizer, vocabulary)
     if config.max_prompt_tokens is not None:
