@@ -95,7 +95,8 @@ class BatchConfig:
     E_rollouts: str | None = None
     """Take E from this rollout file (.jsonl or .parquet) instead of sampling."""
     U_rollouts: str | None = None
-    """Take U from this rollout file instead of sampling."""
+    """Take U from this rollout file instead of sampling, or from that of the checkpoint's next update in this folder
+    (`output/completions` of TRL)."""
     B_E: int = 64
     """Prompts of E, drawn with replacement."""
     G_E: int = 1

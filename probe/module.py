@@ -241,7 +241,10 @@ class EntropyProbe(LightningModule):
     def _read(self, path: str) -> RolloutBatch:
         batch = self.config.batch_config
         vocabulary = self.policy.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        return read_rollouts(path, self.tokenizer, batch, self.config.generation.max_new_tokens, vocabulary)
+        step = None if self.files is None else self.files.step
+        update = None if step is None else step + 1  # the checkpoint has its own step in weights and moments
+        cap = self.config.generation.max_new_tokens
+        return read_rollouts(path, self.tokenizer, batch, cap, vocabulary, update)
 
     def _update_batch(
         self, state: ProbeState, prompts: list[PromptExample], progress: MakeProgress
@@ -254,11 +257,14 @@ class EntropyProbe(LightningModule):
             logger.info(
                 "U: %d groups, %d responses from %s; B_U and G do not apply", groups, len(U), U.source
             )
-            rewards = U.rewards
+            rewards, kind = U.rewards, self.config.probe_rework.advantage
+            if U.advantages is not None and kind == "auto":
+                return U  # what the trainer made the update with
             if rewards is None:
+                advice = "" if U.advantages is None else ", or leave probe_rework.advantage at auto"
                 raise DataError(
                     f"batch_config.U_rollouts: expected a column with rewards in {batch.U_rollouts}, found none; name "
-                    "it with batch_config.reward_columns"
+                    f"it with batch_config.reward_columns{advice}"
                 )
         else:
             repeated, group = _repeat(prompts, batch.G)

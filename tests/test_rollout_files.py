@@ -72,7 +72,9 @@ def test_completions_that_trl_logs(tmp_path, ending, kind, caplog):
     assert batch.group.tolist() == [0, 0, 1, 1, 2, 2]
     assert batch.rewards.tolist() == [1.25, 0.5, 1.0, 0.25, 1.5, 1.5]
     assert batch.rewards.dtype == torch.float64
-    assert batch.advantages is None
+    torch.testing.assert_close(
+        batch.advantages, group_advantages(batch.rewards, batch.group, kind), rtol=1e-6, atol=1e-6
+    )
     assert batch.old_logprobs is None
     assert batch.bias_flags == ("retokenized",)
     assert batch.source.endswith(f"completions_00007.{ending}")
@@ -244,7 +246,7 @@ def test_the_last_of_several_steps_is_used(tmp_path, ending, caplog):
     with caplog.at_level(logging.INFO):
         batch = read(write(tmp_path / f"a.{ending}", [*trl_rows(step=2), *rows]))
     assert len(batch) == 6
-    assert "holds 3 steps: the 6 rows of the last one, 10, are used" in caplog.text
+    assert "holds 3 steps: the 6 rows of step 10 are used" in caplog.text
     with pytest.raises(DataError, match=r"row 1: expected a number as step, found None"):
         read(write(tmp_path / f"b.{ending}", [rows[0], {**rows[1], "step": None}]))
 
@@ -310,22 +312,45 @@ def test_bad_rewards(tmp_path, x, y, message):
         read(path, config=BatchConfig(reward_columns=["x", "y"]))
 
 
-def test_a_sum_that_contradicts_the_logged_advantages_is_refused(tmp_path):
+def test_logged_advantages_are_the_truth_whatever_the_columns_of_rewards(tmp_path):
+    """Weights, a column of the user's own, one of two functions that is called reward: none changes the advantages."""
     weighted = trl_rows(weights=(1.0, 4.0))
-    with pytest.raises(
-        DataError, match=r"row 0: expected rewards that explain .* sum of exact, form_reward does not"
-    ):
-        read(write(tmp_path / "a.jsonl", weighted))
     extra = [{**row, "n_words": i} for i, row in enumerate(trl_rows())]
-    with pytest.raises(
-        DataError, match=r"sum of exact, form_reward, n_words does not; name .*reward_columns"
+    renamed = [{"reward": row.pop("exact"), **row} for row in trl_rows()]
+    constant = [{**row, "exact": 0.0, "form_reward": 0.0} for row in trl_rows()]
+    undefined = [{**row, "exact": None, "form_reward": None} for row in trl_rows()]
+    for rows, rewards in (
+        (weighted, None),
+        (extra, None),
+        (renamed, read(write(tmp_path / "plain.jsonl", trl_rows())).rewards.tolist()),
+        (constant, None),
+        (undefined, None),
     ):
-        read(write(tmp_path / "b.jsonl", extra))
+        batch = read(write(tmp_path / "a.jsonl", rows))
+        assert batch.advantages.tolist() == [row["advantage"] for row in rows]
+        assert (None if batch.rewards is None else batch.rewards.tolist()) == rewards
     config = BatchConfig(reward_columns=["exact", "form_reward"])
     assert read(write(tmp_path / "b.jsonl", extra), config=config).rewards[0] == 1.25
-    constant = [{**row, "exact": 0.0, "form_reward": 0.0} for row in trl_rows()]
-    with pytest.raises(DataError, match="row 0: expected rewards that explain"):
-        read(write(tmp_path / "c.jsonl", constant))
+
+
+@pytest.mark.parametrize("G", [8, 4])
+def test_groups_of_a_prompt_that_was_drawn_twice_in_a_row(tmp_path, G):
+    advantages = [1.0, -1.0, 0.5, -0.5, -1.0, 1.0, 0.25, -0.25, *[0.0] * 4]
+    advantages = [
+        a for k in range(0, 12, 4) for a in (advantages[k], advantages[k + 2], *advantages[k + 1 : k + 4 : 2])
+    ]
+    rows = [
+        {"prompt": "a" if i < 8 else "b", "completion": "x", "advantage": a} for i, a in enumerate(advantages)
+    ]
+    found = read(write(tmp_path / "a.jsonl", rows), config=BatchConfig(G=G))
+    assert found.group.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("value", [None, "x", math.nan, True])
+def test_bad_advantages(tmp_path, value):
+    rows = [{"prompt": "a", "completion": "x", "advantage": value}]
+    with pytest.raises(DataError, match="row 0: expected a finite number as advantage"):
+        read(write(tmp_path / "a.jsonl", rows))
 
 
 def test_other_columns_are_the_row(tmp_path):
@@ -390,11 +415,11 @@ def test_a_read_file_written_again_keeps_its_flag(tmp_path):
     assert found.bias_flags == ("retokenized",)
 
 
-def test_advantages_are_written_and_not_read(tmp_path):
+def test_advantages_are_written_and_read(tmp_path):
     batch = make_batch(advantages=torch.tensor([0.5, 0.0, -0.5], dtype=torch.float64))
     path = str(write_rollouts(tmp_path / "a.jsonl", batch))
     assert read_table(path).column("advantage") == [0.5, 0.0, -0.5]
-    assert read(path).advantages is None
+    assert read(path).advantages.tolist() == [0.5, 0.0, -0.5]
 
 
 def test_padding_of_old_logprobs_may_be_anything(tmp_path):
@@ -575,3 +600,35 @@ def test_bad_row_and_flags(tmp_path):
         read(write(tmp_path / "a.jsonl", [{**base, "row": "[]"}]))
     with pytest.raises(DataError, match="row 0: expected bias_flags to be a list of texts, found 'x'"):
         read(write(tmp_path / "a.jsonl", [{**base, "bias_flags": "x"}]))
+
+
+def test_the_rows_are_those_of_the_update_after_the_checkpoint(tmp_path):
+    """TRL writes `completions_N` after update N, and checkpoint-N has that update in its weights already."""
+    folder = tmp_path / "completions"
+    folder.mkdir()
+    for step in (59, 60, 61):
+        write(folder / f"completions_{step:05d}.parquet", trl_rows(step=step))
+
+    def update(path, number):
+        return read_rollouts(str(path), char_tokenizer(), BatchConfig(), 256, update=number)
+
+    assert update(folder, 61).source == str(folder / "completions_00061.parquet")
+    assert len(update(folder / "completions_00061.parquet", 61)) == len(trl_rows())
+    with pytest.raises(
+        DataError,
+        match=r"rows of update 61 .* step 60, found those of 60; give .*completions_00061\.parquet, or",
+    ):
+        update(folder / "completions_00060.parquet", 61)
+    with pytest.raises(
+        DataError, match=r"expected one file of update 70, .* step 69, found those of 59, 60, 61; "
+    ):
+        update(folder, 70)
+    with pytest.raises(DataError, match="found those of 61; give the file of that update, or leave"):
+        update(folder / "completions_00061.parquet", 70)
+    write(folder / "rollouts_00061.jsonl", trl_rows(step=61))
+    with pytest.raises(DataError, match=r"found 2 \(completions_00061.parquet, rollouts_00061.jsonl\)"):
+        update(folder, 61)
+    several = write(tmp_path / "all.jsonl", [*trl_rows(step=60), *trl_rows(step=61), *trl_rows(step=62)])
+    assert len(update(several, 61)) == len(trl_rows())
+    plain = [{"prompt": "a", "completion": "b", "reward": 1.0}]
+    assert len(update(write(tmp_path / "own.jsonl", plain), 61)) == 1

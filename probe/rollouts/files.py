@@ -9,7 +9,7 @@ The columns of a file:
 - `old_logprobs`: log-probs of the response's tokens under the policy that sampled.
 - `truncated`: whether the cap on tokens ended the response.
 - `group` or `prompt_id`: equal for the responses to the same draw of a prompt.
-- `step`: of several steps the last one is used.
+- `step`: the update that the rows were used for; it has to be the one after the checkpoint's, where that is known.
 - `row`: the data set's row, `bias_flags`: those of the batch; both written by `write_rollouts`.
 """
 
@@ -57,6 +57,8 @@ NOT_REWARDS = LAYOUT | {
 
 _ROUNDING = 1e-6
 """Differences of rewards, and log-probs above 0, that are only rounding."""
+_UNBALANCED = 1e-3
+"""Sum of a group's advantages, which is 0 but for rounding of rewards and means, relative to that of their sizes."""
 
 _SCHEMA = {
     "prompt": pa.string(),
@@ -79,14 +81,17 @@ def read_rollouts(
     config: BatchConfig,
     max_new_tokens: int,
     vocabulary: int | None = None,
+    update: int | None = None,
 ) -> RolloutBatch:
     """Read a rollout file (`.jsonl` or `.parquet`; the columns stand at the top of this module).
 
-    The reward is the sum of `config.reward_columns`; without it the column `reward`; without that the sum of
-    every column of numbers that is not in `NOT_REWARDS`, as TRL logs one column for each reward function and
-    weights them with 1. In a sum, None and NaN mean that a function did not apply, and are left out. Where
-    TRL's `advantage` is there too, such a sum has to agree with it. Advantages are not read: they follow from
-    rewards and groups.
+    The column `advantage`, which TRL logs and `write_rollouts` writes, is what the update was made with, whatever
+    weights and scales its rewards had. Rewards beside it are described and nothing more, and only where they
+    explain it.
+
+    The reward is the sum of `config.reward_columns`; without it the column `reward`; without that, or beside a column
+    `advantage`, the sum of every column of numbers that is not in `NOT_REWARDS`, as TRL logs one column for each reward
+    function. In a sum, None and NaN mean that a function did not apply, and are left out.
 
     Without `completion_ids` the completion's text is tokenised, and EOS is added unless the response was
     truncated: by the column `truncated`, else where it has `max_new_tokens` tokens or more. The batch is then
@@ -94,7 +99,9 @@ def read_rollouts(
     file was made
     with another cap: the batch is marked `unknown_cap`. The mask comes from the numbers of tokens alone.
 
-    Groups are those of the explicit column, else runs of rows with the same prompt.
+    Groups are those of the explicit column, else runs of rows with the same prompt. A prompt that was drawn twice in
+    a row makes one run of two groups: where there are advantages, which add up to 0 in every group, runs are cut into
+    groups of one size, `config.G` if that fits, else the smallest that does.
 
     Args:
         path: the file.
@@ -103,22 +110,24 @@ def read_rollouts(
         max_new_tokens: the cap on tokens that the responses were sampled with.
         vocabulary: number of tokens the model knows, for the check of exact ids; models often have more than
             their tokenizer names, and sample them. By default the tokenizer's.
+        update: number of the update whose rows are wanted, see `read_table`.
 
     Returns:
-        The batch, without advantages; `source` is the path.
+        The batch, with advantages where the file has them; `source` is the path.
 
     Raises:
         DataError: the file or a column is missing or malformed; messages name the row, counted from 0.
         RolloutError: all responses are empty.
     """
-    table = read_table(path)
+    table = read_table(path, update)
     vocabulary = len(tokenizer) if vocabulary is None else vocabulary
     prompts, prompt_ids, messages = _read_prompts(table, tokenizer, vocabulary)
     if config.max_prompt_tokens is not None:
         check_prompt_tokens([len(ids) for ids in prompt_ids], config.max_prompt_tokens)
     found = _read_responses(table, tokenizer, max_new_tokens, vocabulary)
     completion_ids, mask = _pad(found.ids, torch.int64)
-    group = _read_group(table)
+    advantages = _read_advantages(table)
+    group = _read_group(table, advantages, config.G)
     return RolloutBatch(
         prompts=tuple(prompts),
         completions=tuple(found.texts),
@@ -127,7 +136,8 @@ def read_rollouts(
         mask=mask,
         truncated=torch.tensor(found.truncated),
         group=group,
-        rewards=_read_rewards(table, config.reward_columns, group),
+        rewards=_read_rewards(table, config.reward_columns, group, advantages),
+        advantages=advantages,
         old_logprobs=_read_old_logprobs(table, found.ids),
         rows=_read_rows(table, messages),
         source=table.path,
@@ -138,8 +148,8 @@ def read_rollouts(
 def write_rollouts(path: str | Path, batch: RolloutBatch) -> Path:
     """Write a batch as `.jsonl` or `.parquet` with its exact token ids.
 
-    `read_rollouts` gives an equal batch back, but for `source`, padding, and `advantages`, which it leaves to
-    be computed. Rows of the data set are kept as JSON; what JSON cannot hold is written as text.
+    `read_rollouts` gives an equal batch back, but for `source` and padding. Rows of the data set are kept as JSON;
+    what JSON cannot hold is written as text.
 
     Args:
         path: the file; its ending says which format.
@@ -370,11 +380,23 @@ def _read_old_logprobs(table: RolloutTable, ids: list[list[int]]) -> Tensor | No
     return _pad(values, torch.float64)[0]
 
 
-def _read_group(table: RolloutTable) -> Tensor:
+def _read_advantages(table: RolloutTable) -> Tensor | None:
+    """The column `advantage`, `(B,)` float64."""
+    if "advantage" not in table.columns:
+        return None
+    values = table.column("advantage")
+    for i, value in enumerate(values):
+        if not _is_number(value) or not math.isfinite(value):
+            raise DataError(f"{table.where(i)}: expected a finite number as advantage, found {value!r:.60}")
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _read_group(table: RolloutTable, advantages: Tensor | None, G: int) -> Tensor:
     """The group of each row, `(B,)` int64."""
     name = next((name for name in ("group", "prompt_id") if name in table.columns), None)
     if name is None:
-        return _group_by_prompt(table.column("prompt"))
+        runs = _group_by_prompt(table.column("prompt"))
+        return runs if advantages is None else _cut_runs(runs, advantages, G)
     values = table.column(name)
     for i, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int | str):
@@ -391,8 +413,23 @@ def _group_by_prompt(prompts: Sequence[Any]) -> Tensor:
     return torch.tensor(starts).to(torch.int64).cumsum(0) - 1
 
 
-def _read_rewards(table: RolloutTable, names: list[str] | None, group: Tensor) -> Tensor | None:
-    """The reward of each row, `(B,)` float64, or None where the file has none."""
+def _cut_runs(runs: Tensor, advantages: Tensor, G: int) -> Tensor:
+    """Runs of one prompt cut into groups of one size in which advantages add up to 0; the runs where none fits."""
+    lengths = runs.unique_consecutive(return_counts=True)[1]
+    common = math.gcd(*lengths.tolist())
+    sizes = [G] if G >= 2 and common % G == 0 else []
+    sizes += [size for size in range(2, common + 1) if common % size == 0]
+    for size in sizes:
+        blocks = advantages.view(-1, size)
+        if bool((blocks.sum(1).abs() <= _UNBALANCED * blocks.abs().sum(1) + _ROUNDING * size).all()):
+            return torch.arange(len(blocks)).repeat_interleave(size)
+    return runs
+
+
+def _read_rewards(
+    table: RolloutTable, names: list[str] | None, group: Tensor, advantages: Tensor | None
+) -> Tensor | None:
+    """The reward of each row, `(B,)` float64, or None where the file has none, or none that explains `advantages`."""
     if names is not None:
         for name in names:
             if name not in table.columns:
@@ -401,15 +438,32 @@ def _read_rewards(table: RolloutTable, names: list[str] | None, group: Tensor) -
                     f"{', '.join(table.columns)}{nearest(name, table.columns)}"
                 )
         return _sum_columns(table, names)
-    if "reward" in table.columns:
-        return _sum_columns(table, ["reward"])
     logged = [name for name in table.columns if _may_be_reward(table, name)]
-    if not logged:
-        return None
-    logger.info("%s: the reward is the sum of %s", table.path, ", ".join(logged))
-    rewards = _sum_columns(table, logged)
-    _check_advantages(table, rewards, group, logged)
-    return rewards
+    total = ["reward"] if "reward" in table.columns else []
+    if advantages is None:
+        candidates = [total or logged]
+    else:
+        candidates = [[*total, *logged], total]
+    for chosen in filter(None, candidates):
+        if advantages is not None and not _is_complete(table, chosen):
+            continue
+        rewards = _sum_columns(table, chosen)
+        if advantages is None or _explain(rewards, advantages, group):
+            logger.info("%s: the reward is the sum of %s", table.path, ", ".join(chosen))
+            return rewards
+    if advantages is not None and (total or logged):
+        logger.info(
+            "%s: advantages are those of the column; no sum of %s explains them, so that no rewards are described "
+            "(name them with batch_config.reward_columns)",
+            table.path,
+            ", ".join([*total, *logged]),
+        )
+    return None
+
+
+def _is_complete(table: RolloutTable, names: Sequence[str]) -> bool:
+    """Whether every row has a finite number in at least one of the columns."""
+    return all(any(_is_number(row[n]) and math.isfinite(row[n]) for n in names) for row in table.rows)
 
 
 def _may_be_reward(table: RolloutTable, name: str) -> bool:
@@ -437,25 +491,13 @@ def _sum_columns(table: RolloutTable, names: Sequence[str]) -> Tensor:
     return torch.tensor(sums, dtype=torch.float64)
 
 
-def _check_advantages(table: RolloutTable, rewards: Tensor, group: Tensor, names: list[str]) -> None:
-    """Refuse a sum of columns that the logged advantages do not follow from.
-
-    TRL weights its reward functions, and logs columns of the user's own beside their results.
-    """
-    if "advantage" not in table.columns:
-        return
-    logged = [float(value) if _is_number(value) else math.nan for value in table.column("advantage")]
-    advantages = torch.tensor(logged, dtype=torch.float64)
-    for member in group.unique():
-        ours = rewards[group == member]
-        theirs = advantages[group == member]
-        if not _are_proportional(ours - ours.mean(), theirs - theirs.mean()):
-            first = int((group == member).nonzero()[0, 0])
-            raise DataError(
-                f"{table.where(first)}: expected rewards that explain the group's column advantage, found "
-                f"that the sum of {', '.join(names)} does not; name the rewards with "
-                "batch_config.reward_columns, or add a column reward"
-            )
+def _explain(rewards: Tensor, advantages: Tensor, group: Tensor) -> bool:
+    """Whether a sum of columns is the reward: TRL weights its functions, and logs columns of the user's own too."""
+    members = [group == one for one in group.unique()]
+    return all(
+        _are_proportional(rewards[m] - rewards[m].mean(), advantages[m] - advantages[m].mean())
+        for m in members
+    )
 
 
 def _are_proportional(rewards: Tensor, advantages: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,24 +57,31 @@ class RolloutTable:
         return f"{self.path}, row {self.numbers[index]}"
 
 
-def read_table(path: str) -> RolloutTable:
-    """Read a rollout file; of a file with several values of `step`, the rows of the last one.
+def read_table(path: str, update: int | None = None) -> RolloutTable:
+    """Read a rollout file: the rows of one update, or of a file with several values of `step` those of the last one.
+
+    Trainers number the files and the column `step` by the update that the rows were used for, and a checkpoint by the
+    last update that is in it. What a checkpoint's policy generated next carries the number after the checkpoint's.
 
     Args:
-        path: a `.jsonl` file with one mapping per line, or a `.parquet` file.
+        path: a `.jsonl` file with one mapping per line, a `.parquet` file, or with `update` a folder of such files
+            whose names end in the number of the update, as TRL's `completions_00061.parquet`.
+        update: the number of the update whose rows are wanted; None where it is not known.
 
     Raises:
-        DataError: the file is not there, is of another kind, cannot be parsed (naming the line), or has no
-            rows.
+        DataError: the file is not there, is of another kind, cannot be parsed (naming the line), has no rows, or those
+            of other updates only.
     """
     file = Path(path).expanduser()
+    if file.is_dir() and update is not None:
+        file = _file_of(file, update)
     _check_file(file)
     rows = _read_jsonl(file) if file.suffix == ".jsonl" else _read_parquet(file)
     if not rows:
         raise DataError(f"{path}: expected rollouts, found a file without rows")
     columns = tuple(dict.fromkeys(name for row in rows for name in row))
     filled = tuple({name: row.get(name) for name in columns} for row in rows)
-    return _last_step(RolloutTable(str(path), filled, tuple(range(len(rows))), columns))
+    return _one_step(RolloutTable(str(file), filled, tuple(range(len(rows))), columns), update)
 
 
 def write_table(path: str | Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> Path:
@@ -148,24 +156,66 @@ def _read_parquet(file: Path) -> list[dict[str, Any]]:
         raise DataError(f"{file}: cannot read it as Parquet ({error})") from error
 
 
-def _last_step(table: RolloutTable) -> RolloutTable:
-    """The rows with the largest value of `step`."""
+def _number(file: Path) -> int | None:
+    """The number that a file's name ends in."""
+    digits = re.search(r"(\d+)$", file.stem)
+    return None if digits is None else int(digits.group(1))
+
+
+def _file_of(folder: Path, update: int) -> Path:
+    """The file of an update in a folder of numbered ones.
+
+    Raises:
+        DataError: there is none, or more than one.
+    """
+    numbered = {file: _number(file) for file in sorted(folder.iterdir()) if file.suffix in FORMATS}
+    found = [file for file, number in numbered.items() if number == update]
+    if len(found) == 1:
+        return found[0]
+    numbers = sorted({number for number in numbered.values() if number is not None})
+    there = f"those of {_span(numbers)}" if numbers else "no numbered .jsonl or .parquet file"
+    what = f"{len(found)} ({', '.join(file.name for file in found)})" if found else there
+    raise DataError(
+        f"{folder}: expected one file of update {update}, the next after the checkpoint's step {update - 1}, found "
+        f"{what}; trainers write one for every update with logging_steps: 1"
+    )
+
+
+def _span(numbers: Sequence[int]) -> str:
+    """Numbers of updates as a text."""
+    return ", ".join(map(str, numbers)) if len(numbers) <= 5 else f"{numbers[0]} to {numbers[-1]}"
+
+
+def _one_step(table: RolloutTable, update: int | None) -> RolloutTable:
+    """The rows of one value of `step`: `update`, or the largest where that is not known.
+
+    Raises:
+        DataError: there are no rows of `update`; the message names the file beside this one that is its.
+    """
     if "step" not in table.columns:
         return table
     steps = table.column("step")
     for index, step in enumerate(steps):
         if isinstance(step, bool) or not isinstance(step, int | float):
             raise DataError(f"{table.where(index)}: expected a number as step, found {step!r}")
-    last = max(steps)
-    kept = [index for index, step in enumerate(steps) if step == last]
+    wanted = max(steps) if update is None else update
+    kept = [index for index, step in enumerate(steps) if step == wanted]
+    if not kept:
+        beside = [
+            file
+            for file in sorted(Path(table.path).parent.iterdir())
+            if file.suffix in FORMATS and _number(file) == update
+        ]
+        remedy = f"give {beside[0]}" if beside else "give the file of that update"
+        raise DataError(
+            f"{table.path}: expected rows of update {update} (column step), the next after the checkpoint's step "
+            f"{wanted - 1}, found those of {_span(sorted(set(steps)))}; {remedy}, or leave the column out where it "
+            "counts something else"
+        )
     if len(kept) == len(steps):
         return table
     logger.info(
-        "%s holds %d steps: the %d rows of the last one, %s, are used",
-        table.path,
-        len(set(steps)),
-        len(kept),
-        last,
+        "%s holds %d steps: the %d rows of step %s are used", table.path, len(set(steps)), len(kept), wanted
     )
     numbers = tuple(table.numbers[index] for index in kept)
     return RolloutTable(table.path, tuple(table.rows[index] for index in kept), numbers, table.columns)
