@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from probe.callbacks.base import ProbeCallback
 from probe.errors import LogError
+from probe.text import printable
 
 if TYPE_CHECKING:
     from probe.module import EntropyProbe
@@ -295,11 +296,10 @@ def say(runner: ProbeRunner, text: str) -> None:
 
     What stdout cannot show (control characters, text beyond its encoding) is shown as escapes.
     """
-    escapes = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
-        print("".join(escapes).encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
-    except OSError as error:
+        print(printable(text).encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+    except (OSError, ValueError) as error:  # a full disk, a closed pipe; a stdout that a reward has closed
         runner.errors.append(LogError(f"cannot print to stdout: {error}; the log files have the results"))
 
 

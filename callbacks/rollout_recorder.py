@@ -13,9 +13,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from probe.errors import ConfigError
 from probe.files import ensure_writable
 from probe.live.ranks import rank_and_size
-from probe.live.report import error_text, say
+from probe.live.report import say
 from probe.rollouts.tables import write_table
 from probe.snapshot import isolated_rng
+from probe.text import error_text
 
 _IDS, _NUMBERS = pa.list_(pa.int64()), pa.list_(pa.float64())
 SCHEMA = pa.schema(

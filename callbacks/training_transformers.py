@@ -12,11 +12,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from probe.errors import ConfigError, DataError
 from probe.live.alarm import OnAlarm, check_on_alarm
 from probe.live.ranks import follow_first_rank
-from probe.live.report import PREFIX, error_text, say, tensorboard_layout
+from probe.live.report import PREFIX, say, tensorboard_layout
 from probe.live.settings import WatchSettings
 from probe.live.trainers import sampling_changes, trainer_prompts
 from probe.live.watcher import Watch, watch
 from probe.snapshot import isolated_rng
+from probe.text import error_text
 
 HOST_PREFIX = "train/"
 """What transformers' reporting callbacks put before names."""

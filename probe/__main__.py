@@ -1,7 +1,21 @@
-"""`python -m probe` is the command `entropy-probe`."""
+"""The command `entropy-probe`, also as `python -m probe`."""
+
+from __future__ import annotations
 
 import sys
 
-from probe.cli import main
+INTERRUPTED = 130
 
-sys.exit(main())
+
+def main() -> int:
+    """Run the command line; Ctrl-C while the libraries are still being imported ends it in one line, too."""
+    try:
+        from probe.cli import main as run  # takes seconds: torch, transformers and Lightning
+    except KeyboardInterrupt:
+        print("entropy-probe: error: interrupted while starting", file=sys.stderr)
+        return INTERRUPTED
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

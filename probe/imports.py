@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from types import ModuleType
 
 from probe.data.names import nearest
+from probe.text import error_text
 
 
 class UserImportError(Exception):
@@ -30,10 +31,10 @@ def import_module(name: str) -> ModuleType:
                 f"module {name!r} was not found; start in the folder that holds it, or put that folder on PYTHONPATH"
             ) from error
         raise UserImportError(f"module {name!r} needs a package that is missing: {error}") from error
-    except Exception as error:
-        raise UserImportError(
-            f"importing module {name!r} failed with {type(error).__name__}: {error}"
-        ) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # `sys.exit` in a module is a fault of the module, too
+        raise UserImportError(f"importing module {name!r} failed with {error_text(error)}") from error
 
 
 def why_no_class(path: str, base: type) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from probe.config import ProbeConfig
 from probe.errors import ConfigError
 from probe.imports import current_directory_importable, why_no_class
+from probe.limits import CONFIG_ALIASES, CONFIG_BYTES, CONFIG_DEPTH
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -138,10 +139,11 @@ def find_config_file(path: str | Path) -> Path:
     """The file at `path`, or the shipped configuration of that name.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: there is neither, or the file is not one that can be parsed safely.
     """
     file = Path(path).expanduser()
     if file.is_file():
+        _check_yaml(file)
         return file
     shipped = SHIPPED_CONFIGS / f"{file.name.removesuffix('.yaml')}.yaml"
     # Under `configs/` they lie in a clone of the repository; elsewhere that is how documentation names them.
@@ -151,6 +153,57 @@ def find_config_file(path: str | Path) -> Path:
     raise ConfigError(
         f"configuration: expected a YAML file, or one of the shipped configurations ({names}), found no {path}"
     )
+
+
+def _check_yaml(file: Path) -> None:
+    """Go through a YAML file event by event, before a parser builds anything from it.
+
+    Raises:
+        ConfigError: it cannot be read, is beyond the limits of `probe.limits`, or has a key twice, of which parsers
+            keep the last one without a word.
+    """
+    try:
+        if file.stat().st_size > CONFIG_BYTES:
+            raise ConfigError(
+                f"{file}: expected a YAML file of at most {CONFIG_BYTES} bytes, found {file.stat().st_size}"
+            )
+        text = file.read_text(encoding="utf-8")
+        _check_events(file, yaml.parse(text, Loader=yaml.SafeLoader))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{file}: expected a YAML file, found something that cannot be read: {_one_line(error)}"
+        ) from error
+
+
+def _check_events(file: Path, events: Iterable[yaml.Event]) -> None:
+    """See `_check_yaml`."""
+    aliases = 0
+    nested: list[set[str] | None] = []  # the keys of each mapping around, None for a list
+    at_key: list[bool] = []
+    for event in events:
+        inside = bool(nested) and nested[-1] is not None
+        starts = isinstance(event, yaml.CollectionStartEvent)
+        if isinstance(event, yaml.CollectionEndEvent):
+            nested.pop(), at_key.pop()
+        elif starts or isinstance(event, (yaml.ScalarEvent, yaml.AliasEvent)):
+            if inside and at_key[-1] and isinstance(event, yaml.ScalarEvent):
+                keys: set[str] = nested[-1]  # type: ignore[assignment]
+                if event.value in keys:
+                    line = event.start_mark.line + 1
+                    raise ConfigError(
+                        f"{file}, line {line}: expected every key once, found {event.value} again"
+                    )
+                keys.add(event.value)
+            if inside:
+                at_key[-1] = not at_key[-1]
+        if starts:
+            nested.append(set() if isinstance(event, yaml.MappingStartEvent) else None)
+            at_key.append(True)
+        aliases += isinstance(event, yaml.AliasEvent)
+        if len(nested) > CONFIG_DEPTH:
+            raise ConfigError(f"{file}: expected at most {CONFIG_DEPTH} levels of nesting, found more")
+        if aliases > CONFIG_ALIASES:
+            raise ConfigError(f"{file}: expected at most {CONFIG_ALIASES} uses of anchors, found more")
 
 
 def shipped_names() -> list[str]:

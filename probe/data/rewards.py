@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import islice
 from numbers import Real
 from typing import Any
 
@@ -18,6 +19,7 @@ from probe.data.batch import RolloutBatch
 from probe.data.names import nearest
 from probe.errors import DataError
 from probe.imports import UserImportError, import_module
+from probe.text import error_text, shown
 
 RewardFunction = Callable[..., Sequence[float | None]]
 """`fn(prompts=[...], completions=[...], **columns)`: one number for each completion, or None where the reward
@@ -135,16 +137,19 @@ def call_reward(
             f"reward {name}: expected a plain function, found a coroutine; wrap it in a function that runs it"
         )
     try:
-        values = list(reward(prompts=prompts, completions=completions, **_accepted(reward, columns)))
-    except DataError:
+        returned = reward(prompts=prompts, completions=completions, **_accepted(reward, columns))
+        values = list(islice(returned, len(completions) + 1))  # a generator need not end
+    except (DataError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # `sys.exit` in a reward is a fault of the reward, too
         raise DataError(
-            f"reward {name} failed with {type(error).__name__}: {error}; it was given prompts, completions "
+            f"reward {name} failed with {error_text(error)}; it was given prompts, completions "
             f"and the columns {', '.join(sorted(columns)) or 'none'}"
         ) from error
     if len(values) != len(completions):
-        raise DataError(f"reward {name}: expected {len(completions)} numbers, found {len(values)}")
+        more = "more" if len(values) > len(completions) else len(values)
+        found = len(returned) if isinstance(returned, Sized) else more
+        raise DataError(f"reward {name}: expected {len(completions)} numbers, found {found}")
     return [_to_number(value, name) for value in values]
 
 
@@ -278,11 +283,15 @@ def _to_number(value: Any, name: str) -> float | None:
         value = value.item()
     if not isinstance(value, Real):
         raise DataError(
-            f"reward {name}: expected a number or None, found {value!r} of type {type(value).__name__}"
+            f"reward {name}: expected a number or None, found {shown(value)} of type {type(value).__name__}"
         )
-    if not math.isfinite(value):
-        raise DataError(f"reward {name}: expected a finite number, found {float(value)}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise DataError(f"reward {name}: expected a finite number, found {number}")
+    return number
 
 
 def _name_of(reward: RewardFunction) -> str:

@@ -14,6 +14,7 @@ from probe.callbacks.console import with_error
 from probe.errors import ConfigError
 from probe.live.cost import Schedule
 from probe.live.forecast import Forecast
+from probe.text import error_text, printable
 from probe.verdict import WORDS
 
 logger = logging.getLogger("probe.live")
@@ -217,20 +218,9 @@ def say(line: str, *, warn: bool = False) -> None:
             print(f"entropy probe: {line} (logging failed: {error_text(error)})", file=sys.stderr, flush=True)
 
 
-def error_text(error: BaseException) -> str:
-    """Type and text of an error, also of one whose text raises.
-
-    >>> error_text(ValueError("too long"))
-    'ValueError: too long'
-    """
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:
-        return f"{type(error).__name__} (without a text: its __str__ raises)"
-
-
 def _log_line(line: str, warn: bool) -> None:
     """Hand a line to logging."""
+    line = printable(line)
     if not logger.hasHandlers():
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))

@@ -8,8 +8,9 @@ from typing import Any
 from probe.data.batch import PromptExample
 from probe.errors import DataError
 from probe.live.attach import few_of, prompt_examples
-from probe.live.report import error_text, say
+from probe.live.report import say
 from probe.live.words import in_own_words
+from probe.text import error_text
 
 IMAGES = ("image", "images")
 """Columns that TRL puts into prompts as pictures."""

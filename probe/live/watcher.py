@@ -45,7 +45,6 @@ from probe.live.report import (
     alarm_line,
     as_log,
     cost_line,
-    error_text,
     flat_values,
     outlook,
     probe_line,
@@ -56,6 +55,7 @@ from probe.live.settings import WatchSettings
 from probe.live.words import in_own_words
 from probe.rollouts.sampling import check_context, encode_prompts
 from probe.snapshot import isolated_rng
+from probe.text import error_text
 from probe.verdict import WORDS
 
 STATE_FORMAT = "entropy-probe/watch/1"
