@@ -189,7 +189,8 @@ def _check_events(file: Path, events: Iterable[yaml.Event]) -> None:
             if inside and at_key[-1] and isinstance(event, yaml.ScalarEvent):
                 keys: set[str] = nested[-1]  # type: ignore[assignment]
                 if event.value in keys:
-                    line = event.start_mark.line + 1
+                    mark: Any = event.start_mark
+                    line = mark.line + 1
                     raise ConfigError(
                         f"{file}, line {line}: expected every key once, found {event.value} again"
                     )
