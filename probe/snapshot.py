@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,18 +13,48 @@ from torch import Tensor, nn
 
 
 @contextmanager
+def _put_back_by(restore: Callable[[], object]) -> Iterator[None]:
+    """Call `restore` in the end, wherever an interrupt strikes on the way: what was cut off is done again.
+
+    Args:
+        restore: puts things back; doing it twice is doing it once.
+    """
+    done = False
+
+    def once() -> None:
+        nonlocal done
+        if not done:
+            restore()
+            done = True
+
+    # nested, so that an interrupt on the way into one `finally` is followed by the next
+    try:
+        try:
+            try:
+                yield
+            finally:
+                once()
+        finally:
+            once()
+    finally:
+        once()
+
+
+@contextmanager
 def isolated_rng() -> Iterator[None]:
     """Put the global random states of Python, NumPy, torch and CUDA back, whatever happens in between."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+    with _put_back_by(restore):
+        yield
 
 
 @contextmanager
@@ -35,13 +65,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     undoes (merging an adapter into its weight).
     """
     flags = {module: module.training for module in model.modules()}
-    try:
+
+    def restore() -> None:
+        for module, training in flags.items():
+            module.training = training
+
+    with _put_back_by(restore):
         for module in flags:
             module.training = False
         yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
 
 
 @contextmanager
@@ -119,13 +151,15 @@ def standing_in(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[Non
         for key, tensor in holder.items()
         if isinstance(tensor, Tensor) and id(tensor) in wanted
     ]
-    try:
+
+    def restore() -> None:
+        for holder, key, tensor in places:
+            holder[key] = tensor
+
+    with _put_back_by(restore):
         for holder, key, tensor in places:
             holder[key] = wanted[id(tensor)]
         yield
-    finally:
-        for holder, key, tensor in places:
-            holder[key] = tensor
 
 
 @contextmanager
@@ -135,11 +169,9 @@ def parameters_at(parameters: Mapping[str, nn.Parameter], values: Mapping[str, T
     if missing:
         raise ValueError(f"expected one value per parameter, found a difference in {missing[:10]}")
     old = {name: _copy(p, values[name].device) for name, p in parameters.items()}
-    try:
+    with _put_back_by(lambda: _assign(parameters, old)):
         _assign(parameters, values)
         yield
-    finally:
-        _assign(parameters, old)
 
 
 @contextmanager
@@ -160,9 +192,8 @@ def preserved(
     values = [(p, _copy(p, device), p.grad, _save(p.grad, device)) for p in everything.values()]
     groups = [_save({k: v for k, v in g.items() if k != "params"}, device) for g in optimizer.param_groups]
     state = {key: (entries, _save(entries, device)) for key, entries in optimizer.state.items()}
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for p, value, grad, saved_grad in values:
             _write(p, value)
             p.grad = grad if saved_grad is None else saved_grad.restore()
@@ -176,6 +207,9 @@ def preserved(
         for key, (entries, saved) in state.items():
             saved.restore()
             optimizer.state[key] = entries
+
+    with _put_back_by(restore):
+        yield
 
 
 class _Saved:

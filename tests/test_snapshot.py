@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -279,3 +281,58 @@ def test_standing_in_is_differentiated_in_every_mode():
     eps = 1e-3
     second = (total(here + eps * along) - 2 * total(here) + total(here - eps * along)) / eps**2
     torch.testing.assert_close(nested, second.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_an_interrupt_in_the_restoring_leaves_nothing_changed():
+    """Struck at every line of this module that runs while things are put back."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    parameters = dict(model.named_parameters())
+    zeros = {name: torch.zeros_like(p) for name, p in parameters.items()}
+
+    def facts() -> Any:
+        moments = [x.tolist() for state in optimizer.state.values() for x in state.values()]
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        tensors = [(id(p), p.tolist(), id(p.grad), p.grad.tolist()) for p in parameters.values()]
+        return tensors, moments, groups, model.training, torch.get_rng_state().tolist()
+
+    def struck_at(n: int) -> int:
+        lines, putting_back = 0, False
+
+        def tracer(frame: Any, event: str, arg: Any) -> Any:
+            nonlocal lines
+            if not frame.f_code.co_filename.endswith("snapshot.py"):
+                return None
+            if event == "line" and putting_back:
+                lines += 1
+                if lines == n:
+                    raise KeyboardInterrupt
+            return tracer
+
+        own = sys.gettrace()
+        sys.settrace(tracer)
+        try:
+            with (
+                preserved(parameters, optimizer),
+                isolated_rng(),
+                evaluation_mode(model),
+                parameters_at(parameters, zeros),
+            ):
+                torch.rand(1)
+                optimizer.step()
+                optimizer.zero_grad()
+                putting_back = True
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(own)
+        return lines
+
+    before = facts()
+    total = struck_at(0)
+    assert total > 50
+    for n in range(1, total + 1):
+        struck_at(n)
+        assert facts() == before, n
