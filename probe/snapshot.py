@@ -257,9 +257,8 @@ def _copy(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def _write(target: Tensor, value: Tensor) -> None:
-    """Copy `value` into `target`'s storage."""
-    with torch.no_grad():
-        target.copy_(value)
+    """Copy `value` into `target`'s storage; without switching gradients off, which an interrupt could leave off."""
+    target.detach().copy_(value)
 
 
 def _assign(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:

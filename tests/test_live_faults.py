@@ -183,7 +183,7 @@ def test_an_error_without_a_text_switches_the_probe_off(monkeypatch, caplog):
     loop.run(2)
     assert isinstance(watch.error, WordlessError)
     assert len(loop.losses) == 2
-    assert "WordlessError (without a text" in said(caplog)
+    assert "WordlessError: (without a text" in said(caplog)
 
 
 def test_a_log_whose_error_has_no_text(caplog):
