@@ -132,6 +132,9 @@ def standing_in(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[Non
     Raises:
         ValueError: a name is neither.
     """
+    if not values:  # most passes: there is no need to go through the module
+        yield
+        return
     own = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
@@ -140,14 +143,11 @@ def standing_in(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[Non
     if unknown:
         raise ValueError(f"expected values for parameters or buffers of the module, found {unknown[:10]}")
     wanted = {id(own[name]): value for name, value in values.items()}
+    # plain attributes too: some modules keep a tied weight as one
     places: list[tuple[dict[str, Any], str, Tensor]] = [
         (holder, key, tensor)
         for part in module.modules()
-        for holder in (
-            part._parameters,
-            part._buffers,
-            vars(part),
-        )  # some keep a tied weight as a plain attribute
+        for holder in (part._parameters, part._buffers, vars(part))
         for key, tensor in holder.items()
         if isinstance(tensor, Tensor) and id(tensor) in wanted
     ]

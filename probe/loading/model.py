@@ -359,9 +359,8 @@ def _attach_adapter(model: Any, folder: Path, device: torch.device) -> nn.Module
     if not trainable_parameters(policy):
         raise CheckpointError(f"adapter {folder}: expected trainable weights, found none")
     reference = folder / REFERENCE_ADAPTER
-    if (
-        reference / ADAPTER_CONFIG
-    ).is_file():  # training started from a trained adapter, and kept a copy of it
+    # training that started from a trained adapter keeps a copy of it
+    if (reference / ADAPTER_CONFIG).is_file():
         with _rewritten(f"adapter {reference}", remedy):
             policy.load_adapter(str(reference), REFERENCE_ADAPTER, is_trainable=False, **placed)
     return policy
