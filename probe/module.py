@@ -21,7 +21,14 @@ from probe.errors import ConfigError, DataError, LogError, NumericalError
 from probe.estimators.advantages import count_zero_advantage_groups, group_advantages
 from probe.estimators.control_variates import SMALLEST_SAMPLE, SMALLEST_TAUGHT, control_variates
 from probe.estimators.curvature import nested_curvature, symmetric_curvature
-from probe.estimators.derivative_check import derivative_check, forward_mode_check
+from probe.estimators.derivative_check import (
+    DerivativeMismatchError,
+    StepCheck,
+    derivative_check,
+    forward_mode_check,
+    step_check,
+    stopped_gradients,
+)
 from probe.estimators.entropy_gradient import EntropyGradient, entropy_gradient
 from probe.estimators.estimate import Estimate
 from probe.estimators.ground_truth import GroundTruth, resampled_change
@@ -315,10 +322,20 @@ class EntropyProbe(LightningModule):
         E, scores = _there(state.E, "E"), _there(state.E_scores, "E_scores")
         rework = self.config.probe_rework
         few = self._few(E)
-        if rework.derivative_check and rework.derivative_mode != "finite_difference":
-            check = derivative_check(self.policy, few)
-            state.diagnostics["derivative_check_error"] = check.relative_error
-        state.derivative = mode, reason = self._derivative_mode(few)
+        try:
+            if rework.derivative_check and rework.derivative_mode != "finite_difference":
+                check = derivative_check(self.policy, few)
+                state.diagnostics["derivative_check_error"] = check.relative_error
+            state.derivative = mode, reason = self._derivative_mode(few)
+        except DerivativeMismatchError as error:
+            # forward mode only agrees with a backward that is wrong where the model's own code stops gradients
+            if rework.derivative_mode != "auto" or not forward_mode_check(self.policy, few).usable:
+                raise
+            mode, reason = (
+                "finite_difference",
+                f"forward mode and backward agree, and both are wrong: {error}",
+            )
+            state.derivative = mode, reason
         logger.info("deltaH1 by %s: %s", mode, reason)
         if mode == "finite_difference" or (mode == "jvp" and not rework.update_spread):
             return None
@@ -416,6 +433,14 @@ class EntropyProbe(LightningModule):
             if mode != "reverse":
                 raise
             return self._without_errors(state, step, f"{reason}; no error bars: {error}")
+        checked: StepCheck | None = None
+        if mode == "jvp" and rework.derivative_check:
+            checked = step_check(self.policy, E, step, tangents)
+            if checked.contradicted and rework.derivative_mode == "auto":
+                mode, reason = state.derivative = "finite_difference", stopped_gradients(checked)
+                logger.warning("deltaH1 by %s: %s", mode, reason)
+                state.entropy_gradient = checked = None  # it takes the same for a constant
+                tangents, pair = self._tangents(state, step, mode, progress)
         by_name = {
             name: token_first_order(scores, tangents, E.group, name, rework.baseline)
             for name in get_args(Weighting)
@@ -433,6 +458,8 @@ class EntropyProbe(LightningModule):
             mode=mode,
             reason=reason,
             agreement=agreement,
+            step_difference=None if checked is None else checked.difference,
+            step_difference_error=None if checked is None else checked.error,
             difference_scale=None if pair is None else pair.scale,
             difference_error=None if pair is None else pair.error,
             sd_U=self._update_spread(state, mode, progress),

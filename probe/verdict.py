@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from probe.estimators.derivative_check import OWN_ERRORS
 from probe.estimators.estimate import NORMAL_975
 from probe.estimators.importance_weights import PARETO_K_LIMIT, pareto_k_limit
 
@@ -467,6 +468,35 @@ def _derivatives(facts: _Facts) -> Finding | None:
     )
 
 
+def _forwards(facts: _Facts) -> Finding | None:
+    """Derivatives that forwards along the step contradict or cannot confirm, or that are made of coarse differences."""
+    high = (DERIVATIVE_LIMITS_HALF if "half_precision" in facts.flags else DERIVATIVE_LIMITS)[1]
+    off, known = number(facts.found, "step_difference"), number(facts.found, "step_difference_error") or 0.0
+    if off is not None and off > high:
+        what = (
+            f"The derivatives along the step differ by {_percent(off)} from what differences of forwards give"
+        )
+        if off > OWN_ERRORS * known:
+            return Finding(
+                "invalid",
+                f"{what} (limit {_percent(high)}), which are known to {_percent(known)}: a layer takes a part of what "
+                "it computes as a constant; set probe_rework.derivative_mode: finite_difference.",
+            )
+        return Finding(
+            "caution",
+            f"{what}, which are themselves known to {_percent(known)} only, so that nothing confirms the derivatives "
+            f"(rounding, or experts that the router chooses anew); set {_more_digits(facts)}.",
+        )
+    coarse = number(facts.found, "difference_error")
+    if facts.found.get("derivative_mode") == "finite_difference" and coarse is not None and coarse > high:
+        return Finding(
+            "caution",
+            f"The derivatives are differences of forwards that are known to {_percent(coarse)} only (limit "
+            f"{_percent(high)}; rounding, or experts that the router chooses anew); set {_more_digits(facts)}.",
+        )
+    return None
+
+
 def _few_responses(facts: _Facts) -> Finding | None:
     """Too few responses for an interval that relies on many."""
     drawn, different = facts.size, number(facts.found, "distinct_responses")
@@ -582,6 +612,7 @@ _OVERALL: tuple[Callable[[_Facts], Finding | None], ...] = (
     _pareto_k,
     _effective_sample_size,
     _derivatives,
+    _forwards,
     _few_responses,
     _truncated,
 )

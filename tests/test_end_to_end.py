@@ -18,7 +18,16 @@ from probe.callbacks import PHASES, ProbeCallback
 from probe.errors import ConfigError, DataError, LogError, NumericalError, OptimizerStateError, RolloutError
 from probe.results import DIAGNOSTIC_KEYS, RESULT_KEYS
 from probe.rollouts.files import write_rollouts
-from tests.tiny_models import load_base, lora_checkpoint, save_base, trainer_checkpoint
+from tests.tiny_models import (
+    adamw,
+    add_lora,
+    load_base,
+    lora_checkpoint,
+    save_base,
+    save_checkpoint,
+    take_steps,
+    trainer_checkpoint,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -326,6 +335,32 @@ def test_full_model_written_by_the_trainer(config, tmp_path, base):
     assert results["diagnostics"]["derivative_check_error"] < 0.05
     with pytest.raises(ConfigError, match="expected 0 for a full model"):
         run(config, checkpoint={"checkpoint_path": str(folder)}, probe_rework={"kl_coef": 0.1})
+
+
+def test_a_norm_that_is_taken_as_constant(config, tmp_path, base):
+    """DoRA's derivatives by autograd are not those of its forward: forwards are believed, or asked for."""
+    model = add_lora(load_base(base), use_dora=True, lora_dropout=0.0)
+    optimizer = adamw(model)
+    take_steps(model, optimizer, 3)
+    folder = save_checkpoint(tmp_path / "dora", model, optimizer)
+    changes = {
+        "checkpoint": {"checkpoint_path": str(folder)},
+        "importance": {"is_mode": "snis"},
+        "probe_rework": {"weighting": "matched", "learning_rate": 1e-3},
+    }
+    results = run(config, **changes)
+    found = results["diagnostics"]
+    assert found["derivative_mode"] == "finite_difference"
+    assert results["verdict"] != "invalid"
+    for suffix in ("", "_tok"):
+        known = abs(results[f"deltaH2{suffix}"]) + 0.03 * abs(results[f"deltaH1{suffix}"])
+        assert abs(results[f"residual{suffix}"]) <= 4 * results[f"residual{suffix}_se"] + known
+    for mode in ("jvp", "reverse"):
+        changes["probe_rework"]["derivative_mode"] = mode
+        with pytest.raises(NumericalError, match="derivative_mode: finite_difference"):
+            run(config, **changes)
+    changes["probe_rework"] |= {"derivative_mode": "jvp", "derivative_check": False}
+    assert "step_difference" not in run(config, **changes)["diagnostics"]
 
 
 @pytest.mark.parametrize(
