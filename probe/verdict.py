@@ -360,6 +360,9 @@ def _residual(facts: _Facts, suffix: str) -> Finding | None:
         cause = f"of which deltaH2 = {second.value:.3g} leaves {left:.3g} unexplained"
     elif _curvature(facts, suffix) is not None:
         return None
+    elif second.interval is not None and abs(left) > MATERIAL * abs(residual.value):
+        low, high = second.interval
+        cause = f"which curvature may explain or not (deltaH2 is {low:.3g} to {high:.3g})"
     else:
         cause = f"which is curvature (deltaH2 = {second.value:.3g})"
     truth = facts.estimate("deltaH_true", suffix).value or 0.0

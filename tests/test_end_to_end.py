@@ -16,6 +16,7 @@ import yaml
 from probe import OfflineEntropyProbe, load_log
 from probe.callbacks import PHASES, ProbeCallback
 from probe.errors import ConfigError, DataError, LogError, NumericalError, OptimizerStateError, RolloutError
+from probe.loading import quiet_libraries
 from probe.results import DIAGNOSTIC_KEYS, RESULT_KEYS
 from probe.rollouts.files import write_rollouts
 from tests.tiny_models import (
@@ -26,8 +27,22 @@ from tests.tiny_models import (
     save_base,
     save_checkpoint,
     take_steps,
+    tiny_config,
     trainer_checkpoint,
 )
+
+SHARED_SHAPE = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -361,6 +376,27 @@ def test_a_norm_that_is_taken_as_constant(config, tmp_path, base):
             run(config, **changes)
     changes["probe_rework"] |= {"derivative_mode": "jvp", "derivative_check": False}
     assert "step_difference" not in run(config, **changes)["diagnostics"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_mixture_of_experts(config, tmp_path, dtype):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    shape = {k: v for k, v in tiny_config().to_dict().items() if k in SHARED_SHAPE}
+    with quiet_libraries(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts))
+        for p in model.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+    optimizer = adamw(model)
+    take_steps(model, optimizer, 2)
+    folder = save_checkpoint(tmp_path / "experts", model, optimizer)
+    results = run(config, checkpoint={"checkpoint_path": str(folder), "dtype": dtype})
+    found = results["diagnostics"]
+    assert found["derivative_mode"] == "jvp"
+    assert found["derivative_agreement"] < 1e-5
+    assert found["step_difference"] < 0.05
 
 
 @pytest.mark.parametrize(
