@@ -240,6 +240,22 @@ class ProbeReworkConfig:
     """Power of the response's ratio in `vespo` where the advantage is negative."""
     vespo_lambda_neg: float = 2.0
     """Rate of its exponential decay there."""
+    off_policy_mask_threshold: float | None = None
+    """Leave responses of negative advantage out of the policy gradient that the policy has since moved away from: where
+    the mean of sampled minus present log-prob is larger than this many nats; null leaves none out."""
+    vllm_importance_sampling_correction: bool = True
+    """Correct for the engine that sampled, where a rollout file gives its log-probs (`sampling_logprobs`)."""
+    vllm_importance_sampling_mode: Literal[
+        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = "sequence_mask"
+    """How: the ratio of each token or of the whole response, clamped to a range or 0 outside of it."""
+    vllm_importance_sampling_clip_min: float | None = None
+    """Lower end of that range; null is none."""
+    vllm_importance_sampling_clip_max: float | None = 3.0
+    """Upper end of that range; null is none."""
+    per_device_train_batch_size: int | None = None
+    """Rows of U per microbatch of a training that accumulates gradients: the token mean of `bnpo`, the entropy bonus
+    and the entropy quantile are worked out in each. null: all of U at once."""
     kl_coef: float = 0.0
     """Weight of the KL penalty to the reference policy (the base model without its adapter)."""
     use_bias_correction_kl: bool = True
@@ -299,6 +315,12 @@ class ProbeReworkConfig:
             "probe_rework.top_entropy_quantile",
             "a number in (0, 1]",
             self.top_entropy_quantile,
+        )
+        _require(
+            self.per_device_train_batch_size is None or self.per_device_train_batch_size >= 1,
+            "probe_rework.per_device_train_batch_size",
+            "an integer of at least 1, or null",
+            self.per_device_train_batch_size,
         )
         for key in ("sapo_temperature_pos", "sapo_temperature_neg"):
             _require(getattr(self, key) > 0, f"probe_rework.{key}", "a number above 0", getattr(self, key))

@@ -355,7 +355,7 @@ def _token_arrays(state: ProbeState, name: str) -> dict[str, Tensor]:
         found["loss_weight"] = state.update.loss_weights
     batch = state.E if name == "E" else state.U
     if batch is not None:
-        found["old_logprob"] = batch.old_logprobs
+        found |= {"old_logprob": batch.old_logprobs, "sampling_logprob": batch.sampling_logprobs}
     return {key: values for key, values in found.items() if values is not None}
 
 

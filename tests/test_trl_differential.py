@@ -53,6 +53,29 @@ class Recorder(GRPOTrainer):
         return optimizer
 
 
+class Sampled(Recorder):
+    """Its responses come from another engine, whose log-probs are a little off; of one token it gives none."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.use_vllm = True
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        self.use_vllm = False
+        completions, _ = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        self.use_vllm = True
+        noise = torch.Generator().manual_seed(len(self.updates))
+        given = []
+        for prompt, own in zip(prompt_ids, completions, strict=True):
+            ids = torch.tensor([[*prompt, *own]])
+            with torch.no_grad():
+                logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / self.temperature
+            found = logits.log_softmax(-1).gather(1, torch.tensor(own)[:, None])[:, 0]
+            given.append((found - 0.3 * torch.randn(found.shape, generator=noise)).clamp_max(0.0).tolist())
+        given[0][0] = None
+        return completions, given
+
+
 def policy_model(new_adapter=False):
     """A LoRA whose B is not 0, so that every adapter weight has a gradient; or the base model without."""
     torch.manual_seed(0)
@@ -87,7 +110,7 @@ def variety(completions, **_):
     return [float(sum(map(ord, c)) % 7) for c in completions]
 
 
-def train(folder, options, steps, new_adapter=False):
+def train(folder, options, steps, new_adapter=False, kind=Recorder):
     """A short run of TRL's trainer, from a trained adapter or with a new one."""
     torch.manual_seed(1)
     settings = {
@@ -109,7 +132,7 @@ def train(folder, options, steps, new_adapter=False):
     prompts = [{"prompt": text} for text in ("1+2=", "abc", "12", "what?")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = Recorder(
+        trainer = kind(
             model=policy_model(new_adapter),
             peft_config=ADAPTER if new_adapter else None,
             reward_funcs=variety,
@@ -136,6 +159,9 @@ def as_batch(windows):
             out[i, : len(row[key])] = row[key]
         return out
 
+    def optional(key):
+        return padded(key).double() if key in rows[0] else None
+
     mask = padded("completion_mask").bool()
     ids = padded("completion_ids")
     cut = torch.tensor([not bool((own[m] == 1).any()) for own, m in zip(ids, mask, strict=True)])
@@ -148,10 +174,10 @@ def as_batch(windows):
         truncated=cut,
         group=torch.arange(len(rows)),
         advantages=torch.stack([row["advantages"] for row in rows]).double(),
-        old_logprobs=padded("old_per_token_logps").double() if "old_per_token_logps" in rows[0] else None,
+        old_logprobs=optional("old_per_token_logps"),
+        sampling_logprobs=optional("sampling_per_token_logps"),
     )
-    reference = padded("ref_per_token_logps").double() if "ref_per_token_logps" in rows[0] else None
-    return batch, reference
+    return batch, optional("ref_per_token_logps")
 
 
 OFF_POLICY = {"num_iterations": 2}
@@ -174,6 +200,22 @@ CASES = {
         "loss_type": "grpo",
         "beta": 0.3,
     },
+    **{
+        f"accumulation, {loss}, high-entropy tokens, entropy bonus": {
+            "per_device_train_batch_size": ROWS // 2,
+            "gradient_accumulation_steps": 2,
+            "loss_type": loss,
+            "top_entropy_quantile": 0.5,
+            "entropy_coef": 0.3,
+        }
+        for loss in ("bnpo", "dapo", "grpo", "luspo")
+    },
+    "accumulation, dapo, off policy": {
+        "per_device_train_batch_size": ROWS // 2,
+        "gradient_accumulation_steps": 2,
+        **OFF_POLICY,
+    },
+    "off-policy responses left out": {"off_policy_mask_threshold": 1e-3, "learning_rate": 0.1, **OFF_POLICY},
     **{
         f"{loss}, off policy": {"loss_type": loss, **OFF_POLICY}
         for loss in ("grpo", "dr_grpo", "bnpo", "dapo", "sapo", "vespo", "luspo")
@@ -208,6 +250,32 @@ CASES = {
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_gradient(options, tmp_path):
     compare(train(tmp_path, options, steps=2))
+
+
+SAMPLER = {
+    **{
+        f"{mode}": {"vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_max": 1.1}
+        for mode in ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate")
+    },
+    "both ends": {
+        "vllm_importance_sampling_mode": "token_truncate",
+        "vllm_importance_sampling_clip_min": 0.9,
+        "vllm_importance_sampling_clip_max": 1.05,
+        "beta": 0.2,
+        **OFF_POLICY,
+    },
+    "vespo": {"loss_type": "vespo"},
+    "vespo, tokens": {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_truncate", **OFF_POLICY},
+    "not corrected": {"vllm_importance_sampling_correction": False},
+    "left out by the sampler's log-probs": {"off_policy_mask_threshold": 0.05},
+}
+
+
+@pytest.mark.parametrize("options", SAMPLER.values(), ids=SAMPLER)
+def test_gradient_of_responses_of_another_engine(options, tmp_path):
+    trainer = train(tmp_path, options, steps=2, kind=Sampled)
+    assert all("sampling_per_token_logps" in window for window in trainer.updates[0][0])
+    compare(trainer)
 
 
 def test_gradient_of_a_new_adapter_whose_reference_is_the_base_model(tmp_path):
