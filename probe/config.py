@@ -88,8 +88,10 @@ class BatchConfig:
     system_prompt: str | None = None
     """System message used with `use_chat_template`."""
     reward: str | list[str] | None = None
-    """Registered reward (`exact_number`, `tag_format`, `gsm8k`), or `module:function`; of a list, the sum. Default: the
-    named data set's own."""
+    """Registered reward (`exact_number`, `tag_format`, `gsm8k`), or `module:function`; of a list, the weighted sum.
+    Default: the named data set's own."""
+    reward_weights: list[float] | None = None
+    """Weights of a list of rewards; by default 1 each."""
     reward_columns: list[str] | None = None
     """Columns of a rollout file that add up to the reward; by default `reward`, else every column TRL logs as one."""
     E_rollouts: str | None = None
@@ -216,6 +218,9 @@ class ProbeReworkConfig:
     """Group advantages: normalised by the group's standard deviation (`grpo`), only centred (`dr_grpo`), or centred and
     normalised by the standard deviation of all rewards of U (`batch`); `auto` takes `dr_grpo` for that loss and `grpo`
     for the others."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Several rewards: add them up and normalise the sum, or normalise each by its group, add up, and normalise that by
+    all of U (GDPO; `advantage` does not apply)."""
     clip_range: float = 0.2
     """Lower PPO clip range of the ratio, used where a rollout file gives old log-probs."""
     clip_range_high: float | None = None

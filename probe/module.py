@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from probe.config import ProbeConfig
 from probe.data.batch import PromptExample, RolloutBatch
 from probe.data.prompts import default_reward, load_prompts
-from probe.data.rewards import RewardFunction, compute_rewards, resolve_reward
+from probe.data.rewards import RewardFunction, compute_rewards, resolve_rewards
 from probe.errors import ConfigError, DataError, LogError, NumericalError
-from probe.estimators.advantages import count_zero_advantage_groups, group_advantages
+from probe.estimators.advantages import combined_advantages, count_zero_advantage_groups, group_advantages
 from probe.estimators.control_variates import SMALLEST_SAMPLE, SMALLEST_TAUGHT, control_variates
 from probe.estimators.curvature import nested_curvature, symmetric_curvature
 from probe.estimators.derivative_check import (
@@ -135,7 +135,7 @@ class EntropyProbe(LightningModule):
                 "config or pass --checkpoint.checkpoint_path PATH"
             )
         if self.config.batch_config.U_rollouts is None:
-            self._reward()  # a misspelt reward should not cost the loading of a model
+            self._rewards()  # a misspelt reward should not cost the loading of a model
         self.make_demo()
         files = locate_checkpoint(self.checkpoint)
         self.files = replace(files, name=DEMO) if self.config.checkpoint.checkpoint_path == DEMO else files
@@ -241,9 +241,21 @@ class EntropyProbe(LightningModule):
             self.policy, self.tokenizer, prompts, self.config.generation, seed, group, progress
         )
 
-    def _reward(self) -> RewardFunction:
-        """The reward of the update batch."""
-        return resolve_reward(default_reward(self.config.batch_config))
+    def _rewards(self) -> tuple[RewardFunction, ...]:
+        """The rewards of the update batch.
+
+        Raises:
+            ConfigError: there are more or fewer weights.
+        """
+        rewards, weights = (
+            resolve_rewards(default_reward(self.config.batch_config)),
+            self.config.batch_config.reward_weights,
+        )
+        if weights is not None and len(weights) != len(rewards):
+            raise ConfigError(
+                f"batch_config.reward_weights: expected one for each of {len(rewards)} rewards, found {len(weights)}"
+            )
+        return rewards
 
     def _read(self, path: str) -> RolloutBatch:
         batch = self.config.batch_config
@@ -276,7 +288,16 @@ class EntropyProbe(LightningModule):
         else:
             repeated, group = _repeat(prompts, batch.G)
             U, state.seen["U"] = self._sample("U", repeated, group, progress("sample U"))
-            rewards = compute_rewards(self._reward(), U)
+            rework = self.config.probe_rework
+            found = compute_rewards(self._rewards(), U)
+            rewards, advantages = combined_advantages(
+                found,
+                batch.reward_weights,
+                U.group,
+                rework.advantage_kind,
+                rework.multi_objective_aggregation,
+            )
+            return replace(U, rewards=rewards, advantages=advantages)
         advantages = group_advantages(rewards, U.group, self.config.probe_rework.advantage_kind)
         return replace(U, rewards=rewards, advantages=advantages)
 

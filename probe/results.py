@@ -337,8 +337,9 @@ def _batch_statistics(state: ProbeState) -> dict[str, Any]:
     if state.E_scores is not None:
         statistics["E"]["entropy"] = describe(state.E_scores.sequence_entropy)
     if U.rewards is not None:
-        statistics["avg_reward"] = float(U.rewards.mean())
-        statistics["U"]["reward"] = describe(U.rewards)
+        given = U.rewards[~U.rewards.isnan()]  # those to which a reward applies
+        statistics["avg_reward"] = float(given.mean())
+        statistics["U"]["reward"] = describe(given)
     if U.advantages is not None:
         statistics["U"]["advantage"] = describe(U.advantages)
     return statistics

@@ -378,6 +378,24 @@ def test_a_norm_that_is_taken_as_constant(config, tmp_path, base):
     assert "step_difference" not in run(config, **changes)["diagnostics"]
 
 
+def some(prompts, completions, **columns):
+    """A reward that does not apply to every response."""
+    return [None if len(c) % 2 else float(len(c)) for c in completions]
+
+
+def test_several_rewards(config):
+    names = ["tests.test_end_to_end:digits", "tests.test_end_to_end:some"]
+    off = {"importance": {"enabled": False}, "probe_rework": {"curvature": "off"}}
+    one = run(config, batch_config={"reward": names[:1]}, **off)
+    both = run(config, batch_config={"reward": names, "reward_weights": [1.0, 0.0]}, **off)
+    assert numbers(both) == numbers(one)
+    other = run(config, batch_config={"reward": names[1:]}, **off)
+    assert math.isfinite(other["deltaH1"])
+    assert other["deltaH1"] != one["deltaH1"]
+    with pytest.raises(ConfigError, match="reward_weights: expected one for each of 2 rewards, found 1"):
+        run(config, batch_config={"reward": names, "reward_weights": [1.0]}, **off)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_mixture_of_experts(config, tmp_path, dtype):
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM

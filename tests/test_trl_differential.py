@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from probe.data.batch import RolloutBatch
-from probe.estimators.advantages import group_advantages
+from probe.estimators.advantages import combined_advantages, group_advantages
 from probe.estimators.losses import LOSS_OPTIONS, LossSettings
 from probe.estimators.update import loss_gradient
 from probe.scoring import Policy, score_tokens
@@ -110,7 +111,17 @@ def variety(completions, **_):
     return [float(sum(map(ord, c)) % 7) for c in completions]
 
 
-def train(folder, options, steps, new_adapter=False, kind=Recorder):
+def short(completions, **_):
+    """A reward that does not apply to every response."""
+    return [None if len(c) % 2 else float(len(c)) for c in completions]
+
+
+def unknown(completions, **_):
+    """A reward that applies to no response that begins with a letter after m."""
+    return [None if c[:1] > "m" else float(ord(c[0])) if c else 0.0 for c in completions]
+
+
+def train(folder, options, steps, new_adapter=False, kind=Recorder, rewards=variety):
     """A short run of TRL's trainer, from a trained adapter or with a new one."""
     torch.manual_seed(1)
     settings = {
@@ -135,7 +146,7 @@ def train(folder, options, steps, new_adapter=False, kind=Recorder):
         trainer = kind(
             model=policy_model(new_adapter),
             peft_config=ADAPTER if new_adapter else None,
-            reward_funcs=variety,
+            reward_funcs=rewards,
             args=GRPOConfig(output_dir=str(folder), **settings),
             train_dataset=Dataset.from_list(prompts),
             processing_class=char_tokenizer(),
@@ -329,3 +340,27 @@ def test_advantages(scale, kind, tmp_path):
     group = torch.tensor([sorted(set(batch.prompt_ids)).index(ids) for ids in batch.prompt_ids])
     found = group_advantages(rewards, group, kind)
     torch.testing.assert_close(found, batch.advantages, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 0.2, -0.5]])
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+@pytest.mark.parametrize("rewards", [[variety, short, unknown], [short], [short, unknown]], ids=len)
+def test_advantages_of_several_rewards_some_of_which_do_not_apply(aggregation, rewards, weights, tmp_path):
+    weights = None if weights is None else weights[: len(rewards)]
+    options = {
+        "multi_objective_aggregation": aggregation,
+        "reward_weights": weights,
+        "max_completion_length": 3,
+    }
+    trainer = train(tmp_path, options, 1, rewards=rewards)
+    batch, _ = as_batch(trainer.updates[0][0])
+    texts = [
+        trainer.processing_class.decode(ids[m], skip_special_tokens=True)
+        for ids, m in zip(batch.completion_ids, batch.mask, strict=True)
+    ]
+    found = torch.tensor(
+        [[math.nan if x is None else x for x in reward(texts)] for reward in rewards], dtype=torch.float64
+    ).T
+    group = torch.tensor([sorted(set(batch.prompt_ids)).index(ids) for ids in batch.prompt_ids])
+    _, advantages = combined_advantages(found, weights, group, "grpo", aggregation)
+    torch.testing.assert_close(advantages, batch.advantages, rtol=1e-4, atol=1e-5)

@@ -41,7 +41,7 @@ class RolloutBatch:
             padding and forced tokens excluded). Each row is a run of true followed by false.
         truncated: `(B,)` bool, true where the cap on tokens ended the response.
         group: `(B,)` int64, equal for responses of the same draw of a prompt (a GRPO group).
-        rewards: `(B,)` float64, or None.
+        rewards: `(B,)` float64, NaN where no reward applies, or None.
         advantages: `(B,)` float64, or None.
         old_logprobs: `(B, T)` float64 log-probs under the policy that sampled, for the PPO ratio, or None.
         sampling_logprobs: `(B, T)` float64, those that the engine which sampled gave, NaN where it gave none, or None.
