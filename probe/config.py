@@ -267,6 +267,9 @@ class ProbeReworkConfig:
     """Multiply the KL estimate by the ratio, as TRL does: its gradient is then that of the divergence."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus in the loss: a mean over tokens, whatever the loss."""
+    router_aux_loss_coef: float | None = None
+    """Weight of the load-balancing loss of a mixture of experts in the update; null takes the model's own, as TRL does
+    (most other trainers leave it out: 0)."""
     step: Literal["optimizer", "closed_form", "preconditioned"] = "optimizer"
     """The step that deltaH1 is for: the optimizer's real one, its closed form, or g / (sqrt(v_hat) + eps)."""
     learning_rate: float | None = None
@@ -329,6 +332,12 @@ class ProbeReworkConfig:
         )
         for key in ("sapo_temperature_pos", "sapo_temperature_neg"):
             _require(getattr(self, key) > 0, f"probe_rework.{key}", "a number above 0", getattr(self, key))
+        _require(
+            self.router_aux_loss_coef is None or self.router_aux_loss_coef >= 0,
+            "probe_rework.router_aux_loss_coef",
+            "a number of at least 0, or null",
+            self.router_aux_loss_coef,
+        )
         _require(self.kl_coef >= 0, "probe_rework.kl_coef", "a number of at least 0", self.kl_coef)
 
     @property

@@ -36,6 +36,7 @@ from probe.estimators.groups import index_groups, sum_per_group
 from probe.estimators.losses import LOSS_OPTIONS, TOKEN_MEANS, LossSettings
 from probe.estimators.noise_floor import rescored_noise_floor
 from probe.estimators.prediction import Prediction, first_order, from_tokens, norm, token_first_order
+from probe.estimators.router_loss import router_coefficient
 from probe.estimators.update import (
     ClosedFormStep,
     Update,
@@ -427,6 +428,7 @@ class EntropyProbe(LightningModule):
             clip_high=rework.clip_range if rework.clip_range_high is None else rework.clip_range_high,
             kl_coef=rework.kl_coef,
             entropy_coef=rework.entropy_coef,
+            router_aux_loss_coef=router_coefficient(self.policy.model, rework.router_aux_loss_coef),
             **{name: getattr(rework, name) for name in LOSS_OPTIONS},
         )
 

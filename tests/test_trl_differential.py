@@ -9,12 +9,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from probe.data.batch import RolloutBatch
+from probe.errors import ConfigError
 from probe.estimators.advantages import combined_advantages, group_advantages
 from probe.estimators.losses import LOSS_OPTIONS, LossSettings
+from probe.estimators.router_loss import router_coefficient
 from probe.estimators.update import loss_gradient
 from probe.scoring import Policy, score_tokens
 from probe.scoring.reference import as_reference
@@ -106,6 +108,33 @@ def policy_model(new_adapter=False):
     return model
 
 
+def experts():
+    """A mixture of experts."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=100,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        router_aux_loss_coef=0.1,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
 def variety(completions, **_):
     """A reward that differs between responses."""
     return [float(sum(map(ord, c)) % 7) for c in completions]
@@ -121,7 +150,7 @@ def unknown(completions, **_):
     return [None if c[:1] > "m" else float(ord(c[0])) if c else 0.0 for c in completions]
 
 
-def train(folder, options, steps, new_adapter=False, kind=Recorder, rewards=variety):
+def train(folder, options, steps, new_adapter=False, kind=Recorder, rewards=variety, model=None):
     """A short run of TRL's trainer, from a trained adapter or with a new one."""
     torch.manual_seed(1)
     settings = {
@@ -144,7 +173,7 @@ def train(folder, options, steps, new_adapter=False, kind=Recorder, rewards=vari
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = kind(
-            model=policy_model(new_adapter),
+            model=policy_model(new_adapter) if model is None else model,
             peft_config=ADAPTER if new_adapter else None,
             reward_funcs=rewards,
             args=GRPOConfig(output_dir=str(folder), **settings),
@@ -173,6 +202,9 @@ def as_batch(windows):
     def optional(key):
         return padded(key).double() if key in rows[0] else None
 
+    for row in rows:  # the trainer leaves out responses that were cut off, and keeps their tokens
+        if not bool(row["completion_mask"].any()):
+            row["completion_mask"] = torch.ones_like(row["completion_mask"])
     mask = padded("completion_mask").bool()
     ids = padded("completion_ids")
     cut = torch.tensor([not bool((own[m] == 1).any()) for own, m in zip(ids, mask, strict=True)])
@@ -289,11 +321,52 @@ def test_gradient_of_responses_of_another_engine(options, tmp_path):
     compare(trainer)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"router_aux_loss_coef": 0.0},
+        {"router_aux_loss_coef": 0.5, "loss_type": "grpo"},
+        {"per_device_train_batch_size": ROWS // 2, "gradient_accumulation_steps": 2},
+        {"mask_truncated_completions": True, "router_aux_loss_coef": 0.5},
+    ],
+    ids=str,
+)
+def test_gradient_of_a_mixture_of_experts(options, tmp_path):
+    """The whole model, whose own weight of the load-balancing loss is 0.1."""
+    trainer = train(tmp_path, options, steps=2, model=experts())
+    coefficient = router_coefficient(trainer.model, trainer.args.router_aux_loss_coef)
+    assert coefficient == options.get("router_aux_loss_coef", 0.1)
+    compare(trainer, coefficient)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"loss_type": "grpo"}, {"loss_type": "dr_grpo"}, {"beta": 0.3, "entropy_coef": 0.2}],
+    ids=str,
+)
+def test_gradient_without_the_responses_that_were_cut_off(options, tmp_path):
+    model = policy_model()
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight[1] *= 4  # EOS is likely
+    trainer = train(tmp_path, {"mask_truncated_completions": True, **options}, steps=2, model=model)
+    batches = [as_batch(windows)[0] for windows, *_ in trainer.updates]
+    assert any(0 < int(batch.truncated.sum()) < len(batch) for batch in batches)
+    compare(trainer)
+
+
+def test_a_model_without_experts_has_no_load_balancing_loss():
+    model = policy_model()
+    assert router_coefficient(model, None) == router_coefficient(model, 0.0) == 0.0
+    with pytest.raises(ConfigError, match="router_aux_loss_coef: expected 0 or null for Qwen2Config"):
+        router_coefficient(model, 0.1)
+
+
 def test_gradient_of_a_new_adapter_whose_reference_is_the_base_model(tmp_path):
     compare(train(tmp_path, {"beta": 0.3, "learning_rate": 0.1}, steps=3, new_adapter=True))
 
 
-def compare(trainer):
+def compare(trainer, router_coef=0.0):
     """The gradient of every update, against the probe's at the same parameters on the same tokens."""
     args = trainer.args
     settings = LossSettings(
@@ -303,6 +376,7 @@ def compare(trainer):
         clip_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
         kl_coef=args.beta,
         entropy_coef=args.entropy_coef,
+        router_aux_loss_coef=router_coef,
         **{name: getattr(args, name) for name in LOSS_OPTIONS},
     )
     model = trainer.model.eval()
@@ -319,7 +393,8 @@ def compare(trainer):
             with as_reference(model):
                 ours = score_tokens(policy, batch).logprob
             assert policy.parameters.keys() == expected.keys()
-            torch.testing.assert_close(ours[batch.mask], reference[batch.mask], rtol=0, atol=1e-5)
+            used = batch.mask & ~(batch.truncated & args.mask_truncated_completions).unsqueeze(1)
+            torch.testing.assert_close(ours[used], reference[used], rtol=0, atol=1e-5)
         found = loss_gradient(policy, batch, settings, reference).gradient
         size = sum(float(g.double().square().sum()) for g in expected.values()) ** 0.5
         error = sum(float((found[n] - g).double().square().sum()) for n, g in expected.items()) ** 0.5

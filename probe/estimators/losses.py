@@ -94,6 +94,8 @@ class LossSettings:
         vllm_importance_sampling_clip_min: likewise.
         vllm_importance_sampling_clip_max: likewise.
         per_device_train_batch_size: rows of a microbatch, in the order of the batch; None takes all at once.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts, see `router_loss`; it has no
+            part in the weights of tokens.
     """
 
     loss: Loss = "dapo"
@@ -119,6 +121,7 @@ class LossSettings:
     vllm_importance_sampling_clip_min: float | None = None
     vllm_importance_sampling_clip_max: float | None = 3.0
     per_device_train_batch_size: int | None = None
+    router_aux_loss_coef: float = 0.0
 
 
 def token_normaliser(loss: Loss, mask: Tensor, max_new_tokens: int) -> Tensor:

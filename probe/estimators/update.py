@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from probe.data.batch import RolloutBatch
 from probe.errors import NumericalError, OptimizerStateError
 from probe.estimators.losses import LossInputs, LossSettings, loss_weights, needs_scores
+from probe.estimators.router_loss import router_gradient
 from probe.scoring.passes import Policy, Progress, score_tokens, token_gradients
 from probe.scoring.scores import TokenScores
 from probe.snapshot import copied, preserved
@@ -30,6 +31,8 @@ class LossGradient:
         weights: `d loss / d l[i, t]`, `(B, T)` float64.
         entropy_weights: `d loss / d h[i, t]`, `(B, T)` float64.
         scores: scores of U at the current weights.
+
+    A load-balancing loss is in the gradient and not in the weights.
     """
 
     gradient: Mapping[str, Tensor]
@@ -134,6 +137,10 @@ def loss_gradient(
         return kept[i, t].unsqueeze(0), kept_entropy[i, t].unsqueeze(0)
 
     (gradient,), scores = token_gradients(policy, batch, token_weights, 1, progress)
+    if settings.router_aux_loss_coef:
+        cut, rows = settings.mask_truncated_completions, settings.per_device_train_batch_size
+        for name, of_router in router_gradient(policy, batch, cut, rows).items():
+            gradient[name] += settings.router_aux_loss_coef * of_router
     return LossGradient(gradient=gradient, weights=kept, entropy_weights=kept_entropy, scores=scores)
 
 
