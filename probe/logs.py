@@ -53,7 +53,7 @@ CORE_KEYS = (
         )
         for ending in endings
     ),
-    *("learning_rate", "B_E", "B_U", "G", "timing"),
+    *("learning_rate", "B_E", "B_U", "G", "settings", "timing"),
 )
 """The keys of the result that `minimal` and the summary have, where they are in the result."""
 CORE_DIAGNOSTICS = ("ESS", "pareto_k", "noise_floor", "noise_floor_tok", "bias_flags")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from probe.estimators.update import (
 from probe.estimators.update_spread import preconditioned, prompt_contributions, spread
 from probe.estimators.weighting import Weighting
 from probe.fit_memory import FitMemory, read_fit_memory, write_fit_memory
+from probe.from_checkpoint import SettingSources, changed_keys, fill_settings, log_sources
 from probe.loading import (
     CheckpointFiles,
     LoadedOptimizer,
@@ -90,17 +91,27 @@ class EntropyProbe(LightningModule):
 
     The methods leave parameters, optimizer and generators bitwise as they found them. `ProbeRunner` calls them in
     order; a notebook can call them one by one.
+
+    Attributes:
+        configured: the configuration as it was given.
+        given: the keys that it gives explicitly, as `section.key`.
+        config: the configuration that counts: `configured`, and what stands beside the checkpoint once it is loaded.
+        sources: where the settings of the update come from.
     """
 
-    def __init__(self, config: ProbeConfig, seed: int = 42) -> None:
+    def __init__(self, config: ProbeConfig, seed: int = 42, given: Collection[str] | None = None) -> None:
         """Nothing is loaded before `load`.
 
         Args:
             config: the sections of the configuration.
             seed: master seed of the batches, used where `probe_rework.master_seed` is null.
+            given: the keys that the configuration gives explicitly (`section.key`), which count before what stands
+                beside the checkpoint; by default those whose values are not the schema's defaults.
         """
         super().__init__()
-        self.config = config
+        self.configured = config
+        self.given = changed_keys(config) if given is None else frozenset(given)
+        self.config, self.sources = config, SettingSources("the checkpoint is not loaded")
         self.seed = seed if config.probe_rework.master_seed is None else config.probe_rework.master_seed
         self.checkpoint = config.checkpoint
         self.files: CheckpointFiles | None = None
@@ -117,7 +128,8 @@ class EntropyProbe(LightningModule):
 
         Raises:
             ConfigError: no checkpoint is named.
-            CheckpointError: the checkpoint is incomplete or unreadable.
+            CheckpointError: the checkpoint is incomplete or unreadable, or was trained with an option that the probe's
+                update does not have.
             OptimizerStateError: the optimizer's state does not belong to the model.
         """
         if self.model is not None:
@@ -132,6 +144,8 @@ class EntropyProbe(LightningModule):
         self.make_demo()
         files = locate_checkpoint(self.checkpoint)
         self.files = replace(files, name=DEMO) if self.config.checkpoint.checkpoint_path == DEMO else files
+        self._fill_settings()
+        log_sources(self.sources)
         self.tokenizer = load_tokenizer(self.checkpoint, self.files)
         self.prompts = self._draw_prompts()  # what is wrong with the data shows before the model is loaded
         model, _ = load_policy_model(self.checkpoint, self.files, device, self.tokenizer)
@@ -140,22 +154,30 @@ class EntropyProbe(LightningModule):
         )
         self.model = model
 
-    def reconfigure(self, config: ProbeConfig, seed: int) -> None:
+    def _fill_settings(self) -> None:
+        """Take what the checkpoint's training arguments say where the configuration does not."""
+        file = None if self.files is None else self.files.training_args_file
+        self.config, self.sources = fill_settings(self.configured, self.given, file)
+
+    def reconfigure(self, config: ProbeConfig, seed: int, given: Collection[str] | None = None) -> None:
         """Take another configuration over; a loaded policy stays where checkpoint and learning rate are the same.
 
         Args:
             config: the sections of the configuration.
             seed: as for the constructor.
+            given: the keys that it gives explicitly; by default as before.
         """
         same = (config.checkpoint, config.probe_rework.learning_rate) == (
-            self.config.checkpoint,
-            self.config.probe_rework.learning_rate,
+            self.configured.checkpoint,
+            self.configured.probe_rework.learning_rate,
         )
-        self.config = config
+        self.config = self.configured = config
+        self.given = self.given if given is None else frozenset(given)
         self.seed = seed if config.probe_rework.master_seed is None else config.probe_rework.master_seed
         if not same:
             self.checkpoint, self.files, self.model, self.optimizer = config.checkpoint, None, None, None
         elif self.model is not None:
+            self._fill_settings()
             self.prompts = self._draw_prompts()
 
     def make_demo(self) -> None:

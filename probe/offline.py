@@ -71,7 +71,7 @@ class OfflineEntropyProbe:
             given["checkpoint"] = {**(given.get("checkpoint") or {}), "checkpoint_path": str(checkpoint_path)}
             self._use(parse_config(given))
         if self._module is None:
-            self._module = EntropyProbe(self._resolved.probe, self._resolved.seed)
+            self._module = EntropyProbe(self._resolved.probe, self._resolved.seed, self._resolved.given)
         self.runner.resolved = self._resolved.mapping
         return dict(self.runner.run(self._module).values)
 
