@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from probe.config import ProbeConfig
 from probe.errors import CheckpointError, ConfigError, ProbeError
 from probe.estimators.losses import TOKEN_MEANS
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 INHERITED = ("max_grad_norm", "optim", "neftune_noise_alpha")
 """What counts in arguments of another trainer than GRPO's: its loss and its batches are not those of the probe."""
+SIZES_OF_AN_UPDATE = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations")
 KEYS = tuple(dict.fromkeys([*(read.key for read in READ.values()), PROMPTS_KEY, STOP_STRINGS.key]))
 """The keys of the configuration that a file can fill."""
 
@@ -54,6 +57,7 @@ class SettingSources:
         overruled: what the file says where the configuration says something else, which counts.
         flags: reasons why results may be biased, for `bias_flags`.
         unknown: options in the file that this version does not know.
+        routed: whether the training adds the load-balancing loss of a model with routed experts.
         filled: everything that the file has filled in.
     """
 
@@ -65,6 +69,7 @@ class SettingSources:
     flags: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
     filled: Mapping[str, Any] = field(default_factory=dict)
+    routed: bool = False
 
     def as_mapping(self) -> dict[str, Any]:
         """As plain types, for the result."""
@@ -141,6 +146,8 @@ def fill_settings(
         overruled={key: x for key, x in said.items() if key in given and x != _value(config, key)},
         flags=_flags(args, filled),
         unknown=_unknown(args),
+        # null: as large as the model's own configuration says
+        routed=args.is_grpo and "router_aux_loss_coef" in args.values and not _is_zero(args),
     )
     return filled, sources
 
@@ -175,7 +182,8 @@ def _said(args: TrainingArgs, config: ProbeConfig) -> tuple[dict[str, Any], dict
     if args.is_grpo and sampled:
         prompts = _prompts_per_update(args)
         if prompts is None:
-            problems[PROMPTS_KEY] = "expected sizes of batches that make up whole numbers, found others"
+            named = ", ".join(f"{name} = {args.values.get(name)!r:.60}" for name in SIZES_OF_AN_UPDATE)
+            problems[PROMPTS_KEY] = f"expected positive integers as sizes of batches, found {named}"
         else:
             said[PROMPTS_KEY] = prompts
     return said, problems
@@ -226,8 +234,7 @@ def _size(args: TrainingArgs, name: str) -> int | None:
 
 def _prompts_per_update(args: TrainingArgs) -> int | None:
     """Prompts per optimizer step, None where the sizes do not say."""
-    per_device, group = _size(args, "per_device_train_batch_size"), _size(args, "num_generations")
-    accumulated = _size(args, "gradient_accumulation_steps")
+    per_device, accumulated, group = (_size(args, name) for name in SIZES_OF_AN_UPDATE)
     if per_device is None or group is None or accumulated is None:
         return None
     return max(round(per_device * accumulated * _processes(args) / group), 1)
@@ -340,6 +347,18 @@ def _flags(args: TrainingArgs, config: ProbeConfig) -> tuple[str, ...]:
     return tuple(flags)
 
 
+def _is_zero(args: TrainingArgs) -> bool:
+    return args.values["router_aux_loss_coef"] == 0
+
+
+def adds_router_loss(model: nn.Module) -> bool:
+    """Whether TRL adds a load-balancing loss to this model's where the training's options do not say how much."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0)
+    return hasattr(config, "output_router_logits") and coefficient not in (None, 0)
+
+
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
@@ -354,8 +373,9 @@ def _unknown(args: TrainingArgs) -> tuple[str, ...]:
 
 def log_sources(sources: SettingSources) -> None:
     """Say what was read from a checkpoint's training arguments, and what of it does not count."""
-    read = ", ".join(f"{key} {value}" for key, value in sources.checkpoint.items())
-    logger.info("settings of the update: %s: %s", sources.note, read or "none read")
+    if sources.checkpoint:
+        read = ", ".join(f"{key} {value}" for key, value in sources.checkpoint.items())
+        logger.info("settings of the update from %s: %s", sources.note, read)
     for key, value in sources.overruled.items():
         own = sources.configuration.get(key)
         logger.info("%s: %s in the configuration counts, the checkpoint was trained with %s", key, own, value)

@@ -17,7 +17,7 @@ from probe.config import ProbeConfig
 from probe.data.batch import PromptExample, RolloutBatch
 from probe.data.prompts import default_reward, load_prompts
 from probe.data.rewards import RewardFunction, compute_rewards, resolve_reward
-from probe.errors import ConfigError, DataError, LogError, NumericalError
+from probe.errors import CheckpointError, ConfigError, DataError, LogError, NumericalError
 from probe.estimators.advantages import count_zero_advantage_groups, group_advantages
 from probe.estimators.control_variates import SMALLEST_SAMPLE, SMALLEST_TAUGHT, control_variates
 from probe.estimators.curvature import nested_curvature, symmetric_curvature
@@ -56,7 +56,7 @@ from probe.rollouts.sampling import SampledTokens, check_sampling, sample_rollou
 from probe.scoring.features import FeatureBasis, feature_basis
 from probe.scoring.microbatch import first_microbatch
 from probe.scoring.passes import Policy, Progress, score_tokens
-from probe.scoring.reference import as_reference
+from probe.scoring.reference import as_reference, no_reference
 from probe.scoring.scores import TokenScores, TokenTangents
 from probe.scoring.tangents import (
     DifferencePair,
@@ -146,6 +146,7 @@ class EntropyProbe(LightningModule):
         self.files = replace(files, name=DEMO) if self.config.checkpoint.checkpoint_path == DEMO else files
         self._fill_settings()
         log_sources(self.sources)
+        self._check_reference()
         self.tokenizer = load_tokenizer(self.checkpoint, self.files)
         self.prompts = self._draw_prompts()  # what is wrong with the data shows before the model is loaded
         model, _ = load_policy_model(self.checkpoint, self.files, device, self.tokenizer)
@@ -158,6 +159,19 @@ class EntropyProbe(LightningModule):
         """Take what the checkpoint's training arguments say where the configuration does not."""
         file = None if self.files is None else self.files.training_args_file
         self.config, self.sources = fill_settings(self.configured, self.given, file)
+
+    def _check_reference(self) -> None:
+        """Refuse a KL penalty without a reference policy before anything is loaded.
+
+        Raises:
+            CheckpointError: the checkpoint was trained with one.
+            ConfigError: the configuration asks for one.
+        """
+        if self.files is None or self.files.kind != "full" or self.config.probe_rework.kl_coef == 0:
+            return
+        if "probe_rework.kl_coef" in self.sources.filled:
+            raise CheckpointError(f"{self.files.training_args_file}: {no_reference()}")
+        raise no_reference()
 
     def reconfigure(self, config: ProbeConfig, seed: int, given: Collection[str] | None = None) -> None:
         """Take another configuration over; a loaded policy stays where checkpoint and learning rate are the same.

@@ -22,7 +22,8 @@ class OfflineEntropyProbe:
         >>> results["deltaH1"], results["deltaH_true"]  # doctest: +SKIP
 
     Attributes:
-        config: the resolved configuration, as a mapping of its own (`trainer` and `seed_everything` included).
+        config: the resolved configuration, as a mapping of its own (`trainer` and `seed_everything` included); what a
+            checkpoint fills in (`probe_rework.from_checkpoint`) is in `result.config`.
         runner: devices, loggers and the state of the last run.
     """
 

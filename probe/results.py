@@ -11,6 +11,7 @@ from torch import Tensor
 from probe.estimators.curvature import eta_10
 from probe.estimators.estimate import Estimate, error_method
 from probe.estimators.prediction import norm
+from probe.from_checkpoint import adds_router_loss
 from probe.verdict import verdict
 
 if TYPE_CHECKING:
@@ -269,6 +270,8 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
             flags.append("preconditioned_step")
     if state.update is not None and not bool(state.update.loss_weights.any()):
         flags.append("no_reward_signal")
+    if module.sources.routed and adds_router_loss(module.policy.model):
+        flags.append("router_loss")
     if module.policy.half_precision:
         flags.append("half_precision")
     if state.shared:

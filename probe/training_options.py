@@ -240,8 +240,9 @@ IRRELEVANT: dict[str, tuple[str, ...]] = {
         "activation_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode",
         "use_liger_kernel", "liger_kernel_config", "use_cache", "torch_empty_cache_steps", "use_cpu",
         "cast_lm_head_to_fp32", "pad_to_multiple_of", "cache_implementation", "model_init_kwargs",
-        "trust_remote_code", "disable_dropout",
+        "trust_remote_code",
     ),
+    "the probe's passes are without dropout": ("disable_dropout",),
     "how processes share the work": (
         "average_tokens_across_devices", "accelerator_config", "parallelism_config", "deepspeed", "fsdp", "fsdp_config",
         "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",

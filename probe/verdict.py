@@ -571,6 +571,11 @@ _FLAGS: dict[str, Finding] = {
         "The training averages parts of its loss over the tokens of each microbatch, the probe over all of U: the "
         "gradients differ as far as the microbatches do.",
     ),
+    "router_loss": Finding(
+        "caution",
+        "The training adds a load-balancing loss of the model's routed experts (router_aux_loss_coef), the probe does "
+        "not: the update is another one as far as that loss has a gradient.",
+    ),
     "reward_weights": Finding(
         "caution",
         "The training weights its rewards (reward_weights), the probe adds them up: give batch_config.reward a "

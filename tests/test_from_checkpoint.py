@@ -14,14 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainingArguments
+import yaml
+from accelerate.parallelism_config import ParallelismConfig
+from datasets import Dataset
+from transformers import BitsAndBytesConfig, Qwen2Config, Qwen3MoeConfig, TrainingArguments
 
-from probe import OfflineEntropyProbe
+from probe import OfflineEntropyProbe, load_log
 from probe.callbacks.console import report
 from probe.cli import main
 from probe.config import CheckpointConfig, ProbeConfig
 from probe.errors import CheckpointError, ConfigError
-from probe.from_checkpoint import KEYS, changed_keys, fill_settings
+from probe.from_checkpoint import KEYS, adds_router_loss, changed_keys, fill_settings
 from probe.loading import locate_checkpoint, quiet_libraries
 from probe.loading.training_args import read_training_args
 from probe.parsing import SECTIONS, parse_config
@@ -39,7 +42,16 @@ from probe.training_options import (
     is_one_of,
     known_options,
 )
-from tests.tiny_models import lora_checkpoint, save_base
+from tests.helpers import char_tokenizer
+from tests.tiny_models import (
+    adamw,
+    add_lora,
+    load_base,
+    lora_checkpoint,
+    save_base,
+    save_checkpoint,
+    take_steps,
+)
 
 with quiet_libraries():
     from trl import GRPOConfig, SFTConfig
@@ -47,9 +59,12 @@ with quiet_libraries():
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 
+CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
+
+
 def grpo_args(**options):
     with quiet_libraries():
-        return GRPOConfig(output_dir="output", use_cpu=True, bf16=False, report_to="none", **options)
+        return GRPOConfig(**{"output_dir": "output", **CPU, **options})
 
 
 def saved(folder, args, name="training_args.bin"):
@@ -233,7 +248,7 @@ def test_options_of_other_versions_are_named(tmp_path):
 @pytest.mark.parametrize("make", [TrainingArguments, SFTConfig])
 def test_of_other_trainers_only_what_is_common_is_read(tmp_path, make):
     with quiet_libraries():
-        args = make(output_dir="o", use_cpu=True, bf16=False, report_to="none", max_grad_norm=0.3)
+        args = make(output_dir="o", max_grad_norm=0.3, **CPU)
     found, sources = filled(saved(tmp_path, args))
     assert sources.checkpoint == {"probe_rework.max_grad_norm": 0.3}
     assert found.probe_rework == replace(ProbeConfig().probe_rework, max_grad_norm=0.3)
@@ -254,6 +269,29 @@ def test_nothing_that_the_file_names_is_imported(tmp_path):
         "assert 'trl' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code, str(file)], check=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_init_kwargs": {"dtype": torch.bfloat16}},
+        {"model_init_kwargs": {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}},
+        {"output_dir": Path("output")},
+        {"parallelism_config": ParallelismConfig()},
+        {"fsdp": "full_shard", "fsdp_config": {"min_num_params": 1}},
+        {"debug": "underflow_overflow"},
+        {"accelerator_config": {"split_batches": True}},
+        {
+            "eval_strategy": "steps",
+            "eval_steps": 5,
+            "lr_scheduler_type": "cosine",
+            "hub_strategy": "checkpoint",
+        },
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_whatever_else_stands_in_a_real_file(tmp_path, options):
+    assert filled(saved(tmp_path, grpo_args(**options)))[1].unknown == ()
 
 
 def test_enums_by_their_name(tmp_path):
@@ -566,6 +604,53 @@ def test_a_run_makes_the_update_of_the_training(config, tmp_path, capsys):
     assert OfflineEntropyProbe(by_hand).run_mixed_probe()["deltaH1"] == results["deltaH1"]
 
 
+def test_a_hostile_file_is_one_line_on_the_command_line(config, tmp_path, capsys):
+    args = grpo_args()
+    args.run_name = Hostile(tmp_path / "ran")
+    saved(tmp_path / "run" / "checkpoint-60", args)
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
+    assert main(["run", "--config", "my.yaml"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("entropy-probe: error: ")
+    assert "system, which is not among" in lines[0]
+    assert not (tmp_path / "ran").exists()
+    off = ("--probe_rework.from_checkpoint", "off", "--batch_config.B_U=2", "--generation.max_new_tokens=6")
+    assert main(["run", "--config", "my.yaml", *off]) == 0
+
+
+def test_a_penalty_without_a_reference_is_said_before_loading(config, base, tmp_path):
+    model = load_base(base)
+    optimizer = adamw(model)
+    take_steps(model, optimizer)
+    folder = save_checkpoint(tmp_path / "full" / "checkpoint-3", model, optimizer, layout="flat")
+    saved(folder, grpo_args(beta=0.1, **SMALL))
+    config["checkpoint"] = {"checkpoint_path": str(folder)}
+    with pytest.raises(
+        CheckpointError, match=r"training_args.bin: probe_rework.kl_coef: expected 0 for a full"
+    ):
+        OfflineEntropyProbe(config).run_mixed_probe()
+    config["probe_rework"]["kl_coef"] = 0.0
+    results = OfflineEntropyProbe(config).run_mixed_probe()
+    assert results["settings"]["overruled"] == {"probe_rework.kl_coef": 0.1}
+    config["probe_rework"]["kl_coef"] = 0.2
+    with pytest.raises(ConfigError, match=r"^probe_rework.kl_coef: expected 0 for a full model"):
+        OfflineEntropyProbe(config).run_mixed_probe()
+
+
+def test_routed_experts_have_a_loss_of_their_own(tmp_path):
+    assert filled(saved(tmp_path, grpo_args()))[1].routed
+    assert not filled(saved(tmp_path, grpo_args(router_aux_loss_coef=0.0)))[1].routed
+    assert not filled(None)[1].routed
+    model = torch.nn.Module()
+    model.config = Qwen3MoeConfig()
+    assert adds_router_loss(model)
+    model.config = Qwen3MoeConfig(router_aux_loss_coef=0.0)
+    assert not adds_router_loss(model)
+    model.config = Qwen2Config()
+    assert not adds_router_loss(model)
+
+
 def test_the_folder_around_a_checkpoint(config, tmp_path):
     around = saved(tmp_path / "run", grpo_args(beta=0.1))
     own = CheckpointConfig(checkpoint_path=config["checkpoint"]["checkpoint_path"])
@@ -581,6 +666,27 @@ def test_the_folder_around_a_checkpoint(config, tmp_path):
     (tmp_path / "run" / "final" / "training_args.bin").unlink()
     other = CheckpointConfig(checkpoint_path=str(tmp_path / "run" / "final"))
     assert locate_checkpoint(other).training_args_file is None
+
+
+@pytest.mark.parametrize("level", ["minimal", "detailed"])
+def test_the_logs_have_the_sources(config, tmp_path, level):
+    saved(tmp_path / "run" / "checkpoint-60", grpo_args(beta=0.1, **SMALL))
+    config["detailed_logging"] = {
+        "enabled": True,
+        "level": level,
+        "output_directory": "logs",
+        "compress": False,
+    }
+    results = OfflineEntropyProbe(config).run_mixed_probe()
+    (summary,) = (tmp_path / "logs").glob("*/*_summary.json")
+    (written,) = (tmp_path / "logs").glob("*/*_config.yaml")
+    (main_log,) = (tmp_path / "logs").glob("*/*60.json")
+    named = {key: value for key, value in results["settings"].items() if key != "default"}
+    assert load_log(summary)["results"]["settings"] == named
+    assert load_log(main_log)["results"]["settings"]["checkpoint"]["probe_rework.kl_coef"] == 0.1
+    assert yaml.safe_load(written.read_text())["probe_rework"]["kl_coef"] == 0.1
+    if level == "minimal":
+        assert main_log.stat().st_size < 4_000
 
 
 def test_the_report_says_where_settings_come_from(config, tmp_path):
@@ -662,18 +768,13 @@ def test_what_is_given_belongs_to_a_sweep(config, tmp_path):
 
 def test_a_checkpoint_of_trls_own_trainer(config, base, tmp_path):
     """The probe's settings of a checkpoint as `GRPOTrainer` writes it, at once and after the training."""
-    from datasets import Dataset
-
-    from tests.helpers import char_tokenizer
-    from tests.tiny_models import add_lora, load_base
-
     with quiet_libraries():
         from trl import GRPOTrainer
 
         args = grpo_args(
-            **SMALL, max_steps=1, save_steps=1, optim="adamw_torch", gradient_checkpointing=False, beta=0.02
-        )
-        args.output_dir = str(tmp_path / "trl")
+            output_dir=str(tmp_path / "trl"), beta=0.02, max_steps=1, save_steps=1, optim="adamw_torch",
+            gradient_checkpointing=False, **SMALL,
+        )  # fmt: skip
         trainer = GRPOTrainer(
             model=add_lora(load_base(base)),
             reward_funcs=digits,

@@ -18,9 +18,15 @@ import torch
 from probe.errors import CheckpointError
 from probe.limits import TRAINING_ARGS_BYTES
 
-GRPO = "trl.trainer.grpo_config.GRPOConfig"
+GRPO = (
+    "trl.trainer.grpo_config.GRPOConfig",
+    "open_r1.configs.GRPOConfig",
+    "UnslothGRPOTrainer.UnslothGRPOConfig",
+    "unsloth_compiled_cache.UnslothGRPOTrainer.UnslothGRPOConfig",
+)
+"""TRL's arguments of GRPO, and classes derived from them that leave the loss as it is."""
 ARGUMENTS = (
-    GRPO,
+    *GRPO,
     "transformers.training_args.TrainingArguments",
     "transformers.training_args_seq2seq.Seq2SeqTrainingArguments",
     *(
@@ -28,6 +34,20 @@ ARGUMENTS = (
         for name in ("SFT", "DPO", "KTO", "RLOO", "Reward", "PPO", "CPO", "ORPO", "GKD", "Distillation")
     ),
     "trl.trainer.online_dpo_config.OnlineDPOConfig",
+    *(
+        f"trl.experimental.{name}.{name}_config.{kind}Config"
+        for name, kind in (
+            *(
+                ("gmpo", "GMPO"),
+                ("a2po", "A2PO"),
+                ("async_grpo", "AsyncGRPO"),
+                ("cpo", "CPO"),
+                ("orpo", "ORPO"),
+            ),
+            *(("gkd", "GKD"), ("gold", "GOLD"), ("kto", "KTO"), ("online_dpo", "OnlineDPO"), ("tpo", "TPO")),
+            *(("sdft", "SDFT"), ("sdpo", "SDPO"), ("iw_opd", "IWOPD"), ("distillation", "Distillation")),
+        )
+    ),
 )
 """The classes whose objects are written whole."""
 PARTS = (
@@ -42,6 +62,7 @@ PARTS = (
     "transformers.trainer_pt_utils.AcceleratorConfig",
     "transformers.integrations.deepspeed.HfTrainerDeepSpeedConfig",
     "transformers.integrations.deepspeed.HfDeepSpeedConfig",
+    "transformers.generation.configuration_utils.GenerationConfig",
     "transformers.utils.quantization_config.BitsAndBytesConfig",
     "transformers.utils.quantization_config.QuantizationMethod",
     "accelerate.state.PartialState",
@@ -141,7 +162,7 @@ def read_training_args(file: Path) -> TrainingArgs:
     return TrainingArgs(
         file=file,
         kind=name.rsplit(".", 1)[1],
-        is_grpo=name == GRPO,
+        is_grpo=name in GRPO,
         values=values,
         processes=processes if type(processes) is int and processes >= 1 else None,
     )
