@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 INHERITED = ("max_grad_norm", "optim", "neftune_noise_alpha")
 """What counts in arguments of another trainer than GRPO's: its loss and its batches are not those of the probe."""
+ADVANTAGE = READ["scale_rewards"].key
 SIZES_OF_AN_UPDATE = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations")
 KEYS = tuple(dict.fromkeys([*(read.key for read in READ.values()), PROMPTS_KEY, STOP_STRINGS.key]))
 """The keys of the configuration that a file can fill."""
@@ -57,6 +58,9 @@ class SettingSources:
         overruled: what the file says where the configuration says something else, which counts.
         flags: reasons why results may be biased, for `bias_flags`.
         unknown: options in the file that this version does not know.
+        advantage: what the file says of advantages where U comes from a file, whose own count first: `auto` stays until
+            that file turns out to have rewards alone, see `from_rewards`.
+        reward_flags: those of rewards in that case.
         routed: whether the training adds the load-balancing loss of a model with routed experts.
         filled: everything that the file has filled in.
     """
@@ -69,7 +73,25 @@ class SettingSources:
     flags: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
     filled: Mapping[str, Any] = field(default_factory=dict)
+    advantage: str | None = None
+    reward_flags: tuple[str, ...] = ()
     routed: bool = False
+
+    def from_rewards(self, config: ProbeConfig) -> tuple[ProbeConfig, SettingSources]:
+        """Configuration and sources where the file that U comes from has rewards, and no advantages."""
+        flags = tuple(dict.fromkeys((*self.flags, *self.reward_flags)))
+        if self.advantage is None:
+            return config, replace(self, flags=flags)
+        found = {ADVANTAGE: self.advantage}
+        sources = replace(
+            self,
+            checkpoint={**self.checkpoint, **found},
+            default={key: value for key, value in self.default.items() if key != ADVANTAGE},
+            filled={**self.filled, **found},
+            flags=flags,
+        )
+        rework: Any = replace(config.probe_rework, advantage=self.advantage)  # type: ignore[arg-type]
+        return replace(config, probe_rework=rework), sources
 
     def as_mapping(self) -> dict[str, Any]:
         """As plain types, for the result."""
@@ -133,6 +155,8 @@ def fill_settings(
     args = read_training_args(file)
     said, problems = _said(args, config)
     values = {key: value for key, value in said.items() if key not in given}
+    from_file = config.batch_config.U_rollouts is not None
+    advantage = values.pop(ADVANTAGE, None) if from_file else None
     for key, problem in problems.items():
         if key not in given:
             raise CheckpointError(f"{file}: {problem}; give {key} in the configuration, or {SWITCH_OFF}")
@@ -144,7 +168,9 @@ def fill_settings(
     sources = replace(
         _sources(filled, given, values, note),
         overruled={key: x for key, x in said.items() if key in given and x != _value(config, key)},
-        flags=_flags(args, filled),
+        flags=(*_flags(args, filled), *(() if from_file else _reward_flags(args))),
+        advantage=advantage,
+        reward_flags=_reward_flags(args) if from_file else (),
         unknown=_unknown(args),
         # null: as large as the model's own configuration says
         routed=args.is_grpo and "router_aux_loss_coef" in args.values and not _is_zero(args),
@@ -339,12 +365,20 @@ def _flags(args: TrainingArgs, config: ProbeConfig) -> tuple[str, ...]:
     own_means = rework.loss == "bnpo" or rework.entropy_coef != 0 or rework.top_entropy_quantile < 1
     if (own_means and parts > 1) or (rework.loss in TOKEN_MEANS and per_generation < accumulated):
         flags.append("means_of_microbatches")
-    weights = args.values.get("reward_weights")
-    if sampled and weights is not None and not all(weight == 1 for weight in _listed(weights)):
-        flags.append("reward_weights")
     if not sampled and args.values.get("off_policy_mask_threshold") is not None:
         flags.append("off_policy_mask")
     return tuple(flags)
+
+
+def _reward_flags(args: TrainingArgs) -> tuple[str, ...]:
+    """Marks for what only may matter where advantages are computed from rewards."""
+    if not args.is_grpo:
+        return ()
+    weights = args.values.get("reward_weights")
+    weighted = weights is not None and not all(weight == 1 for weight in _listed(weights))
+    aggregation = "multi_objective_aggregation"
+    together = is_one_of(args.values.get(aggregation), (None, *UNSUPPORTED[aggregation].neutral))
+    return ("reward_weights",) if weighted or not together else ()
 
 
 def _is_zero(args: TrainingArgs) -> bool:

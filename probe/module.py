@@ -302,6 +302,7 @@ class EntropyProbe(LightningModule):
                     f"batch_config.U_rollouts: expected a column with rewards in {batch.U_rollouts}, found none; name "
                     f"it with batch_config.reward_columns{advice}"
                 )
+            self.config, self.sources = self.sources.from_rewards(self.config)
         else:
             repeated, group = _repeat(prompts, batch.G)
             U, state.seen["U"] = self._sample("U", repeated, group, progress("sample U"))

@@ -578,8 +578,9 @@ _FLAGS: dict[str, Finding] = {
     ),
     "reward_weights": Finding(
         "caution",
-        "The training weights its rewards (reward_weights), the probe adds them up: give batch_config.reward a "
-        "function that does the weighting, or take U from a file (batch_config.U_rollouts).",
+        "The training weights its rewards (reward_weights) or normalises each on its own "
+        "(multi_objective_aggregation), the probe adds them up: give batch_config.reward a function that does the "
+        "weighting, or take U from a file with advantages (batch_config.U_rollouts).",
     ),
     "off_policy_mask": Finding(
         "caution",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import enum
+import json
 import os
 import pickle
 import shutil
@@ -687,6 +688,43 @@ def test_the_logs_have_the_sources(config, tmp_path, level):
     assert yaml.safe_load(written.read_text())["probe_rework"]["kl_coef"] == 0.1
     if level == "minimal":
         assert main_log.stat().st_size < 4_000
+
+
+@pytest.mark.parametrize("advantages", [True, False])
+def test_advantages_of_a_rollout_file_count_before_those_of_its_rewards(config, tmp_path, advantages):
+    options = {
+        "scale_rewards": "batch",
+        "reward_weights": [2.0],
+        "multi_objective_aggregation": "normalize_then_sum",
+    }
+    saved(tmp_path / "run" / "checkpoint-60", grpo_args(**options, **SMALL))
+    rows = [
+        {
+            "prompt": f"{i // 2} apples",
+            "completion": "12" * (1 + i % 2),
+            "reward": float(i),
+            "advantage": float(i - 3),
+        }
+        for i in range(8)
+    ]
+    (tmp_path / "u.jsonl").write_text(
+        "".join(
+            json.dumps({k: v for k, v in row.items() if advantages or k != "advantage"}) + "\n"
+            for row in rows
+        )
+    )
+    config["batch_config"]["U_rollouts"] = "u.jsonl"
+    probe = OfflineEntropyProbe(config)
+    results = probe.run_mixed_probe()
+    flagged = "reward_weights" in results["diagnostics"]["bias_flags"]
+    used = probe.result.config["probe_rework"]["advantage"]
+    assert (flagged, used) == ((False, "auto") if advantages else (True, "batch"))
+    assert ("probe_rework.advantage" in results["settings"]["checkpoint"]) is not advantages
+    assert ("probe_rework.advantage" in results["settings"]["default"]) is advantages
+    again = OfflineEntropyProbe(dict(probe.result.config)).run_mixed_probe()
+    assert again["deltaH1"] == results["deltaH1"]
+    by_hand = dict(config, probe_rework={**config["probe_rework"], "advantage": used})
+    assert OfflineEntropyProbe(by_hand).run_mixed_probe()["deltaH1"] == results["deltaH1"]
 
 
 def test_the_report_says_where_settings_come_from(config, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
+from probe.config import ProbeConfig
 from probe.data.batch import RolloutBatch
 from probe.estimators.advantages import group_advantages
-from probe.estimators.losses import LOSS_OPTIONS, LossSettings
 from probe.estimators.update import loss_gradient
+from probe.from_checkpoint import fill_settings
+from probe.module import EntropyProbe
 from probe.scoring import Policy, score_tokens
 from probe.scoring.reference import as_reference
 from tests.helpers import char_tokenizer
@@ -215,17 +218,15 @@ def test_gradient_of_a_new_adapter_whose_reference_is_the_base_model(tmp_path):
 
 
 def compare(trainer):
-    """The gradient of every update, against the probe's at the same parameters on the same tokens."""
+    """The gradient of every update, against the probe's at the same parameters on the same tokens.
+
+    With the settings that the probe reads from the trainer's saved arguments.
+    """
     args = trainer.args
-    settings = LossSettings(
-        loss=args.loss_type,
-        max_new_tokens=LENGTH,
-        clip_low=args.epsilon,
-        clip_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
-        kl_coef=args.beta,
-        entropy_coef=args.entropy_coef,
-        **{name: getattr(args, name) for name in LOSS_OPTIONS},
-    )
+    file = Path(args.output_dir) / "training_args.bin"
+    torch.save(args, file)
+    config, _ = fill_settings(ProbeConfig(), (), file)
+    settings = EntropyProbe(config).loss_settings
     model = trainer.model.eval()
     assert len(trainer.updates) == args.max_steps
     for windows, values, expected in trainer.updates:
@@ -234,7 +235,7 @@ def compare(trainer):
             for name, p in model.named_parameters():
                 if name in values:
                     p.copy_(values[name])
-        policy = Policy(model, temperature=args.temperature, microbatch_size=3)
+        policy = Policy(model, temperature=config.generation.temperature, microbatch_size=3)
         assert policy.parameters.keys() == expected.keys()
         if reference is not None:
             with as_reference(model):
