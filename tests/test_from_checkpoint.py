@@ -521,6 +521,11 @@ def test_a_plain_pickle_and_values_without_end(tmp_path):
     args.report_to.append(args.report_to)
     with pytest.raises(CheckpointError, match="without end"):
         filled(saved(tmp_path, args))
+    args.report_to = []
+    for _ in range(60):
+        args.report_to = [args.report_to, args.report_to]
+    with pytest.raises(CheckpointError, match="without end"):
+        filled(saved(tmp_path, args))
 
 
 def test_a_folder_or_a_link_to_nowhere_is_no_file(tmp_path, base):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from probe.errors import CheckpointError
-from probe.limits import TRAINING_ARGS_BYTES
+from probe.limits import TRAINING_ARGS_BYTES, TRAINING_ARGS_VALUES
 
 GRPO = (
     "trl.trainer.grpo_config.GRPOConfig",
@@ -153,9 +153,10 @@ def read_training_args(file: Path) -> TrainingArgs:
     if name is None or not isinstance(attributes, dict):
         what = f"an object of {type(found).__name__}"
         raise _refusal(file, what)
+    plain = _Plain()
     try:
-        values = {key: _plain(value) for key, value in attributes.items() if isinstance(key, str)}
-    except (RecursionError, TypeError) as error:
+        values = {key: plain.of(value) for key, value in attributes.items() if isinstance(key, str)}
+    except (RecursionError, OverflowError, TypeError) as error:
         raise _refusal(file, "one whose values stand inside each other without end") from error
     state = getattr(attributes.get("distributed_state"), "attributes", None)
     processes = state.get("num_processes") if isinstance(state, dict) else None
@@ -195,13 +196,26 @@ def _refusal(file: Path, found: str) -> CheckpointError:
     )
 
 
-def _plain(value: Any) -> Any:
-    """A value without stand-ins: members of enums as their values, other objects as None."""
-    if isinstance(value, _StandIn):
-        made_with = value.__dict__["made_with"]
-        return made_with[0] if len(made_with) == 1 and isinstance(made_with[0], str) else None
-    if isinstance(value, dict):
-        return {_plain(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return value
+class _Plain:
+    """Makes plain values of those in a file; the same value in many places counts many times."""
+
+    def __init__(self) -> None:
+        self.left = TRAINING_ARGS_VALUES
+
+    def of(self, value: Any) -> Any:
+        """A value without stand-ins: members of enums as their values, other objects as None.
+
+        Raises:
+            OverflowError: there are more values than any training has.
+        """
+        self.left -= 1
+        if self.left < 0:
+            raise OverflowError
+        if isinstance(value, _StandIn):
+            made_with = value.__dict__["made_with"]
+            return made_with[0] if len(made_with) == 1 and isinstance(made_with[0], str) else None
+        if isinstance(value, dict):
+            return {self.of(key): self.of(entry) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.of(entry) for entry in value]
+        return value
