@@ -36,7 +36,7 @@ def compare(config: dict[str, Any], dtype: str, learning_rate: float, rounds: in
             "probe_rework": {"learning_rate": learning_rate},
         }
     )
-    module, state = EntropyProbe(resolved.probe, resolved.seed), ProbeState()
+    module, state = EntropyProbe(resolved.probe, resolved.seed, resolved.given), ProbeState()
     module.load(torch.device("cpu"))
     with evaluation_mode(module):
         module.sample(state)

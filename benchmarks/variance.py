@@ -46,7 +46,7 @@ class Scored:
                 "seed_everything": seed,
             }
         )
-        module, state = EntropyProbe(resolved.probe, resolved.seed), ProbeState()
+        module, state = EntropyProbe(resolved.probe, resolved.seed, resolved.given), ProbeState()
         module.load(torch.device("cpu"))
         with evaluation_mode(module):
             module.sample(state)

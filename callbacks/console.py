@@ -74,6 +74,7 @@ def report(result: ProbeResult) -> str:
             estimator_rows(values), ("Estimators", "nats per token", "nats per response", "variance ratio")
         ),
         _aligned(trust_rows(values), ("Can this be trusted?",)),
+        _aligned(settings_rows(values), ("Settings of the update",)),
         _aligned(time_rows(values), ("Time",)),
     ]
     return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
@@ -240,6 +241,30 @@ def _batch_rows(values: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def settings_rows(values: Mapping[str, Any]) -> list[Row]:
+    """Which settings of the update come from the checkpoint, from the configuration, or from neither."""
+    found: Mapping[str, Any] = values.get("settings") or {}
+    rows = []
+    for label in ("checkpoint", "configuration", "default"):
+        keys: Mapping[str, Any] = found.get(label) or {}
+        if keys:
+            listed = ", ".join(f"{key.rsplit('.', 1)[-1]} {_setting(value)}" for key, value in keys.items())
+            rows.append(Row(label, (str(len(keys)),), listed))
+    overruled: Mapping[str, Any] = found.get("overruled") or {}
+    if overruled:
+        listed = ", ".join(f"{key.rsplit('.', 1)[-1]} {_setting(value)}" for key, value in overruled.items())
+        rows.append(
+            Row("overruled", (str(len(overruled)),), f"the configuration counts; trained with {listed}")
+        )
+    unknown: Sequence[str] = found.get("unknown") or ()
+    if unknown:
+        listed = ", ".join(unknown)
+        rows.append(Row("not known", (str(len(unknown)),), f"options that may matter: {listed}"))
+    if found:
+        rows.append(Row("file", ("",), found.get("note", "")))
+    return rows
+
+
 def time_rows(values: Mapping[str, Any]) -> list[Row]:
     """Seconds per phase, in the order in which they ran, the total last."""
     timing = values.get("timing", {})
@@ -364,6 +389,11 @@ def _finite(value: float | None) -> bool:
 def _percent(share: float) -> str:
     """A share as per cent."""
     return f"{100 * share:.3g} %"
+
+
+def _setting(value: Any) -> str:
+    """The value of a setting."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _words(name: str | None) -> str:

@@ -18,6 +18,7 @@ from probe.live.trainers import sampling_changes, trainer_prompts
 from probe.live.watcher import Watch, watch
 from probe.snapshot import isolated_rng
 from probe.text import error_text
+from probe.training_options import READ
 
 HOST_PREFIX = "train/"
 """What transformers' reporting callbacks put before names."""
@@ -148,9 +149,9 @@ class EntropyProbeTrainerCallback(TrainerCallback):
     def _own_settings(self, args: TrainingArguments) -> dict[str, Any]:
         """Temperature and length of the trainer's own rollouts, where it has any."""
         found = {}
-        for name, own in (("temperature", "temperature"), ("max_completion_length", "max_new_tokens")):
+        for name in ("temperature", "max_completion_length"):
             if getattr(args, name, None) is not None:
-                found[own] = getattr(args, name)
+                found[READ[name].key.removeprefix("generation.")] = getattr(args, name)
         changes = sampling_changes(self.trainer)
         if changes:
             temperature = self._settings.get("temperature", found.get("temperature", 1.0))

@@ -29,6 +29,7 @@ from probe.parsing import (
     add_probe_arguments,
     explain,
     find_config_file,
+    read_config_file,
     resolve,
     shipped_names,
 )
@@ -36,6 +37,7 @@ from probe.runner import ProbeRunner
 from probe.sweep.grid import IncompleteSweepError, SweepConfig, sweep_config
 from probe.text import error_text, printable, text_of
 
+QUICKSTART = SHIPPED_CONFIGS / "quickstart.yaml"
 USAGE_ERROR = 2
 INTERNAL_ERROR = 1
 INCOMPLETE = 3
@@ -81,7 +83,8 @@ examples:
 --config takes a YAML file, or the name of a configuration that comes with the package:
   {configs}
 --checkpoint takes the folder of a checkpoint, as transformers' Trainer and TRL write it (an adapter or a full model,
-with optimizer.pt); it is short for --checkpoint.checkpoint_path. The options below are the keys of a YAML file.""",
+with optimizer.pt); it is short for --checkpoint.checkpoint_path. Loss, sampling and sizes that are not given come from
+the training_args.bin beside it (--probe_rework.from_checkpoint). The options below are the keys of a YAML file.""",
     "demo": """Probe the built-in demo policy, which is made at the first use (half a minute), and say what to try next.
 
 examples:
@@ -116,7 +119,7 @@ class ProbeCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         """Parse `args`, build the objects and run the subcommand."""
-        demo = {"default_config_files": [str(SHIPPED_CONFIGS / "quickstart.yaml")]}
+        demo = {"default_config_files": [str(QUICKSTART)]}
         super().__init__(
             model_class=EntropyProbe,
             trainer_class=ProbeRunner,  # type: ignore[arg-type]
@@ -179,6 +182,7 @@ class ProbeCLI(LightningCLI):
         try:
             with current_directory_importable():
                 self.config = parser.parse_args(args)  # type: ignore[arg-type]
+                self.given = parser.parse_args(args, defaults=False)  # type: ignore[arg-type]
         except (ArgumentError, TypeError, ValueError) as error:
             asked = args[0] if isinstance(args, list) and args and args[0] in self.subcommands() else "run"
             message = explain(str(error), self._subcommand_parsers[asked])
@@ -189,9 +193,14 @@ class ProbeCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build the module and the runner from the parsed configuration."""
-        resolved = resolve(self._parser(self.subcommand), self.config[self.subcommand])
+        given = self.given[str(self.subcommand)].as_dict()
+        if self.subcommand == "demo":  # its defaults are a configuration, too
+            for name, keys in read_config_file(QUICKSTART).items():
+                if isinstance(keys, dict):
+                    given[name] = {**keys, **(given.get(name) or {})}
+        resolved = resolve(self._parser(self.subcommand), self.config[self.subcommand], given)
         resolved.mapping.pop("sweep", None)  # what the points have in common is the rest
-        self.model = EntropyProbe(resolved.probe, resolved.seed)
+        self.model = EntropyProbe(resolved.probe, resolved.seed, resolved.given)
         self.runner = ProbeRunner(**resolved.trainer)
         self.runner.resolved = resolved.mapping
 

@@ -87,6 +87,8 @@ class BatchConfig:
     """Wrap the prompt as a user message with the tokenizer's chat template."""
     system_prompt: str | None = None
     """System message used with `use_chat_template`."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further variables of the chat template (`enable_thinking: false`), as TRL's option of that name."""
     reward: str | list[str] | None = None
     """Registered reward (`exact_number`, `tag_format`, `gsm8k`), or `module:function`; of a list, the weighted sum.
     Default: the named data set's own."""
@@ -212,6 +214,9 @@ class ProbeReworkConfig:
     """Score weights of grad H: entropy still to come (`causal`), or the whole sequence's (`matched`)."""
     baseline: Literal["loo_position", "ridge", "none"] = "loo_position"
     """Baseline of the `causal` weights: leave-one-out mean per position, cross-fitted ridge regression, or none."""
+    from_checkpoint: Literal["auto", "off"] = "auto"
+    """`auto` takes settings of the update that are not given here from the `training_args.bin` of transformers or TRL
+    beside the checkpoint, where there is one; `off` leaves that file unread."""
     loss: Literal["grpo", "dr_grpo", "dapo", "reinforce", "bnpo", "cispo", "sapo", "vespo", "luspo"] = "dapo"
     """The policy-gradient loss of the update, by TRL's names and with TRL's default; `reinforce` sums over tokens."""
     advantage: Literal["auto", "grpo", "dr_grpo", "batch"] = "auto"

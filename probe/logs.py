@@ -53,7 +53,7 @@ CORE_KEYS = (
         )
         for ending in endings
     ),
-    *("learning_rate", "B_E", "B_U", "G", "timing"),
+    *("learning_rate", "B_E", "B_U", "G", "settings", "timing"),
 )
 """The keys of the result that `minimal` and the summary have, where they are in the result."""
 CORE_DIAGNOSTICS = ("ESS", "pareto_k", "noise_floor", "noise_floor_tok", "bias_flags")
@@ -309,6 +309,8 @@ def _header(schema: str, result: ProbeResult, level: LogLevel) -> dict[str, Any]
 def _core(values: Mapping[str, Any]) -> dict[str, Any]:
     """The core metrics of a result."""
     core = {key: values[key] for key in CORE_KEYS if key in values}
+    if "settings" in core:  # the defaults are all that is not listed
+        core["settings"] = {key: x for key, x in core["settings"].items() if key != "default"}
     diagnostics = values.get("diagnostics", {})
     found = {key: diagnostics[key] for key in CORE_DIAGNOSTICS if key in diagnostics}
     return to_plain(core | ({"diagnostics": found} if found else {}), "results")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from probe.config import ProbeConfig
 from probe.data.batch import PromptExample, RolloutBatch
 from probe.data.prompts import default_reward, load_prompts
 from probe.data.rewards import RewardFunction, compute_rewards, resolve_rewards
-from probe.errors import ConfigError, DataError, LogError, NumericalError
+from probe.errors import CheckpointError, ConfigError, DataError, LogError, NumericalError
 from probe.estimators.advantages import combined_advantages, count_zero_advantage_groups, group_advantages
 from probe.estimators.control_variates import SMALLEST_SAMPLE, SMALLEST_TAUGHT, control_variates
 from probe.estimators.curvature import nested_curvature, symmetric_curvature
@@ -48,6 +48,7 @@ from probe.estimators.update import (
 from probe.estimators.update_spread import preconditioned, prompt_contributions, spread
 from probe.estimators.weighting import Weighting
 from probe.fit_memory import FitMemory, read_fit_memory, write_fit_memory
+from probe.from_checkpoint import SettingSources, changed_keys, fill_settings, log_sources
 from probe.loading import (
     CheckpointFiles,
     LoadedOptimizer,
@@ -63,7 +64,7 @@ from probe.rollouts.sampling import SampledTokens, check_sampling, sample_rollou
 from probe.scoring.features import FeatureBasis, feature_basis
 from probe.scoring.microbatch import first_microbatch
 from probe.scoring.passes import Policy, Progress, score_tokens
-from probe.scoring.reference import as_reference
+from probe.scoring.reference import as_reference, no_reference
 from probe.scoring.scores import TokenScores, TokenTangents
 from probe.scoring.tangents import (
     DifferencePair,
@@ -98,17 +99,27 @@ class EntropyProbe(LightningModule):
 
     The methods leave parameters, optimizer and generators bitwise as they found them. `ProbeRunner` calls them in
     order; a notebook can call them one by one.
+
+    Attributes:
+        configured: the configuration as it was given.
+        given: the keys that it gives explicitly, as `section.key`.
+        config: the configuration that counts: `configured`, and what stands beside the checkpoint once it is loaded.
+        sources: where the settings of the update come from.
     """
 
-    def __init__(self, config: ProbeConfig, seed: int = 42) -> None:
+    def __init__(self, config: ProbeConfig, seed: int = 42, given: Collection[str] | None = None) -> None:
         """Nothing is loaded before `load`.
 
         Args:
             config: the sections of the configuration.
             seed: master seed of the batches, used where `probe_rework.master_seed` is null.
+            given: the keys that the configuration gives explicitly (`section.key`), which count before what stands
+                beside the checkpoint; by default those whose values are not the schema's defaults.
         """
         super().__init__()
-        self.config = config
+        self.configured = config
+        self.given = changed_keys(config) if given is None else frozenset(given)
+        self.config, self.sources = config, SettingSources("the checkpoint is not loaded")
         self.seed = seed if config.probe_rework.master_seed is None else config.probe_rework.master_seed
         self.checkpoint = config.checkpoint
         self.files: CheckpointFiles | None = None
@@ -125,7 +136,8 @@ class EntropyProbe(LightningModule):
 
         Raises:
             ConfigError: no checkpoint is named.
-            CheckpointError: the checkpoint is incomplete or unreadable.
+            CheckpointError: the checkpoint is incomplete or unreadable, or was trained with an option that the probe's
+                update does not have.
             OptimizerStateError: the optimizer's state does not belong to the model.
         """
         if self.model is not None:
@@ -140,6 +152,9 @@ class EntropyProbe(LightningModule):
         self.make_demo()
         files = locate_checkpoint(self.checkpoint)
         self.files = replace(files, name=DEMO) if self.config.checkpoint.checkpoint_path == DEMO else files
+        self._fill_settings()
+        log_sources(self.sources)
+        self._check_reference()
         self.tokenizer = load_tokenizer(self.checkpoint, self.files)
         self.prompts = self._draw_prompts()  # what is wrong with the data shows before the model is loaded
         model, _ = load_policy_model(self.checkpoint, self.files, device, self.tokenizer)
@@ -148,22 +163,43 @@ class EntropyProbe(LightningModule):
         )
         self.model = model
 
-    def reconfigure(self, config: ProbeConfig, seed: int) -> None:
+    def _fill_settings(self) -> None:
+        """Take what the checkpoint's training arguments say where the configuration does not."""
+        file = None if self.files is None else self.files.training_args_file
+        self.config, self.sources = fill_settings(self.configured, self.given, file)
+
+    def _check_reference(self) -> None:
+        """Refuse a KL penalty without a reference policy before anything is loaded.
+
+        Raises:
+            CheckpointError: the checkpoint was trained with one.
+            ConfigError: the configuration asks for one.
+        """
+        if self.files is None or self.files.kind != "full" or self.config.probe_rework.kl_coef == 0:
+            return
+        if "probe_rework.kl_coef" in self.sources.filled:
+            raise CheckpointError(f"{self.files.training_args_file}: {no_reference()}")
+        raise no_reference()
+
+    def reconfigure(self, config: ProbeConfig, seed: int, given: Collection[str] | None = None) -> None:
         """Take another configuration over; a loaded policy stays where checkpoint and learning rate are the same.
 
         Args:
             config: the sections of the configuration.
             seed: as for the constructor.
+            given: the keys that it gives explicitly; by default as before.
         """
         same = (config.checkpoint, config.probe_rework.learning_rate) == (
-            self.config.checkpoint,
-            self.config.probe_rework.learning_rate,
+            self.configured.checkpoint,
+            self.configured.probe_rework.learning_rate,
         )
-        self.config = config
+        self.config = self.configured = config
+        self.given = self.given if given is None else frozenset(given)
         self.seed = seed if config.probe_rework.master_seed is None else config.probe_rework.master_seed
         if not same:
             self.checkpoint, self.files, self.model, self.optimizer = config.checkpoint, None, None, None
         elif self.model is not None:
+            self._fill_settings()
             self.prompts = self._draw_prompts()
 
     def make_demo(self) -> None:
@@ -286,6 +322,7 @@ class EntropyProbe(LightningModule):
                     f"batch_config.U_rollouts: expected a column with rewards in {batch.U_rollouts}, found none; name "
                     f"it with batch_config.reward_columns{advice}"
                 )
+            self.config, self.sources = self.sources.from_rewards(self.config)
         else:
             repeated, group = _repeat(prompts, batch.G)
             U, state.seen["U"] = self._sample("U", repeated, group, progress("sample U"))

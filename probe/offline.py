@@ -22,7 +22,8 @@ class OfflineEntropyProbe:
         >>> results["deltaH1"], results["deltaH_true"]  # doctest: +SKIP
 
     Attributes:
-        config: the resolved configuration, as a mapping of its own (`trainer` and `seed_everything` included).
+        config: the resolved configuration, as a mapping of its own (`trainer` and `seed_everything` included); what a
+            checkpoint fills in (`probe_rework.from_checkpoint`) is in `result.config`.
         runner: devices, loggers and the state of the last run.
     """
 
@@ -71,7 +72,7 @@ class OfflineEntropyProbe:
             given["checkpoint"] = {**(given.get("checkpoint") or {}), "checkpoint_path": str(checkpoint_path)}
             self._use(parse_config(given))
         if self._module is None:
-            self._module = EntropyProbe(self._resolved.probe, self._resolved.seed)
+            self._module = EntropyProbe(self._resolved.probe, self._resolved.seed, self._resolved.given)
         self.runner.resolved = self._resolved.mapping
         return dict(self.runner.run(self._module).values)
 

@@ -8,14 +8,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentError, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, Namespace, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from probe.config import ProbeConfig
 from probe.errors import ConfigError
+from probe.from_checkpoint import given_keys
 from probe.imports import current_directory_importable, why_no_class
 from probe.limits import CONFIG_ALIASES, CONFIG_BYTES, CONFIG_DEPTH
 
@@ -28,6 +29,44 @@ SHIPPED_CONFIGS = Path(__file__).parent / "configs"
 """Folder of the configurations that come with the package."""
 
 
+def _switches() -> dict[str, dict[str, tuple[str, ...]]]:
+    """The keys of each section that have `on` or `off` among their values, with these."""
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    for name, section in SECTIONS.items():
+        for key, hint in get_type_hints(section).items():
+            words = tuple(word for word in ("on", "off") if word in get_args(hint))
+            if get_origin(hint) is Literal and words:
+                found.setdefault(name, {})[key] = words
+    return found
+
+
+_SWITCHES = _switches()
+
+
+def with_words(content: Any) -> Any:
+    """The content of a YAML file, with `on` and `off` where they are values of a key; YAML reads them as truth values.
+
+    >>> with_words({"probe_rework": {"curvature": False, "update_spread": False}})
+    {'probe_rework': {'curvature': 'off', 'update_spread': False}}
+    """
+    if not isinstance(content, Mapping):
+        return content
+    found = dict(content)
+    for name, keys in _SWITCHES.items():
+        if isinstance(found.get(name), Mapping):
+            section = dict(found[name])
+            for key, words in keys.items():
+                word = {"True": "on", "False": "off"}.get(repr(section.get(key)))
+                if word in words:
+                    section[key] = word
+            found[name] = section
+    return found
+
+
+_load_yaml = get_loader("yaml")
+set_loader("yaml", lambda text: with_words(_load_yaml(text)), (yaml.YAMLError,))
+
+
 @dataclass(frozen=True)
 class ResolvedConfig:
     """A checked configuration.
@@ -37,12 +76,14 @@ class ResolvedConfig:
         trainer: arguments of `ProbeRunner`.
         seed: master seed.
         mapping: everything as plain types, defaults filled in: what is saved with the results.
+        given: the keys that were given explicitly, as `section.key`.
     """
 
     probe: ProbeConfig
     trainer: dict[str, Any]
     seed: int
     mapping: dict[str, Any]
+    given: frozenset[str]
 
 
 def add_probe_arguments(parser: LightningArgumentParser) -> None:
@@ -78,17 +119,24 @@ def parse_config(config: Mapping[str, Any]) -> ResolvedConfig:
             raise ConfigError(f"{name}: expected a mapping of keys, found {type(config[name]).__name__}")
     parser = LightningArgumentParser(exit_on_error=False)
     add_probe_arguments(parser)
-    given = {key: value for key, value in config.items() if value is not None}
+    given = with_words({key: value for key, value in config.items() if value is not None})
     try:
         with current_directory_importable():
             namespace = parser.parse_object(given)
     except (ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(explain(str(error), parser)) from error
-    return resolve(parser, namespace)
+    return resolve(parser, namespace, given)
 
 
-def resolve(parser: LightningArgumentParser, namespace: Namespace) -> ResolvedConfig:
+def resolve(
+    parser: LightningArgumentParser, namespace: Namespace, given: Mapping[str, Any]
+) -> ResolvedConfig:
     """Build the objects of a parsed configuration.
+
+    Args:
+        parser: that parsed it.
+        namespace: the configuration, defaults filled in.
+        given: the configuration without them, sections as mappings.
 
     Raises:
         ConfigError: an impossible value.
@@ -112,7 +160,8 @@ def resolve(parser: LightningArgumentParser, namespace: Namespace) -> ResolvedCo
         if isinstance(objects["trainer"], Namespace)
         else dict(objects["trainer"])
     )
-    return ResolvedConfig(probe=probe, trainer=trainer, seed=seed, mapping=mapping)
+    keys = given_keys(given, SECTIONS)
+    return ResolvedConfig(probe=probe, trainer=trainer, seed=seed, mapping=mapping, given=keys)
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:

@@ -50,6 +50,8 @@ RESULT_KEYS: dict[str, str] = {
     "G": "responses per prompt of U (null where a rollout file has groups of several sizes)",
     "diagnostics": "quality of the estimates, see DIAGNOSTIC_KEYS",
     "batch_statistics": "lengths, rewards and advantages of E and U",
+    "settings": "where the settings of the update come from: checkpoint (its training arguments), configuration or "
+    "default, each with its values by key; overruled: what the file says where the configuration counts",
     "timing": "seconds per phase that ran, and their total",
     "checkpoint_path": "the checkpoint that was probed",
     "training_step": "its training step, from trainer_state.json or its name; null where neither says",
@@ -123,6 +125,7 @@ def build_values(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
         **_batch_sizes(state),
         "checkpoint_path": module.config.checkpoint.checkpoint_path,
         "training_step": None if module.files is None else module.files.step,
+        "settings": module.sources.as_mapping(),
         "diagnostics": _diagnostics(state, module),
         "batch_statistics": _batch_statistics(state),
         "timing": dict(state.timing),
@@ -262,7 +265,7 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
             "clip_factor": state.update.clip_factor,
             "step_norm": norm(state.update.step),
         }
-    flags = [*E.bias_flags, *U.bias_flags]
+    flags = [*E.bias_flags, *U.bias_flags, *module.sources.flags]
     if state.prediction is not None:
         found |= derivative_diagnostics(state.prediction)
         if module.config.probe_rework.step == "preconditioned":

@@ -169,7 +169,7 @@ class ProbeRunner:
             state.timing["total"] = state.timing["ground_truth"]
             return ProbeResult(
                 values=build_values(state, module),
-                config=self.resolved or asdict(module.config),
+                config=self._config_mapping(module),
                 checkpoint_name=module.files.name if module.files is not None else "policy",
                 started_at=datetime.now().astimezone().isoformat(timespec="seconds"),
             )
@@ -219,6 +219,7 @@ class ProbeRunner:
         with self._timed("load"):
             module.autocast = self.fabric.autocast
             module.load(self.fabric.device)
+        self.config = module.config  # with what the checkpoint has filled in
         with evaluation_mode(module):
             with self._phase("sample", module):
                 module.sample(self.state, self.progress("sample"))
@@ -230,7 +231,7 @@ class ProbeRunner:
         self.state.timing["total"] = sum(self.state.timing.values())
         result = ProbeResult(
             values=build_values(self.state, module),
-            config=self.resolved or asdict(module.config),
+            config=self._config_mapping(module),
             checkpoint_name=module.files.name if module.files is not None else "policy",
             started_at=started.isoformat(timespec="seconds"),
         )
@@ -239,6 +240,10 @@ class ProbeRunner:
         self.fabric.call("on_report_end", self, module, result)
         self.fabric.call("on_probe_end", self, module, result)
         return result
+
+    def _config_mapping(self, module: EntropyProbe) -> dict[str, Any]:
+        """The configuration that counted, as it is saved with a result: it can be run again as it is."""
+        return module.sources.applied_to(self.resolved) if self.resolved else asdict(module.config)
 
     @contextmanager
     def _phase(self, phase: str, module: EntropyProbe) -> Iterator[None]:

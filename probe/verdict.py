@@ -593,6 +593,23 @@ _FLAGS: dict[str, Finding] = {
         "Every advantage of U is 0: the step has no policy gradient, and the change is that of momentum, weight decay "
         "and the loss's KL and entropy terms; raise batch_config.B_U or G, or check the reward.",
     ),
+    "rollouts_of_several_updates": Finding(
+        "caution",
+        "The training makes several updates from the rollouts of one generation (steps_per_generation, "
+        "num_iterations): those of the next update may be older than the checkpoint, and U is drawn from the "
+        "checkpoint; take U from a file (batch_config.U_rollouts).",
+    ),
+    "means_of_microbatches": Finding(
+        "caution",
+        "The training averages parts of its loss over the tokens of each microbatch or generation, and the rows of U "
+        "need not stand in their order: the gradients differ as far as these do.",
+    ),
+    "reward_weights": Finding(
+        "caution",
+        "The training weights its rewards (reward_weights) or normalises each on its own "
+        "(multi_objective_aggregation), and U's file has only rewards, which are added up: take U from a file with "
+        "advantages, or sample it.",
+    ),
     "preconditioned_step": Finding(
         "caution",
         "deltaH1 is for the preconditioned gradient, which is not the step that deltaH_true measures: do not compare "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ OWN_RATE = 1e-3
 class FakeModule:
     """What a sweep uses of `EntropyProbe`; every instance counts as one loading of a policy."""
 
-    def __init__(self, config: ProbeConfig, seed: int = 42) -> None:
-        self.config, self.seed = config, seed
+    def __init__(self, config: ProbeConfig, seed: int = 42, given: Collection[str] = ()) -> None:
+        self.config = self.configured = config
+        self.seed, self.given = seed, given
 
-    def reconfigure(self, config: ProbeConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
+    def reconfigure(self, config: ProbeConfig, seed: int, given: Collection[str] = ()) -> None:
+        self.config = self.configured = config
+        self.seed = seed
 
 
 class FakeRunner:

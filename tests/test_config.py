@@ -71,7 +71,7 @@ MISTAKES = [
     ({"importance": {"is_mode": "other"}}, "importance.is_mode: expected 'per_decision' or"),
     ({"importance": {"clip_log_weight": 0.0}}, "importance.clip_log_weight: expected"),
     ({"probe_rework": {"derivative_mode": "forward"}}, "probe_rework.derivative_mode: expected 'auto' or"),
-    ({"probe_rework": {"control_variates": True}}, "probe_rework.control_variates"),
+    ({"probe_rework": {"control_variates": "yes"}}, "probe_rework.control_variates"),
     ({"batch_config": {"G_E": 0}}, "batch_config.G_E: expected"),
     ({"detailed_logging": {"level": "all"}}, "detailed_logging.level: expected"),
     ({"detailed_logging": {"max_files": 0}}, "detailed_logging.max_files: expected"),

@@ -98,7 +98,9 @@ def run(config, **sections):
 
 
 def numbers(results):
-    return {k: v for k, v in results.items() if k not in ("timing", "checkpoint_path", "training_step")}
+    """The results without what depends on time, place, or on how the settings were given."""
+    left_out = ("timing", "checkpoint_path", "training_step", "settings")
+    return {k: v for k, v in results.items() if k not in left_out}
 
 
 def fingerprint(probe):

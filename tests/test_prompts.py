@@ -376,6 +376,18 @@ def test_messages_do_not_go_into_a_template(tmp_path):
         load_prompts(BatchConfig(dataset_name=path, use_chat_template=True, system_prompt="S"), tokenizer)
 
 
+def test_further_variables_of_the_chat_template(tmp_path):
+    tokenizer = char_tokenizer(chat_template=True)
+    tokenizer.chat_template = "{{ messages[0].content }}{% if not enable_thinking %} /no_think{% endif %}"
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": [{"role": "user", "content": "Why?"}]}])
+    for options, text in (
+        ({"enable_thinking": True}, "Why?"),
+        ({"enable_thinking": False}, "Why? /no_think"),
+    ):
+        config = BatchConfig(dataset_name=path, split="train", chat_template_kwargs=options)
+        assert load_prompts(config, tokenizer)[0].text == text
+
+
 def test_system_prompt_without_chat_template(tokenizer):
     with pytest.raises(
         DataError, match=r"system_prompt: expected use_chat_template: true with it, found false"

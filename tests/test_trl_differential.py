@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
+from probe.config import ProbeConfig
 from probe.data.batch import RolloutBatch
 from probe.errors import ConfigError
 from probe.estimators.advantages import combined_advantages, group_advantages
-from probe.estimators.losses import LOSS_OPTIONS, LossSettings
 from probe.estimators.router_loss import router_coefficient
 from probe.estimators.update import loss_gradient
+from probe.from_checkpoint import fill_settings
+from probe.module import EntropyProbe
 from probe.scoring import Policy, score_tokens
 from probe.scoring.reference import as_reference
 from tests.helpers import char_tokenizer
@@ -337,7 +340,7 @@ def test_gradient_of_a_mixture_of_experts(options, tmp_path):
     trainer = train(tmp_path, options, steps=2, model=experts())
     coefficient = router_coefficient(trainer.model, trainer.args.router_aux_loss_coef)
     assert coefficient == options.get("router_aux_loss_coef", 0.1)
-    compare(trainer, coefficient)
+    compare(trainer)
 
 
 @pytest.mark.parametrize(
@@ -366,19 +369,18 @@ def test_gradient_of_a_new_adapter_whose_reference_is_the_base_model(tmp_path):
     compare(train(tmp_path, {"beta": 0.3, "learning_rate": 0.1}, steps=3, new_adapter=True))
 
 
-def compare(trainer, router_coef=0.0):
-    """The gradient of every update, against the probe's at the same parameters on the same tokens."""
+def compare(trainer):
+    """The gradient of every update, against the probe's at the same parameters on the same tokens.
+
+    With the settings that the probe reads from the trainer's saved arguments.
+    """
     args = trainer.args
-    settings = LossSettings(
-        loss=args.loss_type,
-        max_new_tokens=LENGTH,
-        clip_low=args.epsilon,
-        clip_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
-        kl_coef=args.beta,
-        entropy_coef=args.entropy_coef,
-        router_aux_loss_coef=router_coef,
-        **{name: getattr(args, name) for name in LOSS_OPTIONS},
-    )
+    file = Path(args.output_dir) / "training_args.bin"
+    torch.save(args, file)
+    config, _ = fill_settings(ProbeConfig(), (), file)
+    module = EntropyProbe(config)
+    module.model = trainer.model
+    settings = module.loss_settings
     model = trainer.model.eval()
     assert len(trainer.updates) == args.max_steps
     for windows, values, expected in trainer.updates:
@@ -387,7 +389,7 @@ def compare(trainer, router_coef=0.0):
             for name, p in model.named_parameters():
                 if name in values:
                     p.copy_(values[name])
-        policy = Policy(model, temperature=args.temperature, microbatch_size=3)
+        policy = Policy(model, temperature=config.generation.temperature, microbatch_size=3)
         assert policy.parameters.keys() == expected.keys()
         if reference is not None:
             with as_reference(model):

@@ -125,7 +125,12 @@ def default_reward(config: BatchConfig) -> str | list[str]:
     return list(own) if len(own) > 1 else own[0]
 
 
-def render_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str) -> str:
+def render_messages(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    where: str,
+    options: Mapping[str, Any] | None = None,
+) -> str:
     """The text of a conversation up to the point where the policy goes on.
 
     As in TRL, a conversation that ends with a message of the assistant is continued inside that message; any
@@ -135,6 +140,7 @@ def render_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
         tokenizer: has the chat template.
         messages: each with `role` and `content`, both texts.
         where: start of an error message.
+        options: further variables of the template.
 
     Raises:
         DataError: there is no chat template, or it refuses the messages.
@@ -147,7 +153,11 @@ def render_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
     prefilled = messages[-1]["role"] == "assistant"
     try:
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not prefilled, continue_final_message=prefilled
+            messages,
+            tokenize=False,
+            add_generation_prompt=not prefilled,
+            continue_final_message=prefilled,
+            **(options or {}),
         )
     except Exception as error:  # templates are programs: they raise what they like
         raise DataError(f"{where}: the chat template failed with {_reason(error)}") from error
@@ -227,7 +237,7 @@ def _render(
         messages = [{"role": "user", "content": text}]
     if config.system_prompt is not None:
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    return render_messages(tokenizer, messages, where), messages
+    return render_messages(tokenizer, messages, where, config.chat_template_kwargs), messages
 
 
 def _count_tokens(tokenizer: PreTrainedTokenizerBase, example: PromptExample) -> int:

@@ -11,25 +11,10 @@ from probe.live.attach import few_of, prompt_examples
 from probe.live.report import say
 from probe.live.words import in_own_words
 from probe.text import error_text
+from probe.training_options import NEUTRAL_SAMPLING, changed_sampling
 
 IMAGES = ("image", "images")
 """Columns that TRL puts into prompts as pictures."""
-# fmt: off
-NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
-    "top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "typical_p": (1.0,), "top_h": (), "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,), "repetition_penalty": (1.0,), "encoder_repetition_penalty": (1.0,),
-    "presence_penalty": (0.0,), "frequency_penalty": (0.0,), "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,), "bad_words_ids": ([],), "bad_words": ([],), "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],), "forced_bos_token_id": (), "forced_eos_token_id": (), "sequence_bias": ({},),
-    "logit_bias": ({},), "allowed_token_ids": ([],), "exponential_decay_length_penalty": (), "guidance_scale": (1.0,),
-    "watermarking_config": (), "min_length": (0,), "min_new_tokens": (0,), "min_tokens": (0,), "num_beams": (1,),
-    "do_sample": (True,), "penalty_alpha": (0.0,), "dola_layers": (), "structured_outputs": (), "guided_decoding": (),
-    "stop": ([],), "stop_strings": ([],), "prompt_lookup_num_tokens": (), "constraints": ([],),
-    "force_words_ids": ([],), "renormalize_logits": (False,), "logits_processors": ([],),
-}
-# fmt: on
-"""Options of sampling under which the trainer's distribution is not the policy's own, and the values that change
-nothing; None never does."""
 
 
 def sampling_changes(trainer: Any) -> dict[str, Any]:
@@ -51,18 +36,10 @@ def sampling_changes(trainer: Any) -> dict[str, Any]:
     effective = {} if config is None else {name: getattr(config, name, None) for name in NEUTRAL_SAMPLING}
     # GRPO's own options and its keyword arguments are in the configuration already, unless another engine samples
     merged = {**given, **{name: x for name, x in effective.items() if x is not None}, **kwargs}
-    found = {
-        name: value
-        for name, value in merged.items()
-        if name in NEUTRAL_SAMPLING and value is not None and not _neutral(value, NEUTRAL_SAMPLING[name])
-    }
+    found = changed_sampling(merged)
     if "temperature" in kwargs and kwargs["temperature"] != getattr(args, "temperature", None):
         found["temperature"] = kwargs["temperature"]
     return found
-
-
-def _neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
-    return any(value == one for one in neutral)
 
 
 def trainer_prompts(trainer: Any, prompts: Iterable[Any], tokenizer: Any, seed: int) -> list[PromptExample]:

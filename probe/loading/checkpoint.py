@@ -20,6 +20,7 @@ MODEL_CONFIG = "config.json"
 MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
 TRAINER_STATE = "trainer_state.json"
+TRAINING_ARGS = "training_args.bin"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 _PICKLED_WEIGHTS = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -49,6 +50,8 @@ class CheckpointFiles:
         name: short label for file names and tables (`step_60`, `checkpoint-60`).
         step: the training step, from trainer_state.json or the name; None where neither says.
         trainer_state_file: trainer_state.json of transformers' Trainer, or None.
+        training_args_file: training_args.bin of transformers' Trainer or TRL: the checkpoint's, else that of the folder
+            around a `checkpoint-N`; or None.
     """
 
     kind: Literal["lora", "full"]
@@ -58,6 +61,7 @@ class CheckpointFiles:
     name: str
     step: int | None
     trainer_state_file: Path | None
+    training_args_file: Path | None = None
 
 
 def locate_checkpoint(config: CheckpointConfig) -> CheckpointFiles:
@@ -92,6 +96,7 @@ def locate_checkpoint(config: CheckpointConfig) -> CheckpointFiles:
         name=container.name,
         step=_training_step(trainer_state_file, container.name),
         trainer_state_file=trainer_state_file,
+        training_args_file=_find_training_args(folders, container),
     )
 
 
@@ -199,6 +204,14 @@ def _find_optimizer(folders: tuple[Path, ...], given: str | None) -> Path:
             f"Optimizer state not found: looked for {looked_for}; name the file in checkpoint.optimizer_path"
         )
     return found[0]
+
+
+def _find_training_args(folders: tuple[Path, ...], container: Path) -> Path | None:
+    real = container.resolve()
+    # Only a `checkpoint-N` is known to belong to what lies in the folder around it.
+    around = (real.parent,) if re.fullmatch(r"checkpoint-\d+", real.name) else ()
+    found = [folder / TRAINING_ARGS for folder in (*folders, *around) if (folder / TRAINING_ARGS).is_file()]
+    return found[0] if found else None
 
 
 def _refuse_foreign_layout(folder: Path) -> None:

@@ -12,6 +12,14 @@ from probe.errors import ConfigError
 from probe.loading.checkpoint import REFERENCE_ADAPTER
 
 
+def no_reference() -> ConfigError:
+    """What is said where there is a KL penalty and nothing says what its reference policy is."""
+    return ConfigError(
+        "probe_rework.kl_coef: expected 0 for a full model (the reference policy is the base model without its "
+        "adapter, or the adapter `ref`), found a larger one; give probe_rework.kl_coef: 0 for the update without it"
+    )
+
+
 @contextmanager
 def as_reference(model: nn.Module) -> Iterator[None]:
     """Let an adapter's model be the reference policy for a while.
@@ -27,10 +35,7 @@ def as_reference(model: nn.Module) -> Iterator[None]:
     """
     adapters: Any = getattr(model, "peft_config", None)
     if adapters is None:
-        raise ConfigError(
-            "probe_rework.kl_coef: expected 0 for a full model (the reference policy is the base model without its "
-            "adapter, or the adapter `ref`), found a larger one"
-        )
+        raise no_reference()
     policy: Any = model
     flags = {p: p.requires_grad for p in policy.parameters()}
     own = policy.active_adapter

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any
 
 from probe.config import OutputConfig, ProbeConfig
 from probe.errors import ConfigError, ProbeError
+from probe.from_checkpoint import filled_config
 
 DEFAULT_FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """The learning rates of a sweep that names no axis, as multiples of the policy's own."""
@@ -180,30 +181,33 @@ def sweep_config(given: Mapping[str, Any]) -> SweepConfig:
     return SweepConfig(**{key: _plain(key, value) if key in lists else value for key, value in given.items()})
 
 
-def build_grid(sweep: SweepConfig, config: ProbeConfig, seed: int) -> Grid:
+def build_grid(sweep: SweepConfig, config: ProbeConfig, seed: int, given: Collection[str] = ()) -> Grid:
     """The grid that a sweep of a configuration stands for.
 
     Args:
         sweep: what is swept.
-        config: what has one value everywhere.
+        config: what has one value everywhere, but for what stands beside each checkpoint.
         seed: master seed where none are swept.
+        given: the keys that the configuration gives explicitly, which count before what stands beside a checkpoint.
 
     Raises:
         ConfigError: an axis that could change nothing, or checkpoints that are not there.
     """
     _refuse_idle_axes(sweep, config)
-    batch = config.batch_config
     if sweep.checkpoints is None:
         checkpoints = [_own_checkpoint(config)]
     else:
         checkpoints = find_checkpoints(sweep.checkpoints)
     eta_name, etas = _etas(sweep)
+    seeds = [seed] if sweep.seeds is None else list(sweep.seeds)
+    B_Es = list(sweep.B_E or [config.batch_config.B_E])
+    sizes = {path: _update_sizes(sweep, config, path, given) for path in checkpoints}
     axes: dict[str, list[Any]] = {
         "checkpoints": checkpoints,
-        "seeds": [seed] if sweep.seeds is None else list(sweep.seeds),
-        "B_U": list(sweep.B_U or [batch.B_U]),
-        "G": list(sweep.G or [batch.G]),
-        "B_E": list(sweep.B_E or [batch.B_E]),
+        "seeds": seeds,
+        "B_U": list(dict.fromkeys(B_U for B_Us, _ in sizes.values() for B_U in B_Us)),
+        "G": list(dict.fromkeys(G for _, Gs in sizes.values() for G in Gs)),
+        "B_E": B_Es,
         eta_name: etas,
     }
     by_factor = eta_name == "eta_factors"
@@ -214,11 +218,27 @@ def build_grid(sweep: SweepConfig, config: ProbeConfig, seed: int) -> Grid:
                 for eta in etas
             )
         )
-        for checkpoint, seed, B_U, G, B_E in itertools.product(
-            axes["checkpoints"], axes["seeds"], axes["B_U"], axes["G"], axes["B_E"]
-        )
+        for checkpoint in checkpoints
+        for seed, B_U, G, B_E in itertools.product(seeds, *sizes[checkpoint], B_Es)
     )
     return Grid(axes, combinations)
+
+
+def keys_given(sweep: SweepConfig, given: Collection[str]) -> frozenset[str]:
+    """The keys that a configuration and the axes of a sweep give explicitly."""
+    axes = [axis for axis in ("B_E", "B_U", "G") if getattr(sweep, axis) is not None]
+    return frozenset(given) | {f"batch_config.{axis}" for axis in axes}
+
+
+def _update_sizes(
+    sweep: SweepConfig, config: ProbeConfig, checkpoint: str, given: Collection[str]
+) -> tuple[list[int], list[int]]:
+    """The values of `B_U` and of `G` for a checkpoint: the sweep's, else those that count without one."""
+    if sweep.B_U is None or sweep.G is None:
+        own = replace(config, checkpoint=replace(config.checkpoint, checkpoint_path=checkpoint))
+        config = config if checkpoint == DEMO else filled_config(own, keys_given(sweep, given))
+    batch = config.batch_config
+    return list(sweep.B_U or [batch.B_U]), list(sweep.G or [batch.G])
 
 
 def find_checkpoints(given: str | Sequence[str]) -> list[str]:

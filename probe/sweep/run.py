@@ -32,6 +32,7 @@ from probe.sweep.grid import (
     Point,
     SweepConfig,
     build_grid,
+    keys_given,
     sweep_config,
 )
 from probe.sweep.plots import write_plots
@@ -69,7 +70,7 @@ def run_sweep(config: Mapping[str, Any] | str | Path, **sweep: Any) -> pd.DataFr
     resolved = parse_config(given)
     runner = ProbeRunner(**resolved.trainer)
     runner.resolved = resolved.mapping
-    return execute(runner, EntropyProbe(resolved.probe, resolved.seed), options)
+    return execute(runner, EntropyProbe(resolved.probe, resolved.seed, resolved.given), options)
 
 
 def execute(runner: ProbeRunner, module: EntropyProbe, sweep: SweepConfig) -> pd.DataFrame:
@@ -88,12 +89,13 @@ def execute(runner: ProbeRunner, module: EntropyProbe, sweep: SweepConfig) -> pd
         ConfigError: impossible settings, or a folder that holds a different sweep.
         ProbeError: an error that would hit every point. What was finished before it is kept.
     """
-    grid = build_grid(sweep, module.config, module.seed)
+    grid = build_grid(sweep, module.configured, module.seed, module.given)
     folder = SweepFolder(sweep.output_folder)
-    threads = one_thread if module.config.checkpoint.checkpoint_path == DEMO else nullcontext
+    threads = one_thread if module.configured.checkpoint.checkpoint_path == DEMO else nullcontext
     with folder.locked(), threads():
         precision = (runner.resolved.get("trainer") or {}).get("precision")
-        records = folder.open(grid, shared_settings(module.config, precision), sweep.overwrite)
+        shared = shared_settings(module.configured, precision, module.given)
+        records = folder.open(grid, shared, sweep.overwrite)
         loop = _Sweep(runner, module, sweep, grid, folder, records)
         with _measuring_only(runner):
             loop.run()
@@ -139,7 +141,8 @@ class _Sweep:
         done = {id_ for id_, record in records.items() if record["status"] == "ok"}
         self.pending = {point.id for point in grid.points} - done
         self.tally = Tally(total=len(grid.points), done=len(done), failed=0)
-        self.base, self.seed = module.config, module.seed
+        self.base, self.seed = module.configured, module.seed
+        self.given = keys_given(sweep, module.given)
 
     def table(self) -> pd.DataFrame:
         """The table of what is there, in the order of the grid."""
@@ -171,7 +174,8 @@ class _Sweep:
         """All combinations of one checkpoint, with one policy, which nothing holds on to afterwards."""
         module = self.module
         if self.sweep.checkpoints is not None:
-            module = type(self.module)(combinations[0].configure(self.base, self.sweep), self.seed)
+            config = combinations[0].configure(self.base, self.sweep)
+            module = type(self.module)(config, self.seed, self.given)
         for i, combination in enumerate(combinations):
             try:
                 self._combination(module, combination)
@@ -187,7 +191,8 @@ class _Sweep:
         points = self._waiting(combination)
         self.tally.start_run()
         try:
-            module.reconfigure(combination.configure(self.base, self.sweep), combination.first.seed)
+            config = combination.configure(self.base, self.sweep)
+            module.reconfigure(config, combination.first.seed, self.given)
             result = self.runner.run(module)
         except Exception as error:
             if isinstance(error, (CheckpointError, OptimizerStateError)) or self._hits_every_point(error):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +13,7 @@ from probe import __version__
 from probe.config import ProbeConfig
 from probe.errors import ConfigError, LogError
 from probe.files import atomic_write_bytes, ensure_writable, write_error
+from probe.from_checkpoint import KEYS
 from probe.logs import dump_bytes
 from probe.sweep.grid import Grid, Point
 
@@ -29,6 +30,7 @@ TABLES = ("sweep.csv", "sweep.parquet")
 SUMMARY = "sweep_summary.json"
 POINT_SCHEMA, SWEEP_SCHEMA = "entropy-probe/sweep-point", "entropy-probe/sweep"
 SCHEMA_VERSION = 1
+GIVEN = "given explicitly"
 _ELSEWHERE = "choose another --output_folder, or pass --overwrite to delete that sweep and start anew"
 _PLOTS = ("eta*.png", "batch_size*.png", "checkpoints*.png")
 
@@ -95,6 +97,8 @@ class SweepFolder:
             there = self._read_manifest()
             differences = [*_differences(there["config"], json.loads(dump_bytes(shared)))]
             differences += _lost_values(there["axes"], grid.axes)
+            # a value that differs was in most cases not given on the other side: the value says it all
+            differences = [text for text in differences if not text.startswith(GIVEN)] or differences
             if differences:
                 raise ConfigError(
                     f"sweep.output_folder: expected a new folder or the same sweep, found a different one in "
@@ -180,10 +184,13 @@ class SweepFolder:
         return None
 
 
-def shared_settings(config: ProbeConfig, precision: str | None) -> dict[str, Any]:
+def shared_settings(
+    config: ProbeConfig, precision: str | None, given: Collection[str] = ()
+) -> dict[str, Any]:
     """The settings that all points of a sweep have in common and that can change a number.
 
-    What only bounds memory may change between two sessions, so that a sweep that ran out of it can go on.
+    What only bounds memory may change between two sessions, so that a sweep that ran out of it can go on. Which keys
+    are `given` counts as well: what stands beside the checkpoints fills in the others.
     """
     sections = asdict(config)
     kept = ("checkpoint", "batch_config", "generation", "probe_rework", "importance")
@@ -191,6 +198,8 @@ def shared_settings(config: ProbeConfig, precision: str | None) -> dict[str, Any
     shared: dict[str, Any] = {
         name: {key: value for key, value in sections[name].items() if key not in varied} for name in kept
     }
+    if config.probe_rework.from_checkpoint == "auto":
+        shared[GIVEN] = {key: True for key in KEYS if key in given}
     return {**shared, "trainer": {"precision": precision}}
 
 

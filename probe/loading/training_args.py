@@ -1,0 +1,221 @@
+"""The arguments a training was started with: `training_args.bin`, which transformers and TRL put beside a checkpoint.
+
+The file is a pickle of an object of the trainer's. Nothing that it names is imported: it is read with `weights_only`,
+and the classes that such a file is made of are replaced by stand-ins, which keep what they are given and do nothing. So
+neither TRL nor the version that wrote the file is needed, and a file that names anything else is refused unread.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from probe.errors import CheckpointError
+from probe.limits import TRAINING_ARGS_BYTES, TRAINING_ARGS_VALUES
+
+GRPO = (
+    "trl.trainer.grpo_config.GRPOConfig",
+    "open_r1.configs.GRPOConfig",
+    "UnslothGRPOTrainer.UnslothGRPOConfig",
+    "unsloth_compiled_cache.UnslothGRPOTrainer.UnslothGRPOConfig",
+)
+"""TRL's arguments of GRPO, and classes derived from them that leave the loss as it is."""
+ARGUMENTS = (
+    *GRPO,
+    "transformers.training_args.TrainingArguments",
+    "transformers.training_args_seq2seq.Seq2SeqTrainingArguments",
+    *(
+        f"trl.trainer.{name.lower()}_config.{name}Config"
+        for name in ("SFT", "DPO", "KTO", "RLOO", "Reward", "PPO", "CPO", "ORPO", "GKD", "Distillation")
+    ),
+    "trl.trainer.online_dpo_config.OnlineDPOConfig",
+    *(
+        f"trl.experimental.{name}.{name}_config.{kind}Config"
+        for name, kind in (
+            *(
+                ("gmpo", "GMPO"),
+                ("a2po", "A2PO"),
+                ("async_grpo", "AsyncGRPO"),
+                ("cpo", "CPO"),
+                ("orpo", "ORPO"),
+            ),
+            *(("gkd", "GKD"), ("gold", "GOLD"), ("kto", "KTO"), ("online_dpo", "OnlineDPO"), ("tpo", "TPO")),
+            *(("sdft", "SDFT"), ("sdpo", "SDPO"), ("iw_opd", "IWOPD"), ("distillation", "Distillation")),
+        )
+    ),
+)
+"""The classes whose objects are written whole."""
+PARTS = (
+    *(
+        f"transformers.trainer_utils.{name}"
+        for name in ("IntervalStrategy", "EvaluationStrategy", "SaveStrategy", "HubStrategy", "SchedulerType")
+    ),
+    "transformers.trainer_utils.FSDPOption",
+    "transformers.training_args.OptimizerNames",
+    "transformers.training_args.ParallelMode",
+    "transformers.debug_utils.DebugOption",
+    "transformers.trainer_pt_utils.AcceleratorConfig",
+    "transformers.integrations.deepspeed.HfTrainerDeepSpeedConfig",
+    "transformers.integrations.deepspeed.HfDeepSpeedConfig",
+    "transformers.generation.configuration_utils.GenerationConfig",
+    "transformers.utils.quantization_config.BitsAndBytesConfig",
+    "transformers.utils.quantization_config.QuantizationMethod",
+    "accelerate.state.PartialState",
+    "accelerate.state.AcceleratorState",
+    "accelerate.parallelism_config.ParallelismConfig",
+    "accelerate.utils.deepspeed.HfDeepSpeedConfig",
+    *(
+        f"accelerate.utils.dataclasses.{name}"
+        for name in ("DistributedType", "DeepSpeedPlugin", "FullyShardedDataParallelPlugin", "PrecisionType")
+    ),
+    "peft.utils.peft_types.PeftType",
+    "peft.utils.peft_types.TaskType",
+    "datetime.timedelta",
+    *(f"pathlib.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath")),
+    *(f"pathlib._local.{name}" for name in ("Path", "PosixPath", "WindowsPath")),
+)
+"""The classes of what stands in them."""
+SWITCH_OFF = "set probe_rework.from_checkpoint: off and give the update's settings in the configuration"
+"""What can always be done about a file."""
+
+
+class _StandIn:
+    """Takes the place of a class that a file names: keeps what it is made with, and does nothing."""
+
+    def __new__(cls, *args: Any) -> _StandIn:
+        """Keep the arguments; those of an enum are its value."""
+        made = super().__new__(cls)
+        made.__dict__["made_with"] = args
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep the attributes."""
+        self.__dict__["attributes"] = state
+
+
+class _Named:
+    """Takes the place of `getattr`, by which some versions of Python write members of enums."""
+
+    def __new__(cls, owner: Any, name: Any) -> Any:
+        """The member as a stand-in whose value is its name in small letters, as in the libraries' enums."""
+        if not (isinstance(owner, type) and issubclass(owner, _StandIn) and isinstance(name, str)):
+            raise TypeError(f"expected the member of an enum, found {name!r} of {type(owner).__name__}")
+        return owner(name.lower())
+
+
+def _stand_ins() -> dict[str, type]:
+    """A class of its own for every name."""
+    classes: dict[str, type] = {
+        name: type(name.rsplit(".", 1)[1], (_StandIn,), {}) for name in (*ARGUMENTS, *PARTS)
+    }
+    return {**classes, "__builtin__.getattr": _Named, "builtins.getattr": _Named}
+
+
+_STAND_INS = _stand_ins()
+
+
+@dataclass(frozen=True)
+class TrainingArgs:
+    """What a `training_args.bin` says.
+
+    Attributes:
+        file: the file.
+        kind: name of the class of the arguments, such as `GRPOConfig`.
+        is_grpo: whether they are those of TRL's GRPO.
+        values: the arguments by name, as plain values; members of enums as their values. What has none is None.
+        processes: how many processes the training had, where the file says so.
+    """
+
+    file: Path
+    kind: str
+    is_grpo: bool
+    values: Mapping[str, Any]
+    processes: int | None
+
+
+def read_training_args(file: Path) -> TrainingArgs:
+    """Read the arguments of a training. No code of the file's is run, and nothing that it names is imported.
+
+    Args:
+        file: `training_args.bin`.
+
+    Raises:
+        CheckpointError: the file cannot be read, is cut off, or has something else in it.
+    """
+    found = _load(file)
+    name = next((name for name in ARGUMENTS if type(found) is _STAND_INS[name]), None)
+    attributes = getattr(found, "attributes", None)
+    if name is None or not isinstance(attributes, dict):
+        what = f"an object of {type(found).__name__}"
+        raise _refusal(file, what)
+    plain = _Plain()
+    try:
+        values = {key: plain.of(value) for key, value in attributes.items() if isinstance(key, str)}
+    except (RecursionError, OverflowError, TypeError) as error:
+        raise _refusal(file, "one whose values stand inside each other without end") from error
+    state = getattr(attributes.get("distributed_state"), "attributes", None)
+    processes = state.get("num_processes") if isinstance(state, dict) else None
+    return TrainingArgs(
+        file=file,
+        kind=name.rsplit(".", 1)[1],
+        is_grpo=name in GRPO,
+        values=values,
+        processes=processes if type(processes) is int and processes >= 1 else None,
+    )
+
+
+def _load(file: Path) -> Any:
+    """What stands in the file, in stand-ins."""
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise _refusal(file, f"one that cannot be read ({error.strerror or error})") from error
+    if size > TRAINING_ARGS_BYTES:
+        raise _refusal(file, f"{size} bytes, where at most {TRAINING_ARGS_BYTES} are read")
+    allowed: list[Any] = [(stand_in, name) for name, stand_in in _STAND_INS.items()]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or hostile pickle leads to
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if foreign is not None:
+            what = f"{foreign[1]}, which is not among the classes of such a file (nothing of it was run)"
+            raise _refusal(file, what) from error
+        found = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise _refusal(file, f"one that cannot be read ({found:.120})") from error
+
+
+def _refusal(file: Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: expected the training arguments of transformers or TRL, found {found}; {SWITCH_OFF}"
+    )
+
+
+class _Plain:
+    """Makes plain values of those in a file; the same value in many places counts many times."""
+
+    def __init__(self) -> None:
+        self.left = TRAINING_ARGS_VALUES
+
+    def of(self, value: Any) -> Any:
+        """A value without stand-ins: members of enums as their values, other objects as None.
+
+        Raises:
+            OverflowError: there are more values than any training has.
+        """
+        self.left -= 1
+        if self.left < 0:
+            raise OverflowError
+        if isinstance(value, _StandIn):
+            made_with = value.__dict__["made_with"]
+            return made_with[0] if len(made_with) == 1 and isinstance(made_with[0], str) else None
+        if isinstance(value, dict):
+            return {self.of(key): self.of(entry) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.of(entry) for entry in value]
+        return value
