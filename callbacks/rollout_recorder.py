@@ -14,6 +14,7 @@ from probe.errors import ConfigError
 from probe.files import ensure_writable
 from probe.live.ranks import rank_and_size
 from probe.live.report import say
+from probe.rollouts.sampling import end_ids
 from probe.rollouts.tables import write_table
 from probe.snapshot import isolated_rng
 from probe.text import error_text
@@ -121,7 +122,7 @@ class RolloutRecorderCallback(TrainerCallback):
         used = held[last + 1 - count : last + 1]
         processor = trainer.processing_class
         tokenizer = getattr(processor, "tokenizer", processor)
-        ends = _ends(trainer.model, tokenizer)
+        ends = set(end_ids(trainer.model, tokenizer))
         rows: list[dict[str, Any]] = []
         groups: dict[tuple[int, ...], int] = {}
         for batch in used:
@@ -134,14 +135,6 @@ class RolloutRecorderCallback(TrainerCallback):
                 row["completion"] = tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
                 rows.append({name: row[name] for name in SCHEMA.names if name in row})
         return rows
-
-
-def _ends(model: Any, tokenizer: Any) -> set[int]:
-    """Ids that end a response."""
-    config = getattr(model, "generation_config", None)
-    own = getattr(config, "eos_token_id", None)
-    found = own if isinstance(own, (list, tuple)) else [own]
-    return {int(i) for i in [*found, tokenizer.eos_token_id] if i is not None}
 
 
 def _row(batch: dict[str, Any], i: int, ends: set[int]) -> dict[str, Any]:

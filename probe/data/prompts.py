@@ -18,6 +18,7 @@ from probe.config import BatchConfig
 from probe.data import arithmetic
 from probe.data.batch import PromptExample
 from probe.data.names import nearest
+from probe.data.rendering import Rendering, render_messages, rendering_of
 from probe.errors import DataError
 
 R1_TEMPLATE = (
@@ -90,9 +91,11 @@ def load_prompts(config: BatchConfig, tokenizer: PreTrainedTokenizerBase) -> lis
     prompt_column = _prompt_column(config, named, list(rows[0]))
     answer_column = _answer_column(config, named, list(rows[0]))
     examples = []
+    rendering = rendering_of(config)
     for index, row in enumerate(rows):
         where = f"{config.dataset_name}, row {index}, column {prompt_column!r}"
-        text, messages = _render(row[prompt_column], config, named, tokenizer, where)
+        own = rendering.of_row(row, f"{config.dataset_name}, row {index}")
+        text, messages = _render(row[prompt_column], config, named, tokenizer, where, own)
         columns = dict(row)
         if answer_column is not None:
             columns["answer"] = row[answer_column]
@@ -100,6 +103,11 @@ def load_prompts(config: BatchConfig, tokenizer: PreTrainedTokenizerBase) -> lis
             columns["prompt"] = messages
         # A chat template writes the special tokens itself.
         examples.append(PromptExample(text, columns, index, add_special_tokens=messages is None))
+    if rendering != Rendering() and all(example.add_special_tokens for example in examples):
+        raise DataError(
+            "batch_config.chat_template_kwargs, tools, continue_final_message: expected prompts that go through the "
+            f"chat template with them, found texts in {config.dataset_name}; set use_chat_template: true"
+        )
     if config.max_prompt_tokens is not None:
         check_prompt_tokens([_count_tokens(tokenizer, e) for e in examples], config.max_prompt_tokens)
     return examples
@@ -123,35 +131,6 @@ def default_reward(config: BatchConfig) -> str | list[str]:
             "own, found none; set it to exact_number, tag_format, gsm8k or module:function"
         )
     return list(own) if len(own) > 1 else own[0]
-
-
-def render_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str) -> str:
-    """The text of a conversation up to the point where the policy goes on.
-
-    As in TRL, a conversation that ends with a message of the assistant is continued inside that message; any
-    other is followed by the start of the assistant's turn.
-
-    Args:
-        tokenizer: has the chat template.
-        messages: each with `role` and `content`, both texts.
-        where: start of an error message.
-
-    Raises:
-        DataError: there is no chat template, or it refuses the messages.
-    """
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"{where}: expected a tokenizer with a chat template, found none; use a chat model's tokenizer "
-            "(checkpoint.tokenizer_path), or set use_chat_template: false and a prompt_template"
-        )
-    prefilled = messages[-1]["role"] == "assistant"
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not prefilled, continue_final_message=prefilled
-        )
-    except Exception as error:  # templates are programs: they raise what they like
-        raise DataError(f"{where}: the chat template failed with {_reason(error)}") from error
-    return str(text)
 
 
 def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
@@ -203,7 +182,12 @@ def _describe(config: BatchConfig) -> NamedDataset:
 
 
 def _render(
-    value: Any, config: BatchConfig, named: NamedDataset, tokenizer: PreTrainedTokenizerBase, where: str
+    value: Any,
+    config: BatchConfig,
+    named: NamedDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    rendering: Rendering,
 ) -> tuple[str, list[dict[str, Any]] | None]:
     """The text of a prompt, and the messages it was made from where the chat template was used."""
     template = config.prompt_template if config.prompt_template is not None else named.template
@@ -227,7 +211,7 @@ def _render(
         messages = [{"role": "user", "content": text}]
     if config.system_prompt is not None:
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    return render_messages(tokenizer, messages, where), messages
+    return render_messages(tokenizer, messages, where, rendering), messages
 
 
 def _count_tokens(tokenizer: PreTrainedTokenizerBase, example: PromptExample) -> int:
