@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -20,6 +21,7 @@ from probe.data.batch import PromptExample
 from probe.data.names import nearest
 from probe.data.rendering import Rendering, render_messages, rendering_of
 from probe.errors import DataError
+from probe.text import all_well_formed
 
 R1_TEMPLATE = (
     "Work on the question below in two parts. Put your reasoning between <think> and </think>, and then only "
@@ -28,6 +30,7 @@ R1_TEMPLATE = (
 """Asks for reasoning and result in tags of their own; it reads the same with and without a chat template."""
 
 _FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MESSAGE_KEYS = ("role", "content")
 
 
@@ -333,6 +336,8 @@ def _load_local(
         if path.stat().st_size == 0:
             raise DataError(f"{key}: expected rows in {str(path)!r}, found an empty file")
         file_format = _FILE_FORMATS[path.suffix]
+        if file_format == "json":
+            path = _without_surrogates(path, Path(cache))
         loaded = datasets.load_dataset(
             file_format, data_files=str(path), cache_dir=cache, keep_in_memory=True
         )
@@ -343,6 +348,24 @@ def _load_local(
             raise DataError(f"{key}: expected rows in {str(path)!r}, found none") from error
         raise DataError(f"{key}: cannot read {str(path)!r}: {_reason(error)}") from error
     return _one_split(loaded["train"], config)
+
+
+def _without_surrogates(path: Path, folder: Path) -> Path:
+    r"""A JSON file without the halves of characters that `datasets` refuses: itself, or a copy with U+FFFD for them."""
+    raw = path.read_bytes()
+    if not _SURROGATE.search(raw):
+        return path
+    text = raw.decode("utf-8-sig")
+    try:
+        parts = [json.loads(text)]
+    except ValueError:
+        try:
+            parts = [json.loads(line) for line in text.split("\n") if line.strip()]
+        except ValueError:
+            return path  # whoever reads it says what is wrong
+    copy = folder / f"well_formed{path.suffix}"
+    copy.write_text("\n".join(json.dumps(all_well_formed(part)) for part in parts), encoding="utf-8")
+    return copy
 
 
 def _load_folder(path: Path, config: BatchConfig, named: NamedDataset, cache: str) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from probe.config import BatchConfig
 from probe.errors import DataError
 from probe.imports import UserImportError, import_module
-from probe.text import error_text, shown
+from probe.text import all_well_formed, error_text, shown
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _plain(value: Any, where: str) -> Any:
     """A value of JSON, parsed where it is a text, without the empty fields that Arrow adds to make all rows alike."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = all_well_formed(json.loads(value))
         except ValueError as error:
             raise DataError(f"{where}: expected JSON, found {value[:60]!r} ({error})") from error
     return _without_empty(value)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from probe.rollouts.ends import END_COLUMNS, EndRules, Response, end_exact, end_
 from probe.rollouts.foreign import own_columns
 from probe.rollouts.retokenized import Recovery
 from probe.rollouts.tables import Part, RolloutTable, read_table, write_table
+from probe.text import all_well_formed
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +174,7 @@ def read_rollouts(
             dict.fromkeys([*(f for own in _read_texts(table, "bias_flags") for f in own), *flags, *unsure])
         ),
         doubts=tuple(doubts) if any(doubts) else (),
-        places=_read_places(table, group),
+        places=_read_places(table, prompts.ids),
     )
 
 
@@ -416,26 +418,21 @@ def _read_group(table: RolloutTable, advantages: Tensor | None, G: int) -> Tenso
     return torch.tensor([codes.setdefault(value, len(codes)) for value in values], dtype=torch.int64)
 
 
-def _read_places(table: RolloutTable, group: Tensor) -> tuple[tuple[Hashable, int], ...]:
-    """The group and the place in it of each row, as the file itself names them.
+def _read_places(
+    table: RolloutTable, prompt_ids: Sequence[Sequence[int]]
+) -> tuple[tuple[Hashable, int], ...]:
+    """The name of each row's group, as the file gives it, and the row's place among those of its prompt and group.
 
-    A file without names of groups has the groups of each prompt in their order, so that a part of it names them alike.
+    In a file without names all rows of a prompt are one group.
     """
     name = next((name for name in GROUPS if name in table.columns), None)
-    if name is not None:
-        labels: list[Hashable] = list(table.column(name))
-    else:
-        prompts = table.column("prompt_ids" if "prompt_ids" in table.columns else "prompt")
-        seen: dict[str, dict[int, int]] = {}
-        labels = []
-        for prompt, number in zip(prompts, group.tolist(), strict=True):
-            of_prompt = seen.setdefault(repr(prompt), {})
-            labels.append(("run", of_prompt.setdefault(number, len(of_prompt))))
-    counts: dict[Hashable, int] = {}
+    labels = [None] * len(prompt_ids) if name is None else table.column(name)
+    counts: Counter[Hashable] = Counter()
     places = []
-    for label, number in zip(labels, group.tolist(), strict=True):
-        places.append((label, counts.get(number, 0)))
-        counts[number] = counts.get(number, 0) + 1
+    for ids, label in zip(prompt_ids, labels, strict=True):
+        key = (tuple(ids), label)
+        places.append((label, counts[key]))
+        counts[key] += 1
     return tuple(places)
 
 
@@ -559,7 +556,7 @@ def _parse_row(value: Any, where: str) -> dict[str, Any]:
     """A data set's row, which Parquet holds as JSON."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = all_well_formed(json.loads(value))
         except ValueError as error:
             raise DataError(f"{where}: expected row to be JSON, found {value[:60]!r} ({error})") from error
     if not isinstance(value, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from probe.data.batch import RolloutBatch
 from probe.errors import DataError
 from probe.rollouts.tables import LOGS, rollout_file
 
-CHANCE = 1e-4
-"""Responses that agree with the update's at their places are its own where chance does so less often than this."""
+CHANCE = 1e-6
+"""Groups that agree with the update's are its own where chance makes them agree less often than this."""
 
 
 def check_different_files(E_rollouts: str, U_rollouts: str, update: int | None) -> None:
@@ -33,9 +34,11 @@ def check_different_files(E_rollouts: str, U_rollouts: str, update: int | None) 
 def shared_responses(E: RolloutBatch, U: RolloutBatch, logprob: Tensor) -> int:
     """Number of responses of E that are the update's own; 0 unless both are from files.
 
-    Responses are the same ones where prompt, group and place in the group are, and the tokens. Files may give the same
-    names to other rows, and short responses agree by chance: of `K` places that both have, chance lets the `M` that
-    agree do so with a probability of at most `C(K, M) prod p(y)`, and only below `CHANCE` they count.
+    A group of E is one of U's where prompt and name of the group are the same and the responses agree at all places
+    that both have, or where E's, two or more, are those of U's in another order. Files may give one name to different
+    groups, and short responses agree by chance: of `K` groups that both have, chance lets the `M` that agree do so with
+    a probability of at most `C(K, M) prod p(y)` (`p(y)` times the group's size, in another order), and only below
+    `CHANCE` they count. A single response is never enough.
 
     Args:
         E: the evaluation batch.
@@ -44,20 +47,38 @@ def shared_responses(E: RolloutBatch, U: RolloutBatch, logprob: Tensor) -> int:
     """
     if not E.places or not U.places:
         return 0
-    own = dict(zip(_keys(U), _tokens(U), strict=True))
-    candidates = [(i, own[key]) for i, key in enumerate(_keys(E)) if key in own]
-    responses = _tokens(E)
-    agreeing = [i for i, tokens in candidates if responses[i] == tokens]
-    K, M = len(candidates), len(agreeing)
-    choices = math.lgamma(K + 1) - math.lgamma(M + 1) - math.lgamma(K - M + 1)
-    return M if choices + float(logprob[agreeing].sum()) < math.log(CHANCE) else 0
+    of_E, of_U = _groups(E), _groups(U)
+    common = [key for key in of_E if key in of_U]
+    tokens_E, tokens_U = _tokens(E), _tokens(U)
+    agreeing = 0
+    found: list[int] = []
+    log_chance = 0.0
+    for key in common:
+        rows, others = of_E[key], of_U[key]
+        places = rows.keys() & others.keys()
+        if places and all(tokens_E[rows[place]] == tokens_U[others[place]] for place in places):
+            same, orders = [rows[place] for place in places], 1
+        else:
+            left = Counter(tokens_E[i] for i in rows.values()) - Counter(tokens_U[i] for i in others.values())
+            if left or len(rows) < 2:
+                continue
+            same, orders = list(rows.values()), len(others)
+        agreeing += 1
+        found += same
+        log_chance += sum(min(float(logprob[i]) + math.log(orders), 0.0) for i in same)
+    K, M = len(common), agreeing
+    log_chance += math.lgamma(K + 1) - math.lgamma(M + 1) - math.lgamma(K - M + 1)
+    return len(found) if len(found) > 1 and log_chance < math.log(CHANCE) else 0
 
 
-def _keys(batch: RolloutBatch) -> list[tuple[Hashable, ...]]:
-    """Prompt, group and place of each response."""
-    return [(ids, *place) for ids, place in zip(batch.prompt_ids, batch.places, strict=True)]
+def _groups(batch: RolloutBatch) -> dict[tuple[Hashable, ...], dict[int, int]]:
+    """Of each prompt and group the response at each place, by its index in the batch."""
+    found: dict[tuple[Hashable, ...], dict[int, int]] = {}
+    for i, (ids, (label, place)) in enumerate(zip(batch.prompt_ids, batch.places, strict=True)):
+        found.setdefault((ids, label), {})[place] = i
+    return found
 
 
-def _tokens(batch: RolloutBatch) -> list[list[int]]:
+def _tokens(batch: RolloutBatch) -> list[tuple[int, ...]]:
     """The tokens of each response."""
-    return [row[own].tolist() for row, own in zip(batch.completion_ids, batch.mask, strict=True)]
+    return [tuple(row[own].tolist()) for row, own in zip(batch.completion_ids, batch.mask, strict=True)]
