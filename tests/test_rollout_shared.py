@@ -75,7 +75,9 @@ def test_one_file_for_both_is_refused_by_any_of_its_names(tmp_path):
     file.touch()
     (tmp_path / "other.jsonl").touch()
     for E in (folder, file, folder / ".." / "completions" / file.name):
-        with pytest.raises(DataError, match=r"the file of batch_config\.U_rollouts; leave it out to sample E"):
+        with pytest.raises(
+            DataError, match=r"the file of batch_config\.U_rollouts; leave it out to sample E"
+        ):
             check_different_files(str(E), str(folder), 3)
     check_different_files(str(tmp_path / "other.jsonl"), str(folder), 3)
     (tmp_path / "run.json.gz").touch()  # a log has parts of its own for both
