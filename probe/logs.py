@@ -231,8 +231,9 @@ def logged_rollouts(log: Mapping[str, Any], part: Literal["E", "U"]) -> list[dic
         for name in ("reward", "advantage"):
             if name in exact or name in record:
                 row[name] = exact[name][i] if name in exact else record[name]
-        if "old_logprob" in exact:
-            row["old_logprobs"] = exact["old_logprob"][i][: record["length"]]
+        for name, target in (("old_logprob", "old_logprobs"), ("sampling_logprob", "sampling_logprobs")):
+            if name in exact:
+                row[target] = exact[name][i][: record["length"]]
         rows.append(row)
     return rows
 

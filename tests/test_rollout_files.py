@@ -637,6 +637,30 @@ def test_the_rows_are_those_of_the_update_after_the_checkpoint(tmp_path):
     assert len(update(write(tmp_path / "own.jsonl", plain), 61)) == 1
 
 
+def test_log_probs_of_the_engine_that_sampled(tmp_path):
+    """Null where it gave none; written and read back alike."""
+    rows = [
+        {
+            "prompt": "a",
+            "completion": "bc",
+            "completion_ids": [20, 21, EOS],
+            "sampling_logprobs": [-0.5, None, -2.0],
+        },
+        {"prompt": "a", "completion": "b", "completion_ids": [EOS], "sampling_logprobs": [-0.125]},
+    ]
+    batch = read(write(tmp_path / "a.jsonl", rows))
+    assert batch.sampling_logprobs[1].tolist() == [-0.125, 0.0, 0.0]
+    assert torch.isnan(batch.sampling_logprobs).tolist() == [[False, True, False], [False] * 3]
+    for ending in ("jsonl", "parquet"):
+        again = read(str(write_rollouts(tmp_path / f"b.{ending}", batch)))
+        torch.testing.assert_close(again.sampling_logprobs, batch.sampling_logprobs, equal_nan=True)
+    rows[1]["sampling_logprobs"] = [0.5]
+    with pytest.raises(
+        DataError, match=r"expected sampling_logprobs to be finite and not above 0, found 0\.5"
+    ):
+        read(write(tmp_path / "c.jsonl", rows))
+
+
 # ---------------------------------------------------------------- token ids
 
 
@@ -745,6 +769,7 @@ def test_rows_of_tokens_with_a_mask(tmp_path):
         "token_ids": [*ids("1+1="), *ids("2"), EOS, 0, 0],
         "token_loss_mask": [0, 0, 0, 0, 1, 1, 0, 0],
         "prev_logprobs": [0.0, -1.0, -1.0, -1.0, -0.5, -0.25, 0.0, 0.0],
+        "generation_logprobs": [0.0, 0.0, 0.0, 0.0, -0.625, -0.25, 0.0, 0.0],
         "advantages": [0.75] * 8,
         "rewards": 1.0,
         "input_lengths": 6,
@@ -753,6 +778,7 @@ def test_rows_of_tokens_with_a_mask(tmp_path):
     assert batch.prompts == ("1+1=",)
     assert tokens(batch) == [[*ids("2"), EOS]]
     assert batch.old_logprobs.tolist() == [[-0.5, -0.25]]
+    assert batch.sampling_logprobs.tolist() == [[-0.625, -0.25]]
     assert batch.advantages.tolist() == [0.75]
     assert batch.rewards is None or batch.rewards.tolist() == [1.0]
     for change, message in (

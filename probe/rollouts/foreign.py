@@ -78,14 +78,17 @@ def _renamed(table: RolloutTable, names: dict[str, str]) -> RolloutTable:
 
 def _from_masked(table: RolloutTable) -> RolloutTable:
     """Tables of rows of tokens with a mask: the run of masked tokens is the response, what precedes it the prompt."""
-    per_token = {"prev_logprobs": "old_logprobs", "advantages": "advantage"}
+    per_token = {
+        "prev_logprobs": "old_logprobs",
+        "generation_logprobs": "sampling_logprobs",
+        "advantages": "advantage",
+    }
     dropped = {
         *MASKED,
         *per_token,
         "content",
         "input_lengths",
         "sample_loss_mask",
-        "generation_logprobs",
         "idx",
     }
     total = next((name for name in TOTALS if name in table.columns), None)
@@ -108,9 +111,8 @@ def _from_masked(table: RolloutTable) -> RolloutTable:
                     f"{table.where(i)}: expected {name} for each of the {len(row['token_ids'])} token_ids, found "
                     f"{len(values)}"
                 )
-            own[target] = (
-                values[start:end] if target == "old_logprobs" else _only(table, i, values[start:end])
-            )
+            sampled = values[start:end]
+            own[target] = _only(table, i, sampled) if target == "advantage" else sampled
         rows.append(own)
     columns = tuple(dict.fromkeys(name for row in rows for name in row))
     return RolloutTable(table.path, tuple(rows), table.numbers, columns)
