@@ -364,7 +364,10 @@ class EntropyProbe(LightningModule):
         """
         E, scores = _there(state.E, "E"), _there(state.E_scores, "E_scores")
         rework = self.config.probe_rework
-        few = self._few(E)
+        if not bool(scores.undecided.any()):
+            state.derivative = "finite_difference", "the policy has no choice left, so that derivatives are 0"
+            return None
+        few = self._few(E, scores)
         try:
             if rework.derivative_check and rework.derivative_mode != "finite_difference":
                 check = derivative_check(self.policy, few)
@@ -386,8 +389,10 @@ class EntropyProbe(LightningModule):
             self.policy, E, scores, rework.weighting, rework.baseline, progress=progress("gradient on E")
         )
 
-    def _few(self, batch: RolloutBatch) -> RolloutBatch:
-        """The first microbatch of responses that are not empty."""
+    def _few(self, batch: RolloutBatch, scores: TokenScores | None = None) -> RolloutBatch:
+        """The first microbatch of responses that are not empty; of those with a choice in them, as far as there are."""
+        if scores is not None and bool(scores.undecided.any()):
+            batch = batch.subset(scores.undecided.nonzero().flatten())
         return first_microbatch(batch, self.config.memory_config.microbatch_size)
 
     def _derivative_mode(self, few: RolloutBatch) -> tuple[str, str]:
@@ -550,7 +555,7 @@ class EntropyProbe(LightningModule):
     ) -> DifferencePair:
         """E scored on both sides; at scale 1 the upper point is the optimizer's own, and the ground truth's."""
         E, policy, update = _there(state.E, "E"), self.policy, _there(state.update, "update")
-        scale, error = choose_scale(policy, self._few(E), step)
+        scale, error = choose_scale(policy, self._few(E, state.E_scores), step)
         own = scale == 1.0 and self.config.probe_rework.step == "optimizer"
         upper = update.new_parameters if own else None
         pair = difference_pair(policy, E, step, scale, error, upper, state.basis, progress)

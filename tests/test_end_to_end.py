@@ -538,6 +538,23 @@ def test_texts_that_a_stop_string_ended_give_the_numbers_of_their_tokens(config,
     assert texts["diagnostics"]["bias_flags"] == ["retokenized"]
 
 
+@pytest.mark.parametrize("mode", ["auto", "jvp", "reverse", "finite_difference"])
+def test_a_policy_without_any_choice_left_has_entropy_0_and_keeps_it(config, tmp_path, mode):
+    """Every token has probability 1 in the arithmetic at hand: nothing to differentiate is no error."""
+    folder = save_base(tmp_path / "sure", tied=False)
+    model = load_base(folder)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e8)
+    model.save_pretrained(folder)
+    sure = {"checkpoint_path": str(lora_checkpoint(tmp_path / "step_60", folder)[0])}
+    found = run(config, checkpoint=sure, probe_rework={"derivative_mode": mode})
+    for name in ("H_orig", "H_upd", "deltaH1", "deltaH_true", "deltaH2", "bars_dot", "residual"):
+        for suffix in ("", "_tok"):
+            assert found[name + suffix] == 0, name
+    assert found["verdict"] == "unresolved"
+    assert "no choice left" in found["diagnostics"]["derivative_reason"]
+
+
 def test_tokens_and_lengths_that_the_model_has_no_room_for_are_refused_in_files(config, tmp_path):
     row = {"prompt": "2 apples", "completion_ids": [5, 1], "reward": 1.0}
     for change, message in (
