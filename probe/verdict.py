@@ -617,7 +617,8 @@ _DOUBTED: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "prompt_uncertain": (
         "Prompts of a rollout file may not be the tokens that the responses were sampled after{counted}; give it "
-        "prompt_ids, or set batch_config.continue_final_message where prompts end with a message of the assistant.",
+        "prompt_ids, or set batch_config.chat_template_kwargs ({{}} for none) and continue_final_message to what the "
+        "training had.",
         ("prompt",),
     ),
 }

@@ -10,6 +10,7 @@ from trl.data_utils import apply_chat_template
 
 from probe.config import BatchConfig
 from probe.data.prompts import load_prompts
+from probe.data.rendering import template_options
 from probe.errors import DataError
 from tests.helpers import CHAT_TEMPLATE, char_tokenizer
 
@@ -113,3 +114,13 @@ def test_a_final_message_of_the_assistant_is_continued_or_followed_by_a_new_turn
 def test_what_cannot_be_rendered_is_one_line(tokenizer, tmp_path, row, settings, message):
     with pytest.raises(DataError, match=message):
         load(tokenizer, tmp_path, [row], **settings)
+
+
+def test_options_are_the_names_that_a_template_is_not_given_by_itself():
+    assert template_options(TEMPLATE) == ("thinking",)
+    marked = (
+        "{% for m in messages %}{%- generation %}{{ m.content }}{% endgeneration -%}{% break %}{% endfor %}"
+    )
+    assert template_options(marked + "{% set x = 1 %}{{ x + eos_token + strftime_now('%d') }}") == ()
+    assert template_options(marked + "{{ date_string }}") == ("date_string",)
+    assert template_options("{% no such tag %}") == ()

@@ -762,6 +762,13 @@ def test_columns_of_other_trainers(tmp_path):
     )  # decoded without the template's special tokens
 
 
+def test_responses_to_one_prompt_are_a_group_of_other_trainers_in_any_order(tmp_path):
+    rows = [{"input": p, "output": c, "score": 1.0} for p, c in zip("abab", "wxyz", strict=True)]
+    assert read(write(tmp_path / "a.jsonl", rows)).group.tolist() == [0, 1, 0, 1]
+    named = [{**row, "uid": uid} for row, uid in zip(rows, "stuv", strict=True)]
+    assert read(write(tmp_path / "b.jsonl", named)).group.tolist() == [0, 1, 2, 3]
+
+
 def test_rows_of_tokens_with_a_mask(tmp_path):
     row = {
         "idx": 0,
@@ -814,7 +821,13 @@ def test_prompts_of_conversations_are_rendered_as_the_training_rendered_them(tmp
     path = write(tmp_path / "a.jsonl", [row])
     config = BatchConfig(chat_template_kwargs={"brief": True})
     assert read(path, tokenizer, config).prompts == ("[user]hi\n[assistant]!",)
+    assert read(path, tokenizer, config).bias_flags == ("retokenized",)
     assert read(path, tokenizer).prompts == ("[user]hi\n[assistant]",)
+    assert read(path, tokenizer).bias_flags == (
+        "retokenized",
+        "prompt_uncertain",
+    )  # the template has an option
+    assert read(path, tokenizer, BatchConfig(chat_template_kwargs={})).bias_flags == ("retokenized",)
     own = write(tmp_path / "b.jsonl", [{**row, "chat_template_kwargs": {"brief": 1}}])
     assert read(own, tokenizer).prompts == ("[user]hi\n[assistant]!",)
     prefilled = write(tmp_path / "c.jsonl", [{"prompt": [user, assistant], "completion": "b"}])

@@ -106,7 +106,10 @@ def load_prompts(config: BatchConfig, tokenizer: PreTrainedTokenizerBase) -> lis
             columns["prompt"] = messages
         # A chat template writes the special tokens itself.
         examples.append(PromptExample(text, columns, index, add_special_tokens=messages is None))
-    if rendering != Rendering() and all(example.add_special_tokens for example in examples):
+    from_files = (
+        config.E_rollouts is not None or config.U_rollouts is not None
+    )  # whose prompts may be messages
+    if rendering != Rendering() and not from_files and all(e.add_special_tokens for e in examples):
         raise DataError(
             "batch_config.chat_template_kwargs, tools, continue_final_message: expected prompts that go through the "
             f"chat template with them, found texts in {config.dataset_name}; set use_chat_template: true"

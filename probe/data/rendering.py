@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
+from jinja2 import Environment, TemplateError, meta
 from transformers import PreTrainedTokenizerBase
 
 from probe.config import BatchConfig
@@ -14,21 +17,39 @@ from probe.errors import DataError
 from probe.imports import UserImportError, import_module
 from probe.text import all_well_formed, error_text, shown
 
+_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"} | {
+    "raise_exception",
+    "strftime_now",
+}
+"""What `apply_chat_template` itself gives to a template."""
+_GENERATION = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
+"""Tags of transformers' own, which mark what the assistant says."""
+
 
 @dataclass(frozen=True)
 class Rendering:
     """How a chat template is applied.
 
     Attributes:
-        options: further arguments of the template (`enable_thinking`, ...).
+        options: further arguments of the template (`enable_thinking`, ...); None where nothing is known of them.
         tools: functions or JSON schemas that the template describes; None where there are none.
         continue_final_message: whether a conversation that ends with a message of the assistant is continued inside of
             it; None where nothing says, which continues it.
     """
 
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] | None = None
     tools: tuple[Any, ...] | None = None
     continue_final_message: bool | None = None
+
+    def is_certain(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> bool:
+        """Whether a conversation that was rendered elsewhere has only this rendering, as far as anything says.
+
+        It may have others where its template has options of its own and none are given, and where it ends with a
+        message of the assistant and nothing says whether that was continued.
+        """
+        if messages[-1]["role"] == "assistant" and self.continue_final_message is None:
+            return False
+        return self.options is not None or not template_options(str(tokenizer.chat_template))
 
     def of_row(self, row: Mapping[str, Any], where: str) -> Rendering:
         """The rendering of one row: its columns `chat_template_kwargs` and `tools` come before the configuration's.
@@ -48,7 +69,7 @@ class Rendering:
                 raise DataError(
                     f"{where}, chat_template_kwargs: expected a mapping of template options, found {shown(options)}"
                 )
-            found = replace(found, options={**self.options, **options})
+            found = replace(found, options={**(self.options or {}), **options})
         if tools is not None:
             if isinstance(tools, list):
                 tools = [_plain(tool, f"{where}, tools") if isinstance(tool, str) else tool for tool in tools]
@@ -65,7 +86,7 @@ def rendering_of(config: BatchConfig) -> Rendering:
         DataError: a tool cannot be imported.
     """
     tools = None if not config.tools else tuple(_tool(tool) for tool in config.tools)
-    return Rendering(dict(config.chat_template_kwargs or {}), tools, config.continue_final_message)
+    return Rendering(config.chat_template_kwargs, tools, config.continue_final_message)
 
 
 def render_messages(
@@ -103,13 +124,29 @@ def render_messages(
             tokenize=False,
             add_generation_prompt=not prefilled,
             continue_final_message=prefilled,
-            **rendering.options,
+            **(rendering.options or {}),
         )
     except Exception as error:  # templates are programs: they raise what they like
         root = error.__cause__ or error
         reason = f"{type(root).__name__}: {' '.join(str(root).split())[:300]}"
         raise DataError(f"{where}: the chat template failed with {reason}") from error
     return str(text)
+
+
+@cache
+def template_options(template: str) -> tuple[str, ...]:
+    """The names of options that a chat template has beside what every template is given.
+
+    >>> template_options("{% if enable_thinking %}{{ messages[0]['content'] + bos_token }}{% endif %}")
+    ('enable_thinking',)
+    """
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        parsed = environment.parse(_GENERATION.sub("", template))
+    except TemplateError:
+        return ()
+    found = meta.find_undeclared_variables(parsed) - set(environment.globals)
+    return tuple(sorted(name for name in found if name not in _GIVEN and not name.endswith("_token")))
 
 
 def _plain(value: Any, where: str) -> Any:

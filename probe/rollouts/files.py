@@ -260,7 +260,7 @@ def _read_prompts(
             text = render_messages(tokenizer, messages, where, own)
             # A chat template writes the special tokens itself.
             ids = [int(t) for t in tokenizer(text, add_special_tokens=False)["input_ids"]]
-            unsure = messages[-1]["role"] == "assistant" and own.continue_final_message is None
+            unsure = not own.is_certain(tokenizer, messages)
         if not ids:
             raise DataError(f"{where}: expected a prompt of at least one token, found none in {text!r}")
         found.texts.append(text)

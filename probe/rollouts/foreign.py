@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from probe.data.names import nearest
@@ -17,7 +19,7 @@ IDS = {
     "response_ids": "completion_ids",
     "response_token_ids": "completion_ids",
 }
-OTHERS = {"advantages": "advantage", "old_log_probs": "old_logprobs"}
+OTHERS = {"advantages": "advantage", "old_log_probs": "old_logprobs", "uid": "group"}
 """Columns of tables that verl (`input`, `output`, `score`), OpenRLHF (`input` or `prompt`, `output` or `response`,
 `reward`) and others write, in the order in which they are looked for."""
 MASKED = ("token_ids", "token_loss_mask")
@@ -73,7 +75,24 @@ def _renamed(table: RolloutTable, names: dict[str, str]) -> RolloutTable:
     columns = tuple(names.get(name, name) for name in table.columns)
     rows = tuple({names.get(name, name): value for name, value in row.items()} for row in table.rows)
     left_out = names.get(SPECIAL_TOKENS_LEFT_OUT) == "prompt"
-    return RolloutTable(table.path, rows, table.numbers, columns, left_out)
+    return _grouped(RolloutTable(table.path, rows, table.numbers, columns, left_out))
+
+
+def _grouped(table: RolloutTable) -> RolloutTable:
+    """The table with a group for each prompt, where it names none: these trainers draw a prompt once for an update.
+
+    They also put responses into another order, so that those to one prompt need not stand together.
+    """
+    if {"group", "prompt_id"} & set(table.columns):
+        return table
+    key = "prompt_ids" if "prompt_ids" in table.columns else "prompt"
+    rows = tuple({**row, "group": _digest(row[key])} for row in table.rows)
+    return replace(table, rows=rows, columns=(*table.columns, "group"))
+
+
+def _digest(prompt: Any) -> str:
+    """A name for a prompt that is the same in every file."""
+    return hashlib.blake2b(repr(prompt).encode(), digest_size=8).hexdigest()
 
 
 def _from_masked(table: RolloutTable) -> RolloutTable:
@@ -115,7 +134,7 @@ def _from_masked(table: RolloutTable) -> RolloutTable:
             own[target] = _only(table, i, sampled) if target == "advantage" else sampled
         rows.append(own)
     columns = tuple(dict.fromkeys(name for row in rows for name in row))
-    return RolloutTable(table.path, tuple(rows), table.numbers, columns)
+    return _grouped(RolloutTable(table.path, tuple(rows), table.numbers, columns))
 
 
 def _masked_run(table: RolloutTable, i: int) -> tuple[int, int]:
