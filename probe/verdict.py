@@ -598,7 +598,7 @@ _FLAGS: dict[str, Finding] = {
 _DOUBT_WORDS = {
     "tokens": "may have been sampled in other tokens",
     "text": "do not come back from their tokens",
-    "end": "are given the end that the settings imply",
+    "end": "are given an end that their text does not show",
     "no_end": "end in a way that neither the file nor the settings tell",
     "prompt": "have prompts that may be other tokens",
 }
@@ -628,12 +628,13 @@ _DOUBTED: dict[str, tuple[str, tuple[str, ...]]] = {
 def _doubts(facts: _Facts, doubts: tuple[str, ...]) -> str:
     """How many responses of which batch have which doubt."""
     found = facts.found.get("rollout_doubts") or {}
-    return "; ".join(
+    parts = [
         f"{counts[doubt]} of {counts['of']} in {batch} {_DOUBT_WORDS[doubt]}"
         for batch, counts in found.items()
         for doubt in doubts
         if counts.get(doubt)
-    )
+    ]
+    return "; ".join(parts or [f"0 of {counts['of']} in {batch} in doubt" for batch, counts in found.items()])
 
 
 _PER_ESTIMAND: tuple[Callable[[_Facts, str], Finding | None], ...] = (

@@ -755,6 +755,8 @@ def test_columns_of_other_trainers(tmp_path):
         assert batch.bias_flags == (() if name == "other" else ("retokenized",))
     with pytest.raises(DataError, match=r"expected rows of update 4 .* found those of 3"):
         read(str(tmp_path / "verl.jsonl"), update=4)
+    begun = write(tmp_path / "begun.jsonl", [{**verl, "input": "<bos>1+1="}, verl])
+    assert read(begun, char_tokenizer(bos=True)).prompt_ids == ((2, *ids("1+1=")),) * 2
     chat = read(str(tmp_path / "verl.jsonl"), char_tokenizer(chat_template=True))
     assert chat.bias_flags == (
         "retokenized",

@@ -55,8 +55,9 @@ class RolloutBatch:
         source: `sampled`, or the path of the file.
         bias_flags: reasons why numbers from this batch are biased (`truncated_support`, `retokenized`, ...).
         doubts: of each response, length `B` (empty where there are none), what a file leaves uncertain: `tokens` (its
-            text may have been sampled in other tokens), `text` (its tokens do not give its text back), `end` (the
-            settings say how it ended, not the file), `no_end` (nothing says), `prompt` (its prompt's tokens).
+            text may have been sampled in other tokens), `text` (its tokens do not give its text back), `end` (it
+            is given an end that its text does not show), `no_end` (nothing says how it ended), `prompt` (its prompt's
+            tokens).
         places: of each response of a file, length `B` (empty for sampled ones), the name of its group and its place
             in it, by which responses of two files are known to be the same ones.
     """

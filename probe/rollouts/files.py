@@ -253,7 +253,8 @@ def _read_prompts(
             text = value if messages is None else str(tokenizer.decode(ids))
         elif messages is None:
             text = value
-            ids = [int(t) for t in tokenizer(text)["input_ids"]]
+            begun = table.rendered and bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+            ids = [int(t) for t in tokenizer(text, add_special_tokens=not begun)["input_ids"]]
             unsure = table.special_tokens_left_out and tokenizer.chat_template is not None
         else:
             own = rendering.of_row(table.rows[i], where)

@@ -75,7 +75,7 @@ def _renamed(table: RolloutTable, names: dict[str, str]) -> RolloutTable:
     columns = tuple(names.get(name, name) for name in table.columns)
     rows = tuple({names.get(name, name): value for name, value in row.items()} for row in table.rows)
     left_out = names.get(SPECIAL_TOKENS_LEFT_OUT) == "prompt"
-    return _grouped(RolloutTable(table.path, rows, table.numbers, columns, left_out))
+    return _grouped(RolloutTable(table.path, rows, table.numbers, columns, True, left_out))
 
 
 def _grouped(table: RolloutTable) -> RolloutTable:

@@ -36,6 +36,7 @@ class RolloutTable:
         rows: one mapping per row; a column that a row lacks is None.
         numbers: position of each row in the file, from 0.
         columns: names of the columns, in the file's order.
+        rendered: whether prompts as text are the whole prompts, special tokens such as BOS included where they show.
         special_tokens_left_out: whether the writer decodes prompts without their special tokens.
     """
 
@@ -43,6 +44,7 @@ class RolloutTable:
     rows: tuple[dict[str, Any], ...]
     numbers: tuple[int, ...]
     columns: tuple[str, ...]
+    rendered: bool = False
     special_tokens_left_out: bool = False
 
     def column(self, name: str) -> list[Any]:
