@@ -116,6 +116,18 @@ def test_what_cannot_be_rendered_is_one_line(tokenizer, tmp_path, row, settings,
         load(tokenizer, tmp_path, [row], **settings)
 
 
+def test_a_turn_that_calls_tools_need_not_say_anything(tokenizer, tmp_path):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    answer = {"role": "tool", "name": "add", "content": "3"}
+    tokenizer.chat_template = TEMPLATE.replace(
+        "{{ message['content'] }}",
+        "{{ message['content'] or '' }}{% for c in message.tool_calls %}{{ c.function.arguments }}{% endfor %}",
+    )
+    found = load(tokenizer, tmp_path, [{"prompt": [*USER, calling, answer]}])
+    assert found == ["[user]hi[assistant]{'a': 1}[tool]3[assistant]"]
+
+
 def test_options_are_the_names_that_a_template_is_not_given_by_itself():
     assert template_options(TEMPLATE) == ("thinking",)
     marked = (

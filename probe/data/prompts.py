@@ -19,7 +19,7 @@ from probe.config import BatchConfig
 from probe.data import arithmetic
 from probe.data.batch import PromptExample
 from probe.data.names import nearest
-from probe.data.rendering import Rendering, render_messages, rendering_of
+from probe.data.rendering import Rendering, render_messages, rendering_of, without_empty
 from probe.errors import DataError
 from probe.text import all_well_formed
 
@@ -147,18 +147,21 @@ def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
         where: start of an error message.
 
     Raises:
-        DataError: it is not a list of mappings with a text for `role` and for `content`, or it is empty.
+        DataError: it is not a list of mappings with a text for `role` and for `content` (which a call of tools need not
+            have), or it is empty.
     """
     if not isinstance(value, list) or not value:
         raise DataError(f"{where}: expected a text or a list of messages, found {_brief(value)}")
     for message in value:
-        if not isinstance(message, Mapping) or not all(
-            isinstance(message.get(k), str) for k in _MESSAGE_KEYS
-        ):
+        # A turn that calls tools need not say anything.
+        needed = (
+            _MESSAGE_KEYS[:1] if isinstance(message, Mapping) and message.get("tool_calls") else _MESSAGE_KEYS
+        )
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in needed):
             raise DataError(
                 f"{where}: expected messages with a text as role and as content, found {_brief(message)}"
             )
-    return [{key: field for key, field in message.items() if field is not None} for message in value]
+    return [without_empty(message) for message in value]
 
 
 def check_prompt_tokens(lengths: Sequence[int], limit: int) -> None:

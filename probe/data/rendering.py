@@ -156,14 +156,15 @@ def _plain(value: Any, where: str) -> Any:
             value = all_well_formed(json.loads(value))
         except ValueError as error:
             raise DataError(f"{where}: expected JSON, found {value[:60]!r} ({error})") from error
-    return _without_empty(value)
+    return without_empty(value)
 
 
-def _without_empty(value: Any) -> Any:
+def without_empty(value: Any) -> Any:
+    """A value of JSON without the empty fields that Arrow adds to make all rows alike."""
     if isinstance(value, Mapping):
-        return {name: _without_empty(part) for name, part in value.items() if part is not None}
+        return {name: without_empty(part) for name, part in value.items() if part is not None}
     if isinstance(value, list):
-        return [_without_empty(part) for part in value]
+        return [without_empty(part) for part in value]
     return value
 
 

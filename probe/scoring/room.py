@@ -75,15 +75,18 @@ def check_batch(model: Any, batch: RolloutBatch) -> None:
         DataError: one does not fit; the message names the sequence.
     """
     room = Room.of(model)
-    for i, prompt in enumerate(batch.prompt_ids):
+    sampled = batch.completion_ids[batch.mask]
+    if len(sampled) and not (int(sampled.min()) >= 0 and int(sampled.max()) < room.tokens):
+        for i in range(len(batch)):
+            response = batch.completion_ids[i][batch.mask[i]].tolist()
+            _check_tokens(room, response, f"the response of sequence {i} ({batch.source})")
+    for i, (prompt, length) in enumerate(zip(batch.prompt_ids, batch.lengths.tolist(), strict=True)):
         where = f"sequence {i} ({batch.source})"
         _check_tokens(room, prompt, f"the prompt of {where}")
-        response = batch.completion_ids[i][batch.mask[i]].tolist()
-        _check_tokens(room, response, f"the response of {where}")
-        if room.positions is not None and len(prompt) + len(response) > room.positions:
+        if room.positions is not None and len(prompt) + length > room.positions:
             raise DataError(
                 f"{where}: expected prompt and response to fit into the {room.positions} positions of the model, found "
-                f"{len(prompt)} and {len(response)} tokens; leave it out, or give the checkpoint that sampled it"
+                f"{len(prompt)} and {length} tokens; leave it out, or give the checkpoint that sampled it"
             )
 
 
