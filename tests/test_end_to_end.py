@@ -20,6 +20,7 @@ from probe.loading import quiet_libraries
 from probe.results import DIAGNOSTIC_KEYS, RESULT_KEYS
 from probe.rollouts.files import write_rollouts
 from tests.tiny_models import (
+    SHARED_SHAPE,
     adamw,
     add_lora,
     load_base,
@@ -30,19 +31,6 @@ from tests.tiny_models import (
     tiny_config,
     trainer_checkpoint,
 )
-
-SHARED_SHAPE = {
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
