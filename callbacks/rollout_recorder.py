@@ -15,6 +15,7 @@ from probe.errors import ConfigError
 from probe.files import ensure_writable
 from probe.live.ranks import rank_and_size
 from probe.live.report import say
+from probe.rollouts.sampling import end_ids
 from probe.rollouts.tables import write_table
 from probe.snapshot import isolated_rng
 from probe.text import error_text
@@ -122,12 +123,13 @@ class RolloutRecorderCallback(TrainerCallback):
         used = held[last + 1 - count : last + 1]
         processor = trainer.processing_class
         tokenizer = getattr(processor, "tokenizer", processor)
-        ends = _ends(trainer.model, tokenizer)
+        ends = set(end_ids(trainer.model, tokenizer))
+        cap = getattr(trainer, "max_completion_length", None)
         rows: list[dict[str, Any]] = []
         groups: dict[tuple[int, ...], int] = {}
         for batch in used:
             for i in range(len(batch["completion_ids"])):
-                row = _row(batch, i, ends)
+                row = _row(batch, i, ends, cap)
                 prompt = tuple(row["prompt_ids"])
                 row["group"] = groups.setdefault(prompt, len(groups))
                 row["step"] = step
@@ -137,16 +139,8 @@ class RolloutRecorderCallback(TrainerCallback):
         return rows
 
 
-def _ends(model: Any, tokenizer: Any) -> set[int]:
-    """Ids that end a response."""
-    config = getattr(model, "generation_config", None)
-    own = getattr(config, "eos_token_id", None)
-    found = own if isinstance(own, (list, tuple)) else [own]
-    return {int(i) for i in [*found, tokenizer.eos_token_id] if i is not None}
-
-
-def _row(batch: dict[str, Any], i: int, ends: set[int]) -> dict[str, Any]:
-    """One response, without padding.
+def _row(batch: dict[str, Any], i: int, ends: set[int], cap: int | None) -> dict[str, Any]:
+    """One response, without padding. What ends without EOS below the cap was ended by a stop string.
 
     Raises:
         ValueError: tokens in it were not sampled (answers of tools), which a rollout file has no place for.
@@ -164,7 +158,7 @@ def _row(batch: dict[str, Any], i: int, ends: set[int]) -> dict[str, Any]:
     row = {
         "prompt_ids": batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist(),
         "completion_ids": response,
-        "truncated": left_out or response[-1] not in ends,
+        "truncated": left_out or (response[-1] not in ends and (cap is None or len(response) >= cap)),
         "advantage": float(batch["advantages"][i].double().mean()),
     }
     for key, name in (

@@ -88,7 +88,14 @@ class BatchConfig:
     system_prompt: str | None = None
     """System message used with `use_chat_template`."""
     chat_template_kwargs: dict[str, Any] | None = None
-    """Further variables of the chat template (`enable_thinking: false`), as TRL's option of that name."""
+    """Further options of the chat template, as `chat_template_kwargs` of TRL (`enable_thinking: false`); a column of
+    that name in the data comes before it."""
+    tools: list[Any] | None = None
+    """Tools that the chat template describes: JSON schemas, or functions as `module:function`; a column `tools` in the
+    data comes before it."""
+    continue_final_message: bool | None = None
+    """Continue a conversation that ends with a message of the assistant inside of that message. By default it is; false
+    begins a new turn after it, as TRL's GRPOTrainer does."""
     reward: str | list[str] | None = None
     """Registered reward (`exact_number`, `tag_format`, `gsm8k`), or `module:function`; of a list, the weighted sum.
     Default: the named data set's own."""

@@ -226,12 +226,16 @@ def sequence_records(state: ProbeState, texts: bool) -> dict[str, Any]:
         columns = _sequence_columns(state, name)
         lengths = batch.lengths.tolist()
         section[name] = []
+        if batch.bias_flags:
+            section.setdefault("bias_flags", {})[name] = list(batch.bias_flags)
         for i, ids in enumerate(batch.prompt_ids):
             record: dict[str, Any] = {"index": i, "group": int(batch.group[i]), "prompt": position[ids]}
             if texts:
                 record["completion"] = batch.completions[i]
                 record["completion_ids"] = batch.completion_ids[i][batch.mask[i]].tolist()
             record |= {"length": lengths[i], "truncated": bool(batch.truncated[i])}
+            if batch.doubts and batch.doubts[i]:
+                record["doubts"] = list(batch.doubts[i])
             section[name].append(record | {column: values[i] for column, values in columns.items()})
     return section
 

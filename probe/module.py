@@ -60,11 +60,14 @@ from probe.loading import (
 from probe.metrics import EntropyChange
 from probe.rollouts.draw import draw_prompts, stream_seed
 from probe.rollouts.files import read_rollouts
-from probe.rollouts.sampling import SampledTokens, check_sampling, sample_rollouts
+from probe.rollouts.sampling import SampledTokens, check_sampling, end_ids, sample_rollouts
+from probe.rollouts.shared import check_different_files, shared_responses
+from probe.rollouts.tables import Part
 from probe.scoring.features import FeatureBasis, feature_basis
 from probe.scoring.microbatch import first_microbatch
 from probe.scoring.passes import Policy, Progress, score_tokens
 from probe.scoring.reference import as_reference, no_reference
+from probe.scoring.room import check_batch
 from probe.scoring.scores import TokenScores, TokenTangents
 from probe.scoring.tangents import (
     DifferencePair,
@@ -243,15 +246,17 @@ class EntropyProbe(LightningModule):
         batch = self.config.batch_config
         E_prompts, U_prompts = self.prompts
         if batch.E_rollouts is not None:
-            state.E = self._read(batch.E_rollouts)
+            state.E = self._read(batch.E_rollouts, "E")
             logger.info("E: %d responses from %s; B_E does not apply", len(state.E), state.E.source)
         else:
             repeated, group = _repeat(E_prompts, batch.G_E)
             state.E, state.seen["E"] = self._sample("E", repeated, group, progress("sample E"))
         state.U = self._update_batch(state, U_prompts, progress)
-        state.shared = _shared_sequences(state.E, state.U) if batch.E_rollouts and batch.U_rollouts else 0
+        for sampled in (state.E, state.U):  # before the features of U's tokens are looked up
+            check_batch(self.policy.model, sampled)
         state.basis = self._feature_basis(state)
         state.E_scores = score_tokens(self.policy, state.E, progress("score E"), state.basis)
+        state.shared = shared_responses(state.E, state.U, state.E_scores.sequence_logprob)
         if "E" in state.seen:
             state.diagnostics["sampling_scoring_gap"] = check_sampling(
                 self.policy, state.seen["E"], state.E_scores
@@ -261,6 +266,8 @@ class EntropyProbe(LightningModule):
     def _draw_prompts(self) -> tuple[list[PromptExample], list[PromptExample]]:
         """The prompts to sample E and U from (empty where a rollout file gives the batch)."""
         batch = self.config.batch_config
+        if batch.E_rollouts is not None and batch.U_rollouts is not None:
+            check_different_files(batch.E_rollouts, batch.U_rollouts, self._next_update)
         B_E = 0 if batch.E_rollouts is not None else batch.B_E
         B_U = 0 if batch.U_rollouts is not None else batch.B_U
         if B_E == 0 and B_U == 0:
@@ -294,13 +301,27 @@ class EntropyProbe(LightningModule):
             )
         return rewards
 
-    def _read(self, path: str) -> RolloutBatch:
-        batch = self.config.batch_config
-        vocabulary = self.policy.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    @property
+    def _next_update(self) -> int | None:
+        """The number of the update after the checkpoint's, which is in its weights and moments; None if not known."""
         step = None if self.files is None else self.files.step
-        update = None if step is None else step + 1  # the checkpoint has its own step in weights and moments
-        cap = self.config.generation.max_new_tokens
-        return read_rollouts(path, self.tokenizer, batch, cap, vocabulary, update)
+        return None if step is None else step + 1
+
+    def _read(self, path: str, part: Part) -> RolloutBatch:
+        """A batch from a file."""
+        generation = self.config.generation
+        vocabulary = self.policy.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        return read_rollouts(
+            path,
+            self.tokenizer,
+            self.config.batch_config,
+            generation.max_new_tokens,
+            vocabulary,
+            self._next_update,
+            stop_strings=generation.stop_strings,
+            eos_ids=end_ids(self.policy.model, self.tokenizer),
+            part=part,
+        )
 
     def _update_batch(
         self, state: ProbeState, prompts: list[PromptExample], progress: MakeProgress
@@ -308,7 +329,7 @@ class EntropyProbe(LightningModule):
         """U with rewards and advantages."""
         batch = self.config.batch_config
         if batch.U_rollouts is not None:
-            U = self._read(batch.U_rollouts)
+            U = self._read(batch.U_rollouts, "U")
             groups = len(U.group.unique())
             logger.info(
                 "U: %d groups, %d responses from %s; B_U and G do not apply", groups, len(U), U.source
@@ -380,7 +401,10 @@ class EntropyProbe(LightningModule):
         """
         E, scores = _there(state.E, "E"), _there(state.E_scores, "E_scores")
         rework = self.config.probe_rework
-        few = self._few(E)
+        if not bool(scores.undecided.any()):
+            state.derivative = "finite_difference", "the policy has no choice left, so that derivatives are 0"
+            return None
+        few = self._few(E, scores)
         try:
             if rework.derivative_check and rework.derivative_mode != "finite_difference":
                 check = derivative_check(self.policy, few)
@@ -402,8 +426,10 @@ class EntropyProbe(LightningModule):
             self.policy, E, scores, rework.weighting, rework.baseline, progress=progress("gradient on E")
         )
 
-    def _few(self, batch: RolloutBatch) -> RolloutBatch:
-        """The first microbatch of responses that are not empty."""
+    def _few(self, batch: RolloutBatch, scores: TokenScores | None = None) -> RolloutBatch:
+        """The first microbatch of responses that are not empty; of those with a choice in them, as far as there are."""
+        if scores is not None and bool(scores.undecided.any()):
+            batch = batch.subset(scores.undecided.nonzero().flatten())
         return first_microbatch(batch, self.config.memory_config.microbatch_size)
 
     def _derivative_mode(self, few: RolloutBatch) -> tuple[str, str]:
@@ -566,7 +592,7 @@ class EntropyProbe(LightningModule):
     ) -> DifferencePair:
         """E scored on both sides; at scale 1 the upper point is the optimizer's own, and the ground truth's."""
         E, policy, update = _there(state.E, "E"), self.policy, _there(state.update, "update")
-        scale, error = choose_scale(policy, self._few(E), step)
+        scale, error = choose_scale(policy, self._few(E, state.E_scores), step)
         own = scale == 1.0 and self.config.probe_rework.step == "optimizer"
         upper = update.new_parameters if own else None
         pair = difference_pair(policy, E, step, scale, error, upper, state.basis, progress)
@@ -802,16 +828,6 @@ def _repeat(prompts: list[PromptExample], times: int) -> tuple[list[PromptExampl
     """Every prompt `times` times, and the group of each entry."""
     repeated = [prompt for prompt in prompts for _ in range(times)]
     return repeated, torch.arange(len(prompts)).repeat_interleave(times)
-
-
-def _shared_sequences(E: RolloutBatch, U: RolloutBatch) -> int:
-    """Number of sequences of E that are in U too."""
-    in_U, in_E = (
-        [(b.prompt_ids[i], tuple(b.completion_ids[i][b.mask[i]].tolist())) for i in range(len(b))]
-        for b in (U, E)
-    )
-    found = set(in_U)
-    return sum(sequence in found for sequence in in_E)
 
 
 def on_policy_z(scores: TokenScores) -> float:

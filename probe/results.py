@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,7 @@ DIAGNOSTIC_KEYS: dict[str, str] = {
     "sampling_scoring_gap": "root mean square difference of log-probs while sampling and scored, nats per token",
     "on_policy_z": "mean of sum_t (l + h) over E in standard errors; 0 in the mean if E comes from the policy",
     "bias_flags": "reasons why the results are biased",
+    "rollout_doubts": "of E and U from texts in files: responses (`of`), and how many are uncertain in which way",
 }
 """Keys of `diagnostics`; those of a phase that did not run are absent."""
 
@@ -279,7 +281,18 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
     if abs(float(found.get("on_policy_z", 0.0))) > ON_POLICY_LIMIT:
         flags.append("E_not_from_this_policy")
     found["bias_flags"] = list(dict.fromkeys(flags))
+    found["rollout_doubts"] = {
+        name: doubt_counts(batch)
+        for name, batch in (("E", E), ("U", U))
+        if batch.doubts or "retokenized" in batch.bias_flags
+    }
     return found
+
+
+def doubt_counts(batch: RolloutBatch) -> dict[str, int]:
+    """Responses in all (`of`), and those with each of the doubts that there are."""
+    found = Counter(doubt for own in batch.doubts for doubt in own)
+    return {"of": len(batch), **dict(sorted(found.items()))}
 
 
 def batch_diagnostics(E: RolloutBatch) -> dict[str, Any]:

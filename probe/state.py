@@ -29,7 +29,7 @@ class ProbeState:
         E_scores: scores of E at the checkpoint's weights.
         basis: features of states and tokens for control variates; None without them.
         fit_memory: what earlier batches taught the control variates.
-        shared: sequences that E and U, both from files, have in common.
+        shared: responses of E, from a file, that are the update's own.
         control_variates: `[mean Z_seq, mean Z_tok]` for the update's step; None without them.
         scores_new: scores of E after the step, where differences needed them already.
         noise_floor: what rounding makes of a change of 0, nats per response and per token.

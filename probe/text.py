@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def text_of(error: BaseException) -> str:
     """The text of an error, also of one whose text raises.
@@ -42,3 +44,29 @@ def printable(text: str) -> str:
     next line
     """
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def well_formed(text: str) -> str:
+    r"""A text without lone surrogates, the halves of characters that tokenizers and files refuse.
+
+    Each becomes U+FFFD, as tokenizers decode a part of a character; two halves that belong together become theirs.
+
+    >>> well_formed("ok \ud83d") == "ok \ufffd", well_formed("\ud83d" + "\ude00") == "\U0001f600"
+    (True, True)
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def all_well_formed(value: Any) -> Any:
+    """A value of JSON with `well_formed` texts everywhere in it, names of fields included."""
+    if isinstance(value, str):
+        return well_formed(value)
+    if isinstance(value, list):
+        return [all_well_formed(part) for part in value]
+    if isinstance(value, dict):
+        return {all_well_formed(name): all_well_formed(part) for name, part in value.items()}
+    return value

@@ -556,6 +556,10 @@ def _flag(flag: str, facts: _Facts) -> Finding | None:
             f"E was not drawn from the policy that is probed{off}; sample E (leave out batch_config.E_rollouts), or "
             "give the checkpoint and generation.temperature that E was drawn with.",
         )
+    if flag in _DOUBTED:
+        sentence, doubts = _DOUBTED[flag]
+        counted = _doubts(facts, doubts)
+        return Finding("caution", sentence.format(counted=f" ({counted})" if counted else ""))
     return _FLAGS.get(
         flag, Finding("caution", f"The run is flagged {flag}: its numbers are biased in a known way.")
     )
@@ -569,19 +573,9 @@ _FLAGS: dict[str, Finding] = {
     ),
     "E_shares_U": Finding(
         "invalid",
-        "The rollout files give E and U some of the same responses, so the update was made from the sample it is "
-        "judged on: prediction and measurement are biased alike; give E responses of its own (leave out "
-        "batch_config.E_rollouts to sample it).",
-    ),
-    "retokenized": Finding(
-        "caution",
-        "A rollout file gave text without token ids: the tokens may not be those that were sampled; give it "
-        "completion_ids.",
-    ),
-    "ended_without_eos": Finding(
-        "caution",
-        "Responses of a rollout file end neither with EOS nor at the token limit: their last decision is missing; "
-        "keep EOS in the file, or set generation.max_new_tokens to the limit they were drawn with.",
+        "The rollout file of E holds responses that the update was made from (the same prompt, group and place): "
+        "prediction and measurement are biased alike; give E responses of its own (leave out batch_config.E_rollouts "
+        "to sample it).",
     ),
     "unknown_cap": Finding(
         "caution",
@@ -617,6 +611,48 @@ _FLAGS: dict[str, Finding] = {
     ),
 }
 """Bias flags whose meaning does not depend on anything else."""
+
+_DOUBT_WORDS = {
+    "tokens": "may have been sampled in other tokens",
+    "text": "do not come back from their tokens",
+    "end": "are given an end that their text does not show",
+    "no_end": "end in a way that neither the file nor the settings tell",
+    "prompt": "have prompts that may be other tokens",
+}
+"""What is said of the responses with a doubt, see `RolloutBatch.doubts`."""
+_DOUBTED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "retokenized": (
+        "A rollout file gave text without token ids: the tokens may not be those that were sampled{counted}; give it "
+        "completion_ids.",
+        ("tokens", "text", "end"),
+    ),
+    "ended_without_eos": (
+        "Responses of a rollout file end neither with EOS nor at the token limit nor, as far as anything says, with a "
+        "stop string: their last decision is missing{counted}; keep EOS in the file, give it finish_reason or "
+        "truncated, or set generation.max_new_tokens and generation.stop_strings to what they were drawn with.",
+        ("no_end",),
+    ),
+    "prompt_uncertain": (
+        "Prompts of a rollout file may not be the tokens that the responses were sampled after{counted}; give it "
+        "prompt_ids, or set batch_config.chat_template_kwargs ({{}} for none) and continue_final_message to what the "
+        "training had.",
+        ("prompt",),
+    ),
+}
+"""Bias flags whose sentence counts the responses that they concern, and the doubts that are counted."""
+
+
+def _doubts(facts: _Facts, doubts: tuple[str, ...]) -> str:
+    """How many responses of which batch have which doubt."""
+    found = facts.found.get("rollout_doubts") or {}
+    parts = [
+        f"{counts[doubt]} of {counts['of']} in {batch} {_DOUBT_WORDS[doubt]}"
+        for batch, counts in found.items()
+        for doubt in doubts
+        if counts.get(doubt)
+    ]
+    return "; ".join(parts or [f"0 of {counts['of']} in {batch} in doubt" for batch, counts in found.items()])
+
 
 _PER_ESTIMAND: tuple[Callable[[_Facts, str], Finding | None], ...] = (
     _has_no_error_bar,

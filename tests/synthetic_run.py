@@ -300,6 +300,7 @@ def make_module() -> Any:
 
 DIAGNOSTIC_NAMES = {
     *(
+        "rollout_doubts",
         "ESS",
         "w_max",
         "w_min",

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from probe.errors import NumericalError
-from probe.estimators.derivative_check import derivative_check
+from probe.estimators.derivative_check import derivative_check, forward_mode_check
+from probe.scoring import score_tokens
 from tests.enumerable import all_sequences, tiny_policy
 
 
@@ -87,3 +88,15 @@ def test_a_parameter_without_influence_is_refused(monkeypatch):
     layer.register_forward_hook(lambda module, args, output: output * 0.0)
     with pytest.raises(NumericalError, match="exactly zero"):
         derivative_check(policy, all_sequences(cap=3))
+
+
+def test_a_policy_without_any_choice_left_has_nothing_to_compare(monkeypatch):
+    policy = tiny_policy(monkeypatch)
+    with torch.no_grad():
+        policy.model.get_output_embeddings().weight.mul_(1e9)
+    certain = all_sequences(cap=3)
+    assert not bool(score_tokens(policy, certain).undecided.any())
+    assert derivative_check(policy, certain).blocks == 0
+    check = forward_mode_check(policy, certain)
+    assert check.usable
+    assert "no choice left" in check.reason

@@ -439,16 +439,123 @@ def test_rollouts_from_files_give_the_numbers_of_the_sampled_ones(config, tmp_pa
     assert read["diagnostics"]["bias_flags"] == []
 
 
-def test_one_file_for_both_batches_is_invalid(config, tmp_path):
+def test_one_file_for_both_batches_is_refused_before_the_model_is_loaded(config, tmp_path, monkeypatch):
     """The step would be made from the very sample that it is judged on."""
     probe = OfflineEntropyProbe(config)
     probe.run_mixed_probe()
-    write_rollouts(tmp_path / "U.jsonl", probe.runner.state.U)
-    files = {"E_rollouts": str(tmp_path / "U.jsonl"), "U_rollouts": str(tmp_path / "U.jsonl")}
+    file = write_rollouts(tmp_path / "U.jsonl", probe.runner.state.U)
+    (tmp_path / "link.jsonl").symlink_to(file)
+    monkeypatch.setattr("probe.module.load_policy_model", lambda *_: pytest.fail("loaded"))
+    for other in ("U.jsonl", "link.jsonl"):
+        with pytest.raises(DataError, match="expected responses that the update is not made from, found"):
+            run(config, batch_config={"E_rollouts": str(tmp_path / other), "U_rollouts": str(file)})
+
+
+def test_a_copy_of_the_rows_of_the_update_is_invalid(config, tmp_path):
+    probe = OfflineEntropyProbe(config)
+    probe.run_mixed_probe()
+    U = probe.runner.state.U
+    write_rollouts(tmp_path / "U.jsonl", U)
+    write_rollouts(tmp_path / "E.parquet", U.subset(torch.arange(4, len(U))))
+    files = {"E_rollouts": str(tmp_path / "E.parquet"), "U_rollouts": str(tmp_path / "U.jsonl")}
     results = run(config, batch_config=files)
     assert "E_shares_U" in results["diagnostics"]["bias_flags"]
     assert results["verdict"] == "invalid"
-    assert results["diagnostics"]["prompts_E"] == 4
+    assert results["diagnostics"]["prompts_E"] == 3
+
+
+def test_responses_that_are_shared_by_chance_change_nothing(config, tmp_path):
+    """Short responses to few prompts are often the same, in files as when sampled."""
+    rows = [{"prompt": f"{i} apples", "answer": "2"} for i in range(5)]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = {"batch_config": {"dataset_name": str(tmp_path / "few.jsonl"), "disjoint": False, "B_E": 64}}
+    few["generation"] = {"max_new_tokens": 2, "temperature": 0.4}
+    probe = OfflineEntropyProbe(changed(config, **few))
+    sampled = probe.run_mixed_probe()
+    E, U = probe.runner.state.E, probe.runner.state.U
+    shared = set(zip(E.prompt_ids, E.completions, strict=True)) & set(
+        zip(U.prompt_ids, U.completions, strict=True)
+    )
+    assert shared
+    write_rollouts(tmp_path / "E.jsonl", E)
+    write_rollouts(tmp_path / "U.jsonl", U)
+    few["batch_config"] |= {f"{name}_rollouts": str(tmp_path / f"{name}.jsonl") for name in "EU"}
+    read = run(config, **few)
+    assert read["verdict"] == sampled["verdict"] != "invalid", sampled["verdict_reasons"]
+    assert read["verdict_reasons"] == sampled["verdict_reasons"]
+    for key in ("deltaH1", "deltaH_true", "H_orig"):
+        assert read[key] == pytest.approx(sampled[key], rel=1e-6), key
+
+
+@pytest.mark.parametrize("level", ["detailed", "debug"])
+def test_the_log_of_a_run_is_a_rollout_file(config, tmp_path, level):
+    logged = {"enabled": True, "level": level, "output_directory": str(tmp_path / "logs")}
+    probe = OfflineEntropyProbe(changed(config, detailed_logging=logged))
+    sampled = probe.run_mixed_probe()
+    (log,) = (p for p in (tmp_path / "logs").rglob("*.json*") if "summary" not in p.name)
+    read = run(config, batch_config={"E_rollouts": str(log), "U_rollouts": str(log)})
+    assert read["diagnostics"]["bias_flags"] == []
+    for key in ("deltaH1", "deltaH_true", "H_orig", "bars_dot_tok"):
+        assert read[key] == pytest.approx(sampled[key], rel=1e-6), key
+
+
+def test_texts_that_a_stop_string_ended_give_the_numbers_of_their_tokens(config, tmp_path):
+    """No EOS is scored that was not sampled, neither in E nor in U."""
+    stops = {"max_new_tokens": 24, "stop_strings": ["7", "x", "B"]}
+    probe = OfflineEntropyProbe(changed(config, generation=stops, batch_config={"B_E": 96, "G": 16}))
+    probe.run_mixed_probe()
+    tokenizer = probe._module.tokenizer
+    found = {}
+    for name, batch in (("E", probe.runner.state.E), ("U", probe.runner.state.U)):
+        back = tokenizer(list(batch.completions))["input_ids"]
+        sampled = [ids[m].tolist() for ids, m in zip(batch.completion_ids, batch.mask, strict=True)]
+        kept = torch.tensor([i for i, ids in enumerate(sampled) if ids == back[i]])
+        assert len(kept) > 20
+        found[name] = batch.subset(kept)
+        write_rollouts(tmp_path / f"{name}.ids.jsonl", found[name])
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.ids.jsonl").read_text().splitlines()]
+        kept_columns = ("prompt", "completion", "group", "reward", "advantage")
+        lines = [json.dumps({key: row[key] for key in kept_columns if key in row}) for row in rows]
+        (tmp_path / f"{name}.texts.jsonl").write_text("\n".join(lines))
+    files = [
+        {f"{name}_rollouts": str(tmp_path / f"{name}.{kind}.jsonl") for name in "EU"}
+        for kind in ("ids", "texts")
+    ]
+    exact, texts = (run(config, generation=stops, batch_config=given) for given in files)
+    for key in ("deltaH1", "deltaH_true", "H_orig", "H_orig_tok"):
+        assert texts[key] == pytest.approx(exact[key], rel=1e-9), key
+    assert exact["diagnostics"]["bias_flags"] == []
+    assert texts["diagnostics"]["bias_flags"] == ["retokenized"]
+
+
+@pytest.mark.parametrize("mode", ["auto", "jvp", "reverse", "finite_difference"])
+def test_a_policy_without_any_choice_left_has_entropy_0_and_keeps_it(config, tmp_path, mode):
+    """Every token has probability 1 in the arithmetic at hand: nothing to differentiate is no error."""
+    folder = save_base(tmp_path / "sure", tied=False)
+    model = load_base(folder)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e8)
+    model.save_pretrained(folder)
+    sure = {"checkpoint_path": str(lora_checkpoint(tmp_path / "step_60", folder)[0])}
+    found = run(config, checkpoint=sure, probe_rework={"derivative_mode": mode})
+    for name in ("H_orig", "H_upd", "deltaH1", "deltaH_true", "deltaH2", "bars_dot", "residual"):
+        for suffix in ("", "_tok"):
+            assert found[name + suffix] == 0, name
+    assert found["verdict"] == "unresolved"
+    assert "no choice left" in found["diagnostics"]["derivative_reason"]
+
+
+def test_tokens_and_lengths_that_the_model_has_no_room_for_are_refused_in_files(config, tmp_path):
+    row = {"prompt": "2 apples", "completion_ids": [5, 1], "reward": 1.0}
+    for change, message in (
+        ({"completion_ids": [5, 104]}, "row 1: expected completion_ids below the 104 tokens"),
+        ({"completion_ids": [5] * 125}, r"sequence 1 .*fit into the 128 positions .*found 8 and 125 tokens"),
+        ({"completion_ids": [5] * 8, "prompt_ids": [6] * 121}, "found 121 and 8 tokens"),
+    ):
+        row0 = {**row, "prompt_ids": [5]} if "prompt_ids" in change else row
+        (tmp_path / "U.jsonl").write_text(json.dumps(row0) + "\n" + json.dumps({**row, **change}) + "\n")
+        with pytest.raises(DataError, match=message):
+            run(config, batch_config={"U_rollouts": str(tmp_path / "U.jsonl"), "B_E": 2})
 
 
 def test_a_learning_rate_measured_afterwards_is_the_run_at_that_rate(config):

@@ -431,3 +431,18 @@ def test_default_reward():
 
 def test_the_default_data_set_is_registered():
     assert BatchConfig().dataset_name in prompts_module.NAMED_DATASETS
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_halves_of_characters_are_replaced(tokenizer, tmp_path, ending):
+    r"""JSON can write them (`\\ud83d`), and neither tokenizers nor Arrow take them."""
+    rows = [{"prompt": "a \ud83d", "answer": "\udc00 4"}, {"prompt": "\U0001f600", "answer": "5"}]
+    path = tmp_path / f"a.{ending}"
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) if ending == "jsonl" else json.dumps(rows)
+    )
+    examples = load_prompts(BatchConfig(dataset_name=str(path), split="train"), tokenizer)
+    assert [e.text for e in examples] == ["a \ufffd", "\U0001f600"]
+    assert [e.row["answer"] for e in examples] == ["\ufffd 4", "5"]
+    template = BatchConfig(dataset_name=str(path), split="train", prompt_template="\ud83d{prompt}")
+    assert load_prompts(template, tokenizer)[1].text == "\ufffd\U0001f600"

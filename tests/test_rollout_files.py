@@ -9,11 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from probe.config import BatchConfig
 from probe.data.batch import RolloutBatch
 from probe.errors import DataError, LogError, RolloutError
 from probe.estimators.advantages import group_advantages
+from probe.results import doubt_counts
 from probe.rollouts.files import read_rollouts, write_rollouts
 from probe.rollouts.tables import read_table
 from tests.helpers import char_tokenizer
@@ -35,8 +38,8 @@ def write(path, rows) -> str:
     return str(path)
 
 
-def read(path, tokenizer=CHARS, config=CONFIG, cap=100) -> RolloutBatch:
-    return read_rollouts(path, tokenizer, config, cap)
+def read(path, tokenizer=CHARS, config=CONFIG, cap=100, **settings) -> RolloutBatch:
+    return read_rollouts(path, tokenizer, config, cap, **settings)
 
 
 def tokens(batch: RolloutBatch) -> list[list[int]]:
@@ -656,3 +659,184 @@ def test_log_probs_of_the_engine_that_sampled(tmp_path):
         DataError, match=r"expected sampling_logprobs to be finite and not above 0, found 0\.5"
     ):
         read(write(tmp_path / "c.jsonl", rows))
+
+
+# ---------------------------------------------------------------- token ids
+
+
+def test_token_ids_need_no_texts(tmp_path):
+    rows = [{"prompt_ids": ids(p), "completion_ids": [*ids(c), EOS]} for p, c in (("ab", "c"), ("ab", "de"))]
+    batch = read(write(tmp_path / "a.parquet", rows))
+    assert batch.prompts == ("ab", "ab")
+    assert batch.completions == ("c", "de")
+    assert batch.group.tolist() == [0, 0]
+    assert batch.bias_flags == batch.doubts == ()
+
+
+def test_several_ids_end_a_response(tmp_path):
+    """As when sampling: those of the generation config, and the tokenizer's."""
+    row = {"prompt": "a", "completion_ids": [20, 9]}
+    path = write(tmp_path / "a.jsonl", [row, {"prompt": "a", "completion_ids": [20, EOS]}])
+    assert read(path, eos_ids=[9, EOS]).bias_flags == ()
+    assert read(path).bias_flags == ("ended_without_eos",)
+    assert read(path, eos_ids=[9, EOS], cap=2).truncated.tolist() == [False, False]
+    assert read(path, cap=2).truncated.tolist() == [True, False]
+    padded = write(tmp_path / "b.jsonl", [row, {"prompt": "a", "completion_ids": [20, 9, 0, 0]}])
+    with pytest.raises(
+        DataError, match=r"row 1: expected completion_ids to end with .* EOS \(9\), found 2 tok"
+    ):
+        read(padded, eos_ids=[EOS, 9])
+    text = write(tmp_path / "c.jsonl", [{"prompt": "a", "completion": "b<eos><pad>"}])
+    with pytest.raises(
+        DataError, match=r"row 0: expected completion to end with their first EOS \(1\), found 1"
+    ):
+        read(text)
+
+
+# ---------------------------------------------------------------- what texts leave open
+
+
+def word_tokenizer():
+    """Words that can also be cut into pieces; bytes are not in the vocabulary."""
+    vocabulary = {
+        t: i for i, t in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *"helo ", "he", "llo", "hello"])
+    }
+    backend = Tokenizer(models.Unigram([(t, -float(len(t) < 5)) for t in vocabulary], unk_id=3))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
+
+
+def test_doubts_say_which_texts_need_not_be_the_sampled_tokens(tmp_path):
+    texts = ["hello", "eo", "eo?", "e\ufffd"]
+    rows = [{"prompt": "h", "completion": text, "finish_reason": "eos_token"} for text in texts]
+    batch = read(write(tmp_path / "a.jsonl", rows), word_tokenizer())
+    assert batch.doubts == (("tokens",), (), ("text",), ("text",))
+    assert batch.bias_flags == ("retokenized",)
+    assert doubt_counts(batch) == {"of": 4, "text": 2, "tokens": 1}
+    found = read(str(write_rollouts(tmp_path / "b.parquet", batch)), word_tokenizer())
+    assert found.doubts == batch.doubts
+    assert batch.subset(torch.tensor([0, 2])).doubts == (("tokens",), ("text",))
+
+
+def test_lone_surrogates_are_replaced_wherever_they_stand(tmp_path):
+    row = {
+        "prompt": "a\ud83d",
+        "completion": "b\udc00",
+        "answer": ["\ud83d"],
+        "reward": 1.0,
+        "group": "\ud83d",
+    }
+    batch = read(write(tmp_path / "a.jsonl", [row]))
+    assert batch.prompts == ("a\ufffd",)
+    assert batch.completions == ("b\ufffd",)
+    assert batch.rows[0]["answer"] == ["\ufffd"]
+    assert "text" in batch.doubts[0]
+    write_rollouts(tmp_path / "b.parquet", batch)
+    messages = {"prompt": [{"role": "user", "content": "\ud83d"}], "completion": "x"}
+    path = write(tmp_path / "c.jsonl", [messages])
+    assert read(path, char_tokenizer(chat_template=True)).prompts == ("[user]\ufffd\n[assistant]",)
+
+
+# ---------------------------------------------------------------- tables of other trainers
+
+
+def test_columns_of_other_trainers(tmp_path):
+    """The reward is the score alone: verl writes parts of it beside it."""
+    verl = {"input": "1+1=", "output": "2", "gts": "2", "score": 0.5, "step": 3, "acc": 1.0}
+    openrlhf = {"input": "1+1=", "output": "2", "reward": 0.5}
+    other = {"prompt": "1+1=", "response": "2", "rewards": 0.5, "response_ids": [*ids("2"), EOS]}
+    for name, row in (("verl", verl), ("openrlhf", openrlhf), ("other", other)):
+        batch = read(write(tmp_path / f"{name}.jsonl", [row, row]), update=3)
+        assert batch.prompts == ("1+1=", "1+1=")
+        assert tokens(batch) == [[*ids("2"), EOS]] * 2
+        assert batch.rewards.tolist() == [0.5, 0.5]
+        assert batch.bias_flags == (() if name == "other" else ("retokenized",))
+    with pytest.raises(DataError, match=r"expected rows of update 4 .* found those of 3"):
+        read(str(tmp_path / "verl.jsonl"), update=4)
+    begun = write(tmp_path / "begun.jsonl", [{**verl, "input": "<bos>1+1="}, verl])
+    assert read(begun, char_tokenizer(bos=True)).prompt_ids == ((2, *ids("1+1=")),) * 2
+    chat = read(str(tmp_path / "verl.jsonl"), char_tokenizer(chat_template=True))
+    assert chat.bias_flags == (
+        "retokenized",
+        "prompt_uncertain",
+    )  # decoded without the template's special tokens
+
+
+def test_responses_to_one_prompt_are_a_group_of_other_trainers_in_any_order(tmp_path):
+    rows = [{"input": p, "output": c, "score": 1.0} for p, c in zip("abab", "wxyz", strict=True)]
+    assert read(write(tmp_path / "a.jsonl", rows)).group.tolist() == [0, 1, 0, 1]
+    named = [{**row, "uid": uid} for row, uid in zip(rows, "stuv", strict=True)]
+    assert read(write(tmp_path / "b.jsonl", named)).group.tolist() == [0, 1, 2, 3]
+
+
+def test_rows_of_tokens_with_a_mask(tmp_path):
+    row = {
+        "idx": 0,
+        "content": ["1+1=", "2"],
+        "token_ids": [*ids("1+1="), *ids("2"), EOS, 0, 0],
+        "token_loss_mask": [0, 0, 0, 0, 1, 1, 0, 0],
+        "prev_logprobs": [0.0, -1.0, -1.0, -1.0, -0.5, -0.25, 0.0, 0.0],
+        "generation_logprobs": [0.0, 0.0, 0.0, 0.0, -0.625, -0.25, 0.0, 0.0],
+        "advantages": [0.75] * 8,
+        "rewards": 1.0,
+        "input_lengths": 6,
+    }
+    batch = read(write(tmp_path / "train_data_step3.jsonl", [row]))
+    assert batch.prompts == ("1+1=",)
+    assert tokens(batch) == [[*ids("2"), EOS]]
+    assert batch.old_logprobs.tolist() == [[-0.5, -0.25]]
+    assert batch.sampling_logprobs.tolist() == [[-0.625, -0.25]]
+    assert batch.advantages.tolist() == [0.75]
+    assert batch.rewards is None or batch.rewards.tolist() == [1.0]
+    for change, message in (
+        (
+            {"token_loss_mask": [0, 1, 0, 0, 1, 1, 0, 0]},
+            "row 0: expected token_loss_mask to be one run .* several",
+        ),
+        ({"token_loss_mask": [0] * 8}, "to be one run of sampled tokens, found none"),
+        ({"token_loss_mask": [1]}, "to be lists of one length"),
+        ({"advantages": [float(t) for t in range(8)]}, "expected one advantage for all tokens"),
+        ({"prev_logprobs": [-1.0]}, "expected prev_logprobs for each of the 8 token_ids, found 1"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read(write(tmp_path / "a.jsonl", [{**row, **change}]))
+
+
+def test_tables_without_prompt_and_response_name_their_columns(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": "a", "score": 1.0}])
+    with pytest.raises(
+        DataError, match=r"expected columns 'prompt' and 'completion', found text, score; prompts may"
+    ):
+        read(path)
+
+
+# ---------------------------------------------------------------- rendering
+
+
+def test_prompts_of_conversations_are_rendered_as_the_training_rendered_them(tmp_path):
+    tokenizer = char_tokenizer(chat_template=True)
+    tokenizer.chat_template += "{% if brief is defined %}!{% endif %}"
+    user, assistant = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "So"}
+    row = {"prompt": [user], "completion": "b"}
+    path = write(tmp_path / "a.jsonl", [row])
+    config = BatchConfig(chat_template_kwargs={"brief": True})
+    assert read(path, tokenizer, config).prompts == ("[user]hi\n[assistant]!",)
+    assert read(path, tokenizer, config).bias_flags == ("retokenized",)
+    assert read(path, tokenizer).prompts == ("[user]hi\n[assistant]",)
+    assert read(path, tokenizer).bias_flags == (
+        "retokenized",
+        "prompt_uncertain",
+    )  # the template has an option
+    assert read(path, tokenizer, BatchConfig(chat_template_kwargs={})).bias_flags == ("retokenized",)
+    own = write(tmp_path / "b.jsonl", [{**row, "chat_template_kwargs": {"brief": 1}}])
+    assert read(own, tokenizer).prompts == ("[user]hi\n[assistant]!",)
+    prefilled = write(tmp_path / "c.jsonl", [{"prompt": [user, assistant], "completion": "b"}])
+    plain = char_tokenizer(chat_template=True)
+    texts = {None: "[user]hi\n[assistant]So", True: "[user]hi\n[assistant]So"}
+    texts[False] = "[user]hi\n[assistant]So\n[assistant]"
+    for value, text in texts.items():
+        batch = read(prefilled, plain, BatchConfig(continue_final_message=value))
+        assert batch.prompts == (text,)
+        assert ("prompt_uncertain" in batch.bias_flags) == (value is None)

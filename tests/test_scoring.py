@@ -27,6 +27,7 @@ from transformers import (
 from probe.data.batch import RolloutBatch
 from probe.errors import NumericalError, RolloutError
 from probe.scoring import Policy, score_tokens, token_gradients
+from probe.scoring.scores import TokenScores
 from tests.enumerable import all_sequences, naive_scores, tiny_policy
 
 SMALL = {
@@ -208,3 +209,9 @@ def test_refusals(monkeypatch):
     next(policy.model.parameters()).data.fill_(float("nan"))
     with pytest.raises(NumericalError, match="expected finite logits"):
         score_tokens(policy, batch)
+
+
+def test_undecided_are_the_responses_with_a_token_that_was_not_certain():
+    mask = torch.tensor([[True, True], [True, False], [True, True]])
+    entropy = torch.tensor([[0.0, 1e-3], [0.0, 0.0], [0.0, 1e-16]], dtype=torch.float64)
+    assert TokenScores(torch.zeros(3, 2), entropy, mask).undecided.tolist() == [True, False, False]

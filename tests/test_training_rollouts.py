@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,20 @@ def test_the_recorded_advantages_and_groups_are_the_trainers(tmp_path):
     assert table["step"] == [1] * 4  # of two microbatches that were sampled, the update uses the first
     assert table["advantage"] == pytest.approx(spy.seen[0]["advantages"].tolist())
     assert len(set(table["group"])) == len(set(map(tuple, table["prompt_ids"])))
+
+
+def test_a_response_that_a_stop_string_ended_was_not_cut_off(tmp_path):
+    stops = {"stop_strings": list("0123456789abcdefgh")}
+    trainer, _ = grpo(tmp_path, max_steps=1, generation_kwargs=stops)
+    trainer.model.generate = partial(trainer.model.generate, tokenizer=trainer.processing_class)
+    recorder = RolloutRecorderCallback(trainer, tmp_path)
+    trainer.add_callback(recorder)
+    trainer.train()
+    table = pq.read_table(recorder.files[0]).to_pydict()
+    eos = trainer.processing_class.eos_token_id
+    found = list(zip(table["truncated"], table["completion_ids"], strict=True))
+    assert any(len(ids) < 8 and ids[-1] != eos for _, ids in found)
+    assert all(cut == (len(ids) == 8 and ids[-1] != eos) for cut, ids in found)
 
 
 def test_recording_does_not_change_the_training(tmp_path):

@@ -271,6 +271,24 @@ RULES = {
     ),
     "retokenized": ({"bias_flags": ["retokenized"]}, "caution", "without token ids"),
     "no EOS": ({"bias_flags": ["ended_without_eos"]}, "caution", "neither with EOS nor"),
+    "counted texts": (
+        {
+            "bias_flags": ["retokenized"],
+            "rollout_doubts": {"E": {"of": 64, "text": 2}, "U": {"of": 32, "end": 30, "tokens": 31}},
+        },
+        "caution",
+        "2 of 64 in E do not come back .* 31 of 32 in U may have been sampled in other tokens; 30 of 32 in U are given",
+    ),
+    "counted ends": (
+        {"bias_flags": ["ended_without_eos"], "rollout_doubts": {"E": {"of": 64, "no_end": 3, "text": 2}}},
+        "caution",
+        r"missing \(3 of 64 in E end in a way that neither",
+    ),
+    "prompts": (
+        {"bias_flags": ["prompt_uncertain"], "rollout_doubts": {"U": {"of": 8, "prompt": 8}}},
+        "caution",
+        r"8 of 8 in U have prompts .*chat_template_kwargs \({} for none\)",
+    ),
     "cap": ({"bias_flags": ["unknown_cap"]}, "caution", "longer than generation.max_new_tokens"),
     "no signal": ({"bias_flags": ["no_reward_signal"]}, "caution", "Every advantage of U is 0"),
     "a flag of the future": ({"bias_flags": ["stale_cache"]}, "caution", "flagged stale_cache"),

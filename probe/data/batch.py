@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
+
+from probe.text import well_formed
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class PromptExample:
     index: int
     add_special_tokens: bool = True
     ids: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Replace what no tokenizer takes."""
+        object.__setattr__(self, "text", well_formed(self.text))
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,12 @@ class RolloutBatch:
         rows: the data-set rows the prompts came from, length `B` (empty mappings where unknown).
         source: `sampled`, or the path of the file.
         bias_flags: reasons why numbers from this batch are biased (`truncated_support`, `retokenized`, ...).
+        doubts: of each response, length `B` (empty where there are none), what a file leaves uncertain: `tokens` (its
+            text may have been sampled in other tokens), `text` (its tokens do not give its text back), `end` (it
+            is given an end that its text does not show), `no_end` (nothing says how it ended), `prompt` (its prompt's
+            tokens).
+        places: of each response of a file, length `B` (empty for sampled ones), the name of its group and its place
+            in it, by which responses of two files are known to be the same ones.
     """
 
     prompts: tuple[str, ...]
@@ -64,6 +76,8 @@ class RolloutBatch:
     rows: tuple[Mapping[str, Any], ...] = ()
     source: str = "sampled"
     bias_flags: tuple[str, ...] = field(default=())
+    doubts: tuple[tuple[str, ...], ...] = ()
+    places: tuple[tuple[Hashable, int], ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the parts belong together."""
@@ -117,5 +131,7 @@ class RolloutBatch:
         }
         for name in ("prompts", "completions", "prompt_ids"):
             parts[name] = tuple(getattr(self, name)[i] for i in take)
-        parts["rows"] = tuple(self.rows[i] for i in take) if self.rows else ()
+        for name in ("rows", "doubts", "places"):
+            values = getattr(self, name)
+            parts[name] = tuple(values[i] for i in take) if values else ()
         return replace(self, **parts)

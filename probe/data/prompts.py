@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -18,7 +19,9 @@ from probe.config import BatchConfig
 from probe.data import arithmetic
 from probe.data.batch import PromptExample
 from probe.data.names import nearest
+from probe.data.rendering import Rendering, render_messages, rendering_of, without_empty
 from probe.errors import DataError
+from probe.text import all_well_formed
 
 R1_TEMPLATE = (
     "Work on the question below in two parts. Put your reasoning between <think> and </think>, and then only "
@@ -27,6 +30,7 @@ R1_TEMPLATE = (
 """Asks for reasoning and result in tags of their own; it reads the same with and without a chat template."""
 
 _FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MESSAGE_KEYS = ("role", "content")
 
 
@@ -90,9 +94,11 @@ def load_prompts(config: BatchConfig, tokenizer: PreTrainedTokenizerBase) -> lis
     prompt_column = _prompt_column(config, named, list(rows[0]))
     answer_column = _answer_column(config, named, list(rows[0]))
     examples = []
+    rendering = rendering_of(config)
     for index, row in enumerate(rows):
         where = f"{config.dataset_name}, row {index}, column {prompt_column!r}"
-        text, messages = _render(row[prompt_column], config, named, tokenizer, where)
+        own = rendering.of_row(row, f"{config.dataset_name}, row {index}")
+        text, messages = _render(row[prompt_column], config, named, tokenizer, where, own)
         columns = dict(row)
         if answer_column is not None:
             columns["answer"] = row[answer_column]
@@ -100,6 +106,14 @@ def load_prompts(config: BatchConfig, tokenizer: PreTrainedTokenizerBase) -> lis
             columns["prompt"] = messages
         # A chat template writes the special tokens itself.
         examples.append(PromptExample(text, columns, index, add_special_tokens=messages is None))
+    from_files = (
+        config.E_rollouts is not None or config.U_rollouts is not None
+    )  # whose prompts may be messages
+    if rendering != Rendering() and not from_files and all(e.add_special_tokens for e in examples):
+        raise DataError(
+            "batch_config.chat_template_kwargs, tools, continue_final_message: expected prompts that go through the "
+            f"chat template with them, found texts in {config.dataset_name}; set use_chat_template: true"
+        )
     if config.max_prompt_tokens is not None:
         check_prompt_tokens([_count_tokens(tokenizer, e) for e in examples], config.max_prompt_tokens)
     return examples
@@ -125,45 +139,6 @@ def default_reward(config: BatchConfig) -> str | list[str]:
     return list(own) if len(own) > 1 else own[0]
 
 
-def render_messages(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, Any]],
-    where: str,
-    options: Mapping[str, Any] | None = None,
-) -> str:
-    """The text of a conversation up to the point where the policy goes on.
-
-    As in TRL, a conversation that ends with a message of the assistant is continued inside that message; any
-    other is followed by the start of the assistant's turn.
-
-    Args:
-        tokenizer: has the chat template.
-        messages: each with `role` and `content`, both texts.
-        where: start of an error message.
-        options: further variables of the template.
-
-    Raises:
-        DataError: there is no chat template, or it refuses the messages.
-    """
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"{where}: expected a tokenizer with a chat template, found none; use a chat model's tokenizer "
-            "(checkpoint.tokenizer_path), or set use_chat_template: false and a prompt_template"
-        )
-    prefilled = messages[-1]["role"] == "assistant"
-    try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=not prefilled,
-            continue_final_message=prefilled,
-            **(options or {}),
-        )
-    except Exception as error:  # templates are programs: they raise what they like
-        raise DataError(f"{where}: the chat template failed with {_reason(error)}") from error
-    return str(text)
-
-
 def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
     """A list of messages, without the empty fields that Arrow adds to make all of them alike.
 
@@ -172,18 +147,21 @@ def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
         where: start of an error message.
 
     Raises:
-        DataError: it is not a list of mappings with a text for `role` and for `content`, or it is empty.
+        DataError: it is not a list of mappings with a text for `role` and for `content` (which a call of tools need not
+            have), or it is empty.
     """
     if not isinstance(value, list) or not value:
         raise DataError(f"{where}: expected a text or a list of messages, found {_brief(value)}")
     for message in value:
-        if not isinstance(message, Mapping) or not all(
-            isinstance(message.get(k), str) for k in _MESSAGE_KEYS
-        ):
+        # A turn that calls tools need not say anything.
+        needed = (
+            _MESSAGE_KEYS[:1] if isinstance(message, Mapping) and message.get("tool_calls") else _MESSAGE_KEYS
+        )
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in needed):
             raise DataError(
                 f"{where}: expected messages with a text as role and as content, found {_brief(message)}"
             )
-    return [{key: field for key, field in message.items() if field is not None} for message in value]
+    return [without_empty(message) for message in value]
 
 
 def check_prompt_tokens(lengths: Sequence[int], limit: int) -> None:
@@ -213,7 +191,12 @@ def _describe(config: BatchConfig) -> NamedDataset:
 
 
 def _render(
-    value: Any, config: BatchConfig, named: NamedDataset, tokenizer: PreTrainedTokenizerBase, where: str
+    value: Any,
+    config: BatchConfig,
+    named: NamedDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    rendering: Rendering,
 ) -> tuple[str, list[dict[str, Any]] | None]:
     """The text of a prompt, and the messages it was made from where the chat template was used."""
     template = config.prompt_template if config.prompt_template is not None else named.template
@@ -237,7 +220,7 @@ def _render(
         messages = [{"role": "user", "content": text}]
     if config.system_prompt is not None:
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    return render_messages(tokenizer, messages, where, config.chat_template_kwargs), messages
+    return render_messages(tokenizer, messages, where, rendering), messages
 
 
 def _count_tokens(tokenizer: PreTrainedTokenizerBase, example: PromptExample) -> int:
@@ -359,6 +342,8 @@ def _load_local(
         if path.stat().st_size == 0:
             raise DataError(f"{key}: expected rows in {str(path)!r}, found an empty file")
         file_format = _FILE_FORMATS[path.suffix]
+        if file_format == "json":
+            path = _without_surrogates(path, Path(cache))
         loaded = datasets.load_dataset(
             file_format, data_files=str(path), cache_dir=cache, keep_in_memory=True
         )
@@ -369,6 +354,24 @@ def _load_local(
             raise DataError(f"{key}: expected rows in {str(path)!r}, found none") from error
         raise DataError(f"{key}: cannot read {str(path)!r}: {_reason(error)}") from error
     return _one_split(loaded["train"], config)
+
+
+def _without_surrogates(path: Path, folder: Path) -> Path:
+    r"""A JSON file without the halves of characters that `datasets` refuses: itself, or a copy with U+FFFD for them."""
+    raw = path.read_bytes()
+    if not _SURROGATE.search(raw):
+        return path
+    text = raw.decode("utf-8-sig")
+    try:
+        parts = [json.loads(text)]
+    except ValueError:
+        try:
+            parts = [json.loads(line) for line in text.split("\n") if line.strip()]
+        except ValueError:
+            return path  # whoever reads it says what is wrong
+    copy = folder / f"well_formed{path.suffix}"
+    copy.write_text("\n".join(json.dumps(all_well_formed(part)) for part in parts), encoding="utf-8")
+    return copy
 
 
 def _load_folder(path: Path, config: BatchConfig, named: NamedDataset, cache: str) -> Mapping[str, Any]:

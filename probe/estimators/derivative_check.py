@@ -99,12 +99,14 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
         return float((scores.entropy + weights * scores.logprob).sum())
 
     moved = [name for name, g in gradient.items() if bool(g.any())]
+    tolerance, worst = HALF_TOLERANCE if policy.half_precision else TOLERANCE, 0.0
     if not moved:
+        if not bool(scores.undecided.any()):  # a policy without any choice left has no gradient
+            return DerivativeCheck(relative_error=0.0, tolerance=tolerance, blocks=0)
         raise NumericalError(
             "expected a gradient of the entropy, found exactly zero for every parameter; the trainable parameters do "
             "not influence the output (is the adapter active?)"
         )
-    tolerance, worst = HALF_TOLERANCE if policy.half_precision else TOLERANCE, 0.0
     blocks = [moved[k * len(moved) // BLOCKS : (k + 1) * len(moved) // BLOCKS] for k in range(BLOCKS)]
     blocks = [block for block in blocks if block]
     for block in blocks:
@@ -140,9 +142,11 @@ def forward_mode_check(policy: Policy, batch: RolloutBatch) -> ForwardModeCheck:
         policy: the policy.
         batch: a few sequences are enough; the cost is a gradient and a forward-mode pass of them.
     """
-    _, weights, gradient = _own_gradient(policy, batch)
+    scores, weights, gradient = _own_gradient(policy, batch)
     length = norm(gradient)
     if length == 0.0:
+        if not bool(scores.undecided.any()):
+            return _runs_forward_mode(policy, batch, gradient)
         return ForwardModeCheck(False, "the gradient of the entropy is zero on the first responses")
     try:
         found = forward_tangents(policy, batch, {n: g / length for n, g in gradient.items()})
@@ -223,6 +227,17 @@ def stopped_gradients(checked: StepCheck) -> str:
         f"derivatives along the step differ by {100 * checked.difference:.2g} % from what forwards do, and forwards "
         f"are known to {100 * checked.error:.2g} %: a layer takes a part of what it computes as a constant (as DoRA "
         "does with its norm)"
+    )
+
+
+def _runs_forward_mode(policy: Policy, batch: RolloutBatch, zero: Mapping[str, Tensor]) -> ForwardModeCheck:
+    """Whether forward mode runs, for a policy without any choice left, whose derivatives are all 0."""
+    try:
+        forward_tangents(policy, batch, zero)
+    except ForwardModeError as error:
+        return ForwardModeCheck(False, str(error))
+    return ForwardModeCheck(
+        True, "forward mode runs; the policy has no choice left, so that derivatives are 0"
     )
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from probe.data.batch import PromptExample
-from probe.data.prompts import check_messages, render_messages
+from probe.data.prompts import check_messages
+from probe.data.rendering import Rendering, render_messages
 from probe.errors import ConfigError, DataError
 from probe.loading.quantization import find_4bit_layers
 from probe.rollouts.draw import stream_seed
@@ -226,7 +227,8 @@ def prompt_examples(prompts: Iterable[Any], tokenizer: Any, seed: int = 0) -> li
             found.append(PromptExample(prompt, row, index))
         else:
             messages = check_messages(prompt, where)
-            found.append(PromptExample(render_messages(tokenizer, messages, where), row, index, False))
+            text = render_messages(tokenizer, messages, where, Rendering().of_row(row, where))
+            found.append(PromptExample(text, row, index, False))
     if not found:
         raise DataError("prompts: expected at least one, found an empty list")
     return found
@@ -240,27 +242,6 @@ def check_first_step(value: Any) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ConfigError(f"first_step: expected an integer of at least 0, found {value!r}")
-
-
-def check_token_ids(model: Any, prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse tokens that the model has no row for; on a GPU they would end the process.
-
-    Args:
-        model: the policy.
-        prompts: token ids of each prompt.
-
-    Raises:
-        ConfigError: there is one.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    for index, ids in enumerate(prompts):
-        worst = max(ids, key=lambda i: i if i >= 0 else rows - i)
-        if not 0 <= worst < rows:
-            raise ConfigError(
-                f"tokenizer: expected tokens of the model's vocabulary of {rows}, found the id {worst} in "
-                f"prompts[{index}]; give the tokenizer that belongs to the model, or call "
-                "model.resize_token_embeddings after adding tokens"
-            )
 
 
 def backward_hooks(parameters: Mapping[str, nn.Parameter]) -> list[str]:

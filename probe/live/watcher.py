@@ -24,7 +24,6 @@ from probe.live.alarm import Alarm, OnAlarm, check_on_alarm
 from probe.live.attach import (
     backward_hooks,
     check_first_step,
-    check_token_ids,
     check_tokenizer,
     learning_rate,
     moved_parameters,
@@ -53,7 +52,8 @@ from probe.live.report import (
 )
 from probe.live.settings import WatchSettings
 from probe.live.words import in_own_words
-from probe.rollouts.sampling import check_context, encode_prompts
+from probe.rollouts.sampling import encode_prompts
+from probe.scoring.room import check_prompts
 from probe.snapshot import isolated_rng
 from probe.text import error_text
 from probe.verdict import WORDS
@@ -136,8 +136,7 @@ class Watch:
         with in_own_words():
             examples = prompt_examples(prompts, own_tokenizer, settings.seed)
             encoded = encode_prompts(own_tokenizer, examples)
-            check_token_ids(self.model, encoded)
-            check_context(self.model, max(map(len, encoded)), settings.max_new_tokens)
+            check_prompts(self.model, encoded, settings.max_new_tokens)
         check_on_alarm(on_alarm)
         check_first_step(first_step)
         self._probe = UpdateProbe(self.model, parameters, own_tokenizer, examples, settings)

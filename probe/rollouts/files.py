@@ -2,16 +2,18 @@
 
 The columns of a file:
 
-- `prompt`, `completion`: texts, or lists of messages. Needed.
+- `prompt_ids`, `completion_ids`: token ids, taken as they are: what was sampled. They need no texts beside them.
+- `prompt`, `completion`: texts, or lists of messages. Without ids they are tokenised again, which need not give the
+  tokens that were sampled; `chat_template_kwargs` and `tools` are used where messages are rendered.
 - rewards: see `read_rollouts`. Optional.
-- `prompt_ids`, `completion_ids`: token ids, taken as they are. Without the latter the text is tokenised
-  again, which need not give the tokens that were sampled.
 - `old_logprobs`: log-probs of the response's tokens under the policy that sampled.
 - `sampling_logprobs`: those that the engine which sampled gave, null for a token that it gave none for.
-- `truncated`: whether the cap on tokens ended the response.
+- `finish_reason`, `stop_reason`, `truncated`, `is_truncated`: how the response ended, see `probe.rollouts.ends`.
 - `group` or `prompt_id`: equal for the responses to the same draw of a prompt.
 - `step`: the update that the rows were used for; it has to be the one after the checkpoint's, where that is known.
-- `row`: the data set's row, `bias_flags`: those of the batch; both written by `write_rollouts`.
+- `row`: the data set's row, `bias_flags` and `doubts`: those of the batch; written by `write_rollouts`.
+
+Tables of other trainers are brought into these columns by `probe.rollouts.foreign`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,17 +35,22 @@ from transformers import PreTrainedTokenizerBase
 from probe.config import BatchConfig
 from probe.data.batch import RolloutBatch
 from probe.data.names import nearest
-from probe.data.prompts import check_messages, check_prompt_tokens, render_messages
+from probe.data.prompts import check_messages, check_prompt_tokens
+from probe.data.rendering import Rendering, render_messages, rendering_of
 from probe.errors import DataError, RolloutError
-from probe.rollouts.tables import RolloutTable, read_table, write_table
+from probe.rollouts.ends import END_COLUMNS, EndRules, Response, end_exact, end_texts, stated_ends
+from probe.rollouts.foreign import own_columns
+from probe.rollouts.retokenized import Recovery
+from probe.rollouts.tables import Part, RolloutTable, read_table, write_table
+from probe.text import all_well_formed
 
 logger = logging.getLogger(__name__)
 
 # fmt: off
 LAYOUT = frozenset({
     "step", "prompt", "completion", "prompt_ids", "completion_ids", "old_logprobs",
-    "sampling_logprobs", "truncated", "group", "prompt_id", "reward", "advantage", "row", "bias_flags"
-})
+    "sampling_logprobs", "group", "prompt_id", "reward", "advantage", "row", "bias_flags", "doubts"
+}) | END_COLUMNS
 # fmt: on
 """The columns with a meaning of their own; all others belong to the data set's row."""
 
@@ -56,6 +64,8 @@ NOT_REWARDS = LAYOUT | {
 # fmt: on
 """Columns that are no reward although they may hold numbers."""
 
+GROUPS = ("group", "prompt_id")
+"""Columns that name groups."""
 _ROUNDING = 1e-6
 """Differences of rewards, and log-probs above 0, that are only rounding."""
 _UNBALANCED = 1e-3
@@ -74,6 +84,7 @@ _SCHEMA = {
     "sampling_logprobs": pa.list_(pa.float64()),
     "row": pa.string(),
     "bias_flags": pa.list_(pa.string()),
+    "doubts": pa.list_(pa.string()),
 }
 
 
@@ -84,8 +95,12 @@ def read_rollouts(
     max_new_tokens: int,
     vocabulary: int | None = None,
     update: int | None = None,
+    *,
+    stop_strings: Sequence[str] = (),
+    eos_ids: Sequence[int] | None = None,
+    part: Part | None = None,
 ) -> RolloutBatch:
-    """Read a rollout file (`.jsonl` or `.parquet`; the columns stand at the top of this module).
+    """Read a rollout file (`.jsonl` or `.parquet`; the columns stand at the top of this module), or a log of a run.
 
     The column `advantage`, which TRL logs and `write_rollouts` writes, is what the update was made with, whatever
     weights and scales its rewards had. Rewards beside it are described and nothing more, and only where they
@@ -95,11 +110,11 @@ def read_rollouts(
     `advantage`, the sum of every column of numbers that is not in `NOT_REWARDS`, as TRL logs one column for each reward
     function. In a sum, None and NaN mean that a function did not apply, and are left out.
 
-    Without `completion_ids` the completion's text is tokenised, and EOS is added unless the response was
-    truncated: by the column `truncated`, else where it has `max_new_tokens` tokens or more. The batch is then
-    marked `retokenized`. Responses longer than `max_new_tokens` without a column `truncated` show that the
-    file was made
-    with another cap: the batch is marked `unknown_cap`. The mask comes from the numbers of tokens alone.
+    Without `completion_ids` the completion's text is tokenised, and the batch is marked `retokenized`. How a response
+    ended is read from the file, else it follows from `stop_strings` and `max_new_tokens`; EOS is added only where one
+    of these says that it was sampled. Where neither does, the batch is marked `ended_without_eos`; `doubts` says of
+    every response what is not certain about it. Responses longer than `max_new_tokens` of whose ends the file says
+    nothing show that it was made with another cap: the batch is marked `unknown_cap`.
 
     Groups are those of the explicit column, else runs of rows with the same prompt. A prompt that was drawn twice in
     a row makes one run of two groups: where there are advantages, which add up to 0 in every group, runs are cut into
@@ -108,11 +123,14 @@ def read_rollouts(
     Args:
         path: the file.
         tokenizer: of the policy.
-        config: `reward_columns` and `max_prompt_tokens`.
+        config: `reward_columns`, `max_prompt_tokens`, and how messages are rendered.
         max_new_tokens: the cap on tokens that the responses were sampled with.
         vocabulary: number of tokens the model knows, for the check of exact ids; models often have more than
             their tokenizer names, and sample them. By default the tokenizer's.
         update: number of the update whose rows are wanted, see `read_table`.
+        stop_strings: the stop strings that the responses were sampled with.
+        eos_ids: the ids that end a response, as when sampling; by default the tokenizer's EOS alone.
+        part: `E` or `U`, whose responses are wanted of a log, which has both.
 
     Returns:
         The batch, with advantages where the file has them; `source` is the path.
@@ -121,30 +139,45 @@ def read_rollouts(
         DataError: the file or a column is missing or malformed; messages name the row, counted from 0.
         RolloutError: all responses are empty.
     """
-    table = read_table(path, update)
+    table = own_columns(read_table(path, update, part))
     vocabulary = len(tokenizer) if vocabulary is None else vocabulary
-    prompts, prompt_ids, messages = _read_prompts(table, tokenizer, vocabulary)
+    own = tokenizer.eos_token_id
+    known = [*(() if own is None else (own,)), *(() if eos_ids is None else eos_ids)]
+    rules = EndRules(tuple(dict.fromkeys(known)), tuple(stop_strings), max_new_tokens)
+    prompts = _read_prompts(table, tokenizer, vocabulary, rendering_of(config))
     if config.max_prompt_tokens is not None:
-        check_prompt_tokens([len(ids) for ids in prompt_ids], config.max_prompt_tokens)
-    found = _read_responses(table, tokenizer, max_new_tokens, vocabulary)
-    completion_ids, mask = _pad(found.ids, torch.int64)
+        check_prompt_tokens([len(ids) for ids in prompts.ids], config.max_prompt_tokens)
+    responses, flags = _read_responses(table, tokenizer, rules, vocabulary)
+    ids = [response.ids for response in responses]
+    completion_ids, mask = _pad(ids, torch.int64)
     advantages = _read_advantages(table)
     group = _read_group(table, advantages, config.G)
+    doubts = [
+        tuple(dict.fromkeys([*before, *response.doubts, *(["prompt"] if open_ else [])]))
+        for before, response, open_ in zip(
+            _read_texts(table, "doubts"), responses, prompts.unsure, strict=True
+        )
+    ]
+    unsure = ["prompt_uncertain"] if any(prompts.unsure) else []
     return RolloutBatch(
-        prompts=tuple(prompts),
-        completions=tuple(found.texts),
-        prompt_ids=tuple(map(tuple, prompt_ids)),
+        prompts=tuple(prompts.texts),
+        completions=tuple(response.text for response in responses),
+        prompt_ids=tuple(map(tuple, prompts.ids)),
         completion_ids=completion_ids,
         mask=mask,
-        truncated=torch.tensor(found.truncated),
+        truncated=torch.tensor([response.truncated for response in responses]),
         group=group,
         rewards=_read_rewards(table, config.reward_columns, group, advantages),
         advantages=advantages,
-        old_logprobs=_read_logprobs(table, "old_logprobs", found.ids),
-        sampling_logprobs=_read_logprobs(table, "sampling_logprobs", found.ids, gaps=True),
-        rows=_read_rows(table, messages),
+        old_logprobs=_read_logprobs(table, "old_logprobs", ids),
+        sampling_logprobs=_read_logprobs(table, "sampling_logprobs", ids, gaps=True),
+        rows=_read_rows(table, prompts.messages),
         source=table.path,
-        bias_flags=tuple(dict.fromkeys([*_read_flags(table), *found.bias_flags])),
+        bias_flags=tuple(
+            dict.fromkeys([*(f for own in _read_texts(table, "bias_flags") for f in own), *flags, *unsure])
+        ),
+        doubts=tuple(doubts) if any(doubts) else (),
+        places=_read_places(table, prompts.ids),
     )
 
 
@@ -183,6 +216,8 @@ def write_rollouts(path: str | Path, batch: RolloutBatch) -> Path:
     if batch.sampling_logprobs is not None:
         given = _ragged(batch.sampling_logprobs.to(torch.float64), batch.mask)
         columns["sampling_logprobs"] = [[None if math.isnan(x) else x for x in row] for row in given]
+    if batch.doubts:
+        columns["doubts"] = [list(own) for own in batch.doubts]
     if batch.rows:
         columns["row"] = [json.dumps(dict(row), default=str) for row in batch.rows]
     rows = [{name: values[i] for name, values in columns.items()} for i in range(len(batch))]
@@ -190,132 +225,118 @@ def write_rollouts(path: str | Path, batch: RolloutBatch) -> Path:
 
 
 @dataclass(frozen=True)
-class _Responses:
-    """The responses of a file: token ids, texts, which were cut off, and what is uncertain about them."""
+class _Prompts:
+    """The prompts of a file: texts, token ids, (of conversations) messages, and which of them are not certain."""
 
-    ids: list[list[int]]
     texts: list[str]
-    truncated: list[bool]
-    bias_flags: list[str]
+    ids: list[list[int]]
+    messages: list[list[dict[str, Any]] | None]
+    unsure: list[bool]
 
 
 def _read_prompts(
-    table: RolloutTable, tokenizer: PreTrainedTokenizerBase, vocabulary: int
-) -> tuple[list[str], list[list[int]], list[list[dict[str, Any]] | None]]:
+    table: RolloutTable, tokenizer: PreTrainedTokenizerBase, vocabulary: int, rendering: Rendering
+) -> _Prompts:
     """The text, the token ids and (of conversations) the messages of each prompt."""
-    values = table.column("prompt")
     exact = _read_ids(table, "prompt_ids", vocabulary) if "prompt_ids" in table.columns else None
-    texts: list[str] = []
-    all_ids: list[list[int]] = []
-    all_messages: list[list[dict[str, Any]] | None] = []
+    if exact is not None and "prompt" not in table.columns:
+        values: list[Any] = [str(tokenizer.decode(ids)) for ids in exact]
+    else:
+        values = table.column("prompt")
+    found = _Prompts([], [], [], [])
     for i, value in enumerate(values):
-        messages = None if isinstance(value, str) else check_messages(value, f"{table.where(i)}, prompt")
+        where = table.where(i)
+        messages = None if isinstance(value, str) else check_messages(value, f"{where}, prompt")
+        unsure = False
         if exact is not None:
             ids = exact[i]
             text = value if messages is None else str(tokenizer.decode(ids))
+        elif messages is None:
+            text = value
+            begun = table.rendered and bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+            ids = [int(t) for t in tokenizer(text, add_special_tokens=not begun)["input_ids"]]
+            unsure = table.special_tokens_left_out and tokenizer.chat_template is not None
         else:
-            text = value if messages is None else render_messages(tokenizer, messages, table.where(i))
+            own = rendering.of_row(table.rows[i], where)
+            text = render_messages(tokenizer, messages, where, own)
             # A chat template writes the special tokens itself.
-            ids = [int(t) for t in tokenizer(text, add_special_tokens=messages is None)["input_ids"]]
+            ids = [int(t) for t in tokenizer(text, add_special_tokens=False)["input_ids"]]
+            unsure = not own.is_certain(tokenizer, messages)
         if not ids:
-            raise DataError(
-                f"{table.where(i)}: expected a prompt of at least one token, found none in {text!r}"
-            )
-        texts.append(text)
-        all_ids.append(ids)
-        all_messages.append(messages)
-    return texts, all_ids, all_messages
+            raise DataError(f"{where}: expected a prompt of at least one token, found none in {text!r}")
+        found.texts.append(text)
+        found.ids.append(ids)
+        found.messages.append(messages)
+        found.unsure.append(unsure)
+    return found
 
 
 def _read_responses(
-    table: RolloutTable, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, vocabulary: int
-) -> _Responses:
-    """The responses by their exact ids where there are some, else by their text."""
-    values = table.column("completion")
+    table: RolloutTable, tokenizer: PreTrainedTokenizerBase, rules: EndRules, vocabulary: int
+) -> tuple[list[Response], list[str]]:
+    """The responses by their exact ids where there are some, else by their text; and the batch's flags."""
     exact = "completion_ids" in table.columns
+    stated = stated_ends(table)
     if exact:
         ids = _read_ids(table, "completion_ids", vocabulary)
-        texts = [_logged_text(value, own, tokenizer) for value, own in zip(values, ids, strict=True)]
+        logged = table.column("completion") if "completion" in table.columns else [None] * len(ids)
+        texts = [_logged_text(value, own, tokenizer) for value, own in zip(logged, ids, strict=True)]
     else:
+        values = table.column("completion")
         texts = [_completion_text(value, f"{table.where(i)}, completion") for i, value in enumerate(values)]
         ids = [[int(t) for t in own] for own in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     if not any(ids):
         raise RolloutError(
             f"{table.path}: expected a response with tokens, found all {len(ids)} of them empty"
         )
-    flags = [] if exact else ["retokenized"]
-    if "truncated" in table.columns:
-        truncated = _read_truncated(table)
-    else:
-        truncated, longer = _infer_truncated(table.path, ids, tokenizer.eos_token_id, max_new_tokens)
-        flags += ["unknown_cap"] if longer else []
+    _check_ends(table, ids, rules.eos_ids, "completion_ids" if exact else "completion")
+    responses = [Response(list(own), text) for own, text in zip(ids, texts, strict=True)]
     if exact:
-        _check_ends(table, ids, tokenizer.eos_token_id)
-        if "truncated" not in table.columns:  # nothing says that such a response is complete
-            ends = [
-                own[-1] == tokenizer.eos_token_id
-                for own, cut in zip(ids, truncated, strict=True)
-                if own and not cut
-            ]
-            flags += [] if all(ends) else ["ended_without_eos"]
+        end_exact(responses, stated, rules, tokenizer)
     else:
-        ids = _end_with_eos(table.path, ids, truncated, tokenizer.eos_token_id)
-    return _Responses(ids, texts, truncated, flags)
-
-
-def _check_ends(table: RolloutTable, ids: list[list[int]], eos: int | None) -> None:
-    """Refuse ids that the policy cannot have sampled: what follows an EOS, and what a mask leaves out.
-
-    Padding after EOS cannot be told from sampled tokens by its id, so it must not be there.
-    """
-    for i, own in enumerate(ids):
-        if eos is not None and eos in own[:-1]:
-            raise DataError(
-                f"{table.where(i)}: expected completion_ids to end with their first EOS ({eos}), found "
-                f"{len(own) - own.index(eos) - 1} tokens after it; cut padding off"
-            )
-    for name in ("completion_mask", "tool_mask"):
-        if name not in table.columns:
-            continue
-        for i, mask in enumerate(table.column(name)):
-            if mask is not None and (len(mask) != len(ids[i]) or not all(mask)):
-                raise DataError(
-                    f"{table.where(i)}: expected {name} to be 1 for each of the {len(ids[i])} completion_ids, found "
-                    "others; tokens that the policy did not sample cannot be part of a response here"
-                )
-
-
-def _infer_truncated(
-    path: str, ids: list[list[int]], eos: int | None, max_new_tokens: int
-) -> tuple[list[bool], int]:
-    """Which responses the cap ended, by their length, and how many are longer than it."""
-    # A response that ends with EOS is complete, also where that is its last allowed token.
-    truncated = [len(own) >= max_new_tokens and own[-1] != eos for own in ids]
-    longer = sum(len(own) > max_new_tokens for own in ids)
+        recovery = Recovery(tokenizer)
+        for response in responses:
+            response.doubts += recovery.doubts(response.text, response.ids)
+        end_texts(table.path, responses, stated, rules, tokenizer)
+    flags = [] if exact else ["retokenized"]
+    longer = sum(response.longer for response in responses)
     if longer:
+        flags.append("unknown_cap")
         logger.warning(
             "%s: %d of %d responses have more than generation.max_new_tokens = %d tokens and count as "
             "cut off unless they end with EOS; set it to the cap they were sampled with, or add a column "
             "truncated",
-            path,
+            table.path,
             longer,
             len(ids),
-            max_new_tokens,
+            rules.max_new_tokens,
         )
-    return truncated, longer
+    if any("no_end" in response.doubts for response in responses):
+        flags.append("ended_without_eos")
+    return responses, flags
 
 
-def _end_with_eos(path: str, ids: list[list[int]], truncated: list[bool], eos: int | None) -> list[list[int]]:
-    """The ids with EOS, which logged texts lack, after every response that was not truncated."""
-    if all(truncated):
-        return ids
-    if eos is None:
-        raise DataError(
-            f"{path}: expected a tokenizer with an EOS token to end the responses with, found none; set the "
-            "tokenizer's eos_token, or add a column completion_ids"
-        )
-    complete = [cut or own[-1:] == [eos] for own, cut in zip(ids, truncated, strict=True)]
-    return [own if done else [*own, eos] for own, done in zip(ids, complete, strict=True)]
+def _check_ends(table: RolloutTable, ids: list[list[int]], eos_ids: Sequence[int], name: str) -> None:
+    """Refuse what the policy cannot have sampled: what follows an EOS, and what a mask leaves out.
+
+    Padding after EOS cannot be told from sampled tokens by its id, so it must not be there.
+    """
+    for i, own in enumerate(ids):
+        first = next((t for t, token in enumerate(own[:-1]) if token in eos_ids), None)
+        if first is not None:
+            raise DataError(
+                f"{table.where(i)}: expected {name} to end with their first EOS ({own[first]}), found "
+                f"{len(own) - first - 1} tokens after it; cut padding off"
+            )
+    for mask_name in ("completion_mask", "tool_mask"):
+        if mask_name not in table.columns:
+            continue
+        for i, mask in enumerate(table.column(mask_name)):
+            if mask is not None and (len(mask) != len(ids[i]) or not all(mask)):
+                raise DataError(
+                    f"{table.where(i)}: expected {mask_name} to be 1 for each of the {len(ids[i])} completion_ids, "
+                    "found others; tokens that the policy did not sample cannot be part of a response here"
+                )
 
 
 def _completion_text(value: Any, where: str) -> str:
@@ -351,15 +372,6 @@ def _read_ids(table: RolloutTable, name: str, vocabulary: int) -> list[list[int]
                 f"{table.where(i)}: expected {name} below the {vocabulary} tokens of the policy's vocabulary, found "
                 f"{outside[0]}; the file was made with another tokenizer"
             )
-    return values
-
-
-def _read_truncated(table: RolloutTable) -> list[bool]:
-    """The column `truncated`."""
-    values = table.column("truncated")
-    for i, value in enumerate(values):
-        if not isinstance(value, bool):
-            raise DataError(f"{table.where(i)}: expected truncated to be true or false, found {value!r}")
     return values
 
 
@@ -405,9 +417,9 @@ def _read_advantages(table: RolloutTable) -> Tensor | None:
 
 def _read_group(table: RolloutTable, advantages: Tensor | None, G: int) -> Tensor:
     """The group of each row, `(B,)` int64."""
-    name = next((name for name in ("group", "prompt_id") if name in table.columns), None)
+    name = next((name for name in GROUPS if name in table.columns), None)
     if name is None:
-        runs = _group_by_prompt(table.column("prompt"))
+        runs = _group_by_prompt(table.column("prompt" if "prompt" in table.columns else "prompt_ids"))
         return runs if advantages is None else _cut_runs(runs, advantages, G)
     values = table.column(name)
     for i, value in enumerate(values):
@@ -417,6 +429,24 @@ def _read_group(table: RolloutTable, advantages: Tensor | None, G: int) -> Tenso
         return torch.tensor(values, dtype=torch.int64)
     codes: dict[Any, int] = {}
     return torch.tensor([codes.setdefault(value, len(codes)) for value in values], dtype=torch.int64)
+
+
+def _read_places(
+    table: RolloutTable, prompt_ids: Sequence[Sequence[int]]
+) -> tuple[tuple[Hashable, int], ...]:
+    """The name of each row's group, as the file gives it, and the row's place among those of its prompt and group.
+
+    In a file without names all rows of a prompt are one group.
+    """
+    name = next((name for name in GROUPS if name in table.columns), None)
+    labels = [None] * len(prompt_ids) if name is None else table.column(name)
+    counts: Counter[Hashable] = Counter()
+    places = []
+    for ids, label in zip(prompt_ids, labels, strict=True):
+        key = (tuple(ids), label)
+        places.append((label, counts[key]))
+        counts[key] += 1
+    return tuple(places)
 
 
 def _group_by_prompt(prompts: Sequence[Any]) -> Tensor:
@@ -539,7 +569,7 @@ def _parse_row(value: Any, where: str) -> dict[str, Any]:
     """A data set's row, which Parquet holds as JSON."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = all_well_formed(json.loads(value))
         except ValueError as error:
             raise DataError(f"{where}: expected row to be JSON, found {value[:60]!r} ({error})") from error
     if not isinstance(value, dict):
@@ -547,17 +577,15 @@ def _parse_row(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _read_flags(table: RolloutTable) -> list[str]:
-    """The bias flags that the rows name."""
-    if "bias_flags" not in table.columns:
-        return []
-    values = table.column("bias_flags")
-    for i, flags in enumerate(values):
-        if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
-            raise DataError(
-                f"{table.where(i)}: expected bias_flags to be a list of texts, found {flags!r:.60}"
-            )
-    return [flag for flags in values for flag in flags]
+def _read_texts(table: RolloutTable, name: str) -> list[list[str]]:
+    """A column of lists of texts: the bias flags or doubts that the rows name; nothing where there is none."""
+    if name not in table.columns:
+        return [[] for _ in table.rows]
+    values = table.column(name)
+    for i, texts in enumerate(values):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{table.where(i)}: expected {name} to be a list of texts, found {texts!r:.60}")
+    return values
 
 
 def _pad(values: Sequence[list[Any]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from probe.data.batch import PromptExample, RolloutBatch
 from probe.errors import DataError, RolloutError
 from probe.finite import require_finite_weights
 from probe.scoring.passes import Policy, Progress
+from probe.scoring.room import check_prompts
 from probe.scoring.scores import TokenScores
 
 NEUTRAL = {
@@ -102,15 +103,15 @@ def sample_rollouts(
 
     Raises:
         ValueError: `policy.temperature` differs from the settings' (sampling would not equal scoring).
-        DataError: no prompts, or a prompt without tokens.
-        RolloutError: the model's generation settings change the distribution.
+        DataError: no prompts, or a prompt without tokens, or with tokens that the model has no row for.
+        RolloutError: a response may become longer than the model has positions for, or there is no EOS.
         NumericalError: a weight is NaN or infinite.
     """
     require_finite_weights(policy.model)
     if settings.temperature != policy.temperature:
         raise ValueError(f"expected one temperature, found {settings.temperature} and {policy.temperature}")
     prompt_ids = encode_prompts(tokenizer, prompts)
-    check_context(policy.model, max(map(len, prompt_ids)), settings.max_new_tokens)
+    check_prompts(policy.model, prompt_ids, settings.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompt_ids[i]))
     rows: dict[int, _Row] = {}
     alike = _padding_matters(policy, tokenizer, [prompt_ids[order[0]], prompt_ids[order[-1]]], settings)
@@ -175,18 +176,16 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[PromptExample]) -> list[tup
     return out
 
 
-def check_context(model: Any, prompt: int, new: int) -> None:
-    """Refuse responses that the model has no positions for.
+def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end a response: those of the model's generation config, and the tokenizer's EOS.
 
-    Raises:
-        RolloutError: the longest prompt and response do not fit.
+    Args:
+        model: the policy.
+        tokenizer: its tokenizer.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and prompt + new > positions:
-        raise RolloutError(
-            f"generation.max_new_tokens: expected at most {max(positions - prompt, 0)} (the model has {positions} "
-            f"positions and the longest prompt {prompt} tokens), found {new}"
-        )
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = eos if isinstance(eos, (list, tuple)) else (eos,)
+    return tuple(dict.fromkeys(int(i) for i in (*own, tokenizer.eos_token_id) if i is not None))
 
 
 @contextmanager
@@ -201,13 +200,9 @@ def own_generation_config(
     Yields:
         The ids that end a response.
     """
-    own = model.generation_config
-    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    eos_ids = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
-    if any(i is None for i in eos_ids):
+    eos_ids = end_ids(model, tokenizer)
+    if not eos_ids:
         raise RolloutError("expected an EOS token, found none in the tokenizer or the generation config")
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos_ids:
-        eos_ids = (*eos_ids, tokenizer.eos_token_id)
     neutral = transformers.GenerationConfig(
         **NEUTRAL,
         max_new_tokens=settings.max_new_tokens,

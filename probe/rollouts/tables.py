@@ -7,20 +7,24 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from probe.data.names import nearest
-from probe.errors import DataError
+from probe.errors import DataError, LogError
 from probe.files import atomic_write_bytes
+from probe.text import all_well_formed
 
 logger = logging.getLogger(__name__)
 
 FORMATS = (".jsonl", ".parquet")
+LOGS = (".json", ".json.gz")
+"""Endings of the logs of runs, which hold the responses of E and of U from level `detailed` on."""
+Part = Literal["E", "U"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,16 @@ class RolloutTable:
         rows: one mapping per row; a column that a row lacks is None.
         numbers: position of each row in the file, from 0.
         columns: names of the columns, in the file's order.
+        rendered: whether prompts as text are the whole prompts, special tokens such as BOS included where they show.
+        special_tokens_left_out: whether the writer decodes prompts without their special tokens.
     """
 
     path: str
     rows: tuple[dict[str, Any], ...]
     numbers: tuple[int, ...]
     columns: tuple[str, ...]
+    rendered: bool = False
+    special_tokens_left_out: bool = False
 
     def column(self, name: str) -> list[Any]:
         """The values of a column.
@@ -57,7 +65,7 @@ class RolloutTable:
         return f"{self.path}, row {self.numbers[index]}"
 
 
-def read_table(path: str, update: int | None = None) -> RolloutTable:
+def read_table(path: str, update: int | None = None, part: Part | None = None) -> RolloutTable:
     """Read a rollout file: the rows of one update, or of a file with several values of `step` those of the last one.
 
     Trainers number the files and the column `step` by the update that the rows were used for, and a checkpoint by the
@@ -67,21 +75,32 @@ def read_table(path: str, update: int | None = None) -> RolloutTable:
         path: a `.jsonl` file with one mapping per line, a `.parquet` file, or with `update` a folder of such files
             whose names end in the number of the update, as TRL's `completions_00061.parquet`.
         update: the number of the update whose rows are wanted; None where it is not known.
+        part: the batch that is wanted of a log (`.json`, `.json.gz`) of a run, which holds E and U.
 
     Raises:
         DataError: the file is not there, is of another kind, cannot be parsed (naming the line), has no rows, or those
             of other updates only.
     """
-    file = Path(path).expanduser()
-    if file.is_dir() and update is not None:
-        file = _file_of(file, update)
+    file = rollout_file(Path(path).expanduser(), update)
     _check_file(file)
-    rows = _read_jsonl(file) if file.suffix == ".jsonl" else _read_parquet(file)
+    if file.name.endswith(LOGS):
+        rows = _read_log(file, part)
+    else:
+        rows = _read_jsonl(file) if file.suffix == ".jsonl" else _read_parquet(file)
     if not rows:
         raise DataError(f"{path}: expected rollouts, found a file without rows")
     columns = tuple(dict.fromkeys(name for row in rows for name in row))
     filled = tuple({name: row.get(name) for name in columns} for row in rows)
     return _one_step(RolloutTable(str(file), filled, tuple(range(len(rows))), columns), update)
+
+
+def rollout_file(path: Path, update: int | None) -> Path:
+    """The file that is read for a path: in a folder of numbered files the one of the update, where that is known.
+
+    Raises:
+        DataError: the folder has none, or several.
+    """
+    return _file_of(path, update) if path.is_dir() and update is not None else path
 
 
 def write_table(path: str | Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> Path:
@@ -118,8 +137,24 @@ def _check_file(file: Path) -> None:
         raise DataError(f"{file}: expected a .jsonl or .parquet file, found a folder{hint}")
     if not file.exists():
         raise DataError(f"{file}: expected a rollout file, found nothing there (from {Path.cwd()})")
-    if file.suffix not in FORMATS:
+    if file.suffix not in FORMATS and not file.name.endswith(LOGS):
         raise DataError(f"{file}: expected a file ending in {' or '.join(FORMATS)}, found {file.suffix!r}")
+
+
+def _read_log(file: Path, part: Part | None) -> list[dict[str, Any]]:
+    """The responses of E or U in a log of a run.
+
+    Raises:
+        DataError: it is no log, or has no token ids.
+    """
+    from probe.logs import load_log, logged_rollouts
+
+    if part is None:
+        raise DataError(f"{file}: expected to be told whether E or U is wanted of a log, found neither")
+    try:
+        return logged_rollouts(load_log(file), part)
+    except LogError as error:
+        raise DataError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
 
 
 def _read_jsonl(file: Path) -> list[dict[str, Any]]:
@@ -139,7 +174,7 @@ def _read_jsonl(file: Path) -> list[dict[str, Any]]:
 def _parse_line(line: str, where: str) -> dict[str, Any]:
     """One line of a JSON Lines file."""
     try:
-        row = json.loads(line)
+        row = all_well_formed(json.loads(line))
     except ValueError as error:
         raise DataError(f"{where}: expected JSON, found {line.strip()[:60]!r} ({error})") from error
     if not isinstance(row, dict):
@@ -218,4 +253,4 @@ def _one_step(table: RolloutTable, update: int | None) -> RolloutTable:
         "%s holds %d steps: the %d rows of step %s are used", table.path, len(set(steps)), len(kept), wanted
     )
     numbers = tuple(table.numbers[index] for index in kept)
-    return RolloutTable(table.path, tuple(table.rows[index] for index in kept), numbers, table.columns)
+    return replace(table, rows=tuple(table.rows[index] for index in kept), numbers=numbers)

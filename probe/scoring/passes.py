@@ -20,6 +20,7 @@ from probe.loading import trainable_parameters
 from probe.scoring.features import FeatureBasis
 from probe.scoring.head import OutputHead, token_log_probs, token_statistics
 from probe.scoring.microbatch import MicroBatch, microbatches
+from probe.scoring.room import check_batch
 from probe.scoring.scores import TokenScores
 from probe.snapshot import standing_in
 
@@ -101,6 +102,15 @@ class Policy:
         with self.autocast():
             return torch.is_autocast_enabled(self.device.type)
 
+    def microbatches(self, batch: RolloutBatch) -> Iterator[MicroBatch]:
+        """The sequences of a batch as inputs of the model.
+
+        Raises:
+            DataError: the model has no room for one of them.
+        """
+        check_batch(self.model, batch)
+        return microbatches(batch, self.microbatch_size, self.device)
+
     def hidden_states(self, head: OutputHead, inputs: MicroBatch) -> Tensor:
         """Hidden states `(n, D_model)` that predict the microbatch's `n` response tokens."""
         arguments = {
@@ -165,7 +175,7 @@ def scored_chunks(
 ) -> Iterator[ScoredChunk]:
     """Run the policy over a batch and yield its scores a few tokens at a time, in whatever grad mode is on."""
     head = OutputHead(policy.model, policy.values)
-    for inputs in microbatches(batch, policy.microbatch_size, policy.device):
+    for inputs in policy.microbatches(batch):
         hidden = policy.hidden_states(head, inputs)
         for rows in torch.arange(len(inputs.labels)).split(policy.head_chunk_tokens):
             states = hidden[rows.to(hidden.device)]
@@ -214,7 +224,7 @@ def token_gradients(
     collector = Collector(batch, progress)
     head = OutputHead(policy.model)
     with torch.enable_grad():
-        for inputs in microbatches(batch, policy.microbatch_size, policy.device):
+        for inputs in policy.microbatches(batch):
             hidden = policy.hidden_states(head, inputs)
             through_head = _head_gradients(policy, head, hidden, inputs, weights, totals, collector)
             _network_gradients(hidden, through_head, totals)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NO_CHOICE = 1e-15
+"""Nats per token up to which a distribution is one token: less than the rounding of any arithmetic in use."""
+
 
 @dataclass(frozen=True)
 class TokenScores:
@@ -35,6 +38,14 @@ class TokenScores:
     def sequence_logprob(self) -> Tensor:
         """`S_i = sum_t l[i, t]`, nats, `(B,)`."""
         return self.logprob.sum(dim=1)
+
+    @property
+    def undecided(self) -> Tensor:
+        """Which responses have a token that the policy had a choice about, `(B,)` bool.
+
+        Of the others neither entropies nor log-probs have a derivative that arithmetic could show.
+        """
+        return (self.entropy > NO_CHOICE).any(dim=1)
 
     @property
     def lengths(self) -> Tensor:

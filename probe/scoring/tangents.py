@@ -235,11 +235,14 @@ def choose_scale(policy: Policy, batch: RolloutBatch, direction: Mapping[str, Te
         direction: by parameter name.
 
     Returns:
-        `(scale, e(scale))`.
+        `(scale, e(scale))`; `(1, 0)` where the policy has no choice left in these sequences: all derivatives are 0, and
+        a larger step would only leave that region.
 
     Raises:
         NumericalError: no scale gives a usable derivative.
     """
+    if not bool(score_tokens(policy, batch).undecided.any()):
+        return 1.0, 0.0
     quotients = DifferenceQuotients(policy, batch, direction)
     quotient, error = quotients.at, quotients.error
     best = 0
