@@ -22,6 +22,7 @@ from probe.config import CheckpointConfig
 from probe.errors import CheckpointError, ProbeError
 from probe.loading.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, REFERENCE_ADAPTER, CheckpointFiles
 from probe.loading.quantization import dequantized_weight, find_4bit_layers, use_exact_4bit_layers
+from probe.loading.tokenizer import load_saved_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -435,8 +436,6 @@ def _load_tokenizer(
     config: CheckpointConfig, files: CheckpointFiles, base: str | None, revision: str | None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of the first place that has one; a place that has one must be readable."""
-    from transformers import AutoTokenizer
-
     source: str | None
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.tokenizer_path is not None:
@@ -452,7 +451,7 @@ def _load_tokenizer(
         f"tokenizer {source}", "name a folder or hub id with a tokenizer in checkpoint.tokenizer_path"
     ):
         options["local_files_only"] = _needs_no_hub(config, source)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = load_saved_tokenizer(source, **options)
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
             f"tokenizer {source}: expected an EOS token, with which a response ends, found none; set "
