@@ -209,7 +209,7 @@ def test_sharded_folder_given_as_the_optimizer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "match"), [("{", "expected JSON"), ("[]", "expected a JSON object, found list")]
+    ("text", "match"), [("{", "expected JSON"), ("[]", r"\(a JSON object\), found list")]
 )
 def test_broken_trainer_state(tmp_path, text, match):
     touch(tmp_path, *LORA, "optimizer.pt")

@@ -19,6 +19,7 @@ from probe.data import arithmetic
 from probe.data.batch import PromptExample
 from probe.data.names import nearest
 from probe.errors import DataError
+from probe.limits import TEMPLATE_SECONDS, time_limit
 
 R1_TEMPLATE = (
     "Work on the question below in two parts. Put your reasoning between <think> and </think>, and then only "
@@ -145,10 +146,20 @@ def render_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
             "(checkpoint.tokenizer_path), or set use_chat_template: false and a prompt_template"
         )
     prefilled = messages[-1]["role"] == "assistant"
+    endless = DataError(
+        f"{where}: expected a chat template that is done within {TEMPLATE_SECONDS:g} seconds, found one that is not; "
+        "use another tokenizer (checkpoint.tokenizer_path), or set use_chat_template: false"
+    )
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not prefilled, continue_final_message=prefilled
-        )
+        with time_limit(TEMPLATE_SECONDS, endless):
+            text = tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=not prefilled,
+                continue_final_message=prefilled,
+            )
+    except DataError:
+        raise
     except Exception as error:  # templates are programs: they raise what they like
         raise DataError(f"{where}: the chat template failed with {_reason(error)}") from error
     return str(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Literal
 
 from probe.config import CheckpointConfig
 from probe.errors import CheckpointError
+from probe.loading.foreign import check_folder, read_json_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -81,6 +81,8 @@ def locate_checkpoint(config: CheckpointConfig) -> CheckpointFiles:
     # `model/` is a part of its parent folder; any other folder is a checkpoint of its own.
     container = model_dir.parent if model_dir.name == "model" else model_dir
     folders = tuple(dict.fromkeys((model_dir, container)))
+    for folder in folders:
+        check_folder(folder)
     optimizer_file = _find_optimizer(folders, config.optimizer_path)
     states = [folder / TRAINER_STATE for folder in folders if (folder / TRAINER_STATE).is_file()]
     trainer_state_file = states[0] if states else None
@@ -107,15 +109,7 @@ def read_trainer_state(file: Path) -> dict:
     Raises:
         CheckpointError: the file is not a JSON object.
     """
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file}: expected JSON as transformers' Trainer writes it, found {error}"
-        ) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(state).__name__}")
-    return state
+    return read_json_object(file, "JSON as transformers' Trainer writes it")
 
 
 def _existing_folder(path: str | None) -> Path:
@@ -124,7 +118,7 @@ def _existing_folder(path: str | None) -> Path:
             "checkpoint.checkpoint_path: expected the folder of a checkpoint (or `demo`), found nothing"
         )
     # The user's own spelling is kept (a link `latest` stays `latest`), only made absolute.
-    root = Path(os.path.abspath(Path(path).expanduser()))
+    root = _absolute(path, "checkpoint.checkpoint_path")
     if root.suffix == ".ckpt":
         raise CheckpointError(_foreign_message("a Lightning checkpoint", root))
     if root.is_file():
@@ -132,6 +126,16 @@ def _existing_folder(path: str | None) -> Path:
     if not root.is_dir():
         raise CheckpointError(f"Checkpoint not found: checkpoint.checkpoint_path: there is no folder {root}")
     return root
+
+
+def _absolute(path: str, key: str) -> Path:
+    """The path that a setting names; a name that no file can have is an error of that setting."""
+    try:
+        absolute = Path(os.path.abspath(Path(path).expanduser()))
+        absolute.exists()
+    except (RuntimeError, ValueError, OSError) as error:  # no such user, a null byte, a name that is too long
+        raise CheckpointError(f"{key}: expected a path, found {path!r:.80} ({error!s:.80})") from error
+    return absolute
 
 
 def _find_model(root: Path) -> tuple[Literal["lora", "full"], Path]:
@@ -173,7 +177,7 @@ def _find_model(root: Path) -> tuple[Literal["lora", "full"], Path]:
 
 def _find_optimizer(folders: tuple[Path, ...], given: str | None) -> Path:
     if given is not None:
-        file = Path(os.path.abspath(Path(given).expanduser()))
+        file = _absolute(given, "checkpoint.optimizer_path")
         if file.suffix == ".ckpt":
             raise CheckpointError(_foreign_message("a Lightning checkpoint", file))
         if file.is_dir():

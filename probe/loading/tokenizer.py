@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probe.errors import CheckpointError
+from probe.limits import TOKENIZER_SECONDS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,6 +31,7 @@ _TEXTS = (
     "\\frac{1}{2} + \\sqrt{9} = $3.5$ ### <answer> [INST] </answer>",
     "caf\u00e9 cafe\u0301 \u00c5ngstr\u00f6m \ufb01ne \u00bd \uff21\uff22",
     "\u4f60\u597d\u4e16\u754c \u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 \U0001f600 \u200b.",
+    "a" * 60 + "0" * 60 + " " * 60 + "!" * 60 + "\n" * 60 + "b",
 )
 _PARTS = ("normalizer", "pre_tokenizer", "model", "decoder", "post_processor", "added_tokens")
 _REMEDY = (
@@ -114,15 +117,37 @@ def _refuse_other_tokens(source: str, kind: str, tokenizer: Any, saved: Tokenize
                 f"tokenizer {source}: expected the tokens of its tokenizer.json, found {token!r:.60} with the id "
                 f"{vocabulary.get(token)} instead of {index} in {kind}; {_REMEDY}"
             )
-    saved.no_truncation()
-    saved.no_padding()
-    for text in _TEXTS:
-        wanted, ids = saved.encode(text, add_special_tokens=False).ids, _encoded(tokenizer, text)
+    for text, wanted in zip(_TEXTS, _saved_ids(source, saved), strict=True):
+        ids = _encoded(tokenizer, text)
         if ids != wanted:
             raise CheckpointError(
                 f"tokenizer {source}: expected {text!r:.40} in the {len(wanted)} tokens of its tokenizer.json, found "
                 f"{len(ids)} others from {kind}; {_REMEDY}"
             )
+
+
+def _saved_ids(source: str, saved: Tokenizer) -> list[list[int]]:
+    """The ids of the texts; a pattern that never ends is left behind in a thread, as nothing can end it."""
+    saved.no_truncation()
+    saved.no_padding()
+    done: list[list[int]] = []
+
+    def encode() -> None:
+        done.extend(e.ids for e in saved.encode_batch(list(_TEXTS), add_special_tokens=False))
+
+    worker = threading.Thread(target=encode, daemon=True)
+    worker.start()
+    worker.join(TOKENIZER_SECONDS)
+    if worker.is_alive():
+        raise CheckpointError(
+            f"tokenizer {source}: expected a few short texts in tokens within {TOKENIZER_SECONDS:g} seconds, found "
+            "a pattern in its tokenizer.json that does not come to an end; name another in checkpoint.tokenizer_path"
+        )
+    if len(done) != len(_TEXTS):
+        raise CheckpointError(
+            f"tokenizer {source}: expected texts in tokens, found that they cannot be encoded"
+        )
+    return done
 
 
 def _encoded(tokenizer: Any, text: str) -> list[int]:
