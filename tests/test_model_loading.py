@@ -403,7 +403,7 @@ class TestTokenizers:
         tokenizer.add_tokens([f"<extra_{index}>" for index in range(10)])
         tokenizer.save_pretrained(copied / "model")
         added = len(tokenizer) - VOCABULARY
-        match = rf"embeddings of the {added} tokens that were added .* {VOCABULARY}, found none"
+        match = rf"embed_tokens of the {added} tokens that were added .* {VOCABULARY}, found none"
         with pytest.raises(CheckpointError, match=match):
             load(copied)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Mapping
@@ -16,7 +17,10 @@ from probe.limits import PATTERN_SECONDS, time_limit
 from probe.loading.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, REFERENCE_ADAPTER
 from probe.loading.foreign import check_folder, check_sizes, read_json_object, rewritten, some, walk
 
+logger = logging.getLogger(__name__)
+
 _PREFIX = "base_model.model."
+_WHOLE = ("weight", "base_layer.weight", "modules_to_save.weight", "token_adapter.base_layer.weight")
 _RANKS = ("r", "rank_pattern", "init_r", "target_r", "num_vectors", "vector_length")
 _PATTERNS = ("target_modules", "exclude_modules", "target_parameters", "layers_pattern")
 _KEYED_BY_PATTERN = ("rank_pattern", "alpha_pattern")
@@ -29,8 +33,9 @@ _LOST_BASES = (
     ("pissa_niter", "by a decomposition that starts from random numbers"),
     ("corda", "by statistics of a data set"),
     ("lora_ga", "by gradients on a data set"),
+    ("loftq", "by a quantisation that other hardware does otherwise"),
 )
-_REBUILT_BASES = ("pissa", "olora", "loftq")
+_REBUILT_BASES = ("pissa", "olora")
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -87,6 +92,13 @@ def attach_adapter(
         placed: dict[str, Any] = {} if hasattr(model, "hf_device_map") else {"torch_device": str(device)}
         policy = PeftModel.from_pretrained(model, str(folder), is_trainable=True, **placed)
         _check_placed(policy, folder)
+    if rebuilds_base(adapter):
+        logger.info(
+            "adapter %s: init_lora_weights %s was applied to the base again, in its type here; that of the training "
+            "has to be the same",
+            folder,
+            adapter["init_lora_weights"],
+        )
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         raise CheckpointError(f"adapter {folder}: expected trainable weights, found none")
     reference = folder / REFERENCE_ADAPTER
@@ -94,9 +106,14 @@ def attach_adapter(
     if (reference / ADAPTER_CONFIG).is_file():
         check_folder(reference)
         with rewritten(f"adapter {reference}", _BELONGS):
-            _check_settings(
-                model, reference, read_adapter_config(reference), _shapes(reference / ADAPTER_WEIGHTS)
-            )
+            settings = read_adapter_config(reference)
+            if rebuilds_base(settings):
+                raise CheckpointError(
+                    f"{reference / ADAPTER_CONFIG}: expected a reference adapter of the base model as it is, found "
+                    f"init_lora_weights {settings['init_lora_weights']:.40}, which changes the base under the policy; "
+                    "set it to true in this file if the training did not do that either"
+                )
+            _check_settings(model, reference, settings, _shapes(reference / ADAPTER_WEIGHTS))
             policy.load_adapter(str(reference), REFERENCE_ADAPTER, is_trainable=False, **placed)
     return policy
 
@@ -196,48 +213,66 @@ def _resize_embeddings(
     shapes: Mapping[str, tuple[int, ...]],
     tokens: int,
 ) -> None:
-    """Give the base as many tokens as the adapter was trained on, where its file tells."""
+    """Give the base as many tokens as the adapter was trained on, where its file tells; refuse rows that it lacks."""
     rows = model.get_input_embeddings().weight.shape[0]
-    found = _saved_rows(model, shapes)
+    layers = _token_layers(model)
+    found = {size for names in layers for name in names for size, _ in _saved_rows(name, shapes)}
     if len(found) > 1:
         raise CheckpointError(
             f"adapter {folder}: expected embeddings of one number of tokens, found {sorted(found)}; the file mixes two "
             "models"
         )
-    wanted = found.pop() if found else rows
-    if not found and wanted == rows and tokens > rows:
-        trained = {index for _, index in walk(adapter.get("trainable_token_indices")) if type(index) is int}
-        if not set(range(rows, tokens)) <= trained:
+    wanted = found.pop() if found else max(rows, tokens)
+    added = set(range(rows, wanted))
+    trained = adapter.get("trainable_token_indices") or []
+    for index, (name, *tied) in enumerate(layers):
+        whole = any(is_whole for other in (name, *tied) for _, is_whole in _saved_rows(other, shapes))
+        # a list is of the input's rows
+        own = (
+            trained.get(name.rpartition(".")[2], [])
+            if isinstance(trained, dict)
+            else trained
+            if not index
+            else []
+        )
+        if not whole and not added <= {row for _, row in walk(own)}:
             raise CheckpointError(
-                f"adapter {folder}: expected embeddings of the {tokens - rows} tokens that were added to the base "
-                f"model's {rows}, found none in {ADAPTER_WEIGHTS}: they cannot be made again; save with "
+                f"adapter {folder}: expected {name} of the {len(added)} tokens that were added to the base model's "
+                f"{rows}, found none in {ADAPTER_WEIGHTS}: it cannot be made again; save with "
                 "`save_pretrained(..., save_embedding_layers=True)`, or name the base with the added tokens in "
                 "checkpoint.backbone (or its tokenizer in checkpoint.tokenizer_path if none were added)"
             )
-        wanted = tokens
     if wanted != rows:
         # Every new row is overwritten by the file's.
         model.resize_token_embeddings(wanted, mean_resizing=False)
         model.requires_grad_(False)
 
 
-def _saved_rows(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
-    """The numbers of tokens that weights in the file have, of the embeddings or of the output layer."""
-    layers = [
-        layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None
-    ]
-    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
-    rows = set()
+def _token_layers(model: Any) -> list[list[str]]:
+    """Names of the layers with a row for each token, that of the input first; tied ones together."""
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    if last is None or last is first:
+        return [[names[id(first)]]]
+    own, other = names[id(first)], names[id(last)]
+    return [[own, other]] if last.weight is first.weight else [[own], [other]]
+
+
+def _saved_rows(name: str, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, bool]]:
+    """For each weight that a file has of a layer: its number of tokens, and whether it is the layer's whole weight."""
+    found = []
     for key, shape in shapes.items():
-        for name in names:
-            inside = key.removeprefix(_PREFIX).removeprefix(f"{name}.")
-            if inside == key.removeprefix(_PREFIX) or not shape:
-                continue
-            if inside in ("weight", "base_layer.weight", "modules_to_save.weight", "lora_B.weight"):
-                rows.add(shape[0])
-            elif inside == "lora_embedding_A":
-                rows.add(shape[-1])
-    return rows
+        inside = key.removeprefix(_PREFIX)
+        if not inside.startswith(f"{name}.") or not shape:
+            continue
+        inside = inside.removeprefix(f"{name}.")
+        if inside in _WHOLE:
+            found.append((shape[0], True))
+        elif inside == "lora_B.weight":
+            found.append((shape[0], False))
+        elif inside == "lora_embedding_A":
+            found.append((shape[-1], False))
+    return found
 
 
 def _check_placed(policy: Any, folder: Path) -> None:

@@ -22,8 +22,8 @@ from probe.config import CheckpointConfig
 from probe.errors import OptimizerStateError
 from probe.limits import OPTIMIZER_BYTES, OPTIMIZER_BYTES_PER_PARAMETER
 from probe.loading.checkpoint import TRAINER_STATE, CheckpointFiles, read_trainer_state
-from probe.loading.foreign import check_torch_file
-from probe.loading.matching import match_parameters
+from probe.loading.foreign import check_torch_file, some
+from probe.loading.matching import idle_parameters, match_parameters
 from probe.loading.model import trainable_parameters
 from probe.loading.moments import Moments, SavedKey, moment_shape, read_moments
 from probe.text import shown
@@ -78,7 +78,8 @@ def load_optimizer(
     of before it, which changes the update by the factor 1 - lr * weight_decay.)
 
     Args:
-        model: the policy; every trainable parameter must have a state.
+        model: the policy; every trainable parameter must have a state, unless texts do not reach it: then it is frozen,
+            as a training's optimizer skips what never has a gradient.
         files_or_path: the checkpoint's parts, or the file with the optimizer's `state_dict`.
         config: the `checkpoint` section; `optimizer` tells Adam from AdamW where the file does not.
         learning_rate: learning rate of the reference group; those of other groups keep their ratio to it. By
@@ -97,9 +98,15 @@ def load_optimizer(
     family = _family(file, groups, states)
     groups = [{**group, **_plain_numbers(file, index, group)} for index, group in enumerate(groups)]
     _check_settings(file, groups)
-    matching = match_parameters(
-        model, groups, {key: moment_shape(key, state) for key, state in states.items()}
+    trainable = trainable_parameters(model)
+    # a pass through the model, only where there is something to explain
+    idle = (
+        idle_parameters(model) if len(states) < len(trainable) and _is_language_model(model) else frozenset()
     )
+    matching = match_parameters(
+        model, groups, {key: moment_shape(key, state) for key, state in states.items()}, idle
+    )
+    notes += _freeze_idle(trainable, idle - set(matching.names.values()))
     rule, rule_notes = _rule(file, groups, family, config)
     # Groups of parameters that were never trained (frozen ones) have nothing to step.
     members = [[matching.names[key] for key in group["params"] if key in states] for group in groups]
@@ -140,6 +147,22 @@ def _files(files_or_path: CheckpointFiles | str | Path) -> tuple[Path, Path | No
     file = Path(files_or_path)
     beside = file.parent / TRAINER_STATE
     return file, beside if beside.is_file() else None
+
+
+def _is_language_model(model: Any) -> bool:
+    return hasattr(model, "get_input_embeddings")
+
+
+def _freeze_idle(parameters: Mapping[str, nn.Parameter], idle: frozenset[str]) -> tuple[str, ...]:
+    """Leave out what the training's optimizer leaves out: it takes no step where there never is a gradient."""
+    for name in idle:
+        parameters[name].requires_grad_(False)
+    if not idle:
+        return ()
+    return (
+        f"{len(idle)} trainable parameters never had a gradient, have no state, and stay as they are "
+        f"({some(sorted(idle))})",
+    )
 
 
 def _largest_file(model: nn.Module) -> int:
