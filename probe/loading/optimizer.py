@@ -11,7 +11,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ Rule = Literal["adam", "adamw"]
 
 _SUPPORTED = "torch's Adam and AdamW, and bitsandbytes' 8-bit and 32-bit Adam and AdamW"
 _ADAM_BETAS = 2
+_HALF = (torch.bfloat16, torch.float16)
 _ADAM_STATE = {"exp_avg", "exp_avg_sq", "step"}
 _WRAPPERS = ("optimizer", "optimizer_state_dict", "optim_state_dict")
 
@@ -49,6 +50,7 @@ class LoadedOptimizer:
         saved_learning_rate: that group's learning rate in the file.
         step: number of steps taken so far (the largest over the parameters).
         notes: what was decided or changed while loading, for the report.
+        rounded: the 16-bit type of each parameter whose weights and moments the training keeps in it.
     """
 
     optimizer: torch.optim.Optimizer
@@ -57,6 +59,7 @@ class LoadedOptimizer:
     saved_learning_rate: float
     step: int
     notes: tuple[str, ...]
+    rounded: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def learning_rate(self) -> float:
@@ -128,6 +131,8 @@ def load_optimizer(
         notes += (
             "the moments are bitsandbytes' (8-bit ones dequantised); the step is torch's AdamW from them",
         )
+    rounded = _rounded_types(moments, parameters)
+    notes += _rounding_notes(rounded, family, parameters)
     for note in notes:
         logger.info("optimizer: %s", note)
     return LoadedOptimizer(
@@ -137,7 +142,44 @@ def load_optimizer(
         saved_learning_rate=float(groups[reference]["lr"]),
         step=max(moment.step for moment in moments.values()),
         notes=notes,
+        rounded=rounded,
     )
+
+
+def _rounded_types(
+    moments: Mapping[str, Moments], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, torch.dtype]:
+    """The parameters that the training has in 16 bits: moments of such a type, and no weight with more digits."""
+    return {
+        name: moment.exp_avg.dtype
+        for name, moment in moments.items()
+        if moment.exp_avg.dtype in _HALF and _fits(parameters[name], moment.exp_avg.dtype)
+    }
+
+
+def _fits(parameter: nn.Parameter, dtype: torch.dtype) -> bool:
+    """Whether every value is a number of `dtype`."""
+    values = parameter.detach()
+    return torch.equal(values.to(dtype).to(values.dtype), values)
+
+
+def _rounding_notes(
+    rounded: Mapping[str, torch.dtype], family: str, parameters: Mapping[str, nn.Parameter]
+) -> tuple[str, ...]:
+    if rounded:
+        types = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in rounded.values()}))
+        return (
+            f"the training keeps weights and moments of {len(rounded)} parameters in {types}, which rounds most of a "
+            "small step away: the change is measured after the rounded step, and predicted for the exact one",
+        )
+    if family == "bitsandbytes" and all(
+        _fits(parameter, torch.bfloat16) for parameter in parameters.values()
+    ):
+        return (
+            "the weights are saved in bfloat16; whether the training rounds its steps to it is not in the moments of "
+            "bitsandbytes, and the step is taken without rounding",
+        )
+    return ()
 
 
 def _files(files_or_path: CheckpointFiles | str | Path) -> tuple[Path, Path | None]:
