@@ -49,6 +49,7 @@ from probe.loading import (
     load_policy_model,
     load_tokenizer,
     locate_checkpoint,
+    other_base,
 )
 from probe.metrics import EntropyChange
 from probe.rollouts.draw import draw_prompts, stream_seed
@@ -110,6 +111,7 @@ class EntropyProbe(LightningModule):
         self.tokenizer: Any = None
         self.prompts: tuple[list[PromptExample], list[PromptExample]] = ([], [])
         self.optimizer: LoadedOptimizer | None = None
+        self.other_base: tuple[str, str] | None = None
         self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
     # ---------------------------------------------------------------- loading
@@ -140,6 +142,7 @@ class EntropyProbe(LightningModule):
         self.optimizer = load_optimizer(
             model, self.files, self.checkpoint, learning_rate=self.config.probe_rework.learning_rate
         )
+        self.other_base = other_base(self.checkpoint, self.files)
         self.model = model
 
     def reconfigure(self, config: ProbeConfig, seed: int) -> None:

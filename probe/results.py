@@ -280,6 +280,9 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
         flags.append("half_precision")
     if state.update is not None and state.update.rounding is not None:
         flags.append("rounded_step")
+    if module.other_base is not None:
+        flags.append("another_base")
+        found["base_recorded"], found["base_given"] = module.other_base
     if state.shared:
         flags.append("E_shares_U")
     if abs(float(found.get("on_policy_z", 0.0))) > ON_POLICY_LIMIT:

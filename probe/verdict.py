@@ -515,6 +515,13 @@ def _flag(flag: str, facts: _Facts) -> Finding | None:
             "Forwards run in 16 bits and no noise floor was measured: changes below about 0.01 nats per response can "
             "be rounding; set checkpoint.dtype: float32.",
         )
+    if flag == "another_base":
+        return Finding(
+            "caution",
+            f"The adapter was trained on {facts.found.get('base_recorded', 'another base')} and is put on "
+            f"{facts.found.get('base_given', 'this one')}; unless they are one model, this is not the policy that was "
+            "trained: name the right base in checkpoint.backbone.",
+        )
     if flag == "rounded_step":
         moved, exact = number(facts.found, "rounded_moved"), number(facts.found, "rounded_moved_exact")
         share = (

@@ -14,7 +14,14 @@ from torch import nn
 
 from probe.config import CheckpointConfig
 from probe.errors import CheckpointError, OptimizerStateError
-from probe.loading import load_optimizer, load_policy_model, locate_checkpoint, quiet_libraries
+from probe.loading import (
+    BACKBONES,
+    load_optimizer,
+    load_policy_model,
+    locate_checkpoint,
+    other_base,
+    quiet_libraries,
+)
 from tests.helpers import char_tokenizer
 from tests.tiny_models import VOCABULARY, adamw, add_lora, load_base, save_base, save_checkpoint, take_steps
 
@@ -318,3 +325,86 @@ def test_a_state_that_is_missing_without_a_vision_tower(tmp_path, base):
     del optimizer.state[next(p for p in live.parameters() if p.requires_grad)]
     with pytest.raises(OptimizerStateError, match="found 1 faults"):
         rebuilt(save_checkpoint(tmp_path / "c", live, optimizer))
+
+
+# ---------------------------------------------------------------- another base, other layouts
+
+
+def located(folder: Path, **options: Any) -> tuple[CheckpointConfig, Any]:
+    config = CheckpointConfig(checkpoint_path=str(folder), **options)
+    return config, locate_checkpoint(config)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "given", "same"),
+    [
+        ("Qwen/Qwen2.5-1.5B", "qwen2_5_15", True),
+        ("/models/Qwen2.5-1.5B/", "Qwen/Qwen2.5-1.5B", True),
+        ("/cache/models--Qwen--Qwen2.5-1.5B/snapshots/0a1b", "qwen2_5_15", True),
+        ("qwen/qwen2.5-1.5b", "qwen2_5_15", True),
+        ("Qwen/Qwen2.5-1.5B", "qwen2_5_15_instruct", False),
+        ("unsloth/Qwen2.5-1.5B-bnb-4bit", "qwen2_5_15", False),
+        ("Qwen/Qwen2.5-Math-1.5B", "qwen2_5_15", False),
+        (None, "qwen2_5_15", True),
+    ],
+)
+def test_names_of_bases(tmp_path, base, recorded, given, same):
+    folder = edited(saved(tmp_path / "c", add_lora(load_base(base))), base_model_name_or_path=recorded)
+    found = other_base(*located(folder, backbone=given))
+    assert (found is None) is same
+    if not same:
+        assert found == (recorded, BACKBONES[given])
+
+
+def test_a_link_to_the_recorded_base_is_that_base(tmp_path, base):
+    folder = saved(tmp_path / "c", add_lora(load_base(base)))
+    (tmp_path / "elsewhere").symlink_to(base)
+    assert other_base(*located(folder, backbone=str(tmp_path / "elsewhere"))) is None
+    assert other_base(*located(folder)) is None
+
+
+def test_another_base_of_the_same_shapes_is_said(tmp_path, base, caplog):
+    live = add_lora(load_base(base))
+    folder = saved(tmp_path / "c", live)
+    another = save_base(tmp_path / "another", seed=5, tied=live.config.tie_word_embeddings)
+    config, files = located(folder, backbone=str(another))
+    with caplog.at_level("WARNING"):
+        load_policy_model(config, files, "cpu")
+    assert f"trained on {base}, put on {another}" in caplog.text
+
+
+def test_a_whole_model_in_parts_with_an_index(tmp_path, base):
+    live = load_base(base)
+    optimizer = trained(live)
+    folder = save_checkpoint(tmp_path / "c", live, optimizer)
+    (folder / "model/model.safetensors").unlink()
+    with quiet_libraries():
+        live.save_pretrained(folder / "model", max_shard_size="20KB")
+    assert len(list((folder / "model").glob("*.safetensors"))) > 1
+    same(rebuilt(folder), live)
+    next((folder / "model").glob("*-of-*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match=r"expected files in its own folder, found .*copy all parts"):
+        rebuilt(folder)
+
+
+def test_a_base_in_parts(tmp_path, base):
+    live = add_lora(load_base(base))
+    folder = saved(tmp_path / "c", live)
+    parts = tmp_path / "parts"
+    with quiet_libraries():
+        load_base(base).save_pretrained(parts, max_shard_size="20KB")
+        char_tokenizer().save_pretrained(parts)
+    same(rebuilt(folder, backbone=str(parts)), live)
+
+
+def test_weights_of_a_wrapped_model_say_what_to_save(tmp_path, base):
+    live = load_base(base)
+    folder = save_checkpoint(tmp_path / "c", live, trained(live))
+    file = folder / "model/model.safetensors"
+    save_file(
+        {f"module.{key}": value for key, value in load_file(file).items()}, file, metadata={"format": "pt"}
+    )
+    with pytest.raises(
+        CheckpointError, match=r"missing are .*; unused are module\..*save the unwrapped model"
+    ):
+        rebuilt(folder)

@@ -7,7 +7,7 @@ correction, weight decay and per-group settings included. `Y = step / eta` is th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,6 +227,7 @@ def rounded_step(
         The new parameters, in the types and on the devices of `new_parameters`, and what is left of the step.
     """
     groups = _groups_by_name(optimizer, parameters)
+    kind: Callable[..., torch.optim.Optimizer] = type(optimizer)
     new = dict(new_parameters)
     total, moved, moved_exact = 0, 0, 0
     for name, dtype in dtypes.items():
@@ -234,9 +235,7 @@ def rounded_step(
         twin = nn.Parameter(p.detach().to(dtype))
         twin.grad = gradient[name].to(device=p.device, dtype=dtype) * clip_factor
         group = {key: value for key, value in groups[name].items() if key != "params"}
-        own: Any = type(optimizer)(
-            [{**group, "params": [twin], "lr": group["lr"] * lr_factor}], foreach=False
-        )
+        own = kind([{**group, "params": [twin], "lr": group["lr"] * lr_factor}], foreach=False)
         own.state[twin] = {
             key: value.clone() if key == "step" else value.to(dtype)
             for key, value in optimizer.state.get(p, {}).items()

@@ -88,6 +88,8 @@ def load_policy_model(
                     "checkpoint.dtype: expected float32, in which the base of an adapter with init_lora_weights "
                     f"{adapter['init_lora_weights']:.40} was changed, found float64"
                 )
+            if (names := other_base(config, files)) is not None:
+                logger.warning("adapter %s: trained on %s, put on %s", files.model_dir, *names)
             model = _load_base(config, base, revision, device)
             model = attach_adapter(model, files.model_dir, adapter, device, len(tokenizer))
         else:
@@ -133,6 +135,43 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         Name to parameter.
     """
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def other_base(config: CheckpointConfig, files: CheckpointFiles) -> tuple[str, str] | None:
+    """The base that an adapter says it was trained on, and the one it is put on, where these have different names.
+
+    Shapes cannot tell two models of one architecture apart.
+
+    Args:
+        config: the `checkpoint` section.
+        files: the checkpoint's parts, from `locate_checkpoint`.
+
+    Returns:
+        Recorded and given name; None where they are the same, as far as names tell.
+    """
+    if files.kind != "lora" or not config.backbone:
+        return None
+    recorded = read_adapter_config(files.model_dir).get("base_model_name_or_path")
+    given, _ = resolve_base(config, files.model_dir, {})
+    if not isinstance(recorded, str) or not recorded or _same_base(recorded, given, files.model_dir):
+        return None
+    return recorded, given
+
+
+def _same_base(recorded: str, given: str, adapter_dir: Path) -> bool:
+    if _last_name(recorded) == _last_name(given):
+        return True
+    places = (adapter_dir / recorded, Path(recorded))
+    return _is_folder(Path(given)) and any(
+        _is_folder(place) and os.path.samefile(place, given) for place in places
+    )
+
+
+def _last_name(name: str) -> str:
+    """The model's own name: the last part of a path or hub id, also of a folder in the hub's cache."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part]
+    cached = [part for part in parts if part.startswith("models--")]
+    return (cached[-1].rpartition("--")[2] if cached else parts[-1] if parts else "").lower()
 
 
 def resolve_base(
@@ -399,9 +438,13 @@ def _check_loading_report(source: str, report: dict[str, Any]) -> None:
             "mixes two models"
         )
     if report["missing_keys"]:
+        unused = sorted(report["unexpected_keys"])
+        wrapped = (
+            f"; unused are {some(unused)}: save the unwrapped model with `save_pretrained`" if unused else ""
+        )
         raise CheckpointError(
             f"model {source}: expected all weights of the model, missing are "
-            f"{some(sorted(report['missing_keys']))}"
+            f"{some(sorted(report['missing_keys']))}{wrapped}"
         )
     if report["unexpected_keys"]:
         logger.warning("model %s: unused weights %s", source, some(sorted(report["unexpected_keys"])))
