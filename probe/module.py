@@ -39,11 +39,13 @@ from probe.estimators.prediction import Prediction, first_order, from_tokens, no
 from probe.estimators.router_loss import router_coefficient
 from probe.estimators.update import (
     ClosedFormStep,
+    Rounding,
     Update,
     adam_closed_form,
     loss_gradient,
     optimizer_step,
     preconditioned_direction,
+    rounded_step,
 )
 from probe.estimators.update_spread import preconditioned, prompt_contributions, spread
 from probe.estimators.weighting import Weighting
@@ -56,6 +58,7 @@ from probe.loading import (
     load_policy_model,
     load_tokenizer,
     locate_checkpoint,
+    other_base,
 )
 from probe.metrics import EntropyChange
 from probe.rollouts.draw import draw_prompts, stream_seed
@@ -130,6 +133,7 @@ class EntropyProbe(LightningModule):
         self.tokenizer: Any = None
         self.prompts: tuple[list[PromptExample], list[PromptExample]] = ([], [])
         self.optimizer: LoadedOptimizer | None = None
+        self.other_base: tuple[str, str] | None = None
         self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
     # ---------------------------------------------------------------- loading
@@ -164,6 +168,7 @@ class EntropyProbe(LightningModule):
         self.optimizer = load_optimizer(
             model, self.files, self.checkpoint, learning_rate=self.config.probe_rework.learning_rate
         )
+        self.other_base = other_base(self.checkpoint, self.files)
         self.model = model
 
     def _fill_settings(self) -> None:
@@ -459,14 +464,7 @@ class EntropyProbe(LightningModule):
         found = loss_gradient(policy, U, self.loss_settings, reference, progress("gradient on U"))
         if "U" in state.seen:
             check_sampling(policy, state.seen["U"], found.scores)
-        optimizer = self.loaded_optimizer
-        step, new, norm, factor = optimizer_step(
-            optimizer.optimizer,
-            policy.parameters,
-            found.gradient,
-            rework.max_grad_norm,
-            self.config.importance.snapshot_device,
-        )
+        step, new, norm, factor, rounding = self._take_step(found.gradient)
         state.diagnostics["zero_advantage_groups"] = count_zero_advantage_groups(U.advantages, U.group)
         return Update(
             step=step,
@@ -474,11 +472,32 @@ class EntropyProbe(LightningModule):
             gradient=found.gradient,
             gradient_norm=norm,
             clip_factor=factor,
-            learning_rate=optimizer.learning_rate,
+            learning_rate=self.loaded_optimizer.learning_rate,
             loss_weights=found.weights,
             entropy_weights=found.entropy_weights,
             scores=found.scores,
+            rounding=rounding,
         )
+
+    def _take_step(
+        self, gradient: Mapping[str, Tensor], lr_factor: float = 1.0
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], float, float, Rounding | None]:
+        """The exact step, the weights that the training has after it, the gradient's norm, clipping, and rounding."""
+        loaded, parameters = self.loaded_optimizer, self.policy.parameters
+        step, new, norm, factor = optimizer_step(
+            loaded.optimizer,
+            parameters,
+            gradient,
+            self.config.probe_rework.max_grad_norm,
+            self.config.importance.snapshot_device,
+            lr_factor,
+        )
+        if not loaded.rounded:
+            return step, new, norm, factor, None
+        new, rounding = rounded_step(
+            loaded.optimizer, parameters, gradient, loaded.rounded, new, factor, lr_factor
+        )
+        return step, new, norm, factor, rounding
 
     @property
     def loss_settings(self) -> LossSettings:
@@ -593,7 +612,7 @@ class EntropyProbe(LightningModule):
         """E scored on both sides; at scale 1 the upper point is the optimizer's own, and the ground truth's."""
         E, policy, update = _there(state.E, "E"), self.policy, _there(state.update, "update")
         scale, error = choose_scale(policy, self._few(E, state.E_scores), step)
-        own = scale == 1.0 and self.config.probe_rework.step == "optimizer"
+        own = scale == 1.0 and self.config.probe_rework.step == "optimizer" and update.rounding is None
         upper = update.new_parameters if own else None
         pair = difference_pair(policy, E, step, scale, error, upper, state.basis, progress)
         if own:
@@ -776,18 +795,14 @@ class EntropyProbe(LightningModule):
             raise ConfigError(f"learning_rate: expected a number above 0, found {learning_rate}")
         update = _there(state.update, "update")
         factor = learning_rate / update.learning_rate
-        step, new, _, _ = optimizer_step(  # again, not scaled: a rounded step does not scale
-            self.loaded_optimizer.optimizer,
-            self.policy.parameters,
-            update.gradient,
-            self.config.probe_rework.max_grad_norm,
-            self.config.importance.snapshot_device,
-            lr_factor=factor,
-        )
+        # again, not scaled: a rounded step does not scale
+        step, new, _, _, rounding = self._take_step(update.gradient, factor)
         Z = state.control_variates
         return replace(
             state,
-            update=replace(update, step=step, new_parameters=new, learning_rate=learning_rate),
+            update=replace(
+                update, step=step, new_parameters=new, learning_rate=learning_rate, rounding=rounding
+            ),
             prediction=None if state.prediction is None else state.prediction.at(learning_rate),
             control_variates=None if Z is None else [z.scaled(factor) for z in Z],
             scores_new=None,

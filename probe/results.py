@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from probe.data.batch import RolloutBatch
     from probe.estimators.ground_truth import GroundTruth
     from probe.estimators.prediction import Prediction
+    from probe.estimators.update import Rounding
     from probe.module import EntropyProbe
     from probe.state import ProbeState
 
@@ -119,8 +120,10 @@ def build_values(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
     """The result mapping of what has run, verdict included."""
     prediction, truth = state.prediction, state.ground_truth
     suffixes = ("", "_tok") if module.config.importance.report_per_token else ("",)
-    same_step = module.config.probe_rework.step != "preconditioned"  # which is not the step that is measured
-    values = change_values(prediction, truth, suffixes, same_step)
+    rounded = state.update is not None and state.update.rounding is not None
+    # the preconditioned direction is not the step that is measured, and the prediction is not of the rounded one
+    same_step = module.config.probe_rework.step != "preconditioned" and not rounded
+    values = change_values(prediction, truth, suffixes, same_step, rounded)
     if state.update is not None:
         values["learning_rate"] = state.update.learning_rate
     values |= {
@@ -141,6 +144,7 @@ def change_values(
     truth: GroundTruth | None,
     suffixes: Sequence[str] = ("", "_tok"),
     same_step: bool = True,
+    rounded: bool = False,
 ) -> dict[str, Any]:
     """What prediction and measurement say, and their same-E difference.
 
@@ -149,13 +153,14 @@ def change_values(
         truth: deltaH_true, or None.
         suffixes: of the estimands that the measurement is reported for.
         same_step: whether they are about one step, so that their difference means something.
+        rounded: whether the measured step is one that the training rounds away.
     """
     values: dict[str, Any] = {}
     if prediction is not None:
         values |= _prediction_values(prediction)
     if truth is not None:
         for which, suffix in enumerate(suffixes):
-            values |= _ground_truth_values(truth, which, suffix)
+            values |= _ground_truth_values(truth, which, suffix, rounded)
     if prediction is not None and truth is not None and prediction.estimates and same_step:
         for which, suffix in enumerate(suffixes):
             residual = prediction.estimates["matched"][which] - truth.estimates["snis"][which]
@@ -237,12 +242,15 @@ def _eta_10(found: Prediction, which: int, deltaH1: float) -> float | None:
     return eta_10(found.learning_rate, deltaH1, second[which])
 
 
-def _ground_truth_values(truth: GroundTruth, which: int, suffix: str) -> dict[str, Any]:
-    """One estimand of the measured change; null where it is below the noise floor."""
+def _ground_truth_values(truth: GroundTruth, which: int, suffix: str, rounded: bool) -> dict[str, Any]:
+    """One estimand of the measured change; null where it is below the noise floor.
+
+    Of a step that the training rounds away it stays: how little is left of it is what there is to know.
+    """
     found, before = (truth.sequence, truth.token)[which], truth.H_orig[which]
     values = with_error(f"deltaH_true{suffix}", found)
     values |= {f"H_orig{suffix}": before, f"H_upd{suffix}": before + found.value}
-    if truth.noise_floor is not None and abs(found.value) < truth.noise_floor[which]:
+    if not rounded and truth.noise_floor is not None and abs(found.value) < truth.noise_floor[which]:
         values |= {f"deltaH_true{suffix}": None, f"H_upd{suffix}": None}
     return values
 
@@ -267,6 +275,8 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
             "clip_factor": state.update.clip_factor,
             "step_norm": norm(state.update.step),
         }
+        if state.update.rounding is not None:
+            found |= rounding_diagnostics(state.update.rounding)
     flags = [*E.bias_flags, *U.bias_flags, *module.sources.flags]
     if state.prediction is not None:
         found |= derivative_diagnostics(state.prediction)
@@ -276,6 +286,11 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
         flags.append("no_reward_signal")
     if module.policy.half_precision:
         flags.append("half_precision")
+    if state.update is not None and state.update.rounding is not None:
+        flags.append("rounded_step")
+    if module.other_base is not None:
+        flags.append("another_base")
+        found["base_recorded"], found["base_given"] = module.other_base
     if state.shared:
         flags.append("E_shares_U")
     if abs(float(found.get("on_policy_z", 0.0))) > ON_POLICY_LIMIT:
@@ -304,6 +319,16 @@ def batch_diagnostics(E: RolloutBatch) -> dict[str, Any]:
             {tuple(row[m].tolist()) for row, m in zip(E.completion_ids, E.mask, strict=True)}
         ),
         "se_method": error_method(E.group),
+    }
+
+
+def rounding_diagnostics(rounding: Rounding) -> dict[str, Any]:
+    """What is left of the step in the type that the training keeps its weights in."""
+    return {
+        "rounded_to": rounding.dtype,
+        "rounded_moved": rounding.moved,
+        "rounded_moved_exact": rounding.moved_exact,
+        "rounded_step_norm": rounding.norm,
     }
 
 

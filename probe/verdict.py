@@ -340,7 +340,7 @@ def _curvature(facts: _Facts, suffix: str) -> Finding | None:
 def _material_residual(facts: _Facts, suffix: str) -> _Estimate | None:
     """The same-E difference of prediction and measurement, where it is neither noise nor small."""
     residual, truth = facts.estimate("residual", suffix), facts.estimate("deltaH_true", suffix)
-    if residual.value is None or truth.value is None or "preconditioned_step" in facts.flags:
+    if residual.value is None or truth.value is None or _OTHER_STEP & set(facts.flags):
         return None
     significant = residual.interval is not None and not residual.contains_zero
     return residual if significant and abs(residual.value) > MATERIAL * abs(truth.value) else None
@@ -377,7 +377,7 @@ def _residual(facts: _Facts, suffix: str) -> Finding | None:
 def _disagreement(facts: _Facts, suffix: str) -> Finding | None:
     """Prediction and measurement further apart than their errors allow, where no same-E residual says it already."""
     first, truth = facts.estimate("deltaH1", suffix), facts.estimate("deltaH_true", suffix)
-    if first.value is None or truth.value is None or "preconditioned_step" in facts.flags:
+    if first.value is None or truth.value is None or _OTHER_STEP & set(facts.flags):
         return None
     if first.half_width is None or truth.half_width is None or _material_residual(facts, suffix):
         return None
@@ -548,6 +548,26 @@ def _flag(flag: str, facts: _Facts) -> Finding | None:
             "Forwards run in 16 bits and no noise floor was measured: changes below about 0.01 nats per response can "
             "be rounding; set checkpoint.dtype: float32.",
         )
+    if flag == "another_base":
+        return Finding(
+            "caution",
+            f"The adapter was trained on {facts.found.get('base_recorded', 'another base')} and is put on "
+            f"{facts.found.get('base_given', 'this one')}; unless they are one model, this is not the policy that was "
+            "trained: name the right base in checkpoint.backbone.",
+        )
+    if flag == "rounded_step":
+        moved, exact = number(facts.found, "rounded_moved"), number(facts.found, "rounded_moved_exact")
+        share = (
+            ""
+            if moved is None or exact is None
+            else f": it moves {_percent(moved)} of them, not {_percent(exact)}"
+        )
+        return Finding(
+            "caution",
+            f"The training keeps weights and moments in {facts.found.get('rounded_to', '16 bits')}, where much of its "
+            f"step is rounded away{share}. deltaH_true is of the rounded step, deltaH1 of the exact one; "
+            "train with float32 weights for the exact step.",
+        )
     if flag == "E_not_from_this_policy":
         z = number(facts.found, "on_policy_z")
         off = "" if z is None else f": the mean of sum_t (l + h) is {z:.3g} standard errors from 0"
@@ -564,6 +584,9 @@ def _flag(flag: str, facts: _Facts) -> Finding | None:
         flag, Finding("caution", f"The run is flagged {flag}: its numbers are biased in a known way.")
     )
 
+
+# Flags of runs whose prediction and measurement are of different steps, so that their difference says nothing.
+_OTHER_STEP = {"preconditioned_step", "rounded_step"}
 
 _FLAGS: dict[str, Finding] = {
     "truncated_support": Finding(

@@ -194,6 +194,63 @@ def test_other_frameworks_are_recognised(tmp_path, name, what, with_model):
         locate(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "what", "how"),
+    [
+        ("last.ckpt/.metadata", "a Lightning checkpoint", "consolidate_checkpoint"),
+        ("global_step9/mp_rank_00_model_states.pt", "DeepSpeed model shards", "zero_to_fp32"),
+        ("_actor/global_step9/mp_rank_00_model_states.pt", "DeepSpeed shards", "zero_to_fp32"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", "a sharded FSDP model", "accelerate merge-weights"),
+        ("pytorch_model_fsdp.bin", "an FSDP model as a pickle", "accelerate merge-weights"),
+        ("actor/optim_world_size_4_rank_0.pt", "verl's FSDP shards", r"verl\.model_merger"),
+        ("model_world_size_4_rank_3.pt", "verl's FSDP model shards", r"verl\.model_merger"),
+        ("dist_ckpt/__0_0.distcp", r"a torch\.distributed\.checkpoint folder", "dcp_to_torch_save"),
+        ("actor/dist_ckpt/__0_0.distcp", r"a torch\.distributed\.checkpoint folder", "dcp_to_torch_save"),
+        ("adapter_model-00001-of-00002.safetensors", "an adapter in several parts", "save_pretrained"),
+        ("adapter_model.safetensors.index.json", "an adapter in several parts", "save_pretrained"),
+        ("iter_0000010/mp_rank_00/model_optim_rng.pt", "a Megatron checkpoint", "export tool"),
+        ("recipe_state/recipe_state.pt", "a torchtune checkpoint", "export tool"),
+        ("adapters.safetensors", "an MLX adapter", "export tool"),
+        ("model-q4.gguf", "a GGUF file", "the model it was made from"),
+        ("consolidated.00.pth", "weights in their authors' format", "export tool"),
+        ("tf_model.h5", "TensorFlow weights", "export tool"),
+    ],
+)
+def test_each_layout_names_the_way_out_of_it(tmp_path, name, what, how):
+    touch(tmp_path, name, "config.json", "adapter_config.json")
+    with pytest.raises(CheckpointError, match=rf"found {what} .*{how}") as caught:
+        locate(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_shards_beside_a_folder_with_the_adapter(tmp_path):
+    touch(tmp_path, *(f"lora_adapter/{name}" for name in LORA), "optim_world_size_2_rank_0.pt")
+    with pytest.raises(CheckpointError, match=r"found verl's FSDP optimizer shards .*verl\.model_merger"):
+        locate(tmp_path / "lora_adapter")
+    with pytest.raises(CheckpointError, match=r"adapters stand in .*lora_adapter: give that folder"):
+        locate(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("model.safetensors", "config.json"), ("adapter_model.safetensors", "adapter_config.json")],
+)
+def test_weights_without_their_settings(tmp_path, name, missing):
+    touch(tmp_path, name, "optimizer.bin")
+    with pytest.raises(
+        CheckpointError, match=rf"expected {missing} beside .*{name}, found none .*save_pretrained"
+    ):
+        locate(tmp_path)
+
+
+def test_a_file_says_how_to_make_a_folder(tmp_path):
+    touch(tmp_path, "step_3.pt")
+    with pytest.raises(
+        CheckpointError, match=r"found the file .*step_3\.pt; save the model with `save_pretrained`"
+    ):
+        locate(tmp_path / "step_3.pt")
+
+
 def test_lightning_file_given_as_the_checkpoint_or_the_optimizer(tmp_path):
     touch(tmp_path, "last.ckpt", *LORA)
     with pytest.raises(CheckpointError, match=r"found a Lightning checkpoint .*last\.ckpt"):
@@ -209,7 +266,7 @@ def test_sharded_folder_given_as_the_optimizer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "match"), [("{", "expected JSON"), ("[]", "expected a JSON object, found list")]
+    ("text", "match"), [("{", "expected JSON"), ("[]", r"\(a JSON object\), found list")]
 )
 def test_broken_trainer_state(tmp_path, text, match):
     touch(tmp_path, *LORA, "optimizer.pt")

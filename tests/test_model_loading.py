@@ -170,7 +170,7 @@ class TestAdapters:
             load(copied)
 
     def test_an_adapter_without_weights(self, copied, monkeypatch):
-        monkeypatch.setattr("probe.loading.model.trainable_parameters", lambda model: {})
+        monkeypatch.setattr("peft.PeftModel.parameters", lambda model: iter(()))
         with pytest.raises(CheckpointError, match="expected trainable weights, found none"):
             load(copied)
 
@@ -402,9 +402,20 @@ class TestTokenizers:
         tokenizer = char_tokenizer()
         tokenizer.add_tokens([f"<extra_{index}>" for index in range(10)])
         tokenizer.save_pretrained(copied / "model")
-        match = rf"at most the {VOCABULARY} tokens .* found {len(tokenizer)}"
+        added = len(tokenizer) - VOCABULARY
+        match = rf"embed_tokens of the {added} tokens that were added .* {VOCABULARY}, found none"
         with pytest.raises(CheckpointError, match=match):
             load(copied)
+
+    def test_more_tokens_than_embeddings_of_a_whole_model(self, tmp_path):
+        live = tiny_model()
+        path = save_checkpoint(tmp_path / "c", live, torch.optim.AdamW(live.parameters()))
+        tokenizer = char_tokenizer()
+        tokenizer.add_tokens([f"<extra_{index}>" for index in range(10)])
+        tokenizer.save_pretrained(path / "model")
+        match = rf"at most the {VOCABULARY} tokens .* found {len(tokenizer)}"
+        with pytest.raises(CheckpointError, match=match):
+            load(path)
 
 
 class TestChecks:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from probe.config import BatchConfig
 from probe.errors import DataError
 from probe.imports import UserImportError, import_module
+from probe.limits import TEMPLATE_SECONDS, time_limit
 from probe.text import all_well_formed, error_text, shown
 
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"} | {
@@ -117,15 +118,22 @@ def render_messages(
             "(checkpoint.tokenizer_path), or set use_chat_template: false and a prompt_template"
         )
     prefilled = messages[-1]["role"] == "assistant" and rendering.continue_final_message is not False
+    endless = DataError(
+        f"{where}: expected a chat template that is done within {TEMPLATE_SECONDS:g} seconds, found one that is not; "
+        "use another tokenizer (checkpoint.tokenizer_path), or set use_chat_template: false"
+    )
     try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tools=None if rendering.tools is None else list(rendering.tools),
-            tokenize=False,
-            add_generation_prompt=not prefilled,
-            continue_final_message=prefilled,
-            **(rendering.options or {}),
-        )
+        with time_limit(TEMPLATE_SECONDS, endless):
+            text = tokenizer.apply_chat_template(
+                messages,
+                tools=None if rendering.tools is None else list(rendering.tools),
+                tokenize=False,
+                add_generation_prompt=not prefilled,
+                continue_final_message=prefilled,
+                **(rendering.options or {}),
+            )
+    except DataError:
+        raise
     except Exception as error:  # templates are programs: they raise what they like
         root = error.__cause__ or error
         reason = f"{type(root).__name__}: {' '.join(str(root).split())[:300]}"

@@ -6,7 +6,8 @@ correction, weight decay and per-group settings included. `Y = step / eta` is th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,8 @@ class Update:
 
     Attributes:
         step: `theta_new - theta_old` by parameter name, on the snapshot device.
-        new_parameters: `theta_new`, bitwise what the optimizer left.
+        new_parameters: `theta_new`, bitwise what the optimizer left; where the training keeps its weights in 16 bits,
+            what they are rounded to there, which is not `theta_old + step` then.
         gradient: the loss's gradient before clipping.
         gradient_norm: its Euclidean norm over all parameters.
         clip_factor: what clipping multiplied it by (1 when it did nothing).
@@ -55,6 +57,7 @@ class Update:
         loss_weights: `d loss / d l[i, t]`, `(B, T)`.
         entropy_weights: `d loss / d h[i, t]`, `(B, T)`.
         scores: scores of U.
+        rounding: what rounding to the training's type leaves of the step; None where there is none.
     """
 
     step: Mapping[str, Tensor]
@@ -66,6 +69,24 @@ class Update:
     loss_weights: Tensor
     entropy_weights: Tensor
     scores: TokenScores
+    rounding: Rounding | None = None
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A step in the type that the training keeps its weights in.
+
+    Attributes:
+        dtype: that type, `bfloat16` or `float16`.
+        moved: fraction of the weights in that type that the training's step changes.
+        moved_exact: fraction of them that the exact step changes.
+        norm: Euclidean norm of the step that is left, all parameters included.
+    """
+
+    dtype: str
+    moved: float
+    moved_exact: float
+    norm: float
 
 
 @dataclass(frozen=True)
@@ -186,6 +207,62 @@ def optimizer_step(
         if not bool(torch.isfinite(change).all()):
             raise NumericalError(f"expected a finite optimizer step, found NaN or infinity in that of {name}")
     return step, new, float(norm), factor
+
+
+def rounded_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    gradient: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    new_parameters: Mapping[str, Tensor],
+    clip_factor: float = 1.0,
+    lr_factor: float = 1.0,
+) -> tuple[dict[str, Tensor], Rounding]:
+    """The step as a training takes it whose weights, moments and gradients are in 16 bits.
+
+    Every operation of torch's Adam or AdamW rounds there, so that what is small beside the weight is lost. The step is
+    taken on copies, one parameter after the other.
+
+    Args:
+        optimizer: Adam or AdamW over `parameters`, with moments that are numbers of `dtypes`.
+        parameters: by name, with values that are numbers of `dtypes`.
+        gradient: before clipping, by name.
+        dtypes: the training's type of every parameter that is in 16 bits there.
+        new_parameters: what the exact step leaves, on the device where the result is to be.
+        clip_factor: what clipping multiplies the gradient by.
+        lr_factor: multiplies the learning rate of every group.
+
+    Returns:
+        The new parameters, in the types and on the devices of `new_parameters`, and what is left of the step.
+    """
+    groups = _groups_by_name(optimizer, parameters)
+    kind: Callable[..., torch.optim.Optimizer] = type(optimizer)
+    new = dict(new_parameters)
+    total, moved, moved_exact = 0, 0, 0
+    for name, dtype in dtypes.items():
+        p = parameters[name]
+        twin = nn.Parameter(p.detach().to(dtype))
+        twin.grad = gradient[name].to(device=p.device, dtype=dtype) * clip_factor
+        group = {key: value for key, value in groups[name].items() if key != "params"}
+        own = kind([{**group, "params": [twin], "lr": group["lr"] * lr_factor}], foreach=False)
+        own.state[twin] = {
+            key: value.clone() if key == "step" else value.to(dtype)
+            for key, value in optimizer.state.get(p, {}).items()
+        }
+        own.step()
+        exact = new_parameters[name]
+        before = p.detach().to(exact.device)
+        new[name] = twin.detach().to(exact)
+        total += p.numel()
+        moved += int((new[name] != before).sum())
+        moved_exact += int((exact != before).sum())
+    squares = sum(
+        float((new[n] - p.detach().to(new[n].device)).double().square().sum()) for n, p in parameters.items()
+    )
+    names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})
+    return new, Rounding(
+        ", ".join(names), moved / max(total, 1), moved_exact / max(total, 1), math.sqrt(squares)
+    )
 
 
 def adam_closed_form(

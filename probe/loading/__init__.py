@@ -7,6 +7,7 @@ from probe.loading.model import (
     BACKBONES,
     load_policy_model,
     load_tokenizer,
+    other_base,
     quiet_libraries,
     trainable_parameters,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "load_policy_model",
     "load_tokenizer",
     "locate_checkpoint",
+    "other_base",
     "quiet_libraries",
     "trainable_parameters",
     "use_exact_4bit_layers",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Literal
 
 from probe.config import CheckpointConfig
 from probe.errors import CheckpointError
+from probe.loading.foreign import check_folder, read_json_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -27,14 +27,60 @@ _PICKLED_WEIGHTS = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin
 _SAVE_ADVICE = (
     "save the model with `save_pretrained` and the optimizer with `torch.save(optimizer.state_dict(), ...)`"
 )
+_GATHER = f"gather it in one process and {_SAVE_ADVICE}"
+_LIGHTNING = (
+    "gather it in one process where it is a folder of shards (`python -m lightning.pytorch.utilities."
+    "consolidate_checkpoint`), load it in the training's own LightningModule, save its model with `save_pretrained`, "
+    "and its `optimizer_states[0]` with torch.save as optimizer.pt"
+)
+_DEEPSPEED = (
+    "gather it in one process: weights with its own `zero_to_fp32.py . OUT --safe_serialization`; "
+    f"{_SAVE_ADVICE}"
+)
+_FSDP = (
+    "gather it in one process: weights with `accelerate merge-weights`, or train with state_dict_type FULL_STATE_DICT, "
+    f"which writes optimizer.bin; {_SAVE_ADVICE}"
+)
+_VERL = (
+    "gather it in one process: weights with `python -m verl.model_merger merge --backend fsdp`; "
+    f"{_SAVE_ADVICE}"
+)
+_DCP = (
+    "gather it in one process (`torch.distributed.checkpoint.format_utils.dcp_to_torch_save`) and "
+    f"{_SAVE_ADVICE}"
+)
+_TO_TRANSFORMERS = "convert the weights to transformers' format with its own export tool"
 _FOREIGN_LAYOUTS = (
-    ("*.ckpt", "a Lightning checkpoint"),
-    ("global_step*/*optim_states.pt", "DeepSpeed optimizer shards"),
-    ("*_optim_states.pt", "DeepSpeed optimizer shards"),
-    ("optimizer_*/*.distcp", "a sharded FSDP optimizer"),
-    ("*.distcp", "a torch.distributed.checkpoint folder"),
-    ("optim_world_size_*_rank_*.pt", "verl's FSDP optimizer shards"),
-    ("rank*-of-*-optimizer.pt", "an optimizer sharded by rank"),
+    ("*.ckpt", "a Lightning checkpoint", _LIGHTNING),
+    ("global_step*/*optim_states.pt", "DeepSpeed optimizer shards", _DEEPSPEED),
+    ("*_optim_states.pt", "DeepSpeed optimizer shards", _DEEPSPEED),
+    ("global_step*/*model_states.pt", "DeepSpeed model shards", _DEEPSPEED),
+    ("*/global_step*/*_states.pt", "DeepSpeed shards", _DEEPSPEED),
+    ("*_model_states.pt", "DeepSpeed model shards", _DEEPSPEED),
+    ("optimizer_*/*.distcp", "a sharded FSDP optimizer", _FSDP),
+    ("pytorch_model_fsdp*/*.distcp", "a sharded FSDP model", _FSDP),
+    ("pytorch_model_fsdp*.bin", "an FSDP model as a pickle", _FSDP),
+    ("optim_world_size_*_rank_*.pt", "verl's FSDP optimizer shards", _VERL),
+    ("model_world_size_*_rank_*.pt", "verl's FSDP model shards", _VERL),
+    ("actor/*_world_size_*_rank_*.pt", "verl's FSDP shards", _VERL),
+    ("*.distcp", "a torch.distributed.checkpoint folder", _DCP),
+    ("*/*.distcp", "a torch.distributed.checkpoint folder", _DCP),
+    ("*/*/*.distcp", "a torch.distributed.checkpoint folder", _DCP),
+    ("rank*-of-*-optimizer.pt", "an optimizer sharded by rank", _GATHER),
+    ("adapter_model-*-of-*.safetensors", "an adapter in several parts", _GATHER),
+    ("mp_rank_*/model_optim_rng.pt", "a Megatron checkpoint", _TO_TRANSFORMERS),
+    ("iter_*/mp_rank_*/model_optim_rng.pt", "a Megatron checkpoint", _TO_TRANSFORMERS),
+    ("recipe_state*/recipe_state.pt", "a torchtune checkpoint", _TO_TRANSFORMERS),
+    ("recipe_state.pt", "a torchtune checkpoint", _TO_TRANSFORMERS),
+    ("hf_model_*.pt", "a torchtune checkpoint", _TO_TRANSFORMERS),
+    ("adapters.safetensors", "an MLX adapter", _TO_TRANSFORMERS),
+    ("*.gguf", "a GGUF file", "name the model it was made from"),
+    ("*.nemo", "a NeMo archive", _TO_TRANSFORMERS),
+    ("consolidated*.pth", "weights in their authors' format", _TO_TRANSFORMERS),
+    ("consolidated*.safetensors", "weights in their authors' format", _TO_TRANSFORMERS),
+    ("tf_model.h5", "TensorFlow weights", _TO_TRANSFORMERS),
+    ("flax_model.msgpack", "Flax weights", _TO_TRANSFORMERS),
+    ("_CHECKPOINT_METADATA", "an Orbax checkpoint", _TO_TRANSFORMERS),
 )
 
 
@@ -85,6 +131,8 @@ def locate_checkpoint(config: CheckpointConfig) -> CheckpointFiles:
     # `model/` is a part of its parent folder; any other folder is a checkpoint of its own.
     container = model_dir.parent if model_dir.name == "model" else model_dir
     folders = tuple(dict.fromkeys((model_dir, container)))
+    for folder in folders:
+        check_folder(folder)
     optimizer_file = _find_optimizer(folders, config.optimizer_path)
     states = [folder / TRAINER_STATE for folder in folders if (folder / TRAINER_STATE).is_file()]
     trainer_state_file = states[0] if states else None
@@ -112,15 +160,7 @@ def read_trainer_state(file: Path) -> dict:
     Raises:
         CheckpointError: the file is not a JSON object.
     """
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file}: expected JSON as transformers' Trainer writes it, found {error}"
-        ) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(state).__name__}")
-    return state
+    return read_json_object(file, "JSON as transformers' Trainer writes it")
 
 
 def _existing_folder(path: str | None) -> Path:
@@ -129,14 +169,26 @@ def _existing_folder(path: str | None) -> Path:
             "checkpoint.checkpoint_path: expected the folder of a checkpoint (or `demo`), found nothing"
         )
     # The user's own spelling is kept (a link `latest` stays `latest`), only made absolute.
-    root = Path(os.path.abspath(Path(path).expanduser()))
+    root = _absolute(path, "checkpoint.checkpoint_path")
     if root.suffix == ".ckpt":
-        raise CheckpointError(_foreign_message("a Lightning checkpoint", root))
+        raise CheckpointError(_foreign_message("a Lightning checkpoint", root, _LIGHTNING))
     if root.is_file():
-        raise CheckpointError(f"checkpoint.checkpoint_path: expected a folder, found the file {root}")
+        raise CheckpointError(
+            f"checkpoint.checkpoint_path: expected a folder, found the file {root}; {_SAVE_ADVICE}, into one folder"
+        )
     if not root.is_dir():
         raise CheckpointError(f"Checkpoint not found: checkpoint.checkpoint_path: there is no folder {root}")
     return root
+
+
+def _absolute(path: str, key: str) -> Path:
+    """The path that a setting names; a name that no file can have is an error of that setting."""
+    try:
+        absolute = Path(os.path.abspath(Path(path).expanduser()))
+        absolute.exists()
+    except (RuntimeError, ValueError, OSError) as error:  # no such user, a null byte, a name that is too long
+        raise CheckpointError(f"{key}: expected a path, found {path!r:.80} ({error!s:.80})") from error
+    return absolute
 
 
 def _find_model(root: Path) -> tuple[Literal["lora", "full"], Path]:
@@ -155,8 +207,22 @@ def _find_model(root: Path) -> tuple[Literal["lora", "full"], Path]:
                 f"{pickled[0]}, which can run code when it is loaded; load it where you trust it and save it "
                 "again with `save_pretrained`"
             )
+        lone = [name for name in (*MODEL_WEIGHTS, ADAPTER_WEIGHTS) if (folder / name).is_file()]
+        if lone:
+            config = ADAPTER_CONFIG if lone[0] == ADAPTER_WEIGHTS else MODEL_CONFIG
+            raise CheckpointError(
+                f"Checkpoint not usable: expected {config} beside {folder / lone[0]}, found none (accelerate's "
+                "`save_state` writes none); save the unwrapped model with `save_pretrained`"
+            )
+        index = folder / "adapter_model.safetensors.index.json"
+        if index.is_file():
+            raise CheckpointError(_foreign_message("an adapter in several parts", index, _GATHER))
+    nested = sorted(
+        str(file.parent) for depth in ("*", "*/*") for file in root.glob(f"{depth}/{ADAPTER_CONFIG}")
+    )
     for folder in (root, root.parent if root.name == "model" else root):
-        _refuse_foreign_layout(folder)
+        if not nested:
+            _refuse_foreign_layout(folder)
     looked_for = ", ".join(
         f"{folder}/{name}"
         for folder in candidates
@@ -165,7 +231,6 @@ def _find_model(root: Path) -> tuple[Literal["lora", "full"], Path]:
             f"{MODEL_CONFIG} + {MODEL_WEIGHTS[0]} (or its index)",
         )
     )
-    nested = sorted(str(file.parent) for file in root.glob(f"*/{ADAPTER_CONFIG}"))
     hint = (
         f"; adapters stand in {', '.join(nested[:5])}: give that folder, and checkpoint.optimizer_path"
         if nested
@@ -178,9 +243,9 @@ def _find_model(root: Path) -> tuple[Literal["lora", "full"], Path]:
 
 def _find_optimizer(folders: tuple[Path, ...], given: str | None) -> Path:
     if given is not None:
-        file = Path(os.path.abspath(Path(given).expanduser()))
+        file = _absolute(given, "checkpoint.optimizer_path")
         if file.suffix == ".ckpt":
-            raise CheckpointError(_foreign_message("a Lightning checkpoint", file))
+            raise CheckpointError(_foreign_message("a Lightning checkpoint", file, _LIGHTNING))
         if file.is_dir():
             _refuse_foreign_layout(file)
             raise CheckpointError(f"checkpoint.optimizer_path: expected a file, found the folder {file}")
@@ -197,7 +262,9 @@ def _find_optimizer(folders: tuple[Path, ...], given: str | None) -> Path:
             "right one in checkpoint.optimizer_path"
         )
     if not found:
-        for folder in folders:
+        # verl keeps adapter and model in folders beside its shards
+        beside = [folders[0].parent] if folders[0].name in ("lora_adapter", "huggingface") else []
+        for folder in (*folders, *beside):
             _refuse_foreign_layout(folder)
         looked_for = ", ".join(str(folder / name) for folder in folders for name in OPTIMIZER_FILES)
         raise CheckpointError(
@@ -215,16 +282,16 @@ def _find_training_args(folders: tuple[Path, ...], container: Path) -> Path | No
 
 
 def _refuse_foreign_layout(folder: Path) -> None:
-    for pattern, what in _FOREIGN_LAYOUTS:
+    for pattern, what, how in _FOREIGN_LAYOUTS:
         match = next(iter(sorted(folder.glob(pattern))), None)
         if match is not None:
-            raise CheckpointError(_foreign_message(what, match))
+            raise CheckpointError(_foreign_message(what, match, how))
 
 
-def _foreign_message(what: str, file: Path) -> str:
+def _foreign_message(what: str, file: Path, how: str) -> str:
     return (
         f"Checkpoint not usable: expected an adapter or model folder with optimizer.pt, found {what} "
-        f"({file}); gather it in one process and {_SAVE_ADVICE}"
+        f"({file}); {how}"
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from probe.errors import OptimizerStateError
@@ -33,6 +34,7 @@ _NO_DECAY_PATTERNS = (
     ("decay / no-decay groups by bias only", [r"bias"]),
 )
 _LISTED = 10
+_PROBING_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,40 @@ class _Layout:
     decays: tuple[bool | None, ...]
 
 
-def match_parameters(model: nn.Module, groups: Sequence[Group], shapes: Mapping[SavedKey, Shape]) -> Matching:
+def idle_parameters(model: Any) -> frozenset[str]:
+    """The trainable parameters that a text does not reach: a vision tower's, those behind a layer that is switched off.
+
+    In a training on texts they never have a gradient, so that the optimizer skips them and keeps no state of them.
+
+    Args:
+        model: the policy, a causal language model.
+
+    Returns:
+        Their names. One forward and backward pass is made; gradients and random state stay as they are.
+    """
+    parameters = trainable_parameters(model)
+    embeddings = model.get_input_embeddings().weight
+    ids = torch.arange(embeddings.shape[0], device=embeddings.device)
+    ids = ids[:: max(1, len(ids) // _PROBING_TOKENS)][:_PROBING_TOKENS].unsqueeze(0)
+    with torch.enable_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        found = torch.autograd.grad(logits.float().sum(), list(parameters.values()), allow_unused=True)
+    return frozenset(name for name, gradient in zip(parameters, found, strict=True) if gradient is None)
+
+
+def match_parameters(
+    model: nn.Module,
+    groups: Sequence[Group],
+    shapes: Mapping[SavedKey, Shape],
+    idle: frozenset[str] = frozenset(),
+) -> Matching:
     """Match saved states to the trainable parameters of `model`, all of them or none.
 
     Args:
         model: the policy.
         groups: the file's parameter groups.
         shapes: shape of every state in the file, by its key.
+        idle: trainable parameters that may have no state, as they never have a gradient.
 
     Returns:
         The matching.
@@ -79,8 +108,8 @@ def match_parameters(model: nn.Module, groups: Sequence[Group], shapes: Mapping[
         )
     names = _saved_names(groups)
     if names is not None:
-        return Matching(_match_by_name(model, names, shapes), ())
-    return _match_by_position(model, groups, shapes)
+        return Matching(_match_by_name(model, names, shapes, idle), ())
+    return _match_by_position(model, groups, shapes, idle)
 
 
 def _saved_names(groups: Sequence[Group]) -> dict[SavedKey, str] | None:
@@ -101,7 +130,7 @@ def _saved_names(groups: Sequence[Group]) -> dict[SavedKey, str] | None:
 
 
 def _match_by_name(
-    model: nn.Module, names: Mapping[SavedKey, str], shapes: Mapping[SavedKey, Shape]
+    model: nn.Module, names: Mapping[SavedKey, str], shapes: Mapping[SavedKey, Shape], idle: frozenset[str]
 ) -> dict[SavedKey, str]:
     parameters = trainable_parameters(model)
     wanted = {_plain_name(name): name for name in parameters}
@@ -130,7 +159,7 @@ def _match_by_name(
     faults += [
         f"{name}: expected shape {tuple(p.shape)}, found no state"
         for name, p in parameters.items()
-        if name not in taken
+        if name not in taken and name not in idle
     ]
     if faults:
         raise OptimizerStateError(
@@ -153,12 +182,12 @@ def _plain_name(name: str) -> str:
 
 
 def _match_by_position(
-    model: nn.Module, groups: Sequence[Group], shapes: Mapping[SavedKey, Shape]
+    model: nn.Module, groups: Sequence[Group], shapes: Mapping[SavedKey, Shape], idle: frozenset[str]
 ) -> Matching:
     layouts = _layouts(model)
-    fits = [layout for layout in layouts if not _faults(model, groups, shapes, layout)]
+    fits = [layout for layout in layouts if not _faults(model, groups, shapes, layout, idle)]
     if not fits:
-        raise OptimizerStateError(_no_fit_message(model, groups, shapes, layouts))
+        raise OptimizerStateError(_no_fit_message(model, groups, shapes, layouts, idle))
     distinct = {_assignment(groups, shapes, layout): layout for layout in reversed(fits)}
     if len(distinct) > 1:
         by_decay = {names: layout for names, layout in distinct.items() if _decay_agrees(groups, layout)}
@@ -203,7 +232,11 @@ def _without_empty(layout: _Layout) -> _Layout:
 
 
 def _faults(
-    model: nn.Module, groups: Sequence[Group], shapes: Mapping[SavedKey, Shape], layout: _Layout
+    model: nn.Module,
+    groups: Sequence[Group],
+    shapes: Mapping[SavedKey, Shape],
+    layout: _Layout,
+    idle: frozenset[str],
 ) -> list[str]:
     """What speaks against a layout; nothing if it fits."""
     sizes = [len(group["params"]) for group in groups]
@@ -219,6 +252,8 @@ def _faults(
             if not parameter.requires_grad:
                 if shape is not None:
                     faults.append(f"{name}: expected no state for a frozen parameter, found shape {shape}")
+            elif shape is None and name in idle:
+                continue
             elif shape is None:
                 faults.append(f"{name}: expected shape {tuple(parameter.shape)}, found no state")
             elif shape != tuple(parameter.shape):
@@ -243,7 +278,11 @@ def _decay_agrees(groups: Sequence[Group], layout: _Layout) -> bool:
 
 
 def _no_fit_message(
-    model: nn.Module, groups: Sequence[Group], shapes: Mapping[SavedKey, Shape], layouts: Sequence[_Layout]
+    model: nn.Module,
+    groups: Sequence[Group],
+    shapes: Mapping[SavedKey, Shape],
+    layouts: Sequence[_Layout],
+    idle: frozenset[str],
 ) -> str:
     """Describe the misfit against the nearest layout: one whose counts fit, with the fewest faults."""
     sizes = [len(group["params"]) for group in groups]
@@ -258,8 +297,8 @@ def _no_fit_message(
             f"{sizes} without names; save it from an optimizer that was given `model.named_parameters()`, or "
             "take the checkpoint's own model"
         )
-    layout = min(same_sizes, key=lambda candidate: len(_faults(model, groups, shapes, candidate)))
-    faults = _faults(model, groups, shapes, layout)
+    layout = min(same_sizes, key=lambda candidate: len(_faults(model, groups, shapes, candidate, idle)))
+    faults = _faults(model, groups, shapes, layout, idle)
     return (
         f"optimizer state, matched by position ({layout.label}): expected a state for each of "
         f"{len(trainable_parameters(model))} trainable parameters, found {len(faults)} faults: "

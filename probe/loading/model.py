@@ -7,9 +7,10 @@ with an exact forward, checked for finite weights and logits.
 from __future__ import annotations
 
 import contextlib
-import json
+import copy
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +20,22 @@ import torch
 from torch import nn
 
 from probe.config import CheckpointConfig
-from probe.errors import CheckpointError, ProbeError
-from probe.loading.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, REFERENCE_ADAPTER, CheckpointFiles
+from probe.errors import CheckpointError
+from probe.limits import MODEL_EXPERTS, MODEL_LAYERS
+from probe.loading.adapters import attach_adapter, read_adapter_config, rebuilds_base
+from probe.loading.checkpoint import ADAPTER_CONFIG, MODEL_CONFIG, CheckpointFiles
+from probe.loading.foreign import check_folder, check_sizes, read_json_object, rewritten, some, walk
 from probe.loading.quantization import dequantized_weight, find_4bit_layers, use_exact_4bit_layers
+from probe.loading.tokenizer import load_saved_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_NAME = 1000
+_WEIGHTS_PER_BYTE = 4  # 4-bit weights are 2, and tied ones are saved once
+_LAYERS = re.compile(r"(num|n)_(hidden_|decoder_|encoder_)?(layers?|blocks)")
 
 BACKBONES: dict[str, str] = {
     f"qwen2_5_{short}{suffix}": f"Qwen/Qwen2.5-{size}{ending}"
@@ -41,8 +50,6 @@ BACKBONES: dict[str, str] = {
     for suffix, ending in (("", ""), ("_instruct", "-Instruct"))
 }
 """Short names of `checkpoint.backbone` and the hub ids they stand for."""
-
-_LISTED = 10
 
 
 def load_policy_model(
@@ -74,9 +81,17 @@ def load_policy_model(
     tokenizer = load_tokenizer(config, files) if tokenizer is None else tokenizer
     with quiet_libraries(), _fork_torch_rng():
         if files.kind == "lora":
-            base, revision = resolve_base(config, files.model_dir, _read_adapter_config(files.model_dir))
+            adapter = read_adapter_config(files.model_dir)
+            base, revision = resolve_base(config, files.model_dir, adapter)
+            if config.dtype == "float64" and rebuilds_base(adapter):
+                raise CheckpointError(
+                    "checkpoint.dtype: expected float32, in which the base of an adapter with init_lora_weights "
+                    f"{adapter['init_lora_weights']:.40} was changed, found float64"
+                )
+            if (names := other_base(config, files)) is not None:
+                logger.warning("adapter %s: trained on %s, put on %s", files.model_dir, *names)
             model = _load_base(config, base, revision, device)
-            model = _attach_adapter(model, files.model_dir, device)
+            model = attach_adapter(model, files.model_dir, adapter, device, len(tokenizer))
         else:
             if config.load_in_4bit:
                 raise CheckpointError(
@@ -105,7 +120,7 @@ def load_tokenizer(config: CheckpointConfig, files: CheckpointFiles) -> PreTrain
     """
     with quiet_libraries(), _fork_torch_rng():
         if files.kind == "lora":
-            base, revision = resolve_base(config, files.model_dir, _read_adapter_config(files.model_dir))
+            base, revision = resolve_base(config, files.model_dir, read_adapter_config(files.model_dir))
             return _load_tokenizer(config, files, base, revision)
         return _load_tokenizer(config, files, _full_name(config.backbone), config.revision)
 
@@ -120,6 +135,43 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         Name to parameter.
     """
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def other_base(config: CheckpointConfig, files: CheckpointFiles) -> tuple[str, str] | None:
+    """The base that an adapter says it was trained on, and the one it is put on, where these have different names.
+
+    Shapes cannot tell two models of one architecture apart.
+
+    Args:
+        config: the `checkpoint` section.
+        files: the checkpoint's parts, from `locate_checkpoint`.
+
+    Returns:
+        Recorded and given name; None where they are the same, as far as names tell.
+    """
+    if files.kind != "lora" or not config.backbone:
+        return None
+    recorded = read_adapter_config(files.model_dir).get("base_model_name_or_path")
+    given, _ = resolve_base(config, files.model_dir, {})
+    if not isinstance(recorded, str) or not recorded or _same_base(recorded, given, files.model_dir):
+        return None
+    return recorded, given
+
+
+def _same_base(recorded: str, given: str, adapter_dir: Path) -> bool:
+    if _last_name(recorded) == _last_name(given):
+        return True
+    places = (adapter_dir / recorded, Path(recorded))
+    return _is_folder(Path(given)) and any(
+        _is_folder(place) and os.path.samefile(place, given) for place in places
+    )
+
+
+def _last_name(name: str) -> str:
+    """The model's own name: the last part of a path or hub id, also of a folder in the hub's cache."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part]
+    cached = [part for part in parts if part.startswith("models--")]
+    return (cached[-1].rpartition("--")[2] if cached else parts[-1] if parts else "").lower()
 
 
 def resolve_base(
@@ -141,17 +193,22 @@ def resolve_base(
     if config.backbone:
         name = _full_name(config.backbone)
         assert name is not None
-        if _looks_local(name) and not Path(name).expanduser().is_dir():
+        if _looks_local(name) and not _is_folder(Path(name)):
             raise CheckpointError(f"checkpoint.backbone: expected an existing folder, found no {name}")
         return str(Path(name).expanduser()) if _looks_local(name) else name, config.revision
     name = adapter.get("base_model_name_or_path")
+    if name is not None and (not isinstance(name, str) or len(name) > _LONGEST_NAME or "\0" in name):
+        raise CheckpointError(
+            f"{adapter_dir / ADAPTER_CONFIG}: expected the name of a model in base_model_name_or_path, found "
+            f"{name!r:.60}; name the base model in checkpoint.backbone"
+        )
     if not name:
         raise CheckpointError(
             f"{adapter_dir / ADAPTER_CONFIG}: expected base_model_name_or_path, found none; name the base "
             "model in checkpoint.backbone"
         )
     for folder in (adapter_dir / name, Path(name)):
-        if folder.is_dir():
+        if _is_folder(folder):
             return str(folder.resolve()), None
     if _looks_local(name):
         raise CheckpointError(
@@ -204,7 +261,10 @@ def _load_base(
         dtype = torch.float32
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": revision or "main"}
     options["local_files_only"] = _needs_no_hub(config, source)
+    if _is_folder(Path(source)):
+        check_model_folder(Path(source))
     model_config = _read_model_config(source, options)
+    _check_promised_size(source, model_config)
     quantized = config.load_in_4bit or getattr(model_config, "quantization_config", None) is not None
     if quantized and (trainable or dtype == torch.float64):
         raise CheckpointError(
@@ -217,7 +277,7 @@ def _load_base(
         options["attn_implementation"] = config.attn_implementation
     if config.device_map is not None or quantized:
         options["device_map"] = config.device_map or {"": device}
-    with _rewritten(f"model {source}", _source_remedy(source)):
+    with rewritten(f"model {source}", _source_remedy(source)):
         # Sizes that do not match are collected, not raised, so that the message below can name them.
         loader: Any = AutoModelForCausalLM
         model, report = loader.from_pretrained(
@@ -233,9 +293,84 @@ def _load_base(
     return model
 
 
+def check_model_folder(folder: Path) -> None:
+    """Refuse a model's folder that would keep a library busy without an end.
+
+    Args:
+        folder: with config.json and weights.
+
+    Raises:
+        CheckpointError: an entry is no file, a size is none that a model has, there are more layers than weights, or
+            the index of the weights names a file elsewhere.
+    """
+    check_folder(folder)
+    file = folder / MODEL_CONFIG
+    if not file.is_file():
+        return  # transformers says what it looks for
+    settings = read_json_object(file, "a model's configuration")
+    check_sizes(str(file), settings)
+    weights = _weight_count(folder)
+    for name, value in walk(settings):
+        if not isinstance(value, int):
+            continue
+        if _LAYERS.fullmatch(name) and value > weights:
+            raise CheckpointError(
+                f"{file}: expected {name} of at most {weights}, the number of weights beside it, found {value}; the "
+                "folder mixes two models"
+            )
+        if "expert" in name and value > MODEL_EXPERTS and "size" not in name and "dim" not in name:
+            raise CheckpointError(f"{file}: expected {name} of at most {MODEL_EXPERTS}, found {value}")
+
+
+def _weight_count(folder: Path) -> int:
+    """The number of weights that safetensors files or their index hold; the most a model may have where none does."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.is_file():
+        with rewritten(f"model {folder}", _source_remedy(str(folder))), safe_open(single, "pt") as weights:
+            return len(weights.keys())
+    if not index.is_file():
+        return MODEL_LAYERS
+    table = read_json_object(index, "an index of weights").get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise CheckpointError(
+            f"{index}: expected the name of a file for each weight, found no such weight_map"
+        )
+    for name in sorted(set(table.values())):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(
+                f"{index}: expected files in its own folder, found {name!r:.80}, which is no file there; copy all "
+                "parts of the model"
+            )
+    return len(table)
+
+
+def _check_promised_size(source: str, model_config: PretrainedConfig) -> None:
+    """Refuse a configuration of many times the weights that are there: they would be made up before they are missed."""
+    from transformers import AutoModelForCausalLM
+
+    files = list(Path(source).glob("*.safetensors")) if _is_folder(Path(source)) else []
+    if not files:
+        return
+    try:
+        with torch.device("meta"):
+            empty: Any = AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
+    except Exception:
+        return  # loading says why
+    promised = sum(parameter.numel() for parameter in empty.parameters())
+    found = sum(file.stat().st_size for file in files)
+    if promised > _WEIGHTS_PER_BYTE * found:
+        raise CheckpointError(
+            f"model {source}: weights do not fit its config.json: expected {promised} values, found files of {found} "
+            "bytes; the folder mixes two models"
+        )
+
+
 def _needs_no_hub(config: CheckpointConfig, source: str) -> bool:
     """Whether everything is in a local folder, so that nothing is to be looked up; its code may be on the hub."""
-    return Path(source).is_dir() and not config.trust_remote_code
+    return _is_folder(Path(source)) and not config.trust_remote_code
 
 
 def _read_model_config(source: str, options: dict[str, Any]) -> PretrainedConfig:
@@ -243,7 +378,7 @@ def _read_model_config(source: str, options: dict[str, Any]) -> PretrainedConfig
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto
 
-    with _rewritten(f"model {source}", _source_remedy(source)):
+    with rewritten(f"model {source}", _source_remedy(source)):
         model_config = AutoConfig.from_pretrained(source, **options)
     kind = model_config.model_type
     causal = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -299,71 +434,20 @@ def _check_loading_report(source: str, report: dict[str, Any]) -> None:
     ]
     if mismatched:
         raise CheckpointError(
-            f"model {source}: weights do not fit its config.json: {_some(sorted(mismatched))}; the folder "
+            f"model {source}: weights do not fit its config.json: {some(sorted(mismatched))}; the folder "
             "mixes two models"
         )
     if report["missing_keys"]:
+        unused = sorted(report["unexpected_keys"])
+        wrapped = (
+            f"; unused are {some(unused)}: save the unwrapped model with `save_pretrained`" if unused else ""
+        )
         raise CheckpointError(
             f"model {source}: expected all weights of the model, missing are "
-            f"{_some(sorted(report['missing_keys']))}"
+            f"{some(sorted(report['missing_keys']))}{wrapped}"
         )
     if report["unexpected_keys"]:
-        logger.warning("model %s: unused weights %s", source, _some(sorted(report["unexpected_keys"])))
-
-
-def _read_adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json; refuses adapters that have no weights inside the model, or another task."""
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PromptLearningConfig
-
-    file = folder / ADAPTER_CONFIG
-    try:
-        adapter = json.loads(file.read_text(encoding="utf-8"))
-        kind, task = adapter["peft_type"], adapter.get("task_type")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: expected PEFT's JSON with a peft_type, found {error!r}") from error
-    if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(kind, PeftConfig), PromptLearningConfig):
-        raise CheckpointError(
-            f"{file}: expected an adapter of the model's weights such as LoRA, found {kind}"
-        )
-    if task not in (None, "CAUSAL_LM"):
-        raise CheckpointError(f"{file}: expected task_type CAUSAL_LM, found {task}")
-    return adapter
-
-
-def _attach_adapter(model: Any, folder: Path, device: torch.device) -> nn.Module:
-    """The base model with the adapter in `folder`, trainable."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
-
-    remedy = (
-        "the file must be whole (copy it again if it was cut off) and belong to this base model (name the right one in "
-        "checkpoint.backbone)"
-    )
-    with _rewritten(f"adapter {folder}", remedy), warnings.catch_warnings():
-        # peft only warns when the file lacks weights, which then stay random.
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            saved = {key for key in file.keys() if "lora_" in key}  # noqa: SIM118
-        placed: dict[str, Any] = {} if hasattr(model, "hf_device_map") else {"torch_device": str(device)}
-        policy = PeftModel.from_pretrained(model, str(folder), is_trainable=True, **placed)
-        loaded = {
-            key for key in get_peft_model_state_dict(policy, save_embedding_layers=False) if "lora_" in key
-        }
-    # peft drops weights that have no place in the model without a word. Only counts are compared first,
-    # because peft renames keys of older files.
-    if len(saved) > len(loaded):
-        raise CheckpointError(
-            f"adapter {folder}: expected {len(loaded)} LoRA weights as in the base model, found "
-            f"{len(saved)}: {_some(sorted(saved - loaded))} have no place in it; {remedy}"
-        )
-    if not trainable_parameters(policy):
-        raise CheckpointError(f"adapter {folder}: expected trainable weights, found none")
-    reference = folder / REFERENCE_ADAPTER
-    # training that started from a trained adapter keeps a copy of it
-    if (reference / ADAPTER_CONFIG).is_file():
-        with _rewritten(f"adapter {reference}", remedy):
-            policy.load_adapter(str(reference), REFERENCE_ADAPTER, is_trainable=False, **placed)
-    return policy
+        logger.warning("model %s: unused weights %s", source, some(sorted(report["unexpected_keys"])))
 
 
 def _settle_precision(model: nn.Module, config: CheckpointConfig) -> None:
@@ -396,7 +480,7 @@ def _check_finite_weights(model: nn.Module) -> None:
             bad.append(f"{name}.weight ({wrong} values)")
     if bad:
         raise CheckpointError(
-            f"non-finite weights in {len(bad)} of {count} parameters: {_some(bad)}; the checkpoint is "
+            f"non-finite weights in {len(bad)} of {count} parameters: {some(bad)}; the checkpoint is "
             "broken, take an earlier one"
         )
 
@@ -417,7 +501,7 @@ def _check_forward(model: Any) -> None:
     last = embeddings.shape[0] - 1
     ids = torch.tensor([[0, last // 2, last, 0], [0, last // 2, last, last]], device=embeddings.device)
     remedy = "set checkpoint.dtype: float32, or another checkpoint.attn_implementation"
-    with _rewritten("a forward pass of the policy", remedy):
+    with rewritten("a forward pass of the policy", remedy):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         logits = logits.detach().double().cpu()
     if not torch.isfinite(logits).all():
@@ -438,8 +522,6 @@ def _load_tokenizer(
     config: CheckpointConfig, files: CheckpointFiles, base: str | None, revision: str | None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of the first place that has one; a place that has one must be readable."""
-    from transformers import AutoTokenizer
-
     source: str | None
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.tokenizer_path is not None:
@@ -451,11 +533,13 @@ def _load_tokenizer(
         options["revision"] = revision or "main"
     if source is None:
         raise CheckpointError(f"no tokenizer in {files.model_dir}; name one in checkpoint.tokenizer_path")
-    with _rewritten(
+    with rewritten(
         f"tokenizer {source}", "name a folder or hub id with a tokenizer in checkpoint.tokenizer_path"
     ):
         options["local_files_only"] = _needs_no_hub(config, source)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if _is_folder(Path(source)):
+            check_folder(Path(source))
+        tokenizer = load_saved_tokenizer(source, **options)
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
             f"tokenizer {source}: expected an EOS token, with which a response ends, found none; set "
@@ -470,11 +554,18 @@ def _full_name(backbone: str | None) -> str | None:
 
 def _looks_local(name: str) -> bool:
     return (
-        Path(name).expanduser().is_dir()
+        _is_folder(Path(name))
         or Path(name).is_absolute()
         or name.startswith((".", "~"))
         or name.count("/") > 1
     )
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, a user that is not there
+        return False
 
 
 def _source_remedy(source: str) -> str:
@@ -487,28 +578,8 @@ def _source_remedy(source: str) -> str:
 
 
 @contextlib.contextmanager
-def _rewritten(what: str, remedy: str) -> Iterator[None]:
-    """Turn a library's error into one line with a remedy. Running out of memory stays what it is."""
-    try:
-        yield
-    except (ProbeError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())
-        if "trust_remote_code" in text:
-            remedy = "it comes with code of its own: set checkpoint.trust_remote_code: true if you trust it"
-        text = text if len(text) <= 400 else text[:400] + " ..."
-        raise CheckpointError(f"{what}: {type(error).__name__}: {text}; {remedy}") from error
-
-
-@contextlib.contextmanager
 def _fork_torch_rng() -> Iterator[None]:
     """Loading draws random numbers for weights that are then overwritten; they must not move the seed."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices=devices):
         yield
-
-
-def _some(items: list[str]) -> str:
-    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
-    return ", ".join(items[:_LISTED]) + more

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from probe.errors import OptimizerStateError
+from probe.text import shown
 
 SavedKey = int | str
 """How a file refers to a parameter: its position, or its name."""
@@ -18,6 +19,9 @@ SavedKey = int | str
 _LISTED = 10
 _BITSANDBYTES_WRAPPER = "__bnb_optimizer_quant_state__"
 _BITSANDBYTES_BLOCKS = (256, 2048)
+_CODE_VALUES = 256
+_REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_CODES = (*_REAL, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def moment_shape(key: SavedKey, state: Mapping[str, Any]) -> tuple[int, ...]:
     if not isinstance(moment, Tensor):
         raise OptimizerStateError(
             f"optimizer state of parameter {key}: expected a tensor exp_avg (or state1), found the entries "
-            f"{sorted(state)}"
+            f"{', '.join(sorted(map(str, state)))[:200]}"
         )
     return tuple(moment.shape)
 
@@ -124,26 +128,56 @@ def dequantize_blocks(codes: Tensor, table: Tensor, absmax: Tensor) -> Tensor:
 def _unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Entries in one mapping; newer bitsandbytes nests its tensors, to hide them from FSDP."""
     nested = state.get(_BITSANDBYTES_WRAPPER)
-    return state if nested is None else {**state, **nested}
+    return {**state, **nested} if isinstance(nested, Mapping) else state
 
 
 def _from_torch(state: Mapping[str, Any], amsgrad: bool) -> Moments:
-    largest = state["max_exp_avg_sq"] if amsgrad else None
-    return Moments(state["exp_avg"], state["exp_avg_sq"], largest, _count(state["step"]))
+    largest = _values(state, "max_exp_avg_sq") if amsgrad else None
+    return Moments(_values(state, "exp_avg"), _values(state, "exp_avg_sq"), largest, _count(state["step"]))
+
+
+def _values(state: Mapping[str, Any], key: str, codes: bool = False) -> Tensor:
+    """A tensor of real numbers: a conversion of another one would drop what makes it different without a word.
+
+    Raises:
+        KeyError: there is none.
+        ValueError: it is something else.
+    """
+    tensor = state[key]
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{key} is no tensor but {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ValueError(f"{key} is sparse or quantised")
+    if tensor.device.type == "meta":
+        raise ValueError(f"{key} has a shape but no values")
+    if tensor.dtype not in (_CODES if codes else _REAL):
+        raise ValueError(f"{key} of type {str(tensor.dtype).removeprefix('torch.')}")
+    return tensor.detach()
 
 
 def _from_bitsandbytes(state: Mapping[str, Any]) -> Moments:
     pair = []
     for index in ("1", "2"):
-        tensor = state[f"state{index}"]
+        tensor = _values(state, f"state{index}", codes=True)
         if tensor.dtype == torch.uint8:
-            tensor = dequantize_blocks(tensor, state[f"qmap{index}"], state[f"absmax{index}"])
+            table = _values(state, f"qmap{index}")
+            if table.numel() != _CODE_VALUES:
+                raise ValueError(f"qmap{index} of {table.numel()} values instead of {_CODE_VALUES}")
+            tensor = dequantize_blocks(tensor, table.flatten(), _values(state, f"absmax{index}").flatten())
         pair.append(tensor)
     return Moments(pair[0], pair[1], None, _count(state["step"]))
 
 
 def _count(step: Any) -> int:
-    value = float(step)
+    single = isinstance(step, Tensor) and step.numel() == 1 and step.device.type != "meta"
+    if not single and (isinstance(step, bool) or not isinstance(step, (int, float))):
+        raise ValueError(
+            f"step {shown(step, 40)}" if not isinstance(step, Tensor) else "step of several values"
+        )
+    try:
+        value = float(step)
+    except (OverflowError, TypeError, ValueError, RuntimeError):
+        value = math.nan
     if not math.isfinite(value) or value < 0 or value != int(value):
         raise ValueError(f"step {value}")
     return int(value)

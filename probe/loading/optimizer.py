@@ -11,7 +11,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,16 +20,21 @@ from torch import Tensor, nn
 
 from probe.config import CheckpointConfig
 from probe.errors import OptimizerStateError
+from probe.limits import OPTIMIZER_BYTES, OPTIMIZER_BYTES_PER_PARAMETER
 from probe.loading.checkpoint import TRAINER_STATE, CheckpointFiles, read_trainer_state
-from probe.loading.matching import match_parameters
+from probe.loading.foreign import check_torch_file, some
+from probe.loading.matching import idle_parameters, match_parameters
 from probe.loading.model import trainable_parameters
 from probe.loading.moments import Moments, SavedKey, moment_shape, read_moments
+from probe.text import shown
 
 logger = logging.getLogger(__name__)
 
 Rule = Literal["adam", "adamw"]
 
 _SUPPORTED = "torch's Adam and AdamW, and bitsandbytes' 8-bit and 32-bit Adam and AdamW"
+_ADAM_BETAS = 2
+_HALF = (torch.bfloat16, torch.float16)
 _ADAM_STATE = {"exp_avg", "exp_avg_sq", "step"}
 _WRAPPERS = ("optimizer", "optimizer_state_dict", "optim_state_dict")
 
@@ -45,6 +50,7 @@ class LoadedOptimizer:
         saved_learning_rate: that group's learning rate in the file.
         step: number of steps taken so far (the largest over the parameters).
         notes: what was decided or changed while loading, for the report.
+        rounded: the 16-bit type of each parameter whose weights and moments the training keeps in it.
     """
 
     optimizer: torch.optim.Optimizer
@@ -53,6 +59,7 @@ class LoadedOptimizer:
     saved_learning_rate: float
     step: int
     notes: tuple[str, ...]
+    rounded: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def learning_rate(self) -> float:
@@ -74,7 +81,8 @@ def load_optimizer(
     of before it, which changes the update by the factor 1 - lr * weight_decay.)
 
     Args:
-        model: the policy; every trainable parameter must have a state.
+        model: the policy; every trainable parameter must have a state, unless texts do not reach it: then it is frozen,
+            as a training's optimizer skips what never has a gradient.
         files_or_path: the checkpoint's parts, or the file with the optimizer's `state_dict`.
         config: the `checkpoint` section; `optimizer` tells Adam from AdamW where the file does not.
         learning_rate: learning rate of the reference group; those of other groups keep their ratio to it. By
@@ -88,14 +96,20 @@ def load_optimizer(
             has non-finite moments, or has a learning rate of 0 and none is given.
     """
     file, trainer_state = _files(files_or_path)
-    payload, notes = _read_state_dict(file)
-    groups = [group for group in payload["param_groups"] if group["params"]]
-    states: Mapping[SavedKey, Any] = {key: state for key, state in payload["state"].items() if state}
+    payload, notes = _read_state_dict(file, _largest_file(model))
+    groups, states = _well_formed(file, payload)
     family = _family(file, groups, states)
+    groups = [{**group, **_plain_numbers(file, index, group)} for index, group in enumerate(groups)]
     _check_settings(file, groups)
-    matching = match_parameters(
-        model, groups, {key: moment_shape(key, state) for key, state in states.items()}
+    trainable = trainable_parameters(model)
+    # a pass through the model, only where there is something to explain
+    idle = (
+        idle_parameters(model) if len(states) < len(trainable) and _is_language_model(model) else frozenset()
     )
+    matching = match_parameters(
+        model, groups, {key: moment_shape(key, state) for key, state in states.items()}, idle
+    )
+    notes += _freeze_idle(trainable, idle - set(matching.names.values()))
     rule, rule_notes = _rule(file, groups, family, config)
     # Groups of parameters that were never trained (frozen ones) have nothing to step.
     members = [[matching.names[key] for key in group["params"] if key in states] for group in groups]
@@ -117,6 +131,8 @@ def load_optimizer(
         notes += (
             "the moments are bitsandbytes' (8-bit ones dequantised); the step is torch's AdamW from them",
         )
+    rounded = _rounded_types(moments, parameters)
+    notes += _rounding_notes(rounded, family, parameters)
     for note in notes:
         logger.info("optimizer: %s", note)
     return LoadedOptimizer(
@@ -126,7 +142,44 @@ def load_optimizer(
         saved_learning_rate=float(groups[reference]["lr"]),
         step=max(moment.step for moment in moments.values()),
         notes=notes,
+        rounded=rounded,
     )
+
+
+def _rounded_types(
+    moments: Mapping[str, Moments], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, torch.dtype]:
+    """The parameters that the training has in 16 bits: moments of such a type, and no weight with more digits."""
+    return {
+        name: moment.exp_avg.dtype
+        for name, moment in moments.items()
+        if moment.exp_avg.dtype in _HALF and _fits(parameters[name], moment.exp_avg.dtype)
+    }
+
+
+def _fits(parameter: nn.Parameter, dtype: torch.dtype) -> bool:
+    """Whether every value is a number of `dtype`."""
+    values = parameter.detach()
+    return torch.equal(values.to(dtype).to(values.dtype), values)
+
+
+def _rounding_notes(
+    rounded: Mapping[str, torch.dtype], family: str, parameters: Mapping[str, nn.Parameter]
+) -> tuple[str, ...]:
+    if rounded:
+        types = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in rounded.values()}))
+        return (
+            f"the training keeps weights and moments of {len(rounded)} parameters in {types}, which rounds most of a "
+            "small step away: the change is measured after the rounded step, and predicted for the exact one",
+        )
+    if family == "bitsandbytes" and all(
+        _fits(parameter, torch.bfloat16) for parameter in parameters.values()
+    ):
+        return (
+            "the weights are saved in bfloat16; whether the training rounds its steps to it is not in the moments of "
+            "bitsandbytes, and the step is taken without rounding",
+        )
+    return ()
 
 
 def _files(files_or_path: CheckpointFiles | str | Path) -> tuple[Path, Path | None]:
@@ -138,8 +191,32 @@ def _files(files_or_path: CheckpointFiles | str | Path) -> tuple[Path, Path | No
     return file, beside if beside.is_file() else None
 
 
-def _read_state_dict(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _is_language_model(model: Any) -> bool:
+    return hasattr(model, "get_input_embeddings")
+
+
+def _freeze_idle(parameters: Mapping[str, nn.Parameter], idle: frozenset[str]) -> tuple[str, ...]:
+    """Leave out what the training's optimizer leaves out: it takes no step where there never is a gradient."""
+    for name in idle:
+        parameters[name].requires_grad_(False)
+    if not idle:
+        return ()
+    return (
+        f"{len(idle)} trainable parameters never had a gradient, have no state, and stay as they are "
+        f"({some(sorted(idle))})",
+    )
+
+
+def _largest_file(model: nn.Module) -> int:
+    """Most bytes that a file with the optimizer of `model` can rightly have; the model's weights may be in it too."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return OPTIMIZER_BYTES + OPTIMIZER_BYTES_PER_PARAMETER * count
+
+
+def _read_state_dict(file: Path, most: int) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The `state_dict` in `file`, read without running any code in it."""
+    if file.exists():
+        check_torch_file(file, most)
     try:
         with warnings.catch_warnings():
             # torch warns of unusual pickle protocols; what matters is whether the content can be read.
@@ -172,12 +249,73 @@ def _read_state_dict(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         raise OptimizerStateError(
             f"{file}: expected an optimizer's state_dict (state, param_groups), found {found}"
         )
-    if not any(payload["state"].values()):
+    return payload, notes
+
+
+def _well_formed(
+    file: Path, payload: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[SavedKey, dict[str, Any]]]:
+    """The groups with parameters and the states with content, in the containers that an optimizer writes."""
+    saved, states = payload["param_groups"], payload["state"]
+    if not isinstance(saved, list) or not all(isinstance(group, dict) for group in saved):
+        raise _malformed(file, "a list of mappings in param_groups", saved)
+    if not isinstance(states, dict) or not all(isinstance(state, Mapping) for state in states.values()):
+        raise _malformed(file, "a mapping of mappings in state", states)
+    groups = []
+    for index, group in enumerate(saved):
+        keys = group.get("params")
+        if not isinstance(keys, list) or not all(type(key) in (int, str) for key in keys):
+            raise _malformed(file, f"a list of positions or names in params of group {index}", keys)
+        if keys:
+            groups.append(group)
+    keys = [key for group in groups for key in group["params"]]
+    if len(set(keys)) < len(keys):
+        raise _malformed(
+            file, "every parameter in one group", f"{len(keys) - len(set(keys))} in more than one"
+        )
+    filled = {key: dict(state) for key, state in states.items() if state}
+    if not filled:
         raise OptimizerStateError(
             f"{file}: expected the moments of an optimizer that has taken steps, found an empty state; take "
             "a later checkpoint"
         )
-    return payload, notes
+    return groups, filled
+
+
+def _plain_numbers(file: Path, index: int, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters of a group that are numbers, as such: a learning rate may be saved as a tensor."""
+    plain: dict[str, Any] = {}
+    for name in ("lr", "eps", "weight_decay", "initial_lr"):
+        if name in group:
+            plain[name] = _number(file, f"{name} of group {index}", group[name])
+    if "betas" in group:
+        betas = group["betas"]
+        if not isinstance(betas, (list, tuple)):
+            raise _malformed(file, f"numbers in betas of group {index}", betas)
+        plain["betas"] = tuple(_number(file, f"betas of group {index}", beta) for beta in betas)
+    for name in ("amsgrad", "maximize", "decoupled_weight_decay"):
+        if name in group and not isinstance(group[name], (bool, type(None))):
+            raise _malformed(file, f"true or false in {name} of group {index}", group[name])
+    return plain
+
+
+def _number(file: Path, what: str, value: Any) -> float:
+    """A number, which may be saved as a tensor of one value."""
+    if isinstance(value, Tensor) and value.numel() == 1 and value.device.type != "meta":
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _malformed(file, f"a number in {what}", value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _malformed(file: Path, expected: str, found: Any) -> OptimizerStateError:
+    what = f"{type(found).__name__} {shown(found, 40)}" if not isinstance(found, Tensor) else "a tensor"
+    return OptimizerStateError(
+        f"{file}: expected {expected}, found {' '.join(what.split())}; save `optimizer.state_dict()` again"
+    )
 
 
 def _family(
@@ -186,7 +324,7 @@ def _family(
     """Which library's Adam wrote the state; anything that is no Adam is refused."""
     keys = set().union(*(_flat_keys(state) for state in states.values()))
     options = {key for group in groups for key in group}
-    found = f"state keys {sorted(keys)}, group keys {sorted(options - {'params', 'param_names'})}"
+    found = f"state keys {_listed(keys)}, group keys {_listed(options - {'params', 'param_names'})}"
     refusal = f"{file}: expected the state of {_SUPPORTED}, found {{}} ({found})"
     if {"lr", "betas", "eps", "weight_decay"} - options:
         raise OptimizerStateError(refusal.format("another optimizer"))
@@ -210,8 +348,17 @@ def _refuse_foreign_bitsandbytes(refusal: str, keys: set[str], groups: list[dict
         raise OptimizerStateError(refusal.format("bitsandbytes' percentile clipping"))
     if keys & {"max1", "max2", "new_max1", "new_max2"}:
         raise OptimizerStateError(refusal.format("bitsandbytes' older 8-bit states, which are not blockwise"))
-    if any(len(group["betas"]) != 2 or group.get("alpha") for group in groups):
+    if any(
+        (isinstance(group["betas"], (list, tuple)) and len(group["betas"]) > _ADAM_BETAS)
+        or group.get("alpha")
+        for group in groups
+    ):
         raise OptimizerStateError(refusal.format("bitsandbytes' AdEMAMix"))
+
+
+def _listed(keys: set[Any]) -> str:
+    names = sorted(shown(key, 40) for key in keys)
+    return f"[{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}]"
 
 
 def _flat_keys(state: Mapping[str, Any]) -> set[str]:
@@ -291,7 +438,13 @@ def _rate_history(groups: list[dict[str, Any]], trainer_state: Path | None) -> s
         parts.append(f"initial_lr {initial[0]:g}")
     if trainer_state is not None:
         entries = read_trainer_state(trainer_state).get("log_history") or []
-        rates = [entry["learning_rate"] for entry in entries if entry.get("learning_rate")]
+        rates = [
+            entry["learning_rate"]
+            for entry in (entries if isinstance(entries, list) else [])
+            if isinstance(entry, dict)
+            and isinstance(entry.get("learning_rate"), float)
+            and entry["learning_rate"]
+        ]
         if rates:
             parts.append(f"last logged above 0: {rates[-1]:g}")
     return f"; {', '.join(parts)}" if parts else ""
@@ -337,7 +490,8 @@ def _place(
         state: dict[str, Tensor] = {"step": torch.tensor(float(moment.step), dtype=torch.float32)}
         for key, tensor in tensors.items():
             if tensor is not None:
-                state[key] = tensor.to(device=parameter.device, dtype=parameter.dtype)
+                # dense: steps write into it, and a saved view may show one value many times
+                state[key] = tensor.to(device=parameter.device, dtype=parameter.dtype).contiguous()
         optimizer.state[parameter] = state
     notes = [
         f"moments saved as {str(dtype).removeprefix('torch.')} are kept in the weights' type"
