@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         ("advantage", pa.float64()),
         ("old_logprobs", _NUMBERS),
         ("sampling_logprobs", _NUMBERS),
+        ("loss_tokens", pa.float64()),
     ]
 )
 """Columns of a file; see `probe.rollouts.files`."""
@@ -47,7 +48,8 @@ class RolloutRecorderCallback(TrainerCallback):
         trainer.add_callback(RolloutRecorderCallback(trainer, "output/rollouts", every=20))
 
     Rows are in the order of the update. `group` numbers the prompts, `advantage` is the one that the trainer worked
-    out. `old_logprobs` are there where the trainer keeps them, `sampling_logprobs` where another engine sampled.
+    out. `old_logprobs` are there where the trainer keeps them, `sampling_logprobs` where another engine sampled,
+    `loss_tokens` is what a loss that is a mean over tokens was divided by.
     """
 
     def __init__(
@@ -125,6 +127,8 @@ class RolloutRecorderCallback(TrainerCallback):
         tokenizer = getattr(processor, "tokenizer", processor)
         ends = set(end_ids(trainer.model, tokenizer))
         cap = getattr(trainer, "max_completion_length", None)
+        items = used[0].get("num_items_in_batch")  # tokens of the whole generation
+        tokens = None if items is None else max(float(items), 1.0) * count / len(held)
         rows: list[dict[str, Any]] = []
         groups: dict[tuple[int, ...], int] = {}
         for batch in used:
@@ -133,6 +137,8 @@ class RolloutRecorderCallback(TrainerCallback):
                 prompt = tuple(row["prompt_ids"])
                 row["group"] = groups.setdefault(prompt, len(groups))
                 row["step"] = step
+                if tokens is not None:
+                    row["loss_tokens"] = tokens
                 row["prompt"] = tokenizer.decode(row["prompt_ids"])
                 row["completion"] = tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
                 rows.append({name: row[name] for name in SCHEMA.names if name in row})

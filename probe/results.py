@@ -278,6 +278,8 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
         if state.update.rounding is not None:
             found |= rounding_diagnostics(state.update.rounding)
     flags = [*E.bias_flags, *U.bias_flags, *module.sources.flags]
+    if U.loss_tokens is not None:  # recorded, in the order of the microbatches
+        flags = [flag for flag in flags if flag != "means_of_microbatches"]
     if state.prediction is not None:
         found |= derivative_diagnostics(state.prediction)
         if module.config.probe_rework.step == "preconditioned":

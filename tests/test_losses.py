@@ -13,6 +13,7 @@ from trl import GRPOConfig
 
 from probe.estimators.losses import (
     LOSS_OPTIONS,
+    WINDOW_MEANS,
     Loss,
     LossInputs,
     LossSettings,
@@ -222,6 +223,18 @@ def test_on_policy_kl_weight_is_that_of_the_divergence():
     }
     torch.testing.assert_close(weights[True][mask], (l - ref)[mask] / len(mask))
     torch.testing.assert_close(weights[False][mask], (1 - (ref - l).exp())[mask] / len(mask))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_recorded_number_of_tokens_takes_the_place_of_the_updates_own(name):
+    mask, l, _, _, h, A = batch()
+    settings, inputs = LossSettings(loss=name, entropy_coef=0.1), LossInputs(mask, A, l, h)
+    tokens = float(mask.sum())
+    own, of_h = loss_weights(settings, inputs)
+    found, same = loss_weights(settings, replace(inputs, loss_tokens=2 * tokens))
+    factor = 0.5 if name in WINDOW_MEANS else 1.0
+    torch.testing.assert_close(found, factor * own)
+    torch.testing.assert_close(same, of_h)
 
 
 def test_options_have_trls_names_and_defaults():

@@ -840,3 +840,17 @@ def test_prompts_of_conversations_are_rendered_as_the_training_rendered_them(tmp
         batch = read(prefilled, plain, BatchConfig(continue_final_message=value))
         assert batch.prompts == (text,)
         assert ("prompt_uncertain" in batch.bias_flags) == (value is None)
+
+
+def test_the_tokens_that_a_loss_was_divided_by(tmp_path):
+    rows = [{"prompt": "a", "completion": text, "loss_tokens": 12.5} for text in ("b", "c")]
+    batch = read(write(tmp_path / "a.jsonl", rows))
+    assert batch.loss_tokens == 12.5
+    assert batch.rewards is None
+    assert read(str(write_rollouts(tmp_path / "b.parquet", batch))).loss_tokens == 12.5
+    for wrong in (3, 0, None, "many"):
+        rows[1]["loss_tokens"] = wrong
+        with pytest.raises(
+            DataError, match="expected one positive number in all rows of the column loss_tokens"
+        ):
+            read(write(tmp_path / "c.jsonl", rows))

@@ -51,6 +51,7 @@ class RolloutBatch:
         advantages: `(B,)` float64, or None.
         old_logprobs: `(B, T)` float64 log-probs under the policy that sampled, for the PPO ratio, or None.
         sampling_logprobs: `(B, T)` float64, those that the engine which sampled gave, NaN where it gave none, or None.
+        loss_tokens: the number of tokens that the trainer divided the loss by, where it was recorded.
         rows: the data-set rows the prompts came from, length `B` (empty mappings where unknown).
         source: `sampled`, or the path of the file.
         bias_flags: reasons why numbers from this batch are biased (`truncated_support`, `retokenized`, ...).
@@ -73,6 +74,7 @@ class RolloutBatch:
     advantages: Tensor | None = None
     old_logprobs: Tensor | None = None
     sampling_logprobs: Tensor | None = None
+    loss_tokens: float | None = None
     rows: tuple[Mapping[str, Any], ...] = ()
     source: str = "sampled"
     bias_flags: tuple[str, ...] = field(default=())

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -173,6 +173,8 @@ class LossInputs:
         ref_logprob: `l_ref`, `(B, T)`, needed where `kl_coef > 0`.
         sampling_logprob: the log-probs that the sampling engine gave, `(B, T)`, NaN where it gave none; None where the
             policy itself sampled.
+        loss_tokens: what the losses that are a mean over the tokens of the update divide by, where it is another number
+            than theirs (TRL takes that of a generation, by the share of it that an update uses).
     """
 
     mask: Tensor
@@ -183,11 +185,12 @@ class LossInputs:
     old_logprob: Tensor | None = None
     ref_logprob: Tensor | None = None
     sampling_logprob: Tensor | None = None
+    loss_tokens: float | None = None
 
     def rows(self, part: slice) -> LossInputs:
         """Those of some responses."""
-        given = {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
-        return LossInputs(**{name: x[part] for name, x in given.items()})
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return LossInputs(**{name: x[part] if isinstance(x, Tensor) else x for name, x in parts.items()})
 
 
 def policy_loss(settings: LossSettings, inputs: LossInputs) -> Tensor:
@@ -205,6 +208,8 @@ def policy_loss(settings: LossSettings, inputs: LossInputs) -> Tensor:
     size = settings.per_device_train_batch_size or len(inputs.mask)
     parts = [slice(i, i + size) for i in range(0, len(inputs.mask), size)]
     whole = token_normaliser(settings.loss, inputs.mask, settings.max_new_tokens)
+    if inputs.loss_tokens is not None:  # what follows takes it for the losses that are such a mean
+        whole = inputs.mask.double() / inputs.loss_tokens
     losses = []
     for part in parts:
         own = inputs.rows(part)

@@ -151,6 +151,7 @@ def loss_gradient(
             batch.old_logprobs,
             ref_logprobs,
             batch.sampling_logprobs,
+            batch.loss_tokens,
         ),
     )
 

@@ -8,6 +8,8 @@ The columns of a file:
 - rewards: see `read_rollouts`. Optional.
 - `old_logprobs`: log-probs of the response's tokens under the policy that sampled.
 - `sampling_logprobs`: those that the engine which sampled gave, null for a token that it gave none for.
+- `loss_tokens`: the number of tokens that the update's loss was divided by, the same in all rows (of losses that are a
+  mean over the tokens of the update).
 - `finish_reason`, `stop_reason`, `truncated`, `is_truncated`: how the response ended, see `probe.rollouts.ends`.
 - `group` or `prompt_id`: equal for the responses to the same draw of a prompt.
 - `step`: the update that the rows were used for; it has to be the one after the checkpoint's, where that is known.
@@ -49,7 +51,7 @@ logger = logging.getLogger(__name__)
 # fmt: off
 LAYOUT = frozenset({
     "step", "prompt", "completion", "prompt_ids", "completion_ids", "old_logprobs",
-    "sampling_logprobs", "group", "prompt_id", "reward", "advantage", "row", "bias_flags", "doubts"
+    "sampling_logprobs", "loss_tokens", "group", "prompt_id", "reward", "advantage", "row", "bias_flags", "doubts"
 }) | END_COLUMNS
 # fmt: on
 """The columns with a meaning of their own; all others belong to the data set's row."""
@@ -82,6 +84,7 @@ _SCHEMA = {
     "advantage": pa.float64(),
     "old_logprobs": pa.list_(pa.float64()),
     "sampling_logprobs": pa.list_(pa.float64()),
+    "loss_tokens": pa.float64(),
     "row": pa.string(),
     "bias_flags": pa.list_(pa.string()),
     "doubts": pa.list_(pa.string()),
@@ -171,6 +174,7 @@ def read_rollouts(
         advantages=advantages,
         old_logprobs=_read_logprobs(table, "old_logprobs", ids),
         sampling_logprobs=_read_logprobs(table, "sampling_logprobs", ids, gaps=True),
+        loss_tokens=_read_loss_tokens(table),
         rows=_read_rows(table, prompts.messages),
         source=table.path,
         bias_flags=tuple(
@@ -216,6 +220,8 @@ def write_rollouts(path: str | Path, batch: RolloutBatch) -> Path:
     if batch.sampling_logprobs is not None:
         given = _ragged(batch.sampling_logprobs.to(torch.float64), batch.mask)
         columns["sampling_logprobs"] = [[None if math.isnan(x) else x for x in row] for row in given]
+    if batch.loss_tokens is not None:
+        columns["loss_tokens"] = [batch.loss_tokens] * len(batch)
     if batch.doubts:
         columns["doubts"] = [list(own) for own in batch.doubts]
     if batch.rows:
@@ -402,6 +408,20 @@ def _read_logprobs(table: RolloutTable, name: str, ids: list[list[int]], gaps: b
                 f"{table.where(i)}: expected {name} to be finite and not above 0, found {wrong[0]}"
             )
     return _pad(values, torch.float64)[0]
+
+
+def _read_loss_tokens(table: RolloutTable) -> float | None:
+    """The column `loss_tokens`."""
+    if "loss_tokens" not in table.columns:
+        return None
+    found = set(table.column("loss_tokens"))
+    number = next(iter(found))
+    if len(found) != 1 or not _is_number(number) or not 0 < number < math.inf:
+        raise DataError(
+            f"{table.path}: expected one positive number in all rows of the column loss_tokens, found "
+            f"{', '.join(map(str, list(found)[:3]))}"
+        )
+    return float(number)
 
 
 def _read_advantages(table: RolloutTable) -> Tensor | None:
