@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,5 +173,6 @@ def _row(batch: dict[str, Any], i: int, ends: set[int]) -> dict[str, Any]:
     ):
         values: Tensor | None = batch.get(key)
         if values is not None:
-            row[name] = values[i][mask].double().tolist()
+            found = values[i][mask].double().tolist()
+            row[name] = [None if math.isnan(x) else x for x in found]  # a token that the engine gave none for
     return row

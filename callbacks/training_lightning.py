@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from itertools import product
 from typing import Any, Literal
@@ -12,10 +13,11 @@ from torch import nn
 from probe.errors import ConfigError
 from probe.live.alarm import OnAlarm, check_on_alarm
 from probe.live.ranks import follow_first_rank
-from probe.live.report import tensorboard_layout
+from probe.live.report import say, tensorboard_layout
 from probe.live.settings import WatchSettings
 from probe.live.watcher import Watch
 from probe.snapshot import isolated_rng
+from probe.text import error_text
 
 
 class EntropyProbeCallback(Callback):
@@ -60,6 +62,7 @@ class EntropyProbeCallback(Callback):
         self._on_alarm = on_alarm
         self._settings = settings  # a line of its own, or jsonargparse loses track of it
         self._waiting: list[dict[str, float]] = []
+        self._failed_loggers: list[Any] = []
         self._state: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,20 +90,22 @@ class EntropyProbeCallback(Callback):
         if self._state is not None:
             self.watch.load_state_dict(self._state)
             self._state = None
+        self._failed_loggers = []
         for logger in trainer.loggers:
-            writer: Any = getattr(logger, "experiment", None)
-            if hasattr(writer, "add_custom_scalars"):
-                writer.add_custom_scalars(tensorboard_layout())
+            with contextlib.suppress(Exception):  # it will be said when there is something to log
+                writer: Any = getattr(logger, "experiment", None)
+                if hasattr(writer, "add_custom_scalars"):
+                    writer.add_custom_scalars(tensorboard_layout())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what the update brought, at the step under which Lightning logs this batch."""
         waiting, self._waiting = self._waiting, []
+        # the counter that Lightning's own callbacks use: `global_step` counts every optimizer
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for metrics, logger in product(waiting, trainer.loggers):
-            with isolated_rng():  # loggers draw names for files and runs
-                # the counter that Lightning's own callbacks use: `global_step` counts every optimizer
-                logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            self._log(logger, metrics, step)
         if self.watch is not None and self._on_alarm is not None:
             follow_first_rank(self.watch)
         if self.watch is not None and self.watch.should_stop:
@@ -121,6 +126,23 @@ class EntropyProbeCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's state when training starts."""
         self._state = state_dict.get("watch")
+
+    def _log(self, logger: Any, metrics: dict[str, float], step: int) -> None:
+        """Log to one of the trainer's loggers; one that fails gets nothing any more, unless `strict`."""
+        if any(logger is failed for failed in self._failed_loggers):
+            return
+        try:
+            with isolated_rng():  # loggers draw names for files and runs
+                logger.log_metrics(metrics, step=step)
+        except Exception as error:
+            if self._settings.get("strict", False):
+                raise
+            self._failed_loggers.append(logger)
+            say(
+                f"{type(logger).__name__} failed and gets nothing from the probe any more ({error_text(error)}); the "
+                "numbers are still in `watch.history`",
+                warn=True,
+            )
 
     def _detach(self) -> None:
         if self.watch is not None:

@@ -90,8 +90,10 @@ class BatchConfig:
     chat_template_kwargs: dict[str, Any] | None = None
     """Further variables of the chat template (`enable_thinking: false`), as TRL's option of that name."""
     reward: str | list[str] | None = None
-    """Registered reward (`exact_number`, `tag_format`, `gsm8k`), or `module:function`; of a list, the sum. Default: the
-    named data set's own."""
+    """Registered reward (`exact_number`, `tag_format`, `gsm8k`), or `module:function`; of a list, the weighted sum.
+    Default: the named data set's own."""
+    reward_weights: list[float] | None = None
+    """Weights of a list of rewards; by default 1 each."""
     reward_columns: list[str] | None = None
     """Columns of a rollout file that add up to the reward; by default `reward`, else every column TRL logs as one."""
     E_rollouts: str | None = None
@@ -221,6 +223,9 @@ class ProbeReworkConfig:
     """Group advantages: normalised by the group's standard deviation (`grpo`), only centred (`dr_grpo`), or centred and
     normalised by the standard deviation of all rewards of U (`batch`); `auto` takes `dr_grpo` for that loss and `grpo`
     for the others."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Several rewards: add them up and normalise the sum, or normalise each by its group, add up, and normalise that by
+    all of U (GDPO; `advantage` does not apply)."""
     clip_range: float = 0.2
     """Lower PPO clip range of the ratio, used where a rollout file gives old log-probs."""
     clip_range_high: float | None = None
@@ -245,12 +250,31 @@ class ProbeReworkConfig:
     """Power of the response's ratio in `vespo` where the advantage is negative."""
     vespo_lambda_neg: float = 2.0
     """Rate of its exponential decay there."""
+    off_policy_mask_threshold: float | None = None
+    """Leave responses of negative advantage out of the policy gradient that the policy has since moved away from: where
+    the mean of sampled minus present log-prob is larger than this many nats; null leaves none out."""
+    vllm_importance_sampling_correction: bool = True
+    """Correct for the engine that sampled, where a rollout file gives its log-probs (`sampling_logprobs`)."""
+    vllm_importance_sampling_mode: Literal[
+        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = "sequence_mask"
+    """How: the ratio of each token or of the whole response, clamped to a range or 0 outside of it."""
+    vllm_importance_sampling_clip_min: float | None = None
+    """Lower end of that range; null is none."""
+    vllm_importance_sampling_clip_max: float | None = 3.0
+    """Upper end of that range; null is none."""
+    per_device_train_batch_size: int | None = None
+    """Rows of U per microbatch of a training that accumulates gradients: the token mean of `bnpo`, the entropy bonus
+    and the entropy quantile are worked out in each. null: all of U at once."""
     kl_coef: float = 0.0
     """Weight of the KL penalty to the reference policy (the base model without its adapter)."""
     use_bias_correction_kl: bool = True
     """Multiply the KL estimate by the ratio, as TRL does: its gradient is then that of the divergence."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus in the loss: a mean over tokens, whatever the loss."""
+    router_aux_loss_coef: float | None = None
+    """Weight of the load-balancing loss of a mixture of experts in the update; null takes the model's own, as TRL does
+    (most other trainers leave it out: 0)."""
     step: Literal["optimizer", "closed_form", "preconditioned"] = "optimizer"
     """The step that deltaH1 is for: the optimizer's real one, its closed form, or g / (sqrt(v_hat) + eps)."""
     learning_rate: float | None = None
@@ -305,8 +329,20 @@ class ProbeReworkConfig:
             "a number in (0, 1]",
             self.top_entropy_quantile,
         )
+        _require(
+            self.per_device_train_batch_size is None or self.per_device_train_batch_size >= 1,
+            "probe_rework.per_device_train_batch_size",
+            "an integer of at least 1, or null",
+            self.per_device_train_batch_size,
+        )
         for key in ("sapo_temperature_pos", "sapo_temperature_neg"):
             _require(getattr(self, key) > 0, f"probe_rework.{key}", "a number above 0", getattr(self, key))
+        _require(
+            self.router_aux_loss_coef is None or self.router_aux_loss_coef >= 0,
+            "probe_rework.router_aux_loss_coef",
+            "a number of at least 0, or null",
+            self.router_aux_loss_coef,
+        )
         _require(self.kl_coef >= 0, "probe_rework.kl_coef", "a number of at least 0", self.kl_coef)
 
     @property

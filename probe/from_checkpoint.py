@@ -13,11 +13,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from probe.config import ProbeConfig
 from probe.errors import CheckpointError, ConfigError, ProbeError
-from probe.estimators.losses import TOKEN_MEANS
+from probe.estimators.losses import LOSS_OPTIONS, TOKEN_MEANS
 from probe.loading.checkpoint import TRAINING_ARGS, locate_checkpoint
 from probe.loading.training_args import SWITCH_OFF, TrainingArgs, read_training_args
 from probe.training_options import (
@@ -38,6 +36,15 @@ logger = logging.getLogger(__name__)
 INHERITED = ("max_grad_norm", "optim", "neftune_noise_alpha")
 """What counts in arguments of another trainer than GRPO's: its loss and its batches are not those of the probe."""
 ADVANTAGE = READ["scale_rewards"].key
+ONLY_SAMPLED = (
+    *("batch_config.G", PROMPTS_KEY, "batch_config.reward_weights"),
+    "probe_rework.multi_objective_aggregation",
+)
+ONLY_FROM_FILES = (
+    "probe_rework.off_policy_mask_threshold",
+    *(f"probe_rework.{name}" for name in LOSS_OPTIONS if name.startswith("vllm_")),
+)
+"""Keys without a part in the update where U comes from a file, and where it is sampled from the policy itself."""
 SIZES_OF_AN_UPDATE = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations")
 KEYS = tuple(dict.fromkeys([*(read.key for read in READ.values()), PROMPTS_KEY, STOP_STRINGS.key]))
 """The keys of the configuration that a file can fill."""
@@ -61,7 +68,6 @@ class SettingSources:
         advantage: what the file says of advantages where U comes from a file, whose own count first: `auto` stays until
             that file turns out to have rewards alone, see `from_rewards`.
         reward_flags: those of rewards in that case.
-        routed: whether the training adds the load-balancing loss of a model with routed experts.
         filled: everything that the file has filled in.
     """
 
@@ -75,7 +81,6 @@ class SettingSources:
     filled: Mapping[str, Any] = field(default_factory=dict)
     advantage: str | None = None
     reward_flags: tuple[str, ...] = ()
-    routed: bool = False
 
     def from_rewards(self, config: ProbeConfig) -> tuple[ProbeConfig, SettingSources]:
         """Configuration and sources where the file that U comes from has rewards, and no advantages."""
@@ -168,12 +173,10 @@ def fill_settings(
     sources = replace(
         _sources(filled, given, values, note),
         overruled={key: x for key, x in said.items() if key in given and x != _value(config, key)},
-        flags=(*_flags(args, filled), *(() if from_file else _reward_flags(args))),
+        flags=_flags(args, filled),
         advantage=advantage,
         reward_flags=_reward_flags(args) if from_file else (),
         unknown=_unknown(args),
-        # null: as large as the model's own configuration says
-        routed=args.is_grpo and "router_aux_loss_coef" in args.values and not _is_zero(args),
     )
     return filled, sources
 
@@ -299,7 +302,8 @@ def _sources(
         key
         for key in KEYS
         if not any(key.startswith(f"probe_rework.{name}_") and loss != name for name in ("sapo", "vespo"))
-        and (sampled or key not in ("batch_config.G", PROMPTS_KEY))
+        and (sampled or key not in ONLY_SAMPLED)
+        and not (sampled and key in ONLY_FROM_FILES)
     ]
     here = {key: _value(config, key) for key in shown}
     return SettingSources(
@@ -361,36 +365,21 @@ def _flags(args: TrainingArgs, config: ProbeConfig) -> tuple[str, ...]:
     flags = []
     if sampled and per_generation * (_size(args, "num_iterations") or 1) > accumulated:
         flags.append("rollouts_of_several_updates")
-    parts = accumulated * _processes(args)
-    own_means = rework.loss == "bnpo" or rework.entropy_coef != 0 or rework.top_entropy_quantile < 1
-    if (own_means and parts > 1) or (rework.loss in TOKEN_MEANS and per_generation < accumulated):
+    # the probe's microbatches are those of one process, and of one generation
+    over_processes = rework.top_entropy_quantile < 1 and _processes(args) > 1
+    if over_processes or (rework.loss in TOKEN_MEANS and per_generation < accumulated):
         flags.append("means_of_microbatches")
-    if not sampled and args.values.get("off_policy_mask_threshold") is not None:
-        flags.append("off_policy_mask")
     return tuple(flags)
 
 
 def _reward_flags(args: TrainingArgs) -> tuple[str, ...]:
-    """Marks for what only may matter where advantages are computed from rewards."""
+    """Marks for what only may matter where advantages are computed from the rewards of a file, which are added up."""
     if not args.is_grpo:
         return ()
     weights = args.values.get("reward_weights")
     weighted = weights is not None and not all(weight == 1 for weight in _listed(weights))
-    aggregation = "multi_objective_aggregation"
-    together = is_one_of(args.values.get(aggregation), (None, *UNSUPPORTED[aggregation].neutral))
-    return ("reward_weights",) if weighted or not together else ()
-
-
-def _is_zero(args: TrainingArgs) -> bool:
-    return args.values["router_aux_loss_coef"] == 0
-
-
-def adds_router_loss(model: nn.Module) -> bool:
-    """Whether TRL adds a load-balancing loss to this model's where the training's options do not say how much."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    coefficient = getattr(config, "router_aux_loss_coef", 0.0)
-    return hasattr(config, "output_router_logits") and coefficient not in (None, 0)
+    alone = args.values.get("multi_objective_aggregation") == "normalize_then_sum"
+    return ("reward_weights",) if weighted or alone else ()
 
 
 def _listed(value: Any) -> list[Any]:

@@ -135,9 +135,12 @@ def group_table(U: RolloutBatch) -> dict[str, list[Any]]:
     }
     if U.rewards is not None:
         rewards = [U.rewards[row] for row in rows]
-        table["reward_mean"] = [_mean(values) for values in rewards]
-        table["reward_min"] = [rounded(values.min(), TABLE_DIGITS) for values in rewards]
-        table["reward_max"] = [rounded(values.max(), TABLE_DIGITS) for values in rewards]
+        rewards = [values[~values.isnan()] for values in rewards]  # those to which a reward applies
+        table["reward_mean"] = [_mean(values) if len(values) else None for values in rewards]
+        for name in ("min", "max"):
+            table[f"reward_{name}"] = [
+                rounded(getattr(values, name)(), TABLE_DIGITS) if len(values) else None for values in rewards
+            ]
     if U.advantages is not None:
         table["zero_advantage"] = [not bool(U.advantages[row].any()) for row in rows]
     return table
@@ -355,7 +358,7 @@ def _token_arrays(state: ProbeState, name: str) -> dict[str, Tensor]:
         found["loss_weight"] = state.update.loss_weights
     batch = state.E if name == "E" else state.U
     if batch is not None:
-        found["old_logprob"] = batch.old_logprobs
+        found |= {"old_logprob": batch.old_logprobs, "sampling_logprob": batch.sampling_logprobs}
     return {key: values for key, values in found.items() if values is not None}
 
 

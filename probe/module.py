@@ -16,12 +16,19 @@ from torch import Tensor, nn
 from probe.config import ProbeConfig
 from probe.data.batch import PromptExample, RolloutBatch
 from probe.data.prompts import default_reward, load_prompts
-from probe.data.rewards import RewardFunction, compute_rewards, resolve_reward
+from probe.data.rewards import RewardFunction, compute_rewards, resolve_rewards
 from probe.errors import CheckpointError, ConfigError, DataError, LogError, NumericalError
-from probe.estimators.advantages import count_zero_advantage_groups, group_advantages
+from probe.estimators.advantages import combined_advantages, count_zero_advantage_groups, group_advantages
 from probe.estimators.control_variates import SMALLEST_SAMPLE, SMALLEST_TAUGHT, control_variates
 from probe.estimators.curvature import nested_curvature, symmetric_curvature
-from probe.estimators.derivative_check import derivative_check, forward_mode_check
+from probe.estimators.derivative_check import (
+    DerivativeMismatchError,
+    StepCheck,
+    derivative_check,
+    forward_mode_check,
+    step_check,
+    stopped_gradients,
+)
 from probe.estimators.entropy_gradient import EntropyGradient, entropy_gradient
 from probe.estimators.estimate import Estimate
 from probe.estimators.ground_truth import GroundTruth, resampled_change
@@ -29,6 +36,7 @@ from probe.estimators.groups import index_groups, sum_per_group
 from probe.estimators.losses import LOSS_OPTIONS, TOKEN_MEANS, LossSettings
 from probe.estimators.noise_floor import rescored_noise_floor
 from probe.estimators.prediction import Prediction, first_order, from_tokens, norm, token_first_order
+from probe.estimators.router_loss import router_coefficient
 from probe.estimators.update import (
     ClosedFormStep,
     Update,
@@ -140,13 +148,14 @@ class EntropyProbe(LightningModule):
                 "config or pass --checkpoint.checkpoint_path PATH"
             )
         if self.config.batch_config.U_rollouts is None:
-            self._reward()  # a misspelt reward should not cost the loading of a model
+            self._rewards()  # a misspelt reward should not cost the loading of a model
         self.make_demo()
         files = locate_checkpoint(self.checkpoint)
         self.files = replace(files, name=DEMO) if self.config.checkpoint.checkpoint_path == DEMO else files
         self._fill_settings()
         log_sources(self.sources)
         self._check_reference()
+        self._check_rewards()
         self.tokenizer = load_tokenizer(self.checkpoint, self.files)
         self.prompts = self._draw_prompts()  # what is wrong with the data shows before the model is loaded
         model, _ = load_policy_model(self.checkpoint, self.files, device, self.tokenizer)
@@ -172,6 +181,25 @@ class EntropyProbe(LightningModule):
         if "probe_rework.kl_coef" in self.sources.filled:
             raise CheckpointError(f"{self.files.training_args_file}: {no_reference()}")
         raise no_reference()
+
+    def _check_rewards(self) -> None:
+        """Refuse weights that are not those of the rewards.
+
+        Raises:
+            CheckpointError: they are the training's.
+            ConfigError: they are the configuration's.
+        """
+        if self.config.batch_config.U_rollouts is not None:
+            return
+        try:
+            self._rewards()
+        except ConfigError as error:
+            key = "batch_config.reward_weights"
+            if key not in self.sources.filled or self.files is None:
+                raise
+            raise CheckpointError(
+                f"{self.files.training_args_file}: {error}; give {key} in the configuration (null: 1 each)"
+            ) from error
 
     def reconfigure(self, config: ProbeConfig, seed: int, given: Collection[str] | None = None) -> None:
         """Take another configuration over; a loaded policy stays where checkpoint and learning rate are the same.
@@ -270,9 +298,21 @@ class EntropyProbe(LightningModule):
             self.policy, self.tokenizer, prompts, self.config.generation, seed, group, progress
         )
 
-    def _reward(self) -> RewardFunction:
-        """The reward of the update batch."""
-        return resolve_reward(default_reward(self.config.batch_config))
+    def _rewards(self) -> tuple[RewardFunction, ...]:
+        """The rewards of the update batch.
+
+        Raises:
+            ConfigError: there are more or fewer weights.
+        """
+        rewards, weights = (
+            resolve_rewards(default_reward(self.config.batch_config)),
+            self.config.batch_config.reward_weights,
+        )
+        if weights is not None and len(weights) != len(rewards):
+            raise ConfigError(
+                f"batch_config.reward_weights: expected one for each of {len(rewards)} rewards, found {len(weights)}"
+            )
+        return rewards
 
     def _read(self, path: str) -> RolloutBatch:
         batch = self.config.batch_config
@@ -306,7 +346,16 @@ class EntropyProbe(LightningModule):
         else:
             repeated, group = _repeat(prompts, batch.G)
             U, state.seen["U"] = self._sample("U", repeated, group, progress("sample U"))
-            rewards = compute_rewards(self._reward(), U)
+            rework = self.config.probe_rework
+            found = compute_rewards(self._rewards(), U)
+            rewards, advantages = combined_advantages(
+                found,
+                batch.reward_weights,
+                U.group,
+                rework.advantage_kind,
+                rework.multi_objective_aggregation,
+            )
+            return replace(U, rewards=rewards, advantages=advantages)
         advantages = group_advantages(rewards, U.group, self.config.probe_rework.advantage_kind)
         return replace(U, rewards=rewards, advantages=advantages)
 
@@ -352,10 +401,20 @@ class EntropyProbe(LightningModule):
         E, scores = _there(state.E, "E"), _there(state.E_scores, "E_scores")
         rework = self.config.probe_rework
         few = self._few(E)
-        if rework.derivative_check and rework.derivative_mode != "finite_difference":
-            check = derivative_check(self.policy, few)
-            state.diagnostics["derivative_check_error"] = check.relative_error
-        state.derivative = mode, reason = self._derivative_mode(few)
+        try:
+            if rework.derivative_check and rework.derivative_mode != "finite_difference":
+                check = derivative_check(self.policy, few)
+                state.diagnostics["derivative_check_error"] = check.relative_error
+            state.derivative = mode, reason = self._derivative_mode(few)
+        except DerivativeMismatchError as error:
+            # forward mode only agrees with a backward that is wrong where the model's own code stops gradients
+            if rework.derivative_mode != "auto" or not forward_mode_check(self.policy, few).usable:
+                raise
+            mode, reason = (
+                "finite_difference",
+                f"forward mode and backward agree, and both are wrong: {error}",
+            )
+            state.derivative = mode, reason
         logger.info("deltaH1 by %s: %s", mode, reason)
         if mode == "finite_difference" or (mode == "jvp" and not rework.update_spread):
             return None
@@ -426,6 +485,7 @@ class EntropyProbe(LightningModule):
             clip_high=rework.clip_range if rework.clip_range_high is None else rework.clip_range_high,
             kl_coef=rework.kl_coef,
             entropy_coef=rework.entropy_coef,
+            router_aux_loss_coef=router_coefficient(self.policy.model, rework.router_aux_loss_coef),
             **{name: getattr(rework, name) for name in LOSS_OPTIONS},
         )
 
@@ -453,6 +513,14 @@ class EntropyProbe(LightningModule):
             if mode != "reverse":
                 raise
             return self._without_errors(state, step, f"{reason}; no error bars: {error}")
+        checked: StepCheck | None = None
+        if mode == "jvp" and rework.derivative_check:
+            checked = step_check(self.policy, E, step, tangents)
+            if checked.contradicted and rework.derivative_mode == "auto":
+                mode, reason = state.derivative = "finite_difference", stopped_gradients(checked)
+                logger.warning("deltaH1 by %s: %s", mode, reason)
+                state.entropy_gradient = checked = None  # it takes the same for a constant
+                tangents, pair = self._tangents(state, step, mode, progress)
         by_name = {
             name: token_first_order(scores, tangents, E.group, name, rework.baseline)
             for name in get_args(Weighting)
@@ -470,6 +538,8 @@ class EntropyProbe(LightningModule):
             mode=mode,
             reason=reason,
             agreement=agreement,
+            step_difference=None if checked is None else checked.difference,
+            step_difference_error=None if checked is None else checked.error,
             difference_scale=None if pair is None else pair.scale,
             difference_error=None if pair is None else pair.error,
             sd_U=self._update_spread(state, mode, progress),

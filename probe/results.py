@@ -11,7 +11,6 @@ from torch import Tensor
 from probe.estimators.curvature import eta_10
 from probe.estimators.estimate import Estimate, error_method
 from probe.estimators.prediction import norm
-from probe.from_checkpoint import adds_router_loss
 from probe.verdict import verdict
 
 if TYPE_CHECKING:
@@ -82,6 +81,9 @@ DIAGNOSTIC_KEYS: dict[str, str] = {
     "derivative_mode": "how deltaH1 was differentiated: jvp, reverse or finite_difference",
     "derivative_reason": "why that way",
     "derivative_agreement": "relative difference of deltaH1 by backward and by derivatives per token",
+    "step_difference": "relative difference (Euclidean, over tokens of a few responses) of derivatives along the step "
+    "and differences of forwards along it",
+    "step_difference_error": "the same of these differences and smaller ones: what they may be wrong by",
     "difference_scale": "step of the central difference, in units of the optimizer's step",
     "difference_error": "estimated relative error (Euclidean, over tokens) of derivatives by differences",
     "second_order_mode": "how deltaH2 was computed: jvp (nested) or finite_difference",
@@ -270,8 +272,6 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
             flags.append("preconditioned_step")
     if state.update is not None and not bool(state.update.loss_weights.any()):
         flags.append("no_reward_signal")
-    if module.sources.routed and adds_router_loss(module.policy.model):
-        flags.append("router_loss")
     if module.policy.half_precision:
         flags.append("half_precision")
     if state.shared:
@@ -319,6 +319,8 @@ def derivative_diagnostics(prediction: Prediction) -> dict[str, Any]:
         "derivative_mode": prediction.mode,
         "derivative_reason": prediction.reason,
         "derivative_agreement": prediction.agreement,
+        "step_difference": prediction.step_difference,
+        "step_difference_error": prediction.step_difference_error,
         "difference_scale": prediction.difference_scale,
         "difference_error": prediction.difference_error,
         "second_order_mode": prediction.curvature_mode,
@@ -338,8 +340,9 @@ def _batch_statistics(state: ProbeState) -> dict[str, Any]:
     if state.E_scores is not None:
         statistics["E"]["entropy"] = describe(state.E_scores.sequence_entropy)
     if U.rewards is not None:
-        statistics["avg_reward"] = float(U.rewards.mean())
-        statistics["U"]["reward"] = describe(U.rewards)
+        given = U.rewards[~U.rewards.isnan()]  # those to which a reward applies
+        statistics["avg_reward"] = float(given.mean())
+        statistics["U"]["reward"] = describe(given)
     if U.advantages is not None:
         statistics["U"]["advantage"] = describe(U.advantages)
     return statistics

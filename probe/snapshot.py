@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -159,6 +159,25 @@ def standing_in(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[Non
     with _put_back_by(restore):
         for holder, key, tensor in places:
             holder[key] = wanted[id(tensor)]
+        yield
+
+
+@contextmanager
+def attributes_replaced(places: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Give plain attributes of modules other values, and then the very objects that they held.
+
+    Args:
+        places: `(module, name, value)`; the module has an attribute of that name of its own.
+    """
+    held = [(vars(module), name, vars(module)[name]) for module, name, _ in places]
+
+    def restore() -> None:
+        for own, name, value in held:
+            own[name] = value
+
+    with _put_back_by(restore):
+        for module, name, value in places:
+            vars(module)[name] = value
         yield
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from probe.estimators.losses import LOSS_OPTIONS, Loss, RatioLevel
+from probe.estimators.losses import LOSS_OPTIONS, Loss, RatioLevel, SamplerMode
 
 # ---------------------------------------------------------------- sampling
 
@@ -123,6 +123,12 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value
 
 
+def _numbers(value: Any) -> list[float]:
+    if not isinstance(value, list):
+        raise ValueError("a list of numbers")
+    return [_number(entry) for entry in value]
+
+
 def _texts(value: Any) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
@@ -135,6 +141,12 @@ _OF_THE_LOSS: dict[str, Callable[[Any], Any]] = {
     "delta": _or_none(_number),
     "use_bias_correction_kl": _truth,
     "mask_truncated_completions": _truth,
+    "off_policy_mask_threshold": _or_none(_number),
+    "vllm_importance_sampling_correction": _truth,
+    "vllm_importance_sampling_mode": _one_of(*get_args(SamplerMode)),
+    "vllm_importance_sampling_clip_min": _or_none(_number),
+    "vllm_importance_sampling_clip_max": _or_none(_number),
+    "per_device_train_batch_size": _integer,
 }
 READ: dict[str, Read] = {
     "loss_type": Read("probe_rework.loss", _one_of(*(x for x in get_args(Loss) if x != "reinforce"))),
@@ -144,6 +156,13 @@ READ: dict[str, Read] = {
     "epsilon_high": Read("probe_rework.clip_range_high", _or_none(_number)),
     "entropy_coef": Read("probe_rework.entropy_coef", _number),
     **{name: Read(f"probe_rework.{name}", _OF_THE_LOSS.get(name, _number)) for name in LOSS_OPTIONS},
+    "router_aux_loss_coef": Read("probe_rework.router_aux_loss_coef", _or_none(_number)),
+    "reward_weights": Read("batch_config.reward_weights", _or_none(_numbers), only_sampled=True),
+    "multi_objective_aggregation": Read(
+        "probe_rework.multi_objective_aggregation",
+        _one_of("sum_then_normalize", "normalize_then_sum"),
+        only_sampled=True,
+    ),
     "max_grad_norm": Read("probe_rework.max_grad_norm", _or_none(_clipping)),
     "temperature": Read("generation.temperature", _number),
     "max_completion_length": Read("generation.max_new_tokens", _integer),
@@ -158,11 +177,9 @@ STOP_STRINGS = Read("generation.stop_strings", _texts, only_sampled=True)
 """`stop_strings` in `generation_kwargs`, where there are some."""
 PROMPTS_KEY = "batch_config.B_U"
 """What the sizes of batches make up: prompts per optimizer step."""
-SIZES = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"),
-    *("generation_batch_size", "num_iterations"),
-)
-"""Options that say how many responses an update is made from, and how many updates are made from one generation."""
+SIZES = ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size", "num_iterations")
+"""Options that say, with the size of a microbatch, how many responses an update is made from, and how many updates are
+made from one generation."""
 OTHERWISE: dict[str, Any] = {"use_bias_correction_kl": False, "loss_type": "grpo"}
 """What the versions did that do not have an option yet, where that is not the probe's default."""
 
@@ -199,15 +216,11 @@ UNSUPPORTED: dict[str, Unsupported] = {
         _ADAM, "is not Adam or AdamW, though its state may look alike", ("checkpoint.optimizer",)
     ),
     "neftune_noise_alpha": Unsupported((None, 0), "adds noise to the embeddings"),
-    "router_aux_loss_coef": Unsupported((None, 0), "adds the load-balancing loss of the experts' router"),
     "use_adaptive_entropy": Unsupported(
         (False,), "changes the entropy bonus from step to step", ("probe_rework.entropy_coef",)
     ),
     "sync_ref_model": Unsupported(
         (False,), "moves the reference policy of the KL penalty", ("probe_rework.kl_coef",), only_with_kl=True
-    ),
-    "multi_objective_aggregation": Unsupported(
-        ("sum_then_normalize",), "normalises each reward on its own", ("probe_rework.advantage",), only_sampled=True
     ),
     "vllm_structured_outputs_regex": Unsupported((None,), "restricts what can be sampled", only_sampled=True),
     "vllm_guided_decoding_regex": Unsupported((None,), "restricts what can be sampled", only_sampled=True),
@@ -219,8 +232,6 @@ UNSUPPORTED: dict[str, Unsupported] = {
 """Options that the probe's update does not have. Those of sampling are in `NEUTRAL_SAMPLING`."""
 SAMPLING = ("repetition_penalty", "generation_kwargs")
 """Options of sampling that have no equivalent of their own; `generation_kwargs` has further ones in it."""
-FLAGGED = ("reward_weights", "off_policy_mask_threshold")
-"""Options that only may matter: they mark the result (`bias_flags`), as some sizes of batches do."""
 
 # ---------------------------------------------------------------- the others
 
@@ -250,12 +261,11 @@ IRRELEVANT: dict[str, tuple[str, ...]] = {
         "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
         "dataloader_in_order",
     ),
-    "the engine that samples; its correction is for its own arithmetic": (
+    "the engine that samples": (
         "use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_server_base_url",
         "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
         "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",
-        "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max",
-        "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap", "use_transformers_continuous_batching",
+        "vllm_importance_sampling_cap", "use_transformers_continuous_batching",
         "transformers_continuous_batching_config", "use_transformers_paged", "max_tool_calling_iterations",
     ),
     "acts through another option, which is judged": (
@@ -298,5 +308,5 @@ MADE = ("mixed_precision", "distributed_state", "fsdp_plugin_args", "deepspeed_p
 
 def known_options() -> list[str]:
     """Every option that the table has, once for each entry."""
-    judged = (*READ, *SIZES, *UNSUPPORTED, *SAMPLING, *FLAGGED)
+    judged = (*READ, *SIZES, *UNSUPPORTED, *SAMPLING)
     return [*judged, *(name for names in IRRELEVANT.values() for name in names), *EARLIER, *MADE]

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from probe.estimators.derivative_check import OWN_ERRORS
 from probe.estimators.estimate import NORMAL_975
 from probe.estimators.importance_weights import PARETO_K_LIMIT, pareto_k_limit
 
@@ -359,6 +360,9 @@ def _residual(facts: _Facts, suffix: str) -> Finding | None:
         cause = f"of which deltaH2 = {second.value:.3g} leaves {left:.3g} unexplained"
     elif _curvature(facts, suffix) is not None:
         return None
+    elif second.interval is not None and abs(left) > MATERIAL * abs(residual.value):
+        low, high = second.interval
+        cause = f"which curvature may explain or not (deltaH2 is {low:.3g} to {high:.3g})"
     else:
         cause = f"which is curvature (deltaH2 = {second.value:.3g})"
     truth = facts.estimate("deltaH_true", suffix).value or 0.0
@@ -467,6 +471,35 @@ def _derivatives(facts: _Facts) -> Finding | None:
     )
 
 
+def _forwards(facts: _Facts) -> Finding | None:
+    """Derivatives that forwards along the step contradict or cannot confirm, or that are made of coarse differences."""
+    high = (DERIVATIVE_LIMITS_HALF if "half_precision" in facts.flags else DERIVATIVE_LIMITS)[1]
+    off, known = number(facts.found, "step_difference"), number(facts.found, "step_difference_error") or 0.0
+    if off is not None and off > high:
+        what = (
+            f"The derivatives along the step differ by {_percent(off)} from what differences of forwards give"
+        )
+        if off > OWN_ERRORS * known:
+            return Finding(
+                "invalid",
+                f"{what} (limit {_percent(high)}), which are known to {_percent(known)}: a layer takes a part of what "
+                "it computes as a constant; set probe_rework.derivative_mode: finite_difference.",
+            )
+        return Finding(
+            "caution",
+            f"{what}, which are themselves known to {_percent(known)} only, so that nothing confirms the derivatives "
+            f"(rounding, or experts that the router chooses anew); set {_more_digits(facts)}.",
+        )
+    coarse = number(facts.found, "difference_error")
+    if facts.found.get("derivative_mode") == "finite_difference" and coarse is not None and coarse > high:
+        return Finding(
+            "caution",
+            f"The derivatives are differences of forwards that are known to {_percent(coarse)} only (limit "
+            f"{_percent(high)}; rounding, or experts that the router chooses anew); set {_more_digits(facts)}.",
+        )
+    return None
+
+
 def _few_responses(facts: _Facts) -> Finding | None:
     """Too few responses for an interval that relies on many."""
     drawn, different = facts.size, number(facts.found, "distinct_responses")
@@ -568,24 +601,14 @@ _FLAGS: dict[str, Finding] = {
     ),
     "means_of_microbatches": Finding(
         "caution",
-        "The training averages parts of its loss over the tokens of each microbatch, the probe over all of U: the "
-        "gradients differ as far as the microbatches do.",
-    ),
-    "router_loss": Finding(
-        "caution",
-        "The training adds a load-balancing loss of the model's routed experts (router_aux_loss_coef), the probe does "
-        "not: the update is another one as far as that loss has a gradient.",
+        "The training works parts of its loss out over generations, or over the microbatches of several processes, the "
+        "probe over those of one process: the gradients differ as far as these do.",
     ),
     "reward_weights": Finding(
         "caution",
         "The training weights its rewards (reward_weights) or normalises each on its own "
-        "(multi_objective_aggregation), the probe adds them up: give batch_config.reward a function that does the "
-        "weighting, or take U from a file with advantages (batch_config.U_rollouts).",
-    ),
-    "off_policy_mask": Finding(
-        "caution",
-        "The training leaves responses out of its loss that are too far off policy (off_policy_mask_threshold), the "
-        "probe does not: the update may be another one.",
+        "(multi_objective_aggregation), and those of the rollout file are added up: give it a column `advantage`, or "
+        "one reward in batch_config.reward_columns.",
     ),
     "preconditioned_step": Finding(
         "caution",
@@ -609,6 +632,7 @@ _OVERALL: tuple[Callable[[_Facts], Finding | None], ...] = (
     _pareto_k,
     _effective_sample_size,
     _derivatives,
+    _forwards,
     _few_responses,
     _truncated,
 )

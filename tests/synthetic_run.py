@@ -318,6 +318,7 @@ DIAGNOSTIC_NAMES = {
     ),
     *("se_method", "is_mode", "truncated_fraction", "distinct_responses", "zero_advantage_groups"),
     *("bias_flags", "on_policy_z", "clipped_fraction", "difference_scale", "difference_error"),
+    *("step_difference", "step_difference_error"),
 }
 """Which of the changes of `make_values` are diagnostics."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from probe.errors import DataError
-from probe.estimators.advantages import count_zero_advantage_groups, group_advantages
+from probe.estimators.advantages import combined_advantages, count_zero_advantage_groups, group_advantages
 
 
 def naive(rewards: list[float], group: list[int], kind: str) -> list[float]:
@@ -89,7 +89,53 @@ def test_unknown_kind():
         group_advantages(torch.zeros(2), torch.zeros(2, dtype=torch.int64), "gae")
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [-math.inf, math.inf])
 def test_non_finite_reward_names_the_index(bad):
     with pytest.raises(DataError, match=rf"rewards: expected finite numbers, found {bad} at index 1"):
         group_advantages(torch.tensor([0.0, bad]), torch.tensor([0, 0]), "grpo")
+
+
+def test_a_reward_of_nan_is_left_out_and_has_advantage_zero():
+    rewards = torch.tensor([1.0, math.nan, 4.0, 2.0, math.nan, math.nan, 5.0], dtype=torch.float64)
+    group = torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    there = ~rewards.isnan()
+    for kind in ("grpo", "dr_grpo", "batch"):
+        found = group_advantages(rewards, group, kind)
+        assert found[~there].tolist() == [0.0] * 3
+        expected = naive(rewards[there].tolist(), group[there].tolist(), kind)
+        torch.testing.assert_close(found[there], torch.tensor(expected, dtype=torch.float64))
+    with pytest.raises(DataError, match="found inf at index 0"):
+        group_advantages(torch.tensor([math.inf]), torch.tensor([0]), "grpo")
+
+
+def test_several_rewards_are_normalised_before_or_after_they_are_added_up():
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+    rewards[1, 0] = rewards[5, 2] = rewards[7] = math.nan
+    group, weights = torch.arange(3).repeat_interleave(4), [1.0, 0.5, -2.0]
+    total = [
+        math.nan
+        if all(map(math.isnan, row))
+        else sum(w * r for w, r in zip(weights, row, strict=True) if not math.isnan(r))
+        for row in rewards.tolist()
+    ]
+    found, advantages = combined_advantages(rewards, weights, group, "grpo", "sum_then_normalize")
+    torch.testing.assert_close(found, torch.tensor(total, dtype=torch.float64), equal_nan=True)
+    torch.testing.assert_close(advantages, group_advantages(found, group, "grpo"))
+
+    parts = torch.full((12, 3), math.nan, dtype=torch.float64)
+    for k in range(3):
+        for g in range(3):
+            rows = [i for i in range(4 * g, 4 * g + 4) if not math.isnan(rewards[i, k])]
+            values = rewards[rows, k]
+            parts[rows, k] = (values - values.mean()) / (values.std() + 1e-4)
+    sums = (parts * torch.tensor(weights, dtype=torch.float64)).nansum(1)
+    there = ~parts.isnan().all(1)
+    expected = torch.where(there, (sums - sums[there].mean()) / (sums[there].std() + 1e-4), 0.0)
+    found, advantages = combined_advantages(rewards, weights, group, "dr_grpo", "normalize_then_sum")
+    torch.testing.assert_close(found, torch.tensor(total, dtype=torch.float64), equal_nan=True)
+    torch.testing.assert_close(advantages, expected)
+    with pytest.raises(ValueError, match="expected 3, one for each reward, found 2"):
+        combined_advantages(rewards, [1.0, 2.0], group, "grpo", "sum_then_normalize")
+    with pytest.raises(ValueError, match="expected one of sum_then_normalize"):
+        combined_advantages(rewards, None, group, "grpo", "sum")

@@ -16,9 +16,21 @@ import yaml
 from probe import OfflineEntropyProbe, load_log
 from probe.callbacks import PHASES, ProbeCallback
 from probe.errors import ConfigError, DataError, LogError, NumericalError, OptimizerStateError, RolloutError
+from probe.loading import quiet_libraries
 from probe.results import DIAGNOSTIC_KEYS, RESULT_KEYS
 from probe.rollouts.files import write_rollouts
-from tests.tiny_models import load_base, lora_checkpoint, save_base, trainer_checkpoint
+from tests.tiny_models import (
+    SHARED_SHAPE,
+    adamw,
+    add_lora,
+    load_base,
+    lora_checkpoint,
+    save_base,
+    save_checkpoint,
+    take_steps,
+    tiny_config,
+    trainer_checkpoint,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -328,6 +340,71 @@ def test_full_model_written_by_the_trainer(config, tmp_path, base):
     assert results["diagnostics"]["derivative_check_error"] < 0.05
     with pytest.raises(ConfigError, match="expected 0 for a full model"):
         run(config, checkpoint={"checkpoint_path": str(folder)}, probe_rework={"kl_coef": 0.1})
+
+
+def test_a_norm_that_is_taken_as_constant(config, tmp_path, base):
+    """DoRA's derivatives by autograd are not those of its forward: forwards are believed, or asked for."""
+    model = add_lora(load_base(base), use_dora=True, lora_dropout=0.0)
+    optimizer = adamw(model)
+    take_steps(model, optimizer, 3)
+    folder = save_checkpoint(tmp_path / "dora", model, optimizer)
+    changes = {
+        "checkpoint": {"checkpoint_path": str(folder)},
+        "importance": {"is_mode": "snis"},
+        "probe_rework": {"weighting": "matched", "learning_rate": 1e-3},
+    }
+    results = run(config, **changes)
+    found = results["diagnostics"]
+    assert found["derivative_mode"] == "finite_difference"
+    assert results["verdict"] != "invalid"
+    for suffix in ("", "_tok"):
+        known = abs(results[f"deltaH2{suffix}"]) + 0.03 * abs(results[f"deltaH1{suffix}"])
+        assert abs(results[f"residual{suffix}"]) <= 4 * results[f"residual{suffix}_se"] + known
+    for mode in ("jvp", "reverse"):
+        changes["probe_rework"]["derivative_mode"] = mode
+        with pytest.raises(NumericalError, match="derivative_mode: finite_difference"):
+            run(config, **changes)
+    changes["probe_rework"] |= {"derivative_mode": "jvp", "derivative_check": False}
+    assert "step_difference" not in run(config, **changes)["diagnostics"]
+
+
+def some(prompts, completions, **columns):
+    """A reward that does not apply to every response."""
+    return [None if len(c) % 2 else float(len(c)) for c in completions]
+
+
+def test_several_rewards(config):
+    names = ["tests.test_end_to_end:digits", "tests.test_end_to_end:some"]
+    off = {"importance": {"enabled": False}, "probe_rework": {"curvature": "off"}}
+    one = run(config, batch_config={"reward": names[:1]}, **off)
+    both = run(config, batch_config={"reward": names, "reward_weights": [1.0, 0.0]}, **off)
+    assert numbers(both) == numbers(one)
+    other = run(config, batch_config={"reward": names[1:]}, **off)
+    assert math.isfinite(other["deltaH1"])
+    assert other["deltaH1"] != one["deltaH1"]
+    with pytest.raises(ConfigError, match="reward_weights: expected one for each of 2 rewards, found 1"):
+        run(config, batch_config={"reward": names, "reward_weights": [1.0]}, **off)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_mixture_of_experts(config, tmp_path, dtype):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    shape = {k: v for k, v in tiny_config().to_dict().items() if k in SHARED_SHAPE}
+    with quiet_libraries(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts))
+        for p in model.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+    optimizer = adamw(model)
+    take_steps(model, optimizer, 2)
+    folder = save_checkpoint(tmp_path / "experts", model, optimizer)
+    results = run(config, checkpoint={"checkpoint_path": str(folder), "dtype": dtype})
+    found = results["diagnostics"]
+    assert found["derivative_mode"] == "jvp"
+    assert found["derivative_agreement"] < 1e-5
+    assert found["step_difference"] < 0.05
 
 
 @pytest.mark.parametrize(

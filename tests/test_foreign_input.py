@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import probe.cli as cli
-from probe.data.rewards import call_reward, resolve_reward
+from probe.data.rewards import call_reward, resolve_rewards
 from probe.errors import ConfigError, DataError
 from probe.limits import CONFIG_ALIASES, CONFIG_BYTES, CONFIG_DEPTH
 from probe.parsing import read_config_file
@@ -112,7 +112,7 @@ def test_a_module_that_exits_when_it_is_imported(tmp_path, monkeypatch):
     (tmp_path / "leaving_at_once.py").write_text("import sys; sys.exit(3)")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"leaving_at_once.* failed with SystemExit: 3"):
-        resolve_reward("leaving_at_once:f")
+        resolve_rewards("leaving_at_once:f")
 
 
 def test_no_escape_sequence_reaches_the_terminal(capsys):

@@ -18,14 +18,14 @@ import torch
 import yaml
 from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset
-from transformers import BitsAndBytesConfig, Qwen2Config, Qwen3MoeConfig, TrainingArguments
+from transformers import BitsAndBytesConfig, TrainingArguments
 
 from probe import OfflineEntropyProbe, load_log
 from probe.callbacks.console import report
 from probe.cli import main
 from probe.config import CheckpointConfig, ProbeConfig
 from probe.errors import CheckpointError, ConfigError
-from probe.from_checkpoint import KEYS, adds_router_loss, changed_keys, fill_settings
+from probe.from_checkpoint import KEYS, changed_keys, fill_settings
 from probe.loading import locate_checkpoint, quiet_libraries
 from probe.loading.training_args import read_training_args
 from probe.parsing import SECTIONS, parse_config
@@ -33,7 +33,6 @@ from probe.runner import ProbeRunner
 from probe.sweep.grid import SweepConfig, build_grid
 from probe.sweep.run import run_sweep
 from probe.training_options import (
-    FLAGGED,
     IRRELEVANT,
     READ,
     SAMPLING,
@@ -107,7 +106,7 @@ def test_the_table_has_no_option_that_trl_does_not_have():
     own = {f.name for f in fields(GRPOConfig)}
     irrelevant = [name for names in IRRELEVANT.values() for name in names]
     earlier = {"vllm_guided_decoding_regex"}
-    assert {*READ, *SIZES, *UNSUPPORTED, *SAMPLING, *FLAGGED, *irrelevant} - own == earlier
+    assert {*READ, *SIZES, *UNSUPPORTED, *SAMPLING, *irrelevant} - own == earlier
 
 
 def test_the_keys_are_those_of_the_configuration():
@@ -130,7 +129,7 @@ def test_trls_defaults_are_the_probes(tmp_path):
     found, sources = filled(saved(tmp_path, grpo_args()))
     sizes = replace(ProbeConfig().batch_config, B_U=1, G=8)
     generation = replace(ProbeConfig().generation, max_new_tokens=512)
-    rework = replace(ProbeConfig().probe_rework, advantage="grpo")
+    rework = replace(ProbeConfig().probe_rework, advantage="grpo", per_device_train_batch_size=8)
     assert found == ProbeConfig(batch_config=sizes, generation=generation, probe_rework=rework)
     assert sources.flags == ()
     assert sources.unknown == ()
@@ -155,6 +154,23 @@ OPTIONS = {
     "vespo_lambda_pos": (1.6, "probe_rework.vespo_lambda_pos", 1.6),
     "vespo_k_neg": (1.7, "probe_rework.vespo_k_neg", 1.7),
     "vespo_lambda_neg": (1.8, "probe_rework.vespo_lambda_neg", 1.8),
+    "off_policy_mask_threshold": (0.5, "probe_rework.off_policy_mask_threshold", 0.5),
+    "vllm_importance_sampling_correction": (False, "probe_rework.vllm_importance_sampling_correction", False),
+    "vllm_importance_sampling_mode": (
+        "token_mask",
+        "probe_rework.vllm_importance_sampling_mode",
+        "token_mask",
+    ),
+    "vllm_importance_sampling_clip_min": (0.5, "probe_rework.vllm_importance_sampling_clip_min", 0.5),
+    "vllm_importance_sampling_clip_max": (2.0, "probe_rework.vllm_importance_sampling_clip_max", 2.0),
+    "per_device_train_batch_size": (16, "probe_rework.per_device_train_batch_size", 16),
+    "router_aux_loss_coef": (0.01, "probe_rework.router_aux_loss_coef", 0.01),
+    "reward_weights": ([1.0, 0.5], "batch_config.reward_weights", [1.0, 0.5]),
+    "multi_objective_aggregation": (
+        "normalize_then_sum",
+        "probe_rework.multi_objective_aggregation",
+        "normalize_then_sum",
+    ),
     "max_grad_norm": (0.2, "probe_rework.max_grad_norm", 0.2),
     "temperature": (0.7, "generation.temperature", 0.7),
     "max_completion_length": (99, "generation.max_new_tokens", 99),
@@ -393,10 +409,8 @@ def test_sizes_and_sampling_of_u_do_not_apply_to_rollouts_from_a_file(tmp_path):
     [
         ({"optim": "schedule_free_adamw"}, "optim = 'schedule_free_adamw'", "checkpoint.optimizer"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha = 5.0", None),
-        ({"router_aux_loss_coef": 0.001}, "router_aux_loss_coef = 0.001", None),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy = True", "probe_rework.entropy_coef"),
         ({"sync_ref_model": True, "beta": 0.1}, "sync_ref_model = True", "probe_rework.kl_coef"),
-        ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_obj", "probe_rework.advantage"),
         ({"vllm_structured_outputs_regex": "a+"}, "vllm_structured_outputs_regex = 'a+'", None),
         ({"repetition_penalty": 1.1}, "repetition_penalty = 1.1", None),
         ({"generation_kwargs": {"no_repeat_ngram_size": 3}}, "no_repeat_ngram_size = 3", None),
@@ -427,15 +441,10 @@ def test_a_reference_that_moves_does_not_matter_without_a_penalty(tmp_path):
         ({"num_iterations": 2}, {}, ("rollouts_of_several_updates",)),
         ({"steps_per_generation": 4}, {}, ("rollouts_of_several_updates",)),
         ({"num_iterations": 2}, {"U_rollouts": "u.parquet"}, ()),
-        ({"gradient_accumulation_steps": 4, "loss_type": "bnpo"}, {}, ("means_of_microbatches",)),
-        ({"gradient_accumulation_steps": 4, "loss_type": "grpo"}, {}, ()),
-        ({"gradient_accumulation_steps": 4, "entropy_coef": 0.1}, {}, ("means_of_microbatches",)),
+        ({"gradient_accumulation_steps": 4, "loss_type": "bnpo"}, {}, ()),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 1}, {}, ("means_of_microbatches",)),
-        ({"loss_type": "bnpo"}, {}, ()),
-        ({"reward_weights": [1.0, 0.5]}, {}, ("reward_weights",)),
-        ({"reward_weights": [1.0, 1.0]}, {}, ()),
-        ({"off_policy_mask_threshold": 0.5}, {}, ()),
-        ({"off_policy_mask_threshold": 0.5}, {"U_rollouts": "u.parquet"}, ("off_policy_mask",)),
+        ({"top_entropy_quantile": 0.5}, {}, ()),
+        ({"reward_weights": [1.0, 0.5]}, {}, ()),
     ],
 )
 def test_what_may_matter_marks_the_result(tmp_path, options, batch, flags):
@@ -644,17 +653,14 @@ def test_a_penalty_without_a_reference_is_said_before_loading(config, base, tmp_
         OfflineEntropyProbe(config).run_mixed_probe()
 
 
-def test_routed_experts_have_a_loss_of_their_own(tmp_path):
-    assert filled(saved(tmp_path, grpo_args()))[1].routed
-    assert not filled(saved(tmp_path, grpo_args(router_aux_loss_coef=0.0)))[1].routed
-    assert not filled(None)[1].routed
-    model = torch.nn.Module()
-    model.config = Qwen3MoeConfig()
-    assert adds_router_loss(model)
-    model.config = Qwen3MoeConfig(router_aux_loss_coef=0.0)
-    assert not adds_router_loss(model)
-    model.config = Qwen2Config()
-    assert not adds_router_loss(model)
+def test_weights_of_other_rewards_are_refused_before_loading(config, tmp_path):
+    saved(tmp_path / "run" / "checkpoint-60", grpo_args(reward_weights=[1.0, 0.5], **SMALL))
+    with pytest.raises(
+        CheckpointError, match=r"reward_weights: expected one for each of 1 rewards, found 2; give"
+    ):
+        OfflineEntropyProbe(config).run_mixed_probe()
+    config["batch_config"]["reward_weights"] = None
+    assert OfflineEntropyProbe(config).run_mixed_probe()["B_U"] == 2
 
 
 def test_the_folder_around_a_checkpoint(config, tmp_path):
@@ -733,15 +739,16 @@ def test_advantages_of_a_rollout_file_count_before_those_of_its_rewards(config, 
 
 
 def test_the_report_says_where_settings_come_from(config, tmp_path):
-    saved(tmp_path / "run" / "checkpoint-60", grpo_args(loss_type="cispo", reward_weights=[0.5], **SMALL))
+    saved(tmp_path / "run" / "checkpoint-60", grpo_args(loss_type="cispo", num_iterations=2, **SMALL))
     config["probe_rework"]["loss"] = "grpo"
     probe = OfflineEntropyProbe(config)
     results = probe.run_mixed_probe()
-    assert "reward_weights" in results["diagnostics"]["bias_flags"]
-    assert any("reward_weights" in reason for reason in results["verdict_reasons"])
+    assert "rollouts_of_several_updates" in results["diagnostics"]["bias_flags"]
+    assert any("num_iterations" in reason for reason in results["verdict_reasons"])
     text = " ".join(report(probe.result).split())
     assert "training_args.bin (GRPOConfig)" in "".join(text.split()).replace("(GRPO", " (GRPO")
-    assert "checkpoint 19 advantage grpo" in text
+    assert f"checkpoint {len(results['settings']['checkpoint'])} advantage grpo" in text
+    assert "vllm" not in text
     assert "the configuration counts; trained with loss cispo" in text
     assert "configuration 1 loss grpo" in text
 

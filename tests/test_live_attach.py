@@ -518,3 +518,17 @@ def test_forward_mode_that_is_asked_for_and_not_there(monkeypatch):
     assert "derivative: expected a model that allows jvp, found that the model has no" in one_line(error)
     watch = attach(model, adamw(model))
     assert watch._probe.mode == "finite_difference"
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_virtual_tokens_are_refused(kind):
+    import peft
+
+    options = {"encoder_hidden_size": 8} if kind == "PromptEncoderConfig" else {}
+    config = getattr(peft, kind)(num_virtual_tokens=2, task_type="CAUSAL_LM", **options)
+    with quiet_libraries():
+        model = peft.get_peft_model(tiny_model(hidden=16, layers=1), config)
+    with pytest.raises(
+        ConfigError, match="which puts virtual tokens before every input; this is not supported"
+    ):
+        attach(model, adamw(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +22,8 @@ from probe.live.measure import UpdateProbe
 from probe.live.words import own_words
 from probe.rollouts.sampling import SampledTokens
 from probe.scoring import Policy
-from tests.enumerable import CAP, EOS, float64_norm, tiny_model
+from tests import tiny_models
+from tests.enumerable import CAP, EOS, float64_norm, naive_scores, tiny_model
 from tests.exact import (
     enumerate_prompts,
     exact,
@@ -30,6 +32,8 @@ from tests.exact import (
     take_scores,
     take_tangents,
 )
+from tests.helpers import char_tokenizer
+from tests.tiny_models import add_lora
 
 PROMPTS = {"a": (0, 1), "b": (2, 0)}
 TEMPERATURE = 0.8
@@ -526,3 +530,68 @@ def test_every_step_has_a_sample_of_its_own_that_the_seed_decides(monkeypatch):
 def test_words():
     text = "raise batch_config.B_E, or lower probe_rework.learning_rate; see memory_config.microbatch_size"
     assert own_words(text) == "raise B_E, or lower the learning rate; see microbatch_size"
+
+
+# ---------------------------------------------------------------- stopped gradients
+
+
+def by_differences(probe_, before, new, c=1e-3):
+    """The derivative of the entropy per response, as SNIS weights it, along a step: float64 forwards only."""
+    model = copy.deepcopy(probe_.model).double().eval()
+    named = dict(model.named_parameters())
+    old = {n: v.double() for n, v in before.old.items()}
+
+    def scores(values):
+        put({n: named[n] for n in old}, values)
+        with torch.no_grad():
+            l, h = naive_scores(Policy(model, temperature=probe_.settings.temperature), before.E)
+        return l.double().sum(1), h.double().sum(1)
+
+    l0, _ = scores(old)
+
+    def entropy_at(eps):
+        l, h = scores({n: old[n] + eps * (new[n].double() - old[n]) for n in old})
+        return float((torch.softmax(l - l0, 0) * h).sum())
+
+    return (entropy_at(c) - entropy_at(-c)) / (2 * c)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "jvp", "finite_difference"])
+def test_a_norm_that_is_taken_as_constant(monkeypatch, wanted, caplog):
+    """DoRA's: backward and forward mode agree, and neither is the derivative of what the policy computes."""
+    model = add_lora(tiny_models.tiny_model(hidden=16, layers=2), lora_dropout=0.0, use_dora=True)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(list(parameters.values()), lr=1e-2)
+    settings = WatchSettings(B_E=32, max_new_tokens=6, derivative=wanted, control_variates=False)
+    prompts = [PromptExample(f"{k} apples", {}, k) for k in range(4)]
+    probe_ = UpdateProbe(model, parameters, char_tokenizer(), prompts, settings)
+    model.eval()
+    probe_.rehearse()
+    assert probe_.mode == ("finite_difference" if wanted == "finite_difference" else "jvp")
+    ratios = []
+    for number in (1, 2):
+        before = probe_.before(number)
+        ids = torch.randint(4, 100, (6, 12), generator=torch.Generator().manual_seed(number))
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values = probe_.after(before, [optimizer]).values
+        found = next(
+            row["value"]
+            for row in values["estimates"]
+            if (row["quantity"], row["estimator"], row["estimand"]) == ("deltaH1", "matched", "sequence")
+        )
+        ratios.append(found / by_differences(probe_, before, values_of(parameters)))
+    if wanted == "jvp":
+        assert values["diagnostics"]["step_difference"] > 0.05
+        assert values["verdict"] == "invalid"
+        assert any("takes a part of what it computes as a constant" in r for r in values["verdict_reasons"])
+        assert any("set derivative: finite_difference" in r for r in values["verdict_reasons"])
+        return
+    assert probe_.mode == "finite_difference"
+    assert ratios == pytest.approx([1.0, 1.0], rel=0.02)
+    if wanted == "auto":
+        assert "DoRA" in probe_.reason
+        said = caplog.text
+        assert said.count("deltaH1 by finite_difference from here on") == 1

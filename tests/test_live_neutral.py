@@ -37,12 +37,24 @@ from tests.live_loops import (
     sgd,
     trainable,
 )
-from tests.tiny_models import LINEAR_LAYERS, add_lora, quantize_linear_layers, tiny_model
+from tests.tiny_models import (
+    LINEAR_LAYERS,
+    SHARED_SHAPE,
+    add_lora,
+    quantize_linear_layers,
+    tiny_config,
+    tiny_model,
+)
 
 
 def lora_adamw(**options: Any) -> Loop:
     model = lora_model()
     return Loop(model, [adamw(model)], **options)
+
+
+def dora() -> Loop:
+    model = add_lora(tiny_model(**SMALL), use_dora=True).train()
+    return Loop(model, [adamw(model)])
 
 
 def lora_sgd() -> Loop:
@@ -107,6 +119,42 @@ def dynamic_rope() -> Loop:
     return Loop(model, [adamw(model)], step=step, fixed=False)
 
 
+def experts() -> Any:
+    """A mixture of experts whose kernel has no forward mode."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    shape = {k: v for k, v in tiny_config(**SMALL).to_dict().items() if k in SHARED_SHAPE}
+    routed = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 4}
+    with quiet_libraries(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **routed))
+        for p in model.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+    model.set_experts_implementation("grouped_mm")
+    return model
+
+
+def full_experts() -> Loop:
+    model = experts().train()
+    return Loop(model, [adamw(model, lr=1e-3)])
+
+
+def adapted_experts() -> Loop:
+    """LoRA on the stacked weights of the experts, which are no modules of their own."""
+    model = add_lora(
+        experts(),
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        lora_dropout=0.0,
+    ).train()
+    return Loop(model, [adamw(model, lr=1e-3)])
+
+
+def padded_by_eos() -> Loop:
+    model = full_model(pad_token_id=1)
+    return Loop(model, [adamw(model)])
+
+
 COMPILED: list[Any] = []
 
 
@@ -153,6 +201,10 @@ LOOPS: dict[str, tuple[Any, dict[str, Any]]] = {
     "accumulation": (lambda: lora_adamw(step=accumulating_step), {}),
     "4 bits": (four_bit, {}),
     "dynamic rope": (dynamic_rope, {}),
+    "experts": (full_experts, {}),
+    "adapted experts": (adapted_experts, {}),
+    "DoRA": (dora, {}),
+    "padded by EOS": (padded_by_eos, {}),
     "compiled in place": (lambda: compiled("in place"), {}),
     "compiled in part": (lambda: compiled("part"), {}),
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -13,6 +14,7 @@ from trl import GRPOConfig
 from probe.estimators.losses import (
     LOSS_OPTIONS,
     Loss,
+    LossInputs,
     LossSettings,
     loss_weights,
     needs_scores,
@@ -36,8 +38,17 @@ def batch(B=5, T=7, seed=0):
     return mask, l, old, ref, h.abs(), A
 
 
-def written_out(s: LossSettings, mask, l, old, ref, h, A, cut):
-    """The loss with loops over responses and tokens."""
+def written_out(s: LossSettings, mask, l, old, ref, h, A, cut, sampling, tokens=None, parts=1):
+    """The loss with loops over responses and tokens; `tokens` in all of the update, of which this is one of `parts`."""
+    if s.per_device_train_batch_size is not None:
+        size, one = s.per_device_train_batch_size, replace(s, per_device_train_batch_size=None)
+        rows = [slice(i, i + size) for i in range(0, len(mask), size)]
+        left_out = [s.mask_truncated_completions and bool(c) for c in cut]
+        tokens = sum(0 if out else int(m.sum()) for m, out in zip(mask, left_out, strict=True))
+        split = [
+            [None if x is None else x[r] for x in (mask, l, old, ref, h, A, cut, sampling)] for r in rows
+        ]
+        return sum(written_out(one, *part, tokens, len(rows)) for part in split)
     B, limit = len(mask), s.max_new_tokens
     kept = [
         [] if s.mask_truncated_completions and cut[i] else list(range(int(mask[i].sum()))) for i in range(B)
@@ -50,7 +61,28 @@ def written_out(s: LossSettings, mask, l, old, ref, h, A, cut):
     acting = []
     for i in range(B):
         n, a = len(kept[i]), A[i]
-        logs = [l[i, t] - (l[i, t].detach() if old is None else old[i, t]) for t in kept[i]]
+        before = [l[i, t].detach() if old is None else old[i, t] for t in kept[i]]
+        logs = [l[i, t] - before[t] for t in kept[i]]
+        ahead = [0.0 if sampling is None else float(before[t] - sampling[i, t]) for t in kept[i]]
+        ahead = [0.0 if math.isnan(x) or not s.vllm_importance_sampling_correction else x for x in ahead]
+        level, _, how = s.vllm_importance_sampling_mode.partition("_")
+        low = (
+            -math.inf if s.vllm_importance_sampling_clip_min is None else s.vllm_importance_sampling_clip_min
+        )
+        high = (
+            math.inf if s.vllm_importance_sampling_clip_max is None else s.vllm_importance_sampling_clip_max
+        )
+        corrections = [math.exp(sum(ahead) if level == "sequence" else x) for x in ahead]
+        if how == "truncate":
+            corrections = [min(max(x, low), high) for x in corrections]
+        else:
+            corrections = [x if low <= x <= high else 0.0 for x in corrections]
+        if sampling is None or not s.vllm_importance_sampling_correction:
+            corrections = [1.0] * n
+        sampled = before if sampling is None else sampling[i]
+        drift = [float(sampled[t]) - l[i, t].item() for t in kept[i]]
+        drift = sum(0.0 if math.isnan(x) else x for x in drift) / max(n, 1)
+        dropped = s.off_policy_mask_threshold is not None and a < 0 and drift > s.off_policy_mask_threshold
         for t in kept[i]:
             r = (sum(logs) / n if s.importance_sampling_level == "sequence" else logs[t]).exp()
             if s.loss == "cispo":
@@ -59,7 +91,10 @@ def written_out(s: LossSettings, mask, l, old, ref, h, A, cut):
                 T = s.sapo_temperature_pos if a > 0 else s.sapo_temperature_neg
                 term = -4 / T / (1 + (-T * (r - 1)).exp()) * a
             elif s.loss == "vespo":
-                w = math.exp(sum(logs).item())
+                whole = sum(logs).item()
+                of = corrections[:1] if level == "sequence" else corrections
+                whole += sum(max(math.log(x), math.log(1e-8)) if x else math.log(1e-8) for x in of)
+                w = math.exp(max(whole, math.log(1e-8)))
                 k, lam = (
                     (s.vespo_k_pos, s.vespo_lambda_pos) if a >= 0 else (s.vespo_k_neg, s.vespo_lambda_neg)
                 )
@@ -69,6 +104,10 @@ def written_out(s: LossSettings, mask, l, old, ref, h, A, cut):
                 clipped = torch.minimum(r, torch.tensor(1 + s.clip_high, dtype=r.dtype))
                 clipped = torch.maximum(clipped, torch.tensor(1 - s.clip_low, dtype=r.dtype))
                 term = -torch.minimum(upper * a, clipped * a)
+            if s.loss != "vespo":
+                term = corrections[t] * term
+            if dropped:
+                term = 0.0 * term
             if h[i, t] >= threshold:
                 acting.append(h[i, t])
             else:
@@ -85,9 +124,11 @@ def written_out(s: LossSettings, mask, l, old, ref, h, A, cut):
         loss = sum(sums) / (B * limit)
     elif s.loss in ("reinforce", "luspo"):
         loss = sum(sums) / B
+    elif s.loss == "bnpo" or tokens is None:
+        loss = sum(sums) / max(sum(len(x) for x in terms), 1)
     else:
-        loss = sum(sums) / sum(len(x) for x in terms)
-    return loss - s.entropy_coef * sum(acting) / len(acting)
+        loss = sum(sums) * parts / tokens
+    return (loss - s.entropy_coef * sum(acting) / max(len(acting), 1)) / parts
 
 
 OPTIONS = {
@@ -97,25 +138,56 @@ OPTIONS = {
     "sequence ratios": {"importance_sampling_level": "sequence", "kl_coef": 0.3},
     "two-sided": {"delta": 1.4},
     "cut-off left out": {"mask_truncated_completions": True, "entropy_coef": 0.2},
+    "sampler, responses left out": {"vllm_importance_sampling_clip_max": 1.2, "kl_coef": 0.1},
+    "sampler, responses clamped": {
+        "vllm_importance_sampling_mode": "sequence_truncate",
+        "vllm_importance_sampling_clip_min": 0.8,
+        "vllm_importance_sampling_clip_max": 1.2,
+    },
+    "sampler, tokens left out": {
+        "vllm_importance_sampling_mode": "token_mask",
+        "vllm_importance_sampling_clip_min": 0.9,
+    },
+    "sampler, tokens clamped": {
+        "vllm_importance_sampling_mode": "token_truncate",
+        "vllm_importance_sampling_clip_max": None,
+    },
+    "sampler, not corrected": {
+        "vllm_importance_sampling_correction": False,
+        "off_policy_mask_threshold": 0.0,
+    },
+    "off-policy responses left out": {"off_policy_mask_threshold": 0.05, "kl_coef": 0.1},
+    "microbatches": {"per_device_train_batch_size": 2, "entropy_coef": 0.2, "top_entropy_quantile": 0.6},
+    "microbatches, cut-off left out": {
+        "per_device_train_batch_size": 2,
+        "mask_truncated_completions": True,
+        "entropy_coef": 0.2,
+    },
     "high entropy": {"top_entropy_quantile": 0.4, "entropy_coef": 0.2, "kl_coef": 0.1},
 }
 
 
+@pytest.mark.parametrize("with_sampler", [False, True])
 @pytest.mark.parametrize("with_old", [False, True])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("name", LOSSES)
-def test_weights_are_the_gradient_of_the_loss(name, options, with_old):
+def test_weights_are_the_gradient_of_the_loss(name, options, with_old, with_sampler):
     mask, l, old, ref, h, A = batch()
+    sampling = None
+    if with_sampler:
+        sampling = l - 0.3 * torch.randn(l.shape, generator=torch.Generator().manual_seed(1)).double()
+        sampling[0, 3] = math.nan
     old, cut = old if with_old else None, torch.tensor([False, True, False, True, False])
     settings = LossSettings(loss=name, max_new_tokens=LIMIT, clip_low=0.2, clip_high=0.3, **options)
     l.requires_grad_(), h.requires_grad_()
-    value = written_out(settings, mask, l, old, ref, h, A, cut)
+    value = written_out(settings, mask, l, old, ref, h, A, cut, sampling)
     of_l, of_h = torch.autograd.grad(value, [l, h], allow_unused=True)
     of_h = torch.zeros_like(h) if of_h is None else of_h
-    found = loss_weights(settings, mask, A, l, h, cut, old, ref)
+    inputs = LossInputs(mask, A, l.detach(), h.detach(), cut, old, ref, sampling)
+    found = loss_weights(settings, inputs)
     for weights, expected in zip(found, (of_l, of_h), strict=True):
         torch.testing.assert_close(weights, torch.where(mask, expected, 0.0), rtol=1e-12, atol=1e-15)
-    loss = policy_loss(settings, mask, A, l.detach(), h.detach(), cut, old, ref)
+    loss = policy_loss(settings, inputs)
     torch.testing.assert_close(loss, value.detach(), rtol=1e-12, atol=1e-15)
 
 
@@ -123,15 +195,19 @@ def test_weights_are_the_gradient_of_the_loss(name, options, with_old):
 def test_weights_that_need_no_scores_are_those_at_any_scores(name):
     mask, l, old, _, h, A = batch()
     settings = LossSettings(loss=name, entropy_coef=0.1)
-    assert not needs_scores(settings, None)
+    on_policy = SimpleNamespace(old_logprobs=None, sampling_logprobs=None)
+    assert not needs_scores(settings, on_policy)
     zeros = torch.zeros(mask.shape, dtype=torch.float64)
     for found, expected in zip(
-        loss_weights(settings, mask, A, zeros, zeros), loss_weights(settings, mask, A, l, h), strict=True
+        loss_weights(settings, LossInputs(mask, A, zeros, zeros)),
+        loss_weights(settings, LossInputs(mask, A, l, h)),
+        strict=True,
     ):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
-    assert needs_scores(settings, old)
-    assert needs_scores(LossSettings(kl_coef=0.1), None)
-    assert needs_scores(LossSettings(top_entropy_quantile=0.5), None)
+    assert needs_scores(settings, SimpleNamespace(old_logprobs=old, sampling_logprobs=None))
+    assert needs_scores(settings, SimpleNamespace(old_logprobs=None, sampling_logprobs=old))
+    assert needs_scores(LossSettings(kl_coef=0.1), on_policy)
+    assert needs_scores(LossSettings(top_entropy_quantile=0.5), on_policy)
 
 
 def test_on_policy_kl_weight_is_that_of_the_divergence():
@@ -140,11 +216,7 @@ def test_on_policy_kl_weight_is_that_of_the_divergence():
     weights = {
         corrected: loss_weights(
             LossSettings("reinforce", kl_coef=1.0, use_bias_correction_kl=corrected),
-            mask,
-            0 * A,
-            l,
-            h,
-            ref_logprob=ref,
+            LossInputs(mask, 0 * A, l, h, ref_logprob=ref),
         )[0]
         for corrected in (True, False)
     }
@@ -155,7 +227,8 @@ def test_on_policy_kl_weight_is_that_of_the_divergence():
 def test_options_have_trls_names_and_defaults():
     theirs = {f.name: f.default for f in fields(GRPOConfig)}
     own = {f.name: f.default for f in fields(LossSettings)}
-    assert {name: own[name] for name in LOSS_OPTIONS} == {name: theirs[name] for name in LOSS_OPTIONS}
+    same = [name for name in LOSS_OPTIONS if name != "per_device_train_batch_size"]  # whose None is all of U
+    assert {name: own[name] for name in same} == {name: theirs[name] for name in same}
     assert (own["loss"], own["clip_low"], own["kl_coef"]) == (
         theirs["loss_type"],
         theirs["epsilon"],
@@ -165,11 +238,16 @@ def test_options_have_trls_names_and_defaults():
 
 def test_refusals():
     mask, l, _, _, h, A = batch()
+    inputs = LossInputs(mask, A, l, h)
     with pytest.raises(ValueError, match="expected one of grpo"):
         token_normaliser("ppo", mask, 5)
     with pytest.raises(ValueError, match="reference log-probs"):
-        loss_weights(LossSettings(kl_coef=0.1), mask, A, l, h)
+        loss_weights(LossSettings(kl_coef=0.1), inputs)
     with pytest.raises(ValueError, match="which responses were truncated"):
-        loss_weights(LossSettings(mask_truncated_completions=True), mask, A, l, h)
+        loss_weights(LossSettings(mask_truncated_completions=True), inputs)
     with pytest.raises(ValueError, match="expected token or sequence"):
-        loss_weights(LossSettings(importance_sampling_level="word"), mask, A, l, h)
+        loss_weights(LossSettings(importance_sampling_level="word"), inputs)
+    with pytest.raises(ValueError, match="expected one of token_truncate"):
+        loss_weights(
+            LossSettings(vllm_importance_sampling_mode="tokens"), replace(inputs, sampling_logprob=l)
+        )

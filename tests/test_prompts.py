@@ -12,7 +12,7 @@ from probe.config import BatchConfig
 from probe.data import prompts as prompts_module
 from probe.data.arithmetic import PROMPT_TEMPLATE, arithmetic_rows
 from probe.data.prompts import R1_TEMPLATE, check_messages, default_reward, load_prompts
-from probe.data.rewards import resolve_reward
+from probe.data.rewards import resolve_rewards
 from probe.errors import DataError
 from tests.helpers import char_tokenizer
 
@@ -54,10 +54,16 @@ def test_r1_template_and_its_rewards_fit_together(tokenizer, gsm8k_file):
     assert example.text == R1_TEMPLATE.replace("{prompt}", "What is 1,000 + 200?")
     for tag in ("<think>", "</think>", "<answer>", "</answer>"):
         assert tag in example.text
-    reward = resolve_reward(default_reward(config))
+    parts = resolve_rewards(default_reward(config))
     completions = ["<think>7</think>\n<answer>1200</answer>", "1200", "<think>1200</think><answer>7</answer>"]
-    rewards = reward(prompts=[example.text] * 3, completions=completions, answer=[example.row["answer"]] * 3)
-    assert rewards == [2.0, 1.0, 1.0]
+    columns = {"prompts": [example.text] * 3, "answer": [example.row["answer"]] * 3}
+    assert [
+        sum(x) for x in zip(*(part(completions=completions, **columns) for part in parts), strict=True)
+    ] == [
+        2.0,
+        1.0,
+        1.0,
+    ]
 
 
 def test_arithmetic_is_built_in(tokenizer):

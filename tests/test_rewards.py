@@ -13,7 +13,7 @@ from probe.data.rewards import (
     compute_rewards,
     exact_number,
     gsm8k,
-    resolve_reward,
+    resolve_rewards,
     tag_format,
 )
 from probe.errors import DataError
@@ -125,9 +125,9 @@ def test_compute_rewards_calls_once_with_every_column_and_the_token_ids():
         return [x / 3 for x in level]
 
     rows = [{"level": 1, "prompt": "raw", "completion": "x"}, {"level": 2}]
-    rewards = compute_rewards(reward, make_batch(["a", "b"], rows))
+    rewards = compute_rewards([reward], make_batch(["a", "b"], rows))
     assert rewards.dtype == torch.float64
-    assert rewards.tolist() == [1 / 3, 2 / 3]
+    assert rewards.tolist() == [[1 / 3], [2 / 3]]
     assert seen == [(["question 0", "question 1"], ["a", "b"], [[0], [2, 3]], [1, 2], None)]
 
 
@@ -138,7 +138,7 @@ def test_message_prompts_are_passed_as_trl_passes_them():
         assert prompts == [messages]
         return [float(completions[0][0]["content"] == "4")]
 
-    assert compute_rewards(reward, make_batch(["4"], [{"prompt": messages}])).tolist() == [1.0]
+    assert compute_rewards([reward], make_batch(["4"], [{"prompt": messages}])).tolist() == [[1.0]]
 
 
 def test_functions_without_kwargs_get_what_they_accept():
@@ -187,7 +187,6 @@ def test_a_tensor_of_rewards_is_taken():
         ([math.nan], "expected a finite number, found nan"),
         ([-math.inf], "expected a finite number, found -inf"),
         ([torch.tensor(math.nan)], "expected a finite number, found nan"),
-        ([None], r"expected a number, found None \(the reward does not apply\)"),
         ([], "expected 1 numbers, found 0"),
         ([1.0, 2.0, 3.0], "expected 1 numbers, found 3"),
         (["1"], "expected a number or None, found '1' of type str"),
@@ -203,7 +202,7 @@ def test_a_bad_return_value_names_the_sample(returned, message):
     long_prompt = "p" * 70
     batch = make_batch(["good", "bad"], prompts=["x", long_prompt])
     with pytest.raises(DataError, match=rf"^sample 1 \(prompt '{'p' * 60}'\): reward mine:? {message}"):
-        compute_rewards(mine, batch)
+        compute_rewards([mine], batch)
 
 
 def test_rewards_may_compare_responses():
@@ -212,9 +211,9 @@ def test_rewards_may_compare_responses():
     def rank(prompts, completions, **columns):
         return [float(sorted(completions).index(text)) for text in completions]
 
-    assert compute_rewards(rank, make_batch(["b", "a"], prompts=["x", "x"])).tolist() == [1.0, 0.0]
+    assert compute_rewards([rank], make_batch(["b", "a"], prompts=["x", "x"])).tolist() == [[1.0], [0.0]]
     with pytest.raises(DataError, match=r"expected 2 numbers, found 1 \(called with all 2 responses"):
-        compute_rewards(lambda prompts, completions: [1.0], make_batch(["b", "a"], prompts=["x", "x"]))
+        compute_rewards([lambda prompts, completions: [1.0]], make_batch(["b", "a"], prompts=["x", "x"]))
 
 
 def test_an_exception_in_a_reward_names_the_sample_and_keeps_the_cause():
@@ -224,7 +223,7 @@ def test_an_exception_in_a_reward_names_the_sample_and_keeps_the_cause():
     with pytest.raises(
         DataError, match=r"^sample 0 .*mine failed with TypeError.*'solution'.*columns.* level"
     ) as info:
-        compute_rewards(mine, make_batch(["a"], [{"level": 1}]))
+        compute_rewards([mine], make_batch(["a"], [{"level": 1}]))
     assert isinstance(info.value.__cause__.__cause__, TypeError)
 
 
@@ -237,22 +236,25 @@ def test_coroutines_are_refused():
 
 
 def test_resolve_registered_names():
-    assert {name: resolve_reward(name) for name in REWARDS} == REWARDS
+    assert {name: resolve_rewards(name) for name in REWARDS} == {k: (f,) for k, f in REWARDS.items()}
 
 
-def test_a_list_is_summed_and_parts_that_do_not_apply_are_left_out(tmp_path, monkeypatch):
+def test_rewards_that_do_not_apply_are_nan(tmp_path, monkeypatch):
     (tmp_path / "partial_rewards_mod.py").write_text(
         "def odd(prompts, completions, **columns):\n"
         "    return [None if len(c) % 2 == 0 else 0.5 for c in completions]\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "partial_rewards_mod", raising=False)
-    total = resolve_reward(["partial_rewards_mod:odd", "exact_number"])
-    assert total(prompts=["?"] * 2, completions=["7", "17"], answer=[7, 17]) == [1.5, 1.0]
-    alone = resolve_reward(["partial_rewards_mod:odd"])
-    assert alone(prompts=["?"] * 2, completions=["7", "17"]) == [0.5, None]
-    with pytest.raises(DataError, match=r"sample 0 .* reward odd: expected a number, found None"):
-        compute_rewards(alone, make_batch(["17"]))
+    both = resolve_rewards(["partial_rewards_mod:odd", "exact_number"])
+    found = compute_rewards(both, make_batch(["7", "17"], [{"answer": 7}, {"answer": 17}]))
+    assert found[:, 1].tolist() == [1.0, 1.0]
+    assert found[0, 0] == 0.5
+    assert math.isnan(found[1, 0])
+    with pytest.raises(
+        DataError, match=r"reward odd: expected a number for some response at least, found None"
+    ):
+        compute_rewards(both[:1], make_batch(["17"]))
     monkeypatch.delitem(sys.modules, "partial_rewards_mod")
 
 
@@ -263,12 +265,12 @@ def test_importing_leaves_the_path_as_it_was(tmp_path, monkeypatch):
     (tmp_path / "broken_rewards_mod.py").write_text("1 / 0\n")
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
-    assert resolve_reward("path_rewards_mod:f")(prompts=["p"], completions=["c"]) == [1.0]
+    assert resolve_rewards("path_rewards_mod:f")[0](prompts=["p"], completions=["c"]) == [1.0]
     assert sys.path == before
     with pytest.raises(
         DataError, match="importing module 'broken_rewards_mod' failed with ZeroDivisionError"
     ):
-        resolve_reward("broken_rewards_mod:f")
+        resolve_rewards("broken_rewards_mod:f")
     assert sys.path == before
     del sys.modules["path_rewards_mod"]
 
@@ -279,7 +281,7 @@ def test_a_module_that_changes_the_path_itself(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert callable(resolve_reward("unpath_rewards_mod:f"))
+    assert callable(resolve_rewards("unpath_rewards_mod:f")[0])
     del sys.modules["unpath_rewards_mod"]
 
 
@@ -287,26 +289,26 @@ def test_unknown_name():
     with pytest.raises(
         DataError, match=r"expected one of exact_number, gsm8k, tag_format, or module:function"
     ):
-        resolve_reward("accuracy")
+        resolve_rewards("accuracy")
     with pytest.raises(DataError, match=r"found 'exact_numbr' \(nearest: exact_number\)"):
-        resolve_reward(["gsm8k", "exact_numbr"])
+        resolve_rewards(["gsm8k", "exact_numbr"])
 
 
 def test_empty_list():
     with pytest.raises(DataError, match="expected at least one reward, found an empty list"):
-        resolve_reward([])
+        resolve_rewards([])
 
 
 @pytest.mark.parametrize("spec", ["a:b:c", ":f", "module:", "os; import sys:f", "a/b.py:f"])
 def test_malformed_spec(spec):
     with pytest.raises(DataError, match="expected module:function"):
-        resolve_reward(spec)
+        resolve_rewards(spec)
 
 
 @pytest.mark.parametrize("spec", ["no_such_module_xyz:f", "json.no_such:f"])
 def test_missing_module(spec):
     with pytest.raises(DataError, match=r"was not found; start in the folder that holds it, .*PYTHONPATH"):
-        resolve_reward(spec)
+        resolve_rewards(spec)
 
 
 def test_module_whose_own_import_is_missing(tmp_path, monkeypatch):
@@ -315,22 +317,22 @@ def test_module_whose_own_import_is_missing(tmp_path, monkeypatch):
     with pytest.raises(
         DataError, match=r"needs a package that is missing: No module named 'no_such_package_xyz'"
     ):
-        resolve_reward("needy_rewards_mod:f")
+        resolve_rewards("needy_rewards_mod:f")
 
 
 def test_missing_function_names_the_nearest():
     with pytest.raises(DataError, match=r"has no function 'gsm8' \(nearest: gsm8k\)"):
-        resolve_reward("probe.data.rewards:gsm8")
+        resolve_rewards("probe.data.rewards:gsm8")
 
 
 def test_not_a_function():
     with pytest.raises(DataError, match=r"expected probe.data.rewards:REWARDS to be a function, found dict"):
-        resolve_reward("probe.data.rewards:REWARDS")
+        resolve_rewards("probe.data.rewards:REWARDS")
 
 
 def test_trl_reward_functions_work_as_they_are():
     pytest.importorskip("trl")
-    reward = resolve_reward("trl.rewards:think_format_reward")
+    rewards = resolve_rewards("trl.rewards:think_format_reward")
     messages = [{"role": "user", "content": "2+2?"}]
     batch = make_batch(["<think>a</think>4", "4"], [{"prompt": messages}] * 2)
-    assert compute_rewards(reward, batch).tolist() == [1.0, 0.0]
+    assert compute_rewards(rewards, batch).tolist() == [[1.0], [0.0]]

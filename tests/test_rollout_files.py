@@ -632,3 +632,27 @@ def test_the_rows_are_those_of_the_update_after_the_checkpoint(tmp_path):
     assert len(update(several, 61)) == len(trl_rows())
     plain = [{"prompt": "a", "completion": "b", "reward": 1.0}]
     assert len(update(write(tmp_path / "own.jsonl", plain), 61)) == 1
+
+
+def test_log_probs_of_the_engine_that_sampled(tmp_path):
+    """Null where it gave none; written and read back alike."""
+    rows = [
+        {
+            "prompt": "a",
+            "completion": "bc",
+            "completion_ids": [20, 21, EOS],
+            "sampling_logprobs": [-0.5, None, -2.0],
+        },
+        {"prompt": "a", "completion": "b", "completion_ids": [EOS], "sampling_logprobs": [-0.125]},
+    ]
+    batch = read(write(tmp_path / "a.jsonl", rows))
+    assert batch.sampling_logprobs[1].tolist() == [-0.125, 0.0, 0.0]
+    assert torch.isnan(batch.sampling_logprobs).tolist() == [[False, True, False], [False] * 3]
+    for ending in ("jsonl", "parquet"):
+        again = read(str(write_rollouts(tmp_path / f"b.{ending}", batch)))
+        torch.testing.assert_close(again.sampling_logprobs, batch.sampling_logprobs, equal_nan=True)
+    rows[1]["sampling_logprobs"] = [0.5]
+    with pytest.raises(
+        DataError, match=r"expected sampling_logprobs to be finite and not above 0, found 0\.5"
+    ):
+        read(write(tmp_path / "c.jsonl", rows))

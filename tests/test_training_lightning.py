@@ -385,6 +385,36 @@ def test_strict_raises_and_leaves_no_hooks(tmp_path, monkeypatch):
     assert hooks(trainer) == 0
 
 
+class BrokenLogger(CSVLogger):
+    """Cannot write from the second entry of the probe on; the training's own it can."""
+
+    calls = 0
+
+    def log_metrics(self, metrics, step=None):
+        if any(name.startswith("entropy_probe/") for name in metrics):
+            self.calls += 1
+            if self.calls > 1:
+                raise OSError(28, "No space left on device")
+        super().log_metrics(metrics, step)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_logger_that_fails_is_left_alone(tmp_path, caplog, strict):
+    broken, sound = BrokenLogger(tmp_path, "broken"), CSVLogger(tmp_path, "sound")
+    module, callback = LanguageModel(), EntropyProbeCallback(**PROBE, strict=strict)
+    trainer = make_trainer(tmp_path, callback, logger=[broken, sound])
+    if strict:
+        with pytest.raises(OSError, match="No space left"):
+            trainer.fit(module, loader())
+        return
+    trainer.fit(module, loader())
+    assert len(callback.watch.history) > 2
+    assert broken.calls == 2
+    rows = pd.read_csv(Path(sound.log_dir) / "metrics.csv")
+    assert rows["entropy_probe/H_orig_tok"].notna().sum() == len(callback.watch.history)
+    assert caplog.text.count("BrokenLogger failed and gets nothing from the probe any more") == 1
+
+
 def test_an_exception_in_training_leaves_no_hooks(tmp_path):
     class Broken(LanguageModel):
         def training_step(self, batch, index):

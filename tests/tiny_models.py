@@ -17,6 +17,20 @@ from tests.helpers import char_tokenizer
 VOCABULARY = 104
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
+SHARED_SHAPE = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
+"""What configurations of other architectures have in common with `tiny_config`."""
+
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 
 

@@ -41,9 +41,10 @@ class RolloutBatch:
             padding and forced tokens excluded). Each row is a run of true followed by false.
         truncated: `(B,)` bool, true where the cap on tokens ended the response.
         group: `(B,)` int64, equal for responses of the same draw of a prompt (a GRPO group).
-        rewards: `(B,)` float64, or None.
+        rewards: `(B,)` float64, NaN where no reward applies, or None.
         advantages: `(B,)` float64, or None.
         old_logprobs: `(B, T)` float64 log-probs under the policy that sampled, for the PPO ratio, or None.
+        sampling_logprobs: `(B, T)` float64, those that the engine which sampled gave, NaN where it gave none, or None.
         rows: the data-set rows the prompts came from, length `B` (empty mappings where unknown).
         source: `sampled`, or the path of the file.
         bias_flags: reasons why numbers from this batch are biased (`truncated_support`, `retokenized`, ...).
@@ -59,6 +60,7 @@ class RolloutBatch:
     rewards: Tensor | None = None
     advantages: Tensor | None = None
     old_logprobs: Tensor | None = None
+    sampling_logprobs: Tensor | None = None
     rows: tuple[Mapping[str, Any], ...] = ()
     source: str = "sampled"
     bias_flags: tuple[str, ...] = field(default=())
@@ -110,6 +112,7 @@ class RolloutBatch:
                 "rewards",
                 "advantages",
                 "old_logprobs",
+                "sampling_logprobs",
             )
         }
         for name in ("prompts", "completions", "prompt_ids"):

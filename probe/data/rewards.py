@@ -6,7 +6,6 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
 from numbers import Real
@@ -37,80 +36,58 @@ _TAG = re.compile(r"</?(?:think|answer)>")
 _PROMPT_HEAD = 60
 
 
-def compute_rewards(reward: RewardFunction, batch: RolloutBatch) -> Tensor:
-    """Rewards of a batch, `(B,)` float64, in the reward's own units.
+def compute_rewards(rewards: Sequence[RewardFunction], batch: RolloutBatch) -> Tensor:
+    """What `K` reward functions give a batch, `(B, K)` float64, in their own units; NaN where one does not apply.
 
-    The function is called once with the whole batch, as TRL does, so that rewards which compare responses work. It
+    Each function is called once with the whole batch, as TRL does, so that rewards which compare responses work. It
     gets `prompts`, `completions`, `completion_ids` and every column of `batch.rows`, each as a list of `B`. Where a
     row's column `prompt` holds a list of messages, prompt and completion are passed as messages. Where the call fails,
     responses are tried one at a time to name the one it is about.
 
     Args:
-        reward: a function with TRL's signature, see `RewardFunction`.
+        rewards: functions with TRL's signature, see `RewardFunction`.
         batch: the responses.
 
     Raises:
-        DataError: the function fails, or returns anything but one finite number for each response; the message
-            names the sample where it is one.
+        DataError: a function fails, or returns anything but one finite number or None for each response; the message
+            names the sample where it is one. Or none applies to any response.
     """
     samples = [_sample(batch, index) for index in range(len(batch))]
-    try:
-        values = _call_with(reward, samples)
-    except DataError as error:
-        raise _located(reward, samples, batch, error) from error
-    for index, value in enumerate(values):
-        if value is None:
-            raise DataError(
-                f"{_where(batch, index)}: reward {_name_of(reward)}: expected a number, found None (the reward does "
-                "not apply); leave such prompts out, or add a reward that applies to all"
-            )
-    return torch.tensor(values, dtype=torch.float64)
+    columns = []
+    for reward in rewards:
+        try:
+            values = _call_with(reward, samples)
+        except DataError as error:
+            raise _located(reward, samples, batch, error) from error
+        columns.append([math.nan if value is None else value for value in values])
+    found = torch.tensor(columns, dtype=torch.float64).T
+    if bool(found.isnan().all()):
+        names = ", ".join(_name_of(reward) for reward in rewards)
+        raise DataError(
+            f"reward {names}: expected a number for some response at least, found None for all {len(batch)} (the "
+            "reward does not apply); add a reward that applies to these prompts"
+        )
+    return found
 
 
-def resolve_reward(spec: str | Sequence[str]) -> RewardFunction:
-    """The reward function that a configuration names.
+def resolve_rewards(spec: str | Sequence[str]) -> tuple[RewardFunction, ...]:
+    """The reward functions that a configuration names.
 
     Args:
         spec: a registered name (`exact_number`, `gsm8k`, `tag_format`), `module:function` as in an import
-            statement (the current directory counts, as with `python -m`), or a list of these, which is
-            summed.
-
-    Returns:
-        The function; for a list, one that adds up those of its parts that apply.
+            statement (the current directory counts, as with `python -m`), or a list of these.
 
     Raises:
-        DataError: the name is not registered, or the module or the function cannot be found.
+        DataError: a name is not registered, a module or a function cannot be found, or the list is empty.
 
-    >>> resolve_reward(["exact_number", "tag_format"])(
-    ...     prompts=["2 + 2?"], completions=["<think>Easy.</think><answer>4</answer>"], answer=["4"])
-    [2.0]
+    >>> [reward.__name__ for reward in resolve_rewards(["exact_number", "tag_format"])]
+    ['exact_number', 'tag_format']
     """
     if isinstance(spec, str):
-        return _resolve_name(spec)
+        return (_resolve_name(spec),)
     if not spec:
         raise DataError("batch_config.reward: expected at least one reward, found an empty list")
-    return SummedReward(tuple(_resolve_name(name) for name in spec))
-
-
-@dataclass(frozen=True)
-class SummedReward:
-    """The sum of several rewards, each with weight 1 as TRL's default; a part that returns None is left out.
-
-    Attributes:
-        parts: the rewards that are added up.
-    """
-
-    parts: tuple[RewardFunction, ...]
-
-    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
-        """The sum for each completion, None where no part applies.
-
-        Raises:
-            DataError: a part fails, or does not return a number or None for each completion.
-        """
-        rewards = [call_reward(part, prompts, completions, columns) for part in self.parts]
-        applying = [[value for value in values if value is not None] for values in zip(*rewards, strict=True)]
-        return [math.fsum(values) if values else None for values in applying]
+    return tuple(_resolve_name(name) for name in spec)
 
 
 def call_reward(
@@ -296,8 +273,6 @@ def _to_number(value: Any, name: str) -> float | None:
 
 def _name_of(reward: RewardFunction) -> str:
     """A name for messages."""
-    if isinstance(reward, SummedReward):
-        return " + ".join(_name_of(part) for part in reward.parts)
     return getattr(reward, "__name__", type(reward).__name__)
 
 

@@ -87,7 +87,7 @@ def train_grpo(
         prompts = [example for i in chosen for example in [_example(rows[i], i)] * recipe.group_size]
         group = torch.arange(count).repeat_interleave(recipe.group_size)
         batch, _ = _sample(policy, tokenizer, prompts, recipe, _stream(seed, step), group)
-        rewards = compute_rewards(exact_number, batch)
+        rewards = compute_rewards([exact_number], batch)[:, 0]
         batch = replace(batch, rewards=rewards, advantages=group_advantages(rewards, group, "grpo"))
         gradient = loss_gradient(policy, batch, LossSettings("grpo")).gradient
         for name, parameter in parameters.items():
@@ -108,7 +108,7 @@ def measure(
     batch, sampled = _sample(_policy(model, recipe), tokenizer, prompts, recipe, _stream(seed, -1))
     entropy, lengths = sampled.entropy.sum(dim=1), batch.lengths.double()
     return DemoStatistics(
-        accuracy=float(compute_rewards(exact_number, batch).mean()),
+        accuracy=float(compute_rewards([exact_number], batch).mean()),
         entropy_per_response=float(entropy.mean()),
         entropy_sd=float(entropy.std()),
         entropy_per_token=float(entropy.sum() / lengths.sum()),

@@ -5,6 +5,10 @@ under `no_grad`). A backward pass and a finite difference along its own directio
 parameters is not enough: where a layer passes only a part of the gradient on, what is left still agrees with itself,
 and the missing part is orthogonal to it. So the parameters are taken in blocks by depth, each along its own gradient;
 and those without any gradient are moved at random, which must change nothing.
+
+A layer that stops gradients on purpose (DoRA takes the norm of its weight as a constant) does so for backward and
+forward mode alike: both agree, and neither is the derivative of what a forward computes. Only forwards can tell. So
+the derivatives along the optimizer's step itself are compared with differences of forwards on every run (`step_check`).
 """
 
 from __future__ import annotations
@@ -20,9 +24,11 @@ from probe.data.batch import RolloutBatch
 from probe.errors import NumericalError
 from probe.estimators.prediction import norm
 from probe.estimators.weighting import still_to_come
+from probe.scoring.differentiable import whole_gradients
+from probe.scoring.microbatch import first_rows
 from probe.scoring.passes import Policy, score_tokens, token_gradients
-from probe.scoring.scores import TokenScores
-from probe.scoring.tangents import ForwardModeError, forward_tangents
+from probe.scoring.scores import TokenScores, TokenTangents
+from probe.scoring.tangents import DifferenceQuotients, ForwardModeError, forward_tangents
 
 BLOCKS = 4
 """Blocks by depth that the parameters are split into."""
@@ -35,6 +41,20 @@ FORWARD_TOLERANCE, HALF_FORWARD_TOLERANCE = 1e-3, 0.05
 """Largest relative difference of forward mode and backward, and the same where forwards run in half precision."""
 TOLERANCE, HALF_TOLERANCE = 0.05, 0.25
 """Largest relative error, and the same where forwards run in half precision and are noisy."""
+
+STEP_RESPONSES = 8
+"""Responses that derivatives along the step are compared on with differences of forwards."""
+STEP_SCALES = range(-5, 5)
+"""Their difference steps, as powers of 4 times the optimizer's step."""
+CONFIRMED = 0.02
+"""Relative difference from which on the comparison looks no further."""
+
+OWN_ERRORS = 3.0
+"""Differences contradict a derivative when it lies more than so many of their own errors away."""
+
+
+class DerivativeMismatchError(NumericalError):
+    """Backward is not the derivative of what a forward computes."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +85,8 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
         batch: a few sequences are enough; the cost is one gradient and about ten scorings of them.
 
     Raises:
-        NumericalError: they disagree, or the gradient is zero throughout.
+        DerivativeMismatchError: they disagree.
+        NumericalError: the gradient is zero throughout.
     """
     scores, weights, gradient = _own_gradient(policy, batch)
     terms = scores.entropy + weights * scores.logprob
@@ -89,7 +110,7 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
     for block in blocks:
         error = _block_error(objective, {n: gradient[n] for n in block}, parameters, tolerance, size)
         if not error <= tolerance:
-            raise NumericalError(
+            raise DerivativeMismatchError(
                 f"the derivative by backward and by finite differences disagree: relative error {error:.2g} in the "
                 f"block {block[0]} to {block[-1]} at the best of {len(CHANGES)} step sizes, at most {tolerance} "
                 f"expected; {REMEDY}"
@@ -136,6 +157,75 @@ def forward_mode_check(policy: Policy, batch: RolloutBatch) -> ForwardModeCheck:
     return ForwardModeCheck(True, f"forward mode agrees with backward to {difference:.1g}")
 
 
+@dataclass(frozen=True)
+class StepCheck:
+    """Derivatives per token along a step beside differences of forwards along it.
+
+    Attributes:
+        difference: `|T - D(c)| / |D(c)|`, Euclidean over the log-probs and entropies of some responses, at the scale
+            `c` of the step where it is smallest. NaN where no difference has finite scores.
+        error: the relative error that `D(c)` has by its own measure, `|D(c) - D(c/4)| / |D(c)|`, at most 1; 0 where
+            `difference` leaves no question.
+        scale: `c` as a power of 4.
+        tolerance: up to which the difference may be curvature and rounding.
+    """
+
+    difference: float
+    error: float
+    tolerance: float
+    scale: int = 0
+
+    @property
+    def contradicted(self) -> bool:
+        """Whether the differences know better: they lie further off than what they themselves may be wrong by."""
+        return self.difference > self.tolerance and self.difference > OWN_ERRORS * self.error
+
+
+def step_check(
+    policy: Policy, batch: RolloutBatch, step: Mapping[str, Tensor], tangents: TokenTangents, start: int = 0
+) -> StepCheck:
+    """Compare derivatives along a step with what forwards do along it.
+
+    The size of the difference step is searched for in powers of 4 until the two agree to 2 %, or are within the
+    tolerance and come no nearer: rounding wants a large one, curvature and routers of experts (which choose others, a
+    jump that is no part of the derivative) a small one. Mostly that is two scorings of a few responses.
+
+    Args:
+        policy: the policy, at the point of differentiation.
+        batch: the batch that was differentiated; its first responses are enough.
+        step: the direction.
+        tangents: of `batch`, by another way than differences.
+        start: the `scale` of an earlier check of such a step.
+    """
+    rows = first_rows(batch, STEP_RESPONSES)
+    expected, quotients = tangents.vector(rows), DifferenceQuotients(policy, batch.subset(rows), step)
+    tolerance = HALF_TOLERANCE if policy.half_precision else TOLERANCE
+    difference, best = math.nan, start
+    for k in sorted(STEP_SCALES, key=lambda k: (abs(k - start), k)):
+        found = quotients.at(k)
+        if found is None:
+            continue
+        size = float(found.norm()) or float(expected.norm())
+        off = float((expected - found).norm()) / size if size else 0.0
+        if difference <= min(off, tolerance):
+            break
+        if not difference <= off:
+            difference, best = off, k
+        if difference <= CONFIRMED:
+            break
+    error = min(quotients.error(best), 1.0) if difference > CONFIRMED else 0.0
+    return StepCheck(difference, error, tolerance, best)
+
+
+def stopped_gradients(checked: StepCheck) -> str:
+    """Why forwards are believed and not the derivatives that they contradict."""
+    return (
+        f"derivatives along the step differ by {100 * checked.difference:.2g} % from what forwards do, and forwards "
+        f"are known to {100 * checked.error:.2g} %: a layer takes a part of what it computes as a constant (as DoRA "
+        "does with its norm)"
+    )
+
+
 def _own_gradient(policy: Policy, batch: RolloutBatch) -> tuple[TokenScores, Tensor, dict[str, Tensor]]:
     """Scores, the weights `w` of the log-probs, and the gradient of `sum h + w l` by backward."""
     scores = score_tokens(policy, batch)
@@ -144,13 +234,15 @@ def _own_gradient(policy: Policy, batch: RolloutBatch) -> tuple[TokenScores, Ten
     def token_weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         return weights[i, t].unsqueeze(0), torch.ones_like(h).unsqueeze(0)
 
-    (gradient,), _ = token_gradients(policy, batch, token_weights, 1)
+    with whole_gradients(policy.model):
+        (gradient,), _ = token_gradients(policy, batch, token_weights, 1)
     return scores, weights, gradient
 
 
 REMEDY = (
     "some layer drops or distorts gradients (try checkpoint.attn_implementation: eager, or checkpoint.load_in_4bit: "
-    "false). probe_rework.derivative_check: false switches this check off"
+    "false). probe_rework.derivative_mode: finite_difference needs forwards only; derivative_check: false switches "
+    "this check off"
 )
 Objective = Callable[[Mapping[str, Tensor], float], float]
 
@@ -186,7 +278,7 @@ def _check_zeros(
     """Parameters with a gradient of exactly zero must not influence the objective (a LoRA's A while B is 0 does not).
 
     Raises:
-        NumericalError: they do.
+        DerivativeMismatchError: they do.
     """
     if not names:
         return
@@ -198,7 +290,7 @@ def _check_zeros(
         direction[name] = noise * (float(p.detach().double().norm()) or 1.0) / p.numel() ** 0.5
     moved = objective(direction, 0.1)
     if abs(moved - here) > 1e-6 * max(abs(here), 1.0):
-        raise NumericalError(
+        raise DerivativeMismatchError(
             f"expected parameters without a gradient to have no influence, found that moving {names[0]} "
             f"({len(names)} such in all) changes the entropy by {moved - here:.2g}; {REMEDY}"
         )

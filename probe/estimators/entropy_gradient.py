@@ -16,6 +16,7 @@ from torch import Tensor
 
 from probe.data.batch import RolloutBatch
 from probe.estimators.weighting import Baseline, ScoreWeights, Weighting, score_weights
+from probe.scoring.differentiable import whole_gradients
 from probe.scoring.passes import Policy, Progress, token_gradients
 from probe.scoring.scores import TokenScores
 
@@ -93,7 +94,8 @@ def entropy_gradient(
         of_entropy = torch.stack([torch.ones_like(h), torch.zeros_like(h), torch.zeros_like(h)])
         return w[i] * of_logprob, w[i] * of_entropy
 
-    (pathwise, score, length), _ = token_gradients(policy, batch, token_weights, 3, progress)
+    with whole_gradients(policy.model):
+        (pathwise, score, length), _ = token_gradients(policy, batch, token_weights, 3, progress)
     H_seq, mean_length = float((w * scores.sequence_entropy).sum()), float((w * scores.lengths).sum())
     return EntropyGradient(
         pathwise=pathwise,

@@ -35,6 +35,9 @@ class Prediction:
         mode: how deltaH1 was differentiated: `jvp`, `reverse` or `finite_difference`.
         reason: why that way.
         agreement: relative difference of deltaH1 by two ways (backward, and derivatives per token); None with one way.
+        step_difference: relative difference of the derivatives per token and differences of forwards along the step, on
+            a few responses, see `StepCheck`; None where forwards are the only way.
+        step_difference_error: what these differences may themselves be wrong by.
         difference_scale: of central differences, in units of the step; None without.
         difference_error: estimated relative error of the token derivatives, see `choose_scale`; None without.
         control_variates: `on: ...` or `off: ...` with the reason.
@@ -57,6 +60,8 @@ class Prediction:
     mode: str = "reverse"
     reason: str = ""
     agreement: float | None = None
+    step_difference: float | None = None
+    step_difference_error: float | None = None
     difference_scale: float | None = None
     difference_error: float | None = None
     control_variates: str = "off: no derivatives per token"

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from probe.data.batch import RolloutBatch
 from probe.errors import NumericalError, OptimizerStateError
-from probe.estimators.losses import LossSettings, loss_weights, needs_scores
+from probe.estimators.losses import LossInputs, LossSettings, loss_weights, needs_scores
+from probe.estimators.router_loss import router_gradient
 from probe.scoring.passes import Policy, Progress, score_tokens, token_gradients
 from probe.scoring.scores import TokenScores
 from probe.snapshot import copied, preserved
@@ -30,6 +31,8 @@ class LossGradient:
         weights: `d loss / d l[i, t]`, `(B, T)` float64.
         entropy_weights: `d loss / d h[i, t]`, `(B, T)` float64.
         scores: scores of U at the current weights.
+
+    A load-balancing loss is in the gradient and not in the weights.
     """
 
     gradient: Mapping[str, Tensor]
@@ -99,7 +102,8 @@ def loss_gradient(
 
     Args:
         policy: the policy.
-        batch: U, with advantages; with `old_logprobs` the PPO ratio and clipping apply.
+        batch: U, with advantages; with `old_logprobs` the PPO ratio and clipping apply, with
+            `sampling_logprobs` the sampler's correction.
         settings: the loss.
         ref_logprobs: `(B, T)` log-probs of the reference policy, needed where `kl_coef > 0`.
         progress: called after each microbatch.
@@ -113,25 +117,30 @@ def loss_gradient(
         raise ValueError(
             "expected an update batch with advantages, found none; see probe.estimators.advantages"
         )
-    old, scores = batch.old_logprobs, None
-    if needs_scores(settings, old):
-        scores = score_tokens(policy, batch, None)
+    scores = score_tokens(policy, batch, None) if needs_scores(settings, batch) else None
     zeros = torch.zeros(batch.mask.shape, dtype=torch.float64)
     kept, kept_entropy = loss_weights(
         settings,
-        batch.mask,
-        batch.advantages,
-        zeros if scores is None else scores.logprob,
-        zeros if scores is None else scores.entropy,
-        batch.truncated,
-        old,
-        ref_logprobs,
+        LossInputs(
+            batch.mask,
+            batch.advantages,
+            zeros if scores is None else scores.logprob,
+            zeros if scores is None else scores.entropy,
+            batch.truncated,
+            batch.old_logprobs,
+            ref_logprobs,
+            batch.sampling_logprobs,
+        ),
     )
 
     def token_weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         return kept[i, t].unsqueeze(0), kept_entropy[i, t].unsqueeze(0)
 
     (gradient,), scores = token_gradients(policy, batch, token_weights, 1, progress)
+    if settings.router_aux_loss_coef:
+        cut, rows = settings.mask_truncated_completions, settings.per_device_train_batch_size
+        for name, of_router in router_gradient(policy, batch, cut, rows).items():
+            gradient[name] += settings.router_aux_loss_coef * of_router
     return LossGradient(gradient=gradient, weights=kept, entropy_weights=kept_entropy, scores=scores)
 
 

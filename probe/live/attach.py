@@ -73,6 +73,13 @@ def _refuse_no_policy(model: Any) -> None:
         raise ConfigError(
             f"model: expected a causal (decoder-only) language model, found the encoder-decoder {name}; {remedy}"
         )
+    for adapter in getattr(model, "peft_config", {}).values():
+        # a prefix of keys and values moves no position; tokens put before the input do, in every pass anew
+        if getattr(adapter, "is_prompt_learning", False) and str(adapter.peft_type.value) != "PREFIX_TUNING":
+            raise ConfigError(
+                f"model: expected an adapter of the model's weights (LoRA, say), found {adapter.peft_type.value}, "
+                "which puts virtual tokens before every input; this is not supported"
+            )
     if not generates or model.get_output_embeddings() is None:
         raise ConfigError(f"model: expected a model that generates text, found {name}; {remedy}")
 

@@ -23,7 +23,12 @@ from torch import Tensor, nn
 from probe.data.batch import PromptExample, RolloutBatch
 from probe.errors import NumericalError, RolloutError
 from probe.estimators.control_variates import SMALLEST_SAMPLE, SMALLEST_TAUGHT, control_variates
-from probe.estimators.derivative_check import forward_mode_check
+from probe.estimators.derivative_check import (
+    StepCheck,
+    forward_mode_check,
+    step_check,
+    stopped_gradients,
+)
 from probe.estimators.entropy_change import entropy
 from probe.estimators.estimate import Estimate, estimate, shrinkage
 from probe.estimators.ground_truth import GroundTruth, measure
@@ -32,6 +37,7 @@ from probe.estimators.prediction import Prediction, from_tokens, norm, token_fir
 from probe.finite import require_finite_moments
 from probe.fit_memory import FitMemory
 from probe.live.attach import learning_rate
+from probe.live.report import say
 from probe.live.settings import WatchSettings
 from probe.live.shares import StepParts, step_parts
 from probe.live.words import own_words
@@ -44,6 +50,7 @@ from probe.results import (
 )
 from probe.rollouts.draw import draw_prompts, stream_seed
 from probe.rollouts.sampling import SampledTokens, check_sampling, sample_rollouts
+from probe.scoring.differentiable import forward_mode_kernels
 from probe.scoring.features import FeatureBasis, feature_basis
 from probe.scoring.microbatch import first_microbatch
 from probe.scoring.passes import Policy, score_tokens
@@ -51,7 +58,6 @@ from probe.scoring.scores import TokenScores, TokenTangents
 from probe.scoring.tangents import (
     choose_scale,
     difference_pair,
-    differentiable_attention,
     scores_and_tangents,
 )
 from probe.snapshot import copied
@@ -112,6 +118,7 @@ class UpdateProbe:
         mode: `jvp` or `finite_difference`; chosen by `rehearse`.
         reason: why.
         memory: what earlier probes taught the control variates.
+        check_scale: the `StepCheck.scale` of the last probe.
     """
 
     model: nn.Module
@@ -122,6 +129,7 @@ class UpdateProbe:
     mode: str = "jvp"
     reason: str = ""
     memory: FitMemory | None = field(default=None)
+    check_scale: int = 0
 
     @property
     def policy(self) -> Policy:
@@ -194,12 +202,10 @@ class UpdateProbe:
         policy_old = self.policy.at(before.old)
         if not any(bool(change.any()) for change in step.values()):
             return self._no_step(before, policy_old, optimizers)
-        tangent_of = _Tangents(policy_old, E, step, self.mode)
-        with clock.measures("derivative"), tangent_of.attention():
-            basis = None if self.memory is None else self.memory.basis
-            scores, tangents = tangent_of.step(basis, self.policy)
+        with clock.measures("derivative"):
+            tangent_of, scores, tangents, checked = self._differentiate(policy_old, E, step)
         check_sampling(self.policy, before.seen, scores)
-        with clock.measures("rescoring"), tangent_of.attention():
+        with clock.measures("rescoring"), tangent_of.kernels():
             new = tangent_of.new_scores or score_tokens(self.policy, E)
         prediction, earlier = self._prediction(E, scores, tangents, optimizers), self._earlier(before)
         truth = measure(scores, new, E.group)
@@ -213,18 +219,22 @@ class UpdateProbe:
             prediction = prediction.with_control_variates(Z, note)
             truth = truth.with_control_variates(Z, reported=True)
         prediction = replace(
-            prediction, difference_scale=tangent_of.scale, difference_error=tangent_of.scale_error
+            prediction,
+            difference_scale=tangent_of.scale,
+            difference_error=tangent_of.scale_error,
+            step_difference=None if checked is None else checked.difference,
+            step_difference_error=None if checked is None else checked.error,
         )
         shares: dict[str, Any] = {}
         if self.settings.shares and late:
             shares = {"shares_reason": "the step was known to be over only when the next one began"}
         elif self.settings.shares:
-            with clock.measures("shares"), tangent_of.attention():
+            with clock.measures("shares"), tangent_of.kernels():
                 shares = self._shares(before, step, optimizers, scores, tangent_of, prediction, Z is not None)
         if self.settings.noise_floor == "on" or (
             self.settings.noise_floor == "auto" and policy_old.half_precision
         ):
-            with clock.measures("noise_floor"), tangent_of.attention():
+            with clock.measures("noise_floor"), tangent_of.kernels():
                 seed = stream_seed(self.settings.seed, f"sham step {before.number}")
                 floor = rescored_noise_floor(policy_old, E, scores, step, seed)
             truth = replace(truth, noise_floor=floor)
@@ -249,6 +259,28 @@ class UpdateProbe:
         )
 
     # ---------------------------------------------------------------- parts
+
+    def _differentiate(
+        self, policy: Policy, E: RolloutBatch, step: Mapping[str, Tensor]
+    ) -> tuple[_Tangents, TokenScores, TokenTangents, StepCheck | None]:
+        """E's scores and their derivatives along the step.
+
+        What forward mode gives is compared with differences of forwards; where these contradict it, they take its
+        place from here on, unless forward mode was asked for.
+        """
+        basis = None if self.memory is None else self.memory.basis
+        tangent_of = _Tangents(policy, E, step, self.mode)
+        with tangent_of.kernels():
+            scores, tangents = tangent_of.step(basis, self.policy)
+            if self.mode != "jvp":
+                return tangent_of, scores, tangents, None
+            checked = step_check(policy, E, step, tangents, self.check_scale)
+        self.check_scale = checked.scale
+        if not checked.contradicted or self.settings.derivative == "jvp":
+            return tangent_of, scores, tangents, checked
+        self.mode, self.reason = "finite_difference", stopped_gradients(checked)
+        say(f"deltaH1 by finite_difference from here on: {self.reason}", warn=True)
+        return self._differentiate(policy, E, step)
 
     def _step(self, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`theta_new - theta_old`, in float32 or better, where the old parameters are kept."""
@@ -419,9 +451,9 @@ class _Tangents:
         self.scale_error: float | None = None
         self.new_scores: TokenScores | None = None
 
-    def attention(self) -> Any:
-        """One attention kernel for all scores that are compared: forward mode has a rule for only one."""
-        return differentiable_attention() if self._mode == "jvp" else nullcontext()
+    def kernels(self) -> Any:
+        """The same kernels for all scores that are compared: forward mode has rules for only some."""
+        return forward_mode_kernels(self.policy.model) if self._mode == "jvp" else nullcontext()
 
     def step(self, basis: FeatureBasis | None, now: Policy) -> tuple[TokenScores, TokenTangents]:
         """Scores, and derivatives along the step.

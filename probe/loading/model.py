@@ -370,6 +370,9 @@ def _settle_precision(model: nn.Module, config: CheckpointConfig) -> None:
     """Trainable weights in float32 or better: 16 bits round steps of a learning rate's size away."""
     if config.dtype == "float64":
         model.to(torch.float64)
+        switch = getattr(model, "set_experts_implementation", None)
+        if callable(switch):  # grouped products of experts have no kernel for it
+            switch("eager")
         return
     low = [p for p in trainable_parameters(model).values() if p.dtype in (torch.bfloat16, torch.float16)]
     for parameter in low:

@@ -7,6 +7,7 @@ The columns of a file:
 - `prompt_ids`, `completion_ids`: token ids, taken as they are. Without the latter the text is tokenised
   again, which need not give the tokens that were sampled.
 - `old_logprobs`: log-probs of the response's tokens under the policy that sampled.
+- `sampling_logprobs`: those that the engine which sampled gave, null for a token that it gave none for.
 - `truncated`: whether the cap on tokens ended the response.
 - `group` or `prompt_id`: equal for the responses to the same draw of a prompt.
 - `step`: the update that the rows were used for; it has to be the one after the checkpoint's, where that is known.
@@ -39,8 +40,8 @@ logger = logging.getLogger(__name__)
 
 # fmt: off
 LAYOUT = frozenset({
-    "step", "prompt", "completion", "prompt_ids", "completion_ids", "old_logprobs", "truncated",
-    "group", "prompt_id", "reward", "advantage", "row", "bias_flags"
+    "step", "prompt", "completion", "prompt_ids", "completion_ids", "old_logprobs",
+    "sampling_logprobs", "truncated", "group", "prompt_id", "reward", "advantage", "row", "bias_flags"
 })
 # fmt: on
 """The columns with a meaning of their own; all others belong to the data set's row."""
@@ -70,6 +71,7 @@ _SCHEMA = {
     "reward": pa.float64(),
     "advantage": pa.float64(),
     "old_logprobs": pa.list_(pa.float64()),
+    "sampling_logprobs": pa.list_(pa.float64()),
     "row": pa.string(),
     "bias_flags": pa.list_(pa.string()),
 }
@@ -138,7 +140,8 @@ def read_rollouts(
         group=group,
         rewards=_read_rewards(table, config.reward_columns, group, advantages),
         advantages=advantages,
-        old_logprobs=_read_old_logprobs(table, found.ids),
+        old_logprobs=_read_logprobs(table, "old_logprobs", found.ids),
+        sampling_logprobs=_read_logprobs(table, "sampling_logprobs", found.ids, gaps=True),
         rows=_read_rows(table, messages),
         source=table.path,
         bias_flags=tuple(dict.fromkeys([*_read_flags(table), *found.bias_flags])),
@@ -177,6 +180,9 @@ def write_rollouts(path: str | Path, batch: RolloutBatch) -> Path:
     if batch.old_logprobs is not None:
         _require_finite(batch.old_logprobs[batch.mask], "old_logprobs")
         columns["old_logprobs"] = _ragged(batch.old_logprobs.to(torch.float64), batch.mask)
+    if batch.sampling_logprobs is not None:
+        given = _ragged(batch.sampling_logprobs.to(torch.float64), batch.mask)
+        columns["sampling_logprobs"] = [[None if math.isnan(x) else x for x in row] for row in given]
     if batch.rows:
         columns["row"] = [json.dumps(dict(row), default=str) for row in batch.rows]
     rows = [{name: values[i] for name, values in columns.items()} for i in range(len(batch))]
@@ -357,25 +363,31 @@ def _read_truncated(table: RolloutTable) -> list[bool]:
     return values
 
 
-def _read_old_logprobs(table: RolloutTable, ids: list[list[int]]) -> Tensor | None:
-    """The column `old_logprobs`, `(B, T)` float64 with 0 where there is no token."""
-    if "old_logprobs" not in table.columns:
+def _read_logprobs(table: RolloutTable, name: str, ids: list[list[int]], gaps: bool = False) -> Tensor | None:
+    """A column of log-probs, `(B, T)` float64 with 0 where there is no token, NaN for null where `gaps` are allowed."""
+    if name not in table.columns:
         return None
-    values = table.column("old_logprobs")
+    values = table.column(name)
     for i, (logprobs, own) in enumerate(zip(values, ids, strict=True)):
+        if gaps and isinstance(logprobs, list):
+            values[i] = logprobs = [math.nan if x is None else x for x in logprobs]
         if not isinstance(logprobs, list) or not all(_is_number(value) for value in logprobs):
             raise DataError(
-                f"{table.where(i)}: expected old_logprobs to be a list of numbers, found {logprobs!r:.60}"
+                f"{table.where(i)}: expected {name} to be a list of numbers, found {logprobs!r:.60}"
             )
         if len(logprobs) != len(own):
             raise DataError(
-                f"{table.where(i)}: expected old_logprobs for {len(own)} tokens, found {len(logprobs)}; add "
+                f"{table.where(i)}: expected {name} for {len(own)} tokens, found {len(logprobs)}; add "
                 "a column completion_ids with the tokens they belong to, EOS included"
             )
-        wrong = [value for value in logprobs if not -math.inf < value <= _ROUNDING]
+        wrong = [
+            value
+            for value in logprobs
+            if not (gaps and math.isnan(value)) and not -math.inf < value <= _ROUNDING
+        ]
         if wrong:
             raise DataError(
-                f"{table.where(i)}: expected old_logprobs to be finite and not above 0, found {wrong[0]}"
+                f"{table.where(i)}: expected {name} to be finite and not above 0, found {wrong[0]}"
             )
     return _pad(values, torch.float64)[0]
 

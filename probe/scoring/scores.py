@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -54,3 +55,8 @@ class TokenTangents:
     logprob: Tensor
     entropy: Tensor
     expected_features: Tensor | None = None
+
+    def vector(self, rows: Tensor | None = None) -> Tensor:
+        """The derivatives of log-probs and then of entropies as one vector, of all responses or of some."""
+        parts = (self.logprob, self.entropy)
+        return torch.cat([(x if rows is None else x[rows]).flatten() for x in parts])

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from probe.data.batch import RolloutBatch
 from probe.errors import NumericalError
+from probe.scoring.differentiable import forward_mode_kernels
 from probe.scoring.features import FeatureBasis
 from probe.scoring.passes import Collector, Policy, Progress, score_tokens, scored_chunks
 from probe.scoring.scores import TokenScores, TokenTangents
@@ -61,7 +61,7 @@ def scores_and_tangents(
         progress: called after each microbatch.
 
     Returns:
-        The scores are what `score_tokens` gives with the same attention kernel (`differentiable_attention`).
+        The scores are what `score_tokens` gives with the same kernels (`forward_mode_kernels`).
 
     Raises:
         ForwardModeError: an operation of the model has no forward-mode derivative.
@@ -69,7 +69,7 @@ def scores_and_tangents(
     """
     scores, tangents = Collector(batch, None), Collector(batch, progress)
     here = policy.point(direction)
-    with torch.no_grad(), forward_ad.dual_level(), differentiable_attention(), _explained():
+    with torch.no_grad(), forward_ad.dual_level(), forward_mode_kernels(policy.model), _explained():
         duals = {n: forward_ad.make_dual(here[n], v.to(here[n])) for n, v in direction.items()}
         for chunk in scored_chunks(policy.at(duals), batch, basis):
             scores.add(chunk.sequence, chunk.position, *(_primal(x) for x in chunk.values))
@@ -104,7 +104,7 @@ def second_order_tangents(
     few = policy.microbatch_size
     order = batch.lengths.argsort(descending=True, stable=True)
     # with grad mode on, torch uses formulas that it can differentiate again; nothing here requires a gradient
-    with torch.enable_grad(), differentiable_attention():
+    with torch.enable_grad(), forward_mode_kernels(policy.model):
         for rows in order[batch.lengths[order] > 0].split(few):
             part = batch.subset(rows)
             places: list[Any] = []
@@ -194,6 +194,32 @@ def difference_pair(
     return DifferencePair(plus=plus, minus=minus, scale=scale, error=error)
 
 
+class DifferenceQuotients:
+    """Difference quotients of all token scores of a batch along a direction, at scales `4^k`; each computed once."""
+
+    def __init__(self, policy: Policy, batch: RolloutBatch, direction: Mapping[str, Tensor]) -> None:
+        """Args: `policy` at the point of differentiation, a `batch` of a few sequences, and the `direction`."""
+        self._policy, self._batch, self._direction = policy, batch, direction
+        self._found: dict[int, Tensor | None] = {}
+
+    def at(self, k: int) -> Tensor | None:
+        """`D(4^k)` as one vector: those of the log-probs, then of the entropies; None where scores are not finite."""
+        if k not in self._found:
+            try:
+                found = difference_pair(self._policy, self._batch, self._direction, 4.0**k).tangents
+                self._found[k] = found.vector()
+            except NumericalError:  # too large a step
+                self._found[k] = None
+        return self._found[k]
+
+    def error(self, k: int) -> float:
+        """`e(4^k)`, see `choose_scale`; infinite where there is nothing to compare."""
+        below, here = self.at(k - 1), self.at(k)
+        if below is None or here is None or not bool(here.any()):
+            return math.inf
+        return float((here - below).norm() / here.norm())
+
+
 def choose_scale(policy: Policy, batch: RolloutBatch, direction: Mapping[str, Tensor]) -> tuple[float, float]:
     """The scale of the central difference at which rounding and curvature are smallest together.
 
@@ -214,23 +240,8 @@ def choose_scale(policy: Policy, batch: RolloutBatch, direction: Mapping[str, Te
     Raises:
         NumericalError: no scale gives a usable derivative.
     """
-    quotients: dict[int, Tensor | None] = {}
-
-    def quotient(k: int) -> Tensor | None:
-        if k not in quotients:
-            try:
-                found = difference_pair(policy, batch, direction, 4.0**k).tangents
-                quotients[k] = torch.cat([found.logprob.flatten(), found.entropy.flatten()])
-            except NumericalError:  # too large a step: scores are not finite
-                quotients[k] = None
-        return quotients[k]
-
-    def error(k: int) -> float:
-        below, here = quotient(k - 1), quotient(k)
-        if below is None or here is None or not bool(here.any()):
-            return math.inf
-        return float((here - below).norm() / here.norm())
-
+    quotients = DifferenceQuotients(policy, batch, direction)
+    quotient, error = quotients.at, quotients.error
     best = 0
     while error(best) > (GOOD_ENOUGH if best == 0 else 0.0) and abs(best) < LARGEST_EXPONENT:
         # where neither neighbour is finite, the step is far too large
@@ -246,13 +257,6 @@ def choose_scale(policy: Policy, batch: RolloutBatch, direction: Mapping[str, Te
             "probe_rework.derivative_mode: jvp or reverse)"
         )
     return 4.0**best, error(best)
-
-
-@contextmanager
-def differentiable_attention() -> Iterator[None]:
-    """Only the attention kernel with a forward-mode rule. Scores that are to be compared should all use the same."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 @contextmanager

@@ -1,0 +1,64 @@
+"""A model's own code, run such that its derivatives are those of its forward.
+
+What some layers compute in one way they differentiate in another, or not at all: fused attention and grouped products
+of experts have no forward mode, and an embedding leaves its padding row out of every backward pass. For the length of
+a pass they are switched to an implementation that computes the same and can be differentiated. What has no such
+switch is found by `probe.estimators.derivative_check`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from probe.snapshot import attributes_replaced
+
+EXPERTS = "_experts_implementation_internal"
+"""Attribute of a transformers configuration that says by which kernel its mixture of experts runs."""
+
+
+@contextmanager
+def forward_mode_kernels(model: nn.Module) -> Iterator[None]:
+    """Only kernels with a forward-mode rule: attention, and the experts of a mixture, one after the other.
+
+    Scores that are to be compared should all use the same kernels.
+
+    Args:
+        model: a transformers model, possibly wrapped. Its configuration is not written to: the modules that hold it
+            get a copy for the length of the block.
+    """
+    eager: dict[int, Any] = {}
+    places: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        config = vars(module).get("config")
+        if getattr(config, EXPERTS, None) in (None, "eager"):
+            continue
+        if id(config) not in eager:
+            eager[id(config)] = copy.copy(config)
+            setattr(eager[id(config)], EXPERTS, "eager")
+        places.append((module, "config", eager[id(config)]))
+    with sdpa_kernel(SDPBackend.MATH), attributes_replaced(places):
+        yield
+
+
+@contextmanager
+def whole_gradients(model: nn.Module) -> Iterator[None]:
+    """Backward passes give the padding rows of embeddings their gradient too.
+
+    `nn.Embedding(padding_idx=...)` leaves that row out of every gradient, so that training does not move it for what
+    its inputs do. As a derivative of the forward that is wrong wherever the token occurs among the inputs (padding
+    by EOS is common, and so are turns of a chat that end with it), and the row does move: by weight decay, by momentum,
+    and through an output layer that is tied to it. The loss's gradient is taken without this, as training takes it.
+    """
+    places = [
+        (module, "padding_idx", None)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None
+    ]
+    with attributes_replaced(places):
+        yield
