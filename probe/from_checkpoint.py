@@ -170,9 +170,10 @@ def fill_settings(
     note = f"{file} ({args.kind})"
     if not args.is_grpo:
         note += ": not of TRL's GRPO, so its loss and batches are not read"
+    sources = _sources(filled, given, values, note)
     sources = replace(
-        _sources(filled, given, values, note),
-        overruled={key: x for key, x in said.items() if key in given and x != _value(config, key)},
+        sources,
+        overruled={key: said[key] for key, x in sources.configuration.items() if said.get(key, x) != x},
         flags=_flags(args, filled),
         advantage=advantage,
         reward_flags=_reward_flags(args) if from_file else (),
@@ -400,7 +401,7 @@ def log_sources(sources: SettingSources) -> None:
         read = ", ".join(f"{key} {value}" for key, value in sources.checkpoint.items())
         logger.info("settings of the update from %s: %s", sources.note, read)
     for key, value in sources.overruled.items():
-        own = sources.configuration.get(key)
+        own = sources.configuration[key]
         logger.info("%s: %s in the configuration counts, the checkpoint was trained with %s", key, own, value)
     if sources.unknown:
         logger.warning(
