@@ -15,7 +15,7 @@ from typing import Any
 
 from probe.config import ProbeConfig
 from probe.errors import CheckpointError, ConfigError, ProbeError
-from probe.estimators.losses import TOKEN_MEANS
+from probe.estimators.losses import LOSS_OPTIONS, TOKEN_MEANS
 from probe.loading.checkpoint import TRAINING_ARGS, locate_checkpoint
 from probe.loading.training_args import SWITCH_OFF, TrainingArgs, read_training_args
 from probe.training_options import (
@@ -36,6 +36,15 @@ logger = logging.getLogger(__name__)
 INHERITED = ("max_grad_norm", "optim", "neftune_noise_alpha")
 """What counts in arguments of another trainer than GRPO's: its loss and its batches are not those of the probe."""
 ADVANTAGE = READ["scale_rewards"].key
+ONLY_SAMPLED = (
+    *("batch_config.G", PROMPTS_KEY, "batch_config.reward_weights"),
+    "probe_rework.multi_objective_aggregation",
+)
+ONLY_FROM_FILES = (
+    "probe_rework.off_policy_mask_threshold",
+    *(f"probe_rework.{name}" for name in LOSS_OPTIONS if name.startswith("vllm_")),
+)
+"""Keys without a part in the update where U comes from a file, and where it is sampled from the policy itself."""
 SIZES_OF_AN_UPDATE = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations")
 KEYS = tuple(dict.fromkeys([*(read.key for read in READ.values()), PROMPTS_KEY, STOP_STRINGS.key]))
 """The keys of the configuration that a file can fill."""
@@ -161,9 +170,10 @@ def fill_settings(
     note = f"{file} ({args.kind})"
     if not args.is_grpo:
         note += ": not of TRL's GRPO, so its loss and batches are not read"
+    sources = _sources(filled, given, values, note)
     sources = replace(
-        _sources(filled, given, values, note),
-        overruled={key: x for key, x in said.items() if key in given and x != _value(config, key)},
+        sources,
+        overruled={key: said[key] for key, x in sources.configuration.items() if said.get(key, x) != x},
         flags=_flags(args, filled),
         advantage=advantage,
         reward_flags=_reward_flags(args) if from_file else (),
@@ -293,10 +303,8 @@ def _sources(
         key
         for key in KEYS
         if not any(key.startswith(f"probe_rework.{name}_") and loss != name for name in ("sapo", "vespo"))
-        and (sampled or key not in ("batch_config.G", PROMPTS_KEY))
-        and not (
-            sampled and key.startswith("probe_rework.vllm_")
-        )  # only a file can have log-probs of another engine
+        and (sampled or key not in ONLY_SAMPLED)
+        and not (sampled and key in ONLY_FROM_FILES)
     ]
     here = {key: _value(config, key) for key in shown}
     return SettingSources(
@@ -358,25 +366,28 @@ def _flags(args: TrainingArgs, config: ProbeConfig) -> tuple[str, ...]:
     flags = []
     if sampled and per_generation * (_size(args, "num_iterations") or 1) > accumulated:
         flags.append("rollouts_of_several_updates")
-    parts = accumulated * _processes(args)
-    own_means = rework.loss == "bnpo" or rework.entropy_coef != 0 or rework.top_entropy_quantile < 1
-    # rows of a file need not stand in the order of the trainer's microbatches
-    if (own_means and parts > 1 and not sampled) or (
-        rework.loss in TOKEN_MEANS and per_generation < accumulated
-    ):
+    # the probe's microbatches are those of one process, and of one generation
+    over_processes = rework.top_entropy_quantile < 1 and _processes(args) > 1
+    if over_processes or (rework.loss in TOKEN_MEANS and per_generation < accumulated):
         flags.append("means_of_microbatches")
+    own_means = rework.loss == "bnpo" or rework.entropy_coef != 0 or rework.top_entropy_quantile < 1
+    if own_means and accumulated > 1 and not sampled:
+        flags.append(ORDER_OF_ROWS)
     return tuple(flags)
 
 
+ORDER_OF_ROWS = "order_of_rows"
+"""Flag of a file whose rows need not stand in the order of the trainer's microbatches, as those of a recorder do."""
+
+
 def _reward_flags(args: TrainingArgs) -> tuple[str, ...]:
-    """Marks for what only may matter where advantages are computed from rewards."""
+    """Marks for what only may matter where advantages are computed from the rewards of a file, which are added up."""
     if not args.is_grpo:
         return ()
     weights = args.values.get("reward_weights")
     weighted = weights is not None and not all(weight == 1 for weight in _listed(weights))
-    aggregation = "multi_objective_aggregation"
-    together = args.values.get(aggregation) in (None, "sum_then_normalize")
-    return ("reward_weights",) if weighted or not together else ()
+    alone = args.values.get("multi_objective_aggregation") == "normalize_then_sum"
+    return ("reward_weights",) if weighted or alone else ()
 
 
 def _listed(value: Any) -> list[Any]:
@@ -397,7 +408,7 @@ def log_sources(sources: SettingSources) -> None:
         read = ", ".join(f"{key} {value}" for key, value in sources.checkpoint.items())
         logger.info("settings of the update from %s: %s", sources.note, read)
     for key, value in sources.overruled.items():
-        own = sources.configuration.get(key)
+        own = sources.configuration[key]
         logger.info("%s: %s in the configuration counts, the checkpoint was trained with %s", key, own, value)
     if sources.unknown:
         logger.warning(

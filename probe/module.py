@@ -162,6 +162,7 @@ class EntropyProbe(LightningModule):
         self._fill_settings()
         log_sources(self.sources)
         self._check_reference()
+        self._check_rewards()
         self.tokenizer = load_tokenizer(self.checkpoint, self.files)
         self.prompts = self._draw_prompts()  # what is wrong with the data shows before the model is loaded
         model, _ = load_policy_model(self.checkpoint, self.files, device, self.tokenizer)
@@ -188,6 +189,25 @@ class EntropyProbe(LightningModule):
         if "probe_rework.kl_coef" in self.sources.filled:
             raise CheckpointError(f"{self.files.training_args_file}: {no_reference()}")
         raise no_reference()
+
+    def _check_rewards(self) -> None:
+        """Refuse weights that are not those of the rewards.
+
+        Raises:
+            CheckpointError: they are the training's.
+            ConfigError: they are the configuration's.
+        """
+        if self.config.batch_config.U_rollouts is not None:
+            return
+        try:
+            self._rewards()
+        except ConfigError as error:
+            key = "batch_config.reward_weights"
+            if key not in self.sources.filled or self.files is None:
+                raise
+            raise CheckpointError(
+                f"{self.files.training_args_file}: {error}; give {key} in the configuration (null: 1 each)"
+            ) from error
 
     def reconfigure(self, config: ProbeConfig, seed: int, given: Collection[str] | None = None) -> None:
         """Take another configuration over; a loaded policy stays where checkpoint and learning rate are the same.

@@ -12,6 +12,7 @@ from torch import Tensor
 from probe.estimators.curvature import eta_10
 from probe.estimators.estimate import Estimate, error_method
 from probe.estimators.prediction import norm
+from probe.from_checkpoint import ORDER_OF_ROWS
 from probe.verdict import verdict
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
             found |= rounding_diagnostics(state.update.rounding)
     flags = [*E.bias_flags, *U.bias_flags, *module.sources.flags]
     if U.loss_tokens is not None:  # recorded, in the order of the microbatches
-        flags = [flag for flag in flags if flag != "means_of_microbatches"]
+        flags = [flag for flag in flags if flag != ORDER_OF_ROWS]
     if state.prediction is not None:
         found |= derivative_diagnostics(state.prediction)
         if module.config.probe_rework.step == "preconditioned":

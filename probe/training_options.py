@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from probe.estimators.advantages import Aggregation
 from probe.estimators.losses import LOSS_OPTIONS, Loss, RatioLevel, SamplerMode
 
 # ---------------------------------------------------------------- sampling
@@ -125,7 +124,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _numbers(value: Any) -> list[float]:
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, list):
         raise ValueError("a list of numbers")
     return [_number(entry) for entry in value]
 
@@ -158,10 +157,12 @@ READ: dict[str, Read] = {
     "entropy_coef": Read("probe_rework.entropy_coef", _number),
     **{name: Read(f"probe_rework.{name}", _OF_THE_LOSS.get(name, _number)) for name in LOSS_OPTIONS},
     "router_aux_loss_coef": Read("probe_rework.router_aux_loss_coef", _or_none(_number)),
-    "multi_objective_aggregation": Read(
-        "probe_rework.multi_objective_aggregation", _one_of(*get_args(Aggregation)), only_sampled=True
-    ),
     "reward_weights": Read("batch_config.reward_weights", _or_none(_numbers), only_sampled=True),
+    "multi_objective_aggregation": Read(
+        "probe_rework.multi_objective_aggregation",
+        _one_of("sum_then_normalize", "normalize_then_sum"),
+        only_sampled=True,
+    ),
     "max_grad_norm": Read("probe_rework.max_grad_norm", _or_none(_clipping)),
     "temperature": Read("generation.temperature", _number),
     "max_completion_length": Read("generation.max_new_tokens", _integer),
@@ -177,8 +178,8 @@ STOP_STRINGS = Read("generation.stop_strings", _texts, only_sampled=True)
 PROMPTS_KEY = "batch_config.B_U"
 """What the sizes of batches make up: prompts per optimizer step."""
 SIZES = ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size", "num_iterations")
-"""Options that say how many responses an update is made from, and how many updates are made from one generation; with
-`per_device_train_batch_size`."""
+"""Options that say, with the size of a microbatch, how many responses an update is made from, and how many updates are
+made from one generation."""
 OTHERWISE: dict[str, Any] = {"use_bias_correction_kl": False, "loss_type": "grpo"}
 """What the versions did that do not have an option yet, where that is not the probe's default."""
 
@@ -260,7 +261,7 @@ IRRELEVANT: dict[str, tuple[str, ...]] = {
         "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
         "dataloader_in_order",
     ),
-    "the engine that samples; its correction is for its own arithmetic": (
+    "the engine that samples": (
         "use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_server_base_url",
         "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
         "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",

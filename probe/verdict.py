@@ -618,14 +618,19 @@ _FLAGS: dict[str, Finding] = {
     ),
     "means_of_microbatches": Finding(
         "caution",
-        "The training averages parts of its loss over the tokens of each microbatch or generation, and the rows of U "
-        "need not stand in their order: the gradients differ as far as these do.",
+        "The training works parts of its loss out over generations, or over the microbatches of several processes, the "
+        "probe over those of one process: the gradients differ as far as these do.",
+    ),
+    "order_of_rows": Finding(
+        "caution",
+        "The training works parts of its loss out in microbatches, in whose order the rows of U's file need not stand: "
+        "the gradients differ as far as the microbatches do; record the rollouts with RolloutRecorderCallback.",
     ),
     "reward_weights": Finding(
         "caution",
         "The training weights its rewards (reward_weights) or normalises each on its own "
-        "(multi_objective_aggregation), and U's file has only rewards, which are added up: take U from a file with "
-        "advantages, or sample it.",
+        "(multi_objective_aggregation), and those of the rollout file are added up: give it a column `advantage`, or "
+        "one reward in batch_config.reward_columns.",
     ),
     "preconditioned_step": Finding(
         "caution",

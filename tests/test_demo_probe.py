@@ -44,6 +44,7 @@ def test_prediction_and_measurement_agree(demo):
     assert results["diagnostics"]["ESS"] > 0.9 * results["B_E"]
     assert results["diagnostics"]["bias_flags"] == []
     assert abs(results["diagnostics"]["on_policy_z"]) < 4
+    assert results["settings"]["checkpoint"] == {}
 
 
 def test_the_report_in_the_readme_is_laid_out_like_that_of_the_demo(demo, capsys):

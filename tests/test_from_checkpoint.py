@@ -165,12 +165,12 @@ OPTIONS = {
     "vllm_importance_sampling_clip_max": (2.0, "probe_rework.vllm_importance_sampling_clip_max", 2.0),
     "per_device_train_batch_size": (16, "probe_rework.per_device_train_batch_size", 16),
     "router_aux_loss_coef": (0.01, "probe_rework.router_aux_loss_coef", 0.01),
+    "reward_weights": ([1.0, 0.5], "batch_config.reward_weights", [1.0, 0.5]),
     "multi_objective_aggregation": (
         "normalize_then_sum",
         "probe_rework.multi_objective_aggregation",
         "normalize_then_sum",
     ),
-    "reward_weights": ([0.5, 2], "batch_config.reward_weights", [0.5, 2.0]),
     "max_grad_norm": (0.2, "probe_rework.max_grad_norm", 0.2),
     "temperature": (0.7, "generation.temperature", 0.7),
     "max_completion_length": (99, "generation.max_new_tokens", 99),
@@ -442,15 +442,14 @@ def test_a_reference_that_moves_does_not_matter_without_a_penalty(tmp_path):
     [
         ({"num_iterations": 2}, {}, ("rollouts_of_several_updates",)),
         ({"steps_per_generation": 4}, {}, ("rollouts_of_several_updates",)),
-        ({"num_iterations": 2}, FILE, ()),
-        ({"gradient_accumulation_steps": 4, "loss_type": "bnpo"}, FILE, ("means_of_microbatches",)),
+        ({"num_iterations": 2}, {"U_rollouts": "u.parquet"}, ()),
         ({"gradient_accumulation_steps": 4, "loss_type": "bnpo"}, {}, ()),
+        ({"gradient_accumulation_steps": 4, "loss_type": "bnpo"}, FILE, ("order_of_rows",)),
+        ({"gradient_accumulation_steps": 4, "entropy_coef": 0.1}, FILE, ("order_of_rows",)),
         ({"gradient_accumulation_steps": 4, "loss_type": "grpo"}, FILE, ()),
-        ({"gradient_accumulation_steps": 4, "entropy_coef": 0.1}, FILE, ("means_of_microbatches",)),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 1}, {}, ("means_of_microbatches",)),
-        ({"loss_type": "bnpo"}, FILE, ()),
+        ({"top_entropy_quantile": 0.5}, {}, ()),
         ({"reward_weights": [1.0, 0.5]}, {}, ()),
-        ({"off_policy_mask_threshold": 0.5}, FILE, ()),
     ],
 )
 def test_what_may_matter_marks_the_result(tmp_path, options, batch, flags):
@@ -659,6 +658,16 @@ def test_a_penalty_without_a_reference_is_said_before_loading(config, base, tmp_
         OfflineEntropyProbe(config).run_mixed_probe()
 
 
+def test_weights_of_other_rewards_are_refused_before_loading(config, tmp_path):
+    saved(tmp_path / "run" / "checkpoint-60", grpo_args(reward_weights=[1.0, 0.5], **SMALL))
+    with pytest.raises(
+        CheckpointError, match=r"reward_weights: expected one for each of 1 rewards, found 2; give"
+    ):
+        OfflineEntropyProbe(config).run_mixed_probe()
+    config["batch_config"]["reward_weights"] = None
+    assert OfflineEntropyProbe(config).run_mixed_probe()["B_U"] == 2
+
+
 def test_the_folder_around_a_checkpoint(config, tmp_path):
     around = saved(tmp_path / "run", grpo_args(beta=0.1))
     own = CheckpointConfig(checkpoint_path=config["checkpoint"]["checkpoint_path"])
@@ -735,14 +744,16 @@ def test_advantages_of_a_rollout_file_count_before_those_of_its_rewards(config, 
 
 
 def test_the_report_says_where_settings_come_from(config, tmp_path):
-    saved(tmp_path / "run" / "checkpoint-60", grpo_args(loss_type="cispo", reward_weights=[0.5], **SMALL))
+    saved(tmp_path / "run" / "checkpoint-60", grpo_args(loss_type="cispo", num_iterations=2, **SMALL))
     config["probe_rework"]["loss"] = "grpo"
     probe = OfflineEntropyProbe(config)
     results = probe.run_mixed_probe()
-    assert results["settings"]["checkpoint"]["batch_config.reward_weights"] == [0.5]
+    assert "rollouts_of_several_updates" in results["diagnostics"]["bias_flags"]
+    assert any("num_iterations" in reason for reason in results["verdict_reasons"])
     text = " ".join(report(probe.result).split())
     assert "training_args.bin (GRPOConfig)" in "".join(text.split()).replace("(GRPO", " (GRPO")
-    assert "checkpoint 24 advantage grpo" in text
+    assert f"checkpoint {len(results['settings']['checkpoint'])} advantage grpo" in text
+    assert "vllm" not in text
     assert "the configuration counts; trained with loss cispo" in text
     assert "configuration 1 loss grpo" in text
 
