@@ -189,8 +189,9 @@ class LossInputs:
 
     def rows(self, part: slice) -> LossInputs:
         """Those of some responses."""
-        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return LossInputs(**{name: x[part] if isinstance(x, Tensor) else x for name, x in parts.items()})
+        given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        cut: dict[str, Any] = {name: x[part] if isinstance(x, Tensor) else x for name, x in given.items()}
+        return LossInputs(**cut)
 
 
 def policy_loss(settings: LossSettings, inputs: LossInputs) -> Tensor:
