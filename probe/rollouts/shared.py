@@ -38,7 +38,9 @@ def shared_responses(E: RolloutBatch, U: RolloutBatch, logprob: Tensor) -> int:
     that both have, or where E's, two or more, are those of U's in another order. Files may give one name to different
     groups, and short responses agree by chance: of `K` groups that both have, chance lets the `M` that agree do so with
     a probability of at most `C(K, M) prod p(y)` (`p(y)` times the group's size, in another order), and only below
-    `CHANCE` they count. A single response is never enough.
+    `CHANCE` they count. `p(y)` is the policy's, or the share of E's other responses to the prompt that are the same,
+    where that is larger. A single response is never enough, and texts that do not lead back to their tokens count for
+    nothing.
 
     Args:
         E: the evaluation batch.
@@ -50,6 +52,7 @@ def shared_responses(E: RolloutBatch, U: RolloutBatch, logprob: Tensor) -> int:
     of_E, of_U = _groups(E), _groups(U)
     common = [key for key in of_E if key in of_U]
     tokens_E, tokens_U = _tokens(E), _tokens(U)
+    often = _log_shares(E, tokens_E)
     agreeing = 0
     found: list[int] = []
     log_chance = 0.0
@@ -64,11 +67,23 @@ def shared_responses(E: RolloutBatch, U: RolloutBatch, logprob: Tensor) -> int:
                 continue
             same, orders = list(rows.values()), len(others)
         agreeing += 1
+        same = [i for i in same if not E.doubts or "text" not in E.doubts[i]]
         found += same
-        log_chance += sum(min(float(logprob[i]) + math.log(orders), 0.0) for i in same)
+        log_chance += sum(min(max(float(logprob[i]), often[i]) + math.log(orders), 0.0) for i in same)
     K, M = len(common), agreeing
     log_chance += math.lgamma(K + 1) - math.lgamma(M + 1) - math.lgamma(K - M + 1)
     return len(found) if len(found) > 1 and log_chance < math.log(CHANCE) else 0
+
+
+def _log_shares(E: RolloutBatch, tokens: list[tuple[int, ...]]) -> list[float]:
+    """Of each response the logarithm of the share of the others to its prompt that are the same."""
+    prompts = Counter(E.prompt_ids)
+    responses = Counter(zip(E.prompt_ids, tokens, strict=True))
+    shares = [
+        (responses[prompt, own] - 1) / max(prompts[prompt] - 1, 1)
+        for prompt, own in zip(E.prompt_ids, tokens, strict=True)
+    ]
+    return [math.log(share) if share > 0 else -math.inf for share in shares]
 
 
 def _groups(batch: RolloutBatch) -> dict[tuple[Hashable, ...], dict[int, int]]:
