@@ -56,6 +56,11 @@ def test_groups_of_the_update_are_known_by_prompt_name_and_places(batch, respons
     assert shared(batch(list(responses.items()), group), U) == expected
 
 
+def test_a_file_without_names_of_groups_is_compared_by_prompts(batch):
+    named, plain = batch(list(UPDATE.items()), NAMED), batch(list(UPDATE.items()))
+    assert shared(named, plain) == shared(plain, named) == 8
+
+
 def test_likely_responses_agree_by_chance(batch):
     U = batch(list(UPDATE.items()))
     assert shared(U, U, nats=0.1) == 0

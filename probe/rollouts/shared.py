@@ -49,7 +49,8 @@ def shared_responses(E: RolloutBatch, U: RolloutBatch, logprob: Tensor) -> int:
     """
     if not E.places or not U.places:
         return 0
-    of_E, of_U = _groups(E), _groups(U)
+    named = all(label is not None for label, _ in (*E.places, *U.places))
+    of_E, of_U = _groups(E, named), _groups(U, named)
     common = [key for key in of_E if key in of_U]
     tokens_E, tokens_U = _tokens(E), _tokens(U)
     often = _log_shares(E, tokens_E)
@@ -86,11 +87,15 @@ def _log_shares(E: RolloutBatch, tokens: list[tuple[int, ...]]) -> list[float]:
     return [math.log(share) if share > 0 else -math.inf for share in shares]
 
 
-def _groups(batch: RolloutBatch) -> dict[tuple[Hashable, ...], dict[int, int]]:
-    """Of each prompt and group the response at each place, by its index in the batch."""
+def _groups(batch: RolloutBatch, named: bool) -> dict[tuple[Hashable, ...], dict[int, int]]:
+    """Of each prompt and group the response at each place, by its index in the batch.
+
+    Where not both files have names, all rows of a prompt are one group.
+    """
     found: dict[tuple[Hashable, ...], dict[int, int]] = {}
     for i, (ids, (label, place)) in enumerate(zip(batch.prompt_ids, batch.places, strict=True)):
-        found.setdefault((ids, label), {})[place] = i
+        rows = found.setdefault((ids, label if named else None), {})
+        rows[place if named else len(rows)] = i
     return found
 
 
