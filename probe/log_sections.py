@@ -214,8 +214,11 @@ def prompt_table(state: ProbeState) -> tuple[list[dict[str, Any]], dict[tuple[in
     return table, position
 
 
-def sequence_records(state: ProbeState, texts: bool) -> dict[str, Any]:
-    """One record per sequence of E and U; with `texts` also prompts, completions and token ids."""
+def sequence_records(state: ProbeState, texts: bool, rows: bool = False) -> dict[str, Any]:
+    """One record per sequence of E and U; with `texts` also prompts, completions and token ids.
+
+    With `rows` each record has its prompt's token ids itself, as the row of a rollout file has.
+    """
     section: dict[str, Any] = {}
     prompts, position = prompt_table(state)
     if texts:
@@ -231,6 +234,8 @@ def sequence_records(state: ProbeState, texts: bool) -> dict[str, Any]:
         for i, ids in enumerate(batch.prompt_ids):
             record: dict[str, Any] = {"index": i, "group": int(batch.group[i]), "prompt": position[ids]}
             if texts:
+                if rows:
+                    record["prompt_ids"] = list(ids)
                 record["completion"] = batch.completions[i]
                 record["completion_ids"] = batch.completion_ids[i][batch.mask[i]].tolist()
             record |= {"length": lengths[i], "truncated": bool(batch.truncated[i])}

@@ -114,7 +114,7 @@ def build_log(
     }
     texts = log_sequences is not False
     if rank >= LOG_LEVELS.index("detailed"):
-        log["sequences"] = log_sections.sequence_records(state, texts)
+        log["sequences"] = log_sections.sequence_records(state, texts, rows=level == "debug")
         if not texts:
             omitted.append({"key": "texts and token ids", "reason": "log_sequences is false"})
     if level == "debug":

@@ -497,6 +497,11 @@ def test_the_log_of_a_run_is_a_rollout_file(config, tmp_path, level):
     assert read["diagnostics"]["bias_flags"] == []
     for key in ("deltaH1", "deltaH_true", "H_orig", "bars_dot_tok"):
         assert read[key] == pytest.approx(sampled[key], rel=1e-6), key
+    if level == "debug":  # a record is a row
+        records = load_log(log)["sequences"]["U"]
+        (tmp_path / "U.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        found = run(config, batch_config={"E_rollouts": str(log), "U_rollouts": str(tmp_path / "U.jsonl")})
+        assert found["deltaH1"] == pytest.approx(sampled["deltaH1"], rel=1e-6)
 
 
 def test_texts_that_a_stop_string_ended_give_the_numbers_of_their_tokens(config, tmp_path):

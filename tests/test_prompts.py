@@ -444,5 +444,7 @@ def test_halves_of_characters_are_replaced(tokenizer, tmp_path, ending):
     examples = load_prompts(BatchConfig(dataset_name=str(path), split="train"), tokenizer)
     assert [e.text for e in examples] == ["a \ufffd", "\U0001f600"]
     assert [e.row["answer"] for e in examples] == ["\ufffd 4", "5"]
+    path.write_bytes(path.read_bytes().replace(b"\\ud83d ", b"\xed\xa0\xbd "))
+    assert load_prompts(BatchConfig(dataset_name=str(path), split="train"), tokenizer)[0].text == "a \ufffd"
     template = BatchConfig(dataset_name=str(path), split="train", prompt_template="\ud83d{prompt}")
     assert load_prompts(template, tokenizer)[1].text == "\ufffd\U0001f600"

@@ -53,7 +53,9 @@ SAID = {
     "messages, end": ({"stop_reason": "end_turn"}, ("ab", True, False)),
     "messages, cap": ({"stop_reason": "max_tokens"}, ("ab", False, True)),
     "messages, string": ({"stop_reason": "stop_sequence", "stop_sequence": "#"}, ("ab#", False, False)),
-    "a stop string as the reason": ({"stop_reason": "#"}, ("ab#", False, False)),
+    "a stop string as the reason": ({"stop_reason": "b"}, ("ab", False, False)),
+    "words of others": ({"finish_reason": "length_capped"}, ("ab", False, True)),
+    "words of others, EOS": ({"stop_reason": "eos_reached"}, ("ab", True, False)),
     "SGLang, EOS": ({"finish_reason": {"type": "stop", "matched": EOS}}, ("ab", True, False)),
     "SGLang, string": ({"finish_reason": {"type": "stop", "matched": "#"}}, ("ab#", False, False)),
     "SGLang, cap": ({"finish_reason": {"type": "length", "length": 2}}, ("ab", False, True)),
@@ -78,6 +80,13 @@ def test_an_end_that_is_no_decision_of_the_policy_is_not_made_one(read, reason):
     assert ends(batch) == [("ab", False, False)]
     assert batch.bias_flags == ("retokenized", "ended_without_eos")
     assert batch.doubts == (("no_end",),)
+
+
+def test_a_word_without_a_meaning_is_no_stop_string(read):
+    for row in ({"completion": "ab"}, {"completion_ids": ids("ab")}):
+        assert read({**row, "stop_reason": "done"}).doubts == (("no_end",),)
+    batch = read({"completion": "ab", "stop_reason": "#"}, stop_strings=["#"])
+    assert ends(batch) == [("ab#", False, False)]
 
 
 def test_stop_strings_of_the_settings_end_texts(read):

@@ -734,6 +734,8 @@ def test_lone_surrogates_are_replaced_wherever_they_stand(tmp_path):
     assert batch.rows[0]["answer"] == ["\ufffd"]
     assert "text" in batch.doubts[0]
     write_rollouts(tmp_path / "b.parquet", batch)
+    (tmp_path / "d.jsonl").write_bytes(b'{"prompt": "a", "completion": "b\xed\xa0\xbd"}')
+    assert read(str(tmp_path / "d.jsonl")).completions == ("b\ufffd",)
     messages = {"prompt": [{"role": "user", "content": "\ud83d"}], "completion": "x"}
     path = write(tmp_path / "c.jsonl", [messages])
     assert read(path, char_tokenizer(chat_template=True)).prompts == ("[user]\ufffd\n[assistant]",)
@@ -747,12 +749,13 @@ def test_columns_of_other_trainers(tmp_path):
     verl = {"input": "1+1=", "output": "2", "gts": "2", "score": 0.5, "step": 3, "acc": 1.0}
     openrlhf = {"input": "1+1=", "output": "2", "reward": 0.5}
     other = {"prompt": "1+1=", "response": "2", "rewards": 0.5, "response_ids": [*ids("2"), EOS]}
-    for name, row in (("verl", verl), ("openrlhf", openrlhf), ("other", other)):
+    own_ids = {"prompt_token_ids": ids("1+1="), "response_token_ids": [*ids("2"), EOS], "reward": 0.5}
+    for name, row in (("verl", verl), ("openrlhf", openrlhf), ("other", other), ("ids", own_ids)):
         batch = read(write(tmp_path / f"{name}.jsonl", [row, row]), update=3)
         assert batch.prompts == ("1+1=", "1+1=")
         assert tokens(batch) == [[*ids("2"), EOS]] * 2
         assert batch.rewards.tolist() == [0.5, 0.5]
-        assert batch.bias_flags == (() if name == "other" else ("retokenized",))
+        assert batch.bias_flags == (() if name in ("other", "ids") else ("retokenized",))
     with pytest.raises(DataError, match=r"expected rows of update 4 .* found those of 3"):
         read(str(tmp_path / "verl.jsonl"), update=4)
     begun = write(tmp_path / "begun.jsonl", [{**verl, "input": "<bos>1+1="}, verl])

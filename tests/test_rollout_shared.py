@@ -56,10 +56,25 @@ def test_groups_of_the_update_are_known_by_prompt_name_and_places(batch, respons
     assert shared(batch(list(responses.items()), group), U) == expected
 
 
+def test_a_file_without_names_of_groups_is_compared_by_prompts(batch):
+    named, plain = batch(list(UPDATE.items()), NAMED), batch(list(UPDATE.items()))
+    assert shared(named, plain) == shared(plain, named) == 8
+
+
 def test_likely_responses_agree_by_chance(batch):
     U = batch(list(UPDATE.items()))
     assert shared(U, U, nats=0.1) == 0
     assert shared(U, U, nats=3.0) == 8
+
+
+def test_what_is_said_often_agrees_by_chance_whatever_the_policy_thinks_of_it(batch):
+    U = batch([("p", ["a"] * 4), ("q", ["b"] * 4)])
+    assert shared(batch([("p", ["a"] * 9), ("q", ["b"] * 9)]), U, nats=50.0) == 0
+
+
+def test_texts_that_do_not_lead_back_to_their_tokens_tell_nothing(batch):
+    U = batch([(p, [f"{text}\ufffd" for text in own]) for p, own in UPDATE.items()])
+    assert shared(U, U) == 0
 
 
 def test_sampled_batches_share_nothing(batch):

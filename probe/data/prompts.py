@@ -30,7 +30,8 @@ R1_TEMPLATE = (
 """Asks for reasoning and result in tags of their own; it reads the same with and without a chat template."""
 
 _FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf][\x80-\xbf]")
+"""Escaped, or as three bytes, which UTF-8 does not allow."""
 _MESSAGE_KEYS = ("role", "content")
 
 
@@ -361,7 +362,10 @@ def _without_surrogates(path: Path, folder: Path) -> Path:
     raw = path.read_bytes()
     if not _SURROGATE.search(raw):
         return path
-    text = raw.decode("utf-8-sig")
+    try:
+        text = raw.decode("utf-8-sig", "surrogatepass")
+    except UnicodeDecodeError:
+        return path
     try:
         parts = [json.loads(text)]
     except ValueError:

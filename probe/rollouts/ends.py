@@ -26,12 +26,20 @@ REASONS = ("finish_reason", "stop_reason")
 END_COLUMNS = frozenset({*TRUNCATED, *REASONS, "stop_sequence"})
 
 _WORDS: dict[str, Kind] = {
-    **dict.fromkeys(("length", "max_tokens", "max_new_tokens", "max_length", "model_length"), "length"),
+    **dict.fromkeys(("length", "max_tokens", "max_new_tokens", "truncated"), "length"),
     **dict.fromkeys(("eos", "eos_token", "end_turn", "stop_token"), "eos"),
     **dict.fromkeys(("stop_sequence", "stop_string", "stop_str"), "string"),
     **dict.fromkeys(("stop", "finished", "completed", "tool_calls", "tool_use", "function_call"), "finished"),
     **dict.fromkeys(("abort", "aborted", "cancelled", "error", "content_filter", "timeout"), "unknown"),
 }
+_SIGNS: dict[str, Kind] = {
+    "length": "length",
+    "max_": "length",
+    "limit": "length",
+    "truncat": "length",
+    "eos": "eos",
+}
+"""What gives the meaning of words that are not listed."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,14 @@ class StatedEnd:
         string: the stop string, where it is named.
         token: the token id that ended it, where it is named.
         reason: whether an engine's reason says so, and not only that the cap did not end it.
+        sure: whether `string` is said to be a stop string, and is not only a word that has no other meaning.
     """
 
     kind: Kind
     string: str | None = None
     token: int | None = None
     reason: bool = True
+    sure: bool = True
 
 
 @dataclass(frozen=True)
@@ -117,8 +127,14 @@ def end_exact(
         elif said.token is not None:
             if response.ids[-1] != said.token:
                 response.doubts.append("no_end")
-        elif said.kind in ("eos", "unknown") or (
-            said.kind == "finished" and said.reason and not stopped(response, rules.stop_strings, tokenizer)
+        elif (
+            said.kind in ("eos", "unknown")
+            or not _is_stop_string(response, said, rules, tokenizer)
+            or (
+                said.kind == "finished"
+                and said.reason
+                and not stopped(response, rules.stop_strings, tokenizer)
+            )
         ):
             response.doubts.append("no_end")
 
@@ -159,6 +175,8 @@ def end_texts(
         elif said is not None and said.token is not None:
             if response.ids[-1:] != [said.token]:
                 response.ids = [*response.ids, said.token]
+        elif said is not None and not _is_stop_string(response, said, rules, tokenizer):
+            response.doubts.append("no_end")
         elif said is not None and said.kind == "string":
             _end_with_string(response, said.string, done, rules, tokenizer)
         elif said is not None and said.kind == "eos":
@@ -180,6 +198,15 @@ def stopped(response: Response, stop_strings: Sequence[str], tokenizer: PreTrain
         return True
     before = str(tokenizer.decode(response.ids[:-1], skip_special_tokens=True))
     return not any(stop in before for stop in present)
+
+
+def _is_stop_string(
+    response: Response, said: StatedEnd, rules: EndRules, tokenizer: PreTrainedTokenizerBase
+) -> bool:
+    """Whether a reason that is no engine's word is a stop string: one of the settings, or at the end of the text."""
+    if said.sure or said.string is None:
+        return True
+    return said.string in rules.stop_strings or stopped(response, [said.string], tokenizer)
 
 
 def _end_with_eos(where: str, response: Response, rules: EndRules, certain: bool) -> None:
@@ -249,7 +276,7 @@ def _reason(table: RolloutTable, i: int) -> StatedEnd | None:
             return StatedEnd("eos", token=stop)
         said = _parse(table, i, REASONS[1], stop)
         if said is None:  # no engine's word: the stop string itself
-            return StatedEnd("string", string=str(stop))
+            return StatedEnd("string", string=str(stop), sure=False)
         return _with_sequence(said, row)
     said = _parse(table, i, REASONS[0], finish)
     if said is None:
@@ -288,7 +315,10 @@ def _parse(table: RolloutTable, i: int, name: str, value: Any) -> StatedEnd | No
         raise DataError(
             f"{table.where(i)}: expected {name} to be a text such as stop or length, found {value!r:.60}"
         )
-    kind = _WORDS.get(value.rpartition(".")[2].lower())
+    word = value.rpartition(".")[2].lower()
+    kind = _WORDS.get(word)
+    if kind is None and word.replace("_", "").replace("-", "").isalpha():
+        kind = next((meaning for sign, meaning in _SIGNS.items() if sign in word), None)
     if kind is None:
         return None
     if kind == "finished" and isinstance(matched, str):

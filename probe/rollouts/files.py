@@ -252,6 +252,8 @@ def _read_prompts(
     found = _Prompts([], [], [], [])
     for i, value in enumerate(values):
         where = table.where(i)
+        if exact is not None and isinstance(value, int):  # the position of a prompt in the log of a run
+            value = str(tokenizer.decode(exact[i]))
         messages = None if isinstance(value, str) else check_messages(value, f"{where}, prompt")
         unsure = False
         if exact is not None:

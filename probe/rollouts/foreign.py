@@ -46,10 +46,11 @@ def own_columns(table: RolloutTable) -> RolloutTable:
         return _from_masked(table)
     prompt = next((name for name in PROMPTS if name in there), None)
     response = next((name for name in RESPONSES if name in there), None)
-    if prompt is None or response is None:
+    names = {name: own for name, own in {**IDS, **OTHERS}.items() if name in there and own not in there}
+    named = there | set(names.values())
+    if (prompt is None and "prompt_ids" not in named) or (response is None and "completion_ids" not in named):
         raise _not_found(table, prompt, response)
-    names = {prompt: "prompt", response: "completion"}
-    names |= {name: own for name, own in {**IDS, **OTHERS}.items() if name in there and own not in there}
+    names |= {name: own for name, own in ((prompt, "prompt"), (response, "completion")) if name is not None}
     total = next((name for name in TOTALS if name in there), None)
     if total is not None:
         names[total] = "reward"

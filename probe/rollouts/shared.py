@@ -38,7 +38,9 @@ def shared_responses(E: RolloutBatch, U: RolloutBatch, logprob: Tensor) -> int:
     that both have, or where E's, two or more, are those of U's in another order. Files may give one name to different
     groups, and short responses agree by chance: of `K` groups that both have, chance lets the `M` that agree do so with
     a probability of at most `C(K, M) prod p(y)` (`p(y)` times the group's size, in another order), and only below
-    `CHANCE` they count. A single response is never enough.
+    `CHANCE` they count. `p(y)` is the policy's, or the share of E's other responses to the prompt that are the same,
+    where that is larger. A single response is never enough, and texts that do not lead back to their tokens count for
+    nothing.
 
     Args:
         E: the evaluation batch.
@@ -47,9 +49,11 @@ def shared_responses(E: RolloutBatch, U: RolloutBatch, logprob: Tensor) -> int:
     """
     if not E.places or not U.places:
         return 0
-    of_E, of_U = _groups(E), _groups(U)
+    named = all(label is not None for label, _ in (*E.places, *U.places))
+    of_E, of_U = _groups(E, named), _groups(U, named)
     common = [key for key in of_E if key in of_U]
     tokens_E, tokens_U = _tokens(E), _tokens(U)
+    often = _log_shares(E, tokens_E)
     agreeing = 0
     found: list[int] = []
     log_chance = 0.0
@@ -64,18 +68,34 @@ def shared_responses(E: RolloutBatch, U: RolloutBatch, logprob: Tensor) -> int:
                 continue
             same, orders = list(rows.values()), len(others)
         agreeing += 1
+        same = [i for i in same if not E.doubts or "text" not in E.doubts[i]]
         found += same
-        log_chance += sum(min(float(logprob[i]) + math.log(orders), 0.0) for i in same)
+        log_chance += sum(min(max(float(logprob[i]), often[i]) + math.log(orders), 0.0) for i in same)
     K, M = len(common), agreeing
     log_chance += math.lgamma(K + 1) - math.lgamma(M + 1) - math.lgamma(K - M + 1)
     return len(found) if len(found) > 1 and log_chance < math.log(CHANCE) else 0
 
 
-def _groups(batch: RolloutBatch) -> dict[tuple[Hashable, ...], dict[int, int]]:
-    """Of each prompt and group the response at each place, by its index in the batch."""
+def _log_shares(E: RolloutBatch, tokens: list[tuple[int, ...]]) -> list[float]:
+    """Of each response the logarithm of the share of the others to its prompt that are the same."""
+    prompts = Counter(E.prompt_ids)
+    responses = Counter(zip(E.prompt_ids, tokens, strict=True))
+    shares = [
+        (responses[prompt, own] - 1) / max(prompts[prompt] - 1, 1)
+        for prompt, own in zip(E.prompt_ids, tokens, strict=True)
+    ]
+    return [math.log(share) if share > 0 else -math.inf for share in shares]
+
+
+def _groups(batch: RolloutBatch, named: bool) -> dict[tuple[Hashable, ...], dict[int, int]]:
+    """Of each prompt and group the response at each place, by its index in the batch.
+
+    Where not both files have names, all rows of a prompt are one group.
+    """
     found: dict[tuple[Hashable, ...], dict[int, int]] = {}
     for i, (ids, (label, place)) in enumerate(zip(batch.prompt_ids, batch.places, strict=True)):
-        found.setdefault((ids, label), {})[place] = i
+        rows = found.setdefault((ids, label if named else None), {})
+        rows[place if named else len(rows)] = i
     return found
 
 

@@ -162,7 +162,7 @@ def _read_jsonl(file: Path) -> list[dict[str, Any]]:
     rows = []
     try:
         # Only "\n" ends a line: a text may hold any other separator that Python knows.
-        with open(file, encoding="utf-8-sig", newline="\n") as lines:
+        with open(file, encoding="utf-8-sig", errors="surrogatepass", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     rows.append(_parse_line(line, f"{file}, line {number}"))
