@@ -31,11 +31,13 @@ MODEL_LAYERS = 10_000
 """Most layers of a model whose weights do not tell how many it has."""
 MODEL_EXPERTS = 4096
 """Most experts of a layer."""
+ADAPTER_ENTRIES = 256
+"""Most names in a list of an adapter's settings, unless the model has more modules: each is compared with each."""
 PATTERN_SECONDS = 10.0
 """Longest time that the patterns of an adapter's settings may take to go through a model's names."""
 TEMPLATE_SECONDS = 10.0
 """Longest time that a chat template may take for one prompt."""
-TOKENIZER_SECONDS = 30.0
+TOKENIZER_SECONDS = 10.0
 """Longest time that a tokenizer may take for a few short texts."""
 PICKLE_BYTES = 2**25
 """Largest table of contents of a file that torch.save wrote; the tensors themselves do not count."""

@@ -160,6 +160,8 @@ def test_json_that_is_none(copied, name, text):
         ({"base_model_name_or_path": ["base"]}, "expected the name of a model"),
         ({"base_model_name_or_path": "a\0b"}, "expected the name of a model"),
         ({"target_modules": "(("}, "expected a regular expression"),
+        ({"target_modules": [f"m{i}" for i in range(20_000)]}, "entries in target_modules"),
+        ({"rank_pattern": {f"m{i}": 4 for i in range(20_000)}}, "entries in rank_pattern"),
     ],
 )
 def test_settings_of_an_adapter(copied, changes, match):
@@ -288,6 +290,10 @@ def whole(**values):
         (with_group(params=5), "a list of positions or names"),
         (with_group(params=[0.5]), "a list of positions or names"),
         (with_group(params=[0, 0]), "every parameter in one group"),
+        (with_group(param_names=5), "a list of names in param_names"),
+        (with_group(param_names=torch.zeros(28)), "a list of names in param_names"),
+        (with_state(step=2**62), "faults: .* step 4"),
+        (with_state(step=0), "a count of 0 steps"),
         (whole(param_groups=[1]), "a list of mappings in param_groups"),
         (whole(param_groups={}), "a list of mappings in param_groups"),
         (whole(state=[1]), "a mapping of mappings in state"),
@@ -371,6 +377,19 @@ def test_a_tokenizer_without_an_end(monkeypatch):
     ):
         tokenizers._saved_ids("t", Endless())
     over.set()
+
+
+def test_a_tokenizer_that_fails(tmp_path):
+    class Failing:
+        def no_truncation(self) -> None: ...
+
+        def no_padding(self) -> None: ...
+
+        def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list:
+            raise BaseException("panicked")
+
+    with pytest.raises(CheckpointError, match=r"found one that fails .*checkpoint\.tokenizer_path"):
+        tokenizers._saved_ids("t", Failing())
 
 
 def test_a_time_limit_leaves_the_callers_timer_alone():

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from probe.errors import CheckpointError
-from probe.limits import PATTERN_SECONDS, time_limit
+from probe.limits import ADAPTER_ENTRIES, PATTERN_SECONDS, time_limit
 from probe.loading.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, REFERENCE_ADAPTER
 from probe.loading.foreign import check_folder, check_sizes, read_json_object, rewritten, some, walk
 
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _PREFIX = "base_model.model."
 _WHOLE = ("weight", "base_layer.weight", "modules_to_save.weight", "token_adapter.base_layer.weight")
+_LONG = ("trainable_token_indices", "token_indices", "layer_replication")
 _RANKS = ("r", "rank_pattern", "init_r", "target_r", "num_vectors", "vector_length")
 _PATTERNS = ("target_modules", "exclude_modules", "target_parameters", "layers_pattern")
 _KEYED_BY_PATTERN = ("rank_pattern", "alpha_pattern")
@@ -161,6 +162,13 @@ def _check_settings(
                         f"{file}: expected {key} of at most {largest}, the largest size in {ADAPTER_WEIGHTS}, found "
                         f"{rank}; take both files from one checkpoint"
                     )
+    places = max(sum(1 for _ in model.modules()), ADAPTER_ENTRIES)
+    for key, value in adapter.items():
+        if isinstance(value, (list, dict)) and key not in _LONG and len(value) > places:
+            raise CheckpointError(
+                f"{file}: expected at most {places} entries in {key}, as many as there are modules to name, found "
+                f"{len(value)}; take the file from where the adapter was saved"
+            )
     replicated = adapter.get("layer_replication") or []
     if not isinstance(replicated, list) or not all(
         isinstance(span, list) and len(span) == 2 and all(type(index) is int for index in span)

@@ -20,6 +20,7 @@ _LISTED = 10
 _BITSANDBYTES_WRAPPER = "__bnb_optimizer_quant_state__"
 _BITSANDBYTES_BLOCKS = (256, 2048)
 _CODE_VALUES = 256
+_MOST_STEPS = 2**53  # beyond, floating point does not count
 _REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CODES = (*_REAL, torch.uint8)
 
@@ -178,13 +179,15 @@ def _count(step: Any) -> int:
         value = float(step)
     except (OverflowError, TypeError, ValueError, RuntimeError):
         value = math.nan
-    if not math.isfinite(value) or value < 0 or value != int(value):
+    if not math.isfinite(value) or not 0 <= value <= _MOST_STEPS or value != int(value):
         raise ValueError(f"step {value}")
     return int(value)
 
 
 def _impossible(moments: Moments) -> list[str]:
     reasons = []
+    if moments.step == 0 and moments.exp_avg.any():
+        reasons.append("moments of a gradient, and a count of 0 steps")
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         tensor = getattr(moments, key)
         if tensor is None:

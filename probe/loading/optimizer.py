@@ -266,6 +266,9 @@ def _well_formed(
         keys = group.get("params")
         if not isinstance(keys, list) or not all(type(key) in (int, str) for key in keys):
             raise _malformed(file, f"a list of positions or names in params of group {index}", keys)
+        names = group.get("param_names")
+        if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+            raise _malformed(file, f"a list of names in param_names of group {index}", names)
         if keys:
             groups.append(group)
     keys = [key for group in groups for key in group["params"]]
