@@ -285,7 +285,8 @@ class ProbeReworkConfig:
     step: Literal["optimizer", "closed_form", "preconditioned"] = "optimizer"
     """The step that deltaH1 is for: the optimizer's real one, its closed form, or g / (sqrt(v_hat) + eps)."""
     learning_rate: float | None = None
-    """Learning rate of the update; by default the one saved in the optimizer's state."""
+    """Learning rate of the update; by default the one saved in the optimizer's state, where that is 0 an earlier
+    one."""
     max_grad_norm: float | None = 1.0
     """Gradient clipping before the step, as in transformers' Trainer; null switches it off."""
     derivative_mode: Literal["auto", "jvp", "reverse", "finite_difference"] = "auto"

@@ -291,6 +291,8 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
         flags.append("half_precision")
     if state.update is not None and state.update.rounding is not None:
         flags.append("rounded_step")
+    if module.optimizer is not None and module.optimizer.schedule_at_zero:
+        flags.append("schedule_at_zero")
     if module.other_base is not None:
         flags.append("another_base")
         found["base_recorded"], found["base_given"] = module.other_base

@@ -621,6 +621,11 @@ _FLAGS: dict[str, Finding] = {
         "The training works parts of its loss out over generations, or over the microbatches of several processes, the "
         "probe over those of one process: the gradients differ as far as these do.",
     ),
+    "schedule_at_zero": Finding(
+        "caution",
+        "The saved learning rate is 0, so that the next step of the training would be 0: this one is at an earlier "
+        "rate of its schedule; set probe_rework.learning_rate.",
+    ),
     "order_of_rows": Finding(
         "caution",
         "The training works parts of its loss out in microbatches, in whose order the rows of U's file need not stand: "

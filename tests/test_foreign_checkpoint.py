@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import probe.data.prompts as prompts
+import probe.data.rendering as rendering
 import probe.loading.adapters as adapters
 import probe.loading.tokenizer as tokenizers
 from probe.config import CheckpointConfig
@@ -343,6 +343,8 @@ def test_logs_of_a_trainer_that_are_none(copied, logs):
     file = copied / "step_3/optimizer.pt"
     saved = torch.load(file, weights_only=True)
     with_group(lr=0.0)(saved)
+    for group in saved["param_groups"]:
+        group.pop("initial_lr", None)
     torch.save(saved, file)
     refused(copied, "expected a learning rate above 0")
 
@@ -351,12 +353,12 @@ def test_logs_of_a_trainer_that_are_none(copied, logs):
 
 
 def test_a_chat_template_without_an_end(monkeypatch):
-    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr(rendering, "TEMPLATE_SECONDS", 0.3)
     tokenizer = char_tokenizer(chat_template=True)
     loop = "{% for i in range(99999) %}"
     tokenizer.chat_template = loop * 2 + "{% endfor %}{% endfor %}"
     with pytest.raises(DataError, match=r"row 1: expected a chat template that is done within 0.3 seconds"):
-        prompts.render_messages(tokenizer, [{"role": "user", "content": "7"}], "row 1")
+        rendering.render_messages(tokenizer, [{"role": "user", "content": "7"}], "row 1")
 
 
 def test_a_tokenizer_without_an_end(monkeypatch):

@@ -438,31 +438,46 @@ class TestLearningRates:
             (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}), encoding="utf-8")
         return saved(state, folder)
 
-    def test_zero_is_refused_with_what_is_known(self, tmp_path):
+    def test_zero_without_an_earlier_rate_is_refused(self, tmp_path):
         with pytest.raises(
             OptimizerStateError,
-            match=r"found 0 in every group .*had ended\); set probe_rework\.learning_rate",
+            match=r"found 0 in every group .*had ended\) and no earlier one; set probe_rework\.learning_rate",
         ):
             load_optimizer(Small(), self.zero(tmp_path, False), CheckpointConfig())
-        with pytest.raises(OptimizerStateError, match=r"initial_lr 0\.0005, last logged above 0: 2e-06"):
-            load_optimizer(Small(), self.zero(tmp_path, True), CheckpointConfig())
+
+    def test_an_earlier_rate_stands_in_for_zero_and_is_said(self, tmp_path):
+        path = self.zero(tmp_path, True)
+        for rate, name in ((2e-6, "the last one logged above 0"), (5e-4, "initial_lr")):
+            loaded = load_optimizer(Small(), path, CheckpointConfig())
+            assert loaded.schedule_at_zero
+            assert (loaded.learning_rate, loaded.saved_learning_rate) == (rate, 0.0)
+            assert any(f"the step is taken at {rate:g}, {name}" in note for note in loaded.notes)
+            (path.parent / "trainer_state.json").write_text("{}", encoding="utf-8")
 
     def test_the_end_of_the_trainers_own_schedule(self, tmp_path):
         path, _, live = trainer_checkpoint(
             tmp_path, tiny_model(), lr_scheduler_type="linear", optim="adamw_torch_fused"
         )
         assert live.param_groups[0]["fused"]
-        with pytest.raises(
-            OptimizerStateError, match=r"initial_lr 0\.001, last logged above 0: 0\.0005\); set"
-        ):
-            load(path)
+        loaded = load(path)[1]
+        assert [group["lr"] for group in loaded.optimizer.param_groups] == [5e-4, 5e-4]
+        assert loaded.schedule_at_zero
         loaded = load(path, learning_rate=1e-4)[1]
         assert [group["lr"] for group in loaded.optimizer.param_groups] == [1e-4, 1e-4]
+        assert not loaded.schedule_at_zero
+
+    def test_groups_keep_the_ratios_of_their_initial_rates(self, tmp_path):
+        model = Small()
+        named = list(model.named_parameters())
+        live = stepped(model, [{"params": named[:2], "lr": 0.0}, {"params": named[2:], "lr": 0.0}])
+        for group, rate in zip(live.param_groups, (1e-3, 4e-3), strict=True):
+            group["initial_lr"] = rate
+        assert [g["lr"] for g in reload(Small(), live, tmp_path).optimizer.param_groups] == [1e-3, 4e-3]
 
     def test_zero_with_an_override_is_a_note(self, tmp_path):
         loaded = load_optimizer(Small(), self.zero(tmp_path, True), CheckpointConfig(), 1e-5)
         assert (loaded.learning_rate, loaded.saved_learning_rate) == (1e-5, 0.0)
-        assert any("the saved learning rate is 0; initial_lr 0.0005" in note for note in loaded.notes)
+        assert "the saved learning rate is 0; 1e-05 is used for all groups" in loaded.notes
 
     def test_a_group_at_zero_is_not_the_reference(self, tmp_path):
         model = Small()

@@ -51,6 +51,7 @@ class LoadedOptimizer:
         step: number of steps taken so far (the largest over the parameters).
         notes: what was decided or changed while loading, for the report.
         rounded: the 16-bit type of each parameter whose weights and moments the training keeps in it.
+        schedule_at_zero: whether the saved learning rate is 0, and that of an earlier step stands in for it.
     """
 
     optimizer: torch.optim.Optimizer
@@ -60,6 +61,7 @@ class LoadedOptimizer:
     step: int
     notes: tuple[str, ...]
     rounded: Mapping[str, torch.dtype] = field(default_factory=dict)
+    schedule_at_zero: bool = False
 
     @property
     def learning_rate(self) -> float:
@@ -93,7 +95,7 @@ def load_optimizer(
 
     Raises:
         OptimizerStateError: the file cannot be read safely, is of another optimizer, does not fit the model,
-            has non-finite moments, or has a learning rate of 0 and none is given.
+            has non-finite moments, or has a learning rate of 0, none is given and no earlier one is known.
     """
     file, trainer_state = _files(files_or_path)
     payload, notes = _read_state_dict(file, _largest_file(model))
@@ -143,6 +145,7 @@ def load_optimizer(
         step=max(moment.step for moment in moments.values()),
         notes=notes,
         rounded=rounded,
+        schedule_at_zero=learning_rate is None and not any(float(group["lr"]) for group in groups),
     )
 
 
@@ -416,14 +419,10 @@ def _learning_rates(
         raise OptimizerStateError(f"{file}: expected finite learning rates of at least 0, found {saved}")
     reference = next((index for index, rate in enumerate(saved) if rate > 0), None)
     if reference is None:
-        history = _rate_history(groups, trainer_state)
-        if override is None:
-            raise OptimizerStateError(
-                f"{file}: expected a learning rate above 0, found 0 in every group (the schedule had "
-                f"ended{history}); set probe_rework.learning_rate"
-            )
-        note = f"the saved learning rate is 0{history}; {override:g} is used for all groups"
-        return [override] * len(saved), 0, (note,)
+        if override is not None:
+            note = f"the saved learning rate is 0; {override:g} is used for all groups"
+            return [override] * len(saved), 0, (note,)
+        return _earlier_rates(file, groups, trainer_state)
     if override is None:
         return saved, reference, ()
     ratio = override / saved[reference]
@@ -433,24 +432,45 @@ def _learning_rates(
     return rates, reference, (note,) if override != saved[reference] else ()
 
 
-def _rate_history(groups: list[dict[str, Any]], trainer_state: Path | None) -> str:
-    """What is known of earlier learning rates, as the end of a sentence."""
-    parts = []
-    initial = [float(group["initial_lr"]) for group in groups if "initial_lr" in group]
-    if initial:
-        parts.append(f"initial_lr {initial[0]:g}")
-    if trainer_state is not None:
-        entries = read_trainer_state(trainer_state).get("log_history") or []
-        rates = [
-            entry["learning_rate"]
-            for entry in (entries if isinstance(entries, list) else [])
-            if isinstance(entry, dict)
-            and isinstance(entry.get("learning_rate"), float)
-            and entry["learning_rate"]
-        ]
-        if rates:
-            parts.append(f"last logged above 0: {rates[-1]:g}")
-    return f"; {', '.join(parts)}" if parts else ""
+def _earlier_rates(
+    file: Path, groups: list[dict[str, Any]], trainer_state: Path | None
+) -> tuple[list[float], int, tuple[str, ...]]:
+    """What to step with where the schedule is at 0: the last rate above 0 in the trainer's log, else the initial one.
+
+    Raises:
+        OptimizerStateError: neither is known.
+    """
+    initial = [_positive(group.get("initial_lr")) for group in groups]
+    reference = next((index for index, rate in enumerate(initial) if rate is not None), 0)
+    first, logged = initial[reference], _last_logged_rate(trainer_state)
+    rate, name = (logged, "the last one logged above 0") if logged is not None else (first, "initial_lr")
+    if rate is None:
+        raise OptimizerStateError(
+            f"{file}: expected a learning rate above 0, found 0 in every group (the schedule had ended) and no earlier "
+            "one; set probe_rework.learning_rate"
+        )
+    rates = [rate if own is None or first is None else rate * own / first for own in initial]
+    note = f"the saved learning rate is 0 (the schedule had ended): the step is taken at {rate:g}, {name}"
+    return rates, reference, (note,)
+
+
+def _last_logged_rate(trainer_state: Path | None) -> float | None:
+    """The last learning rate above 0 in the trainer's log."""
+    if trainer_state is None:
+        return None
+    entries = read_trainer_state(trainer_state).get("log_history") or []
+    rates = [
+        _positive(entry.get("learning_rate"))
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict)
+    ]
+    return next((rate for rate in reversed(rates) if rate is not None), None)
+
+
+def _positive(value: Any) -> float | None:
+    """A finite number above 0, or None."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if number and math.isfinite(value) and value > 0 else None
 
 
 def _build(
