@@ -222,7 +222,7 @@ def test_tokens_that_the_model_has_no_row_for_are_refused():
     tokenizer = char_tokenizer()
     rows = model.get_input_embeddings().weight.shape[0]
     tokenizer.add_tokens([f"<extra {k}>" for k in range(rows)])
-    with pytest.raises(ConfigError, match=r"vocabulary of \d+, found the id \d+ in prompts\[1\]"):
+    with pytest.raises(DataError, match=r"vocabulary of \d+, found the id \d+ in prompts\[1\]"):
         attach(model, adamw(model), ["ab", f"<extra {rows - 1}>"], tokenizer)
 
 
