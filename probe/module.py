@@ -24,6 +24,7 @@ from probe.estimators.curvature import nested_curvature, symmetric_curvature
 from probe.estimators.derivative_check import (
     DerivativeMismatchError,
     StepCheck,
+    agreement_check,
     derivative_check,
     forward_mode_check,
     step_check,
@@ -560,7 +561,7 @@ class EntropyProbe(LightningModule):
             return self._without_errors(state, step, f"{reason}; no error bars: {error}")
         checked: StepCheck | None = None
         if mode == "jvp" and rework.derivative_check:
-            checked = step_check(self.policy, E, step, tangents)
+            checked = step_check(self.policy, E, scores, step, tangents)
             if checked.contradicted and rework.derivative_mode == "auto":
                 mode, reason = state.derivative = "finite_difference", stopped_gradients(checked)
                 logger.warning("deltaH1 by %s: %s", mode, reason)
@@ -575,7 +576,27 @@ class EntropyProbe(LightningModule):
         if state.entropy_gradient is not None:
             backward = first_order(state.entropy_gradient, step, update.learning_rate)
             agreement = self._agreement(backward, found, mode)
-            found = backward if mode == "reverse" else found
+            if mode == "reverse" and pair is not None and rework.derivative_check:
+                checked = agreement_check(
+                    (backward.deltaH1, backward.deltaH1_tok),
+                    by_name[rework.weighting].total,
+                    (
+                        max(abs(found.pathwise), abs(found.score)),
+                        max(abs(found.pathwise_tok), abs(found.score_tok)),
+                    ),
+                    pair.error,
+                )
+            if (
+                mode == "reverse"
+                and checked is not None
+                and checked.contradicted
+                and rework.derivative_mode == "auto"
+            ):
+                mode, reason = state.derivative = "finite_difference", stopped_gradients(checked)
+                logger.warning("deltaH1 by %s: %s", mode, reason)
+                state.entropy_gradient = agreement = checked = None
+            elif mode == "reverse":
+                found = backward
         found = replace(
             found,
             estimates={name: parts.total for name, parts in by_name.items()},

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from probe.estimators.derivative_check import OWN_ERRORS
+from probe.estimators.derivative_check import HALF_ROUNDING, OWN_ERRORS, ROUNDING
 from probe.estimators.estimate import NORMAL_975
 from probe.estimators.importance_weights import PARETO_K_LIMIT, pareto_k_limit
 
@@ -473,18 +473,21 @@ def _derivatives(facts: _Facts) -> Finding | None:
 
 def _forwards(facts: _Facts) -> Finding | None:
     """Derivatives that forwards along the step contradict or cannot confirm, or that are made of coarse differences."""
-    high = (DERIVATIVE_LIMITS_HALF if "half_precision" in facts.flags else DERIVATIVE_LIMITS)[1]
+    half = "half_precision" in facts.flags
+    high = (DERIVATIVE_LIMITS_HALF if half else DERIVATIVE_LIMITS)[1]
     off, known = number(facts.found, "step_difference"), number(facts.found, "step_difference_error") or 0.0
-    if off is not None and off > high:
-        what = (
-            f"The derivatives along the step differ by {_percent(off)} from what differences of forwards give"
+    what = (
+        ""
+        if off is None
+        else f"The derivatives along the step differ by {_percent(off)} from those of forwards"
+    )
+    if off is not None and off > (HALF_ROUNDING if half else ROUNDING) and off > OWN_ERRORS * known:
+        return Finding(
+            "invalid" if off > high else "caution",
+            f"{what} (invalid above {_percent(high)}), which are known to {_percent(known)}: a layer takes a part of "
+            "what it computes as a constant; set probe_rework.derivative_mode: finite_difference.",
         )
-        if off > OWN_ERRORS * known:
-            return Finding(
-                "invalid",
-                f"{what} (limit {_percent(high)}), which are known to {_percent(known)}: a layer takes a part of what "
-                "it computes as a constant; set probe_rework.derivative_mode: finite_difference.",
-            )
+    if off is not None and off > high:
         return Finding(
             "caution",
             f"{what}, which are themselves known to {_percent(known)} only, so that nothing confirms the derivatives "

@@ -11,11 +11,13 @@ from torch import nn
 
 from probe.estimators.derivative_check import (
     DerivativeMismatchError,
+    agreement_check,
     derivative_check,
     forward_mode_check,
     step_check,
 )
 from probe.estimators.entropy_gradient import entropy_gradient
+from probe.estimators.estimate import Estimate
 from probe.estimators.losses import LossSettings
 from probe.estimators.update import loss_gradient
 from probe.scoring.differentiable import forward_mode_kernels, whole_gradients
@@ -172,8 +174,12 @@ def test_the_loss_leaves_the_padding_row_alone_as_training_does(monkeypatch):
 class PartlyConstant(nn.Module):
     """The identity, a share of which is taken as a constant."""
 
+    def __init__(self, share=0.5):
+        super().__init__()
+        self.share = share
+
     def forward(self, module, args, output):
-        return 0.5 * output + (0.5 * output).detach()
+        return (1 - self.share) * output + (self.share * output).detach()
 
 
 class Rounded(nn.Module):
@@ -197,10 +203,19 @@ def test_derivatives_that_are_right_are_confirmed(monkeypatch):
     policy, batch = tiny_policy(monkeypatch, layers=2), all_sequences(cap=3)
     for size in (1e-6, 1e-2, 0.3):
         step = random_step(policy, size)
-        found = step_check(policy, batch, step, forward_tangents(policy, batch, step))
-        assert found.difference <= found.tolerance
+        found = step_check(
+            policy, batch, score_tokens(policy, batch), step, forward_tangents(policy, batch, step)
+        )
+        assert found.difference <= max(found.rounding, 3 * found.error)
         assert not found.contradicted
-        again = step_check(policy, batch, step, forward_tangents(policy, batch, step), start=found.scale)
+        again = step_check(
+            policy,
+            batch,
+            score_tokens(policy, batch),
+            step,
+            forward_tangents(policy, batch, step),
+            start=found.scale,
+        )
         assert abs(again.scale - found.scale) <= 1
 
 
@@ -208,7 +223,9 @@ def test_a_constant_part_deceives_backward_and_forward_mode_but_not_forwards(mon
     policy, batch = hooked(monkeypatch, PartlyConstant().forward), all_sequences(cap=3)
     assert forward_mode_check(policy, batch).usable
     step = random_step(policy, 1e-2)
-    found = step_check(policy, batch, step, forward_tangents(policy, batch, step))
+    found = step_check(
+        policy, batch, score_tokens(policy, batch), step, forward_tangents(policy, batch, step)
+    )
     assert found.contradicted
     assert found.difference > 0.05
     assert found.error < 0.02
@@ -216,17 +233,52 @@ def test_a_constant_part_deceives_backward_and_forward_mode_but_not_forwards(mon
         derivative_check(policy, batch)
 
 
+def test_a_small_constant_part_is_noticed_too(monkeypatch):
+    """Too small for the check of a gradient along itself, and large beside what differences are known to."""
+    policy, batch = hooked(monkeypatch, PartlyConstant(0.03).forward), all_sequences(cap=3)
+    assert derivative_check(policy, batch).relative_error < 0.05
+    step = random_step(policy, 1e-3)
+    scores, tangents = score_tokens(policy, batch), forward_tangents(policy, batch, step)
+    found = step_check(policy, batch, scores, step, tangents)
+    assert found.contradicted
+    assert found.difference < 0.05
+
+
+def test_deltaH1_by_backward_is_compared_in_both_estimands():
+    """Relative to deltaH1 or its error, and to what differences of its parts are known to."""
+
+    def estimate(value, se):
+        return Estimate(value, torch.tensor([0.5, -0.5], dtype=torch.float64) * se)
+
+    tokens = (estimate(-0.1, 0.01), estimate(-0.01, 0.001))
+    found = agreement_check((-0.1, -0.01), tokens, (0.2, 0.02), 1e-3)
+    assert found.difference == 0.0
+    assert not found.contradicted
+    found = agreement_check((-0.1, -0.0108), tokens, (0.2, 0.02), 1e-3)
+    assert found.difference == pytest.approx(0.08)
+    assert found.error == pytest.approx(2e-3)
+    assert found.contradicted
+    assert not agreement_check((-0.1, -0.0108), tokens, (0.2, 0.02), 0.02).contradicted
+    # deltaH1 of next to nothing: its error is what matters
+    nothing = (estimate(1e-9, 0.01), estimate(1e-10, 0.001))
+    assert not agreement_check((2e-9, 2e-10), nothing, (0.2, 0.02), 1e-4).contradicted
+
+
 def test_a_forward_that_has_no_derivative_confirms_nothing(monkeypatch):
     """On a coarse grid differences neither settle nor agree with the straight-through gradient."""
     policy, batch = hooked(monkeypatch, Rounded(4.0).forward), all_sequences(cap=3)
     step = random_step(policy, 1e-2)
-    found = step_check(policy, batch, step, forward_tangents(policy, batch, step))
-    assert found.difference > found.tolerance
+    found = step_check(
+        policy, batch, score_tokens(policy, batch), step, forward_tangents(policy, batch, step)
+    )
+    assert found.difference > 0.05
 
 
 def test_a_step_without_influence_is_no_contradiction(monkeypatch):
     policy, batch = tiny_policy(monkeypatch, layers=2), all_sequences(cap=3)
     step = {name: torch.zeros_like(p) for name, p in policy.parameters.items()}
-    found = step_check(policy, batch, step, forward_tangents(policy, batch, step))
+    found = step_check(
+        policy, batch, score_tokens(policy, batch), step, forward_tangents(policy, batch, step)
+    )
     assert found.difference == 0.0
     assert not found.contradicted

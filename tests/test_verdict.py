@@ -204,11 +204,21 @@ RULES = {
         "invalid",
         "differ by 30 %",
     ),
-    "forwards agree": ({"step_difference": 0.05, "step_difference_error": 0.001}, "trustworthy", ""),
+    "forwards agree": ({"step_difference": 0.05, "step_difference_error": 0.02}, "trustworthy", ""),
+    "forwards differ a little": (
+        {"step_difference": 0.05, "step_difference_error": 0.001},
+        "caution",
+        r"differ by 5 % from those of forwards \(invalid above 5 %\), which are known to 0.1 %: a layer",
+    ),
+    "forwards differ by rounding": (
+        {"step_difference": 0.002, "step_difference_error": 0.0},
+        "trustworthy",
+        "",
+    ),
     "forwards contradict": (
         {"step_difference": 0.12, "step_difference_error": 0.01},
         "invalid",
-        r"differ by 12 % from what differences of forwards give \(limit 5 %\), which are known to 1 %: a layer",
+        r"differ by 12 % from those of forwards \(invalid above 5 %\), which are known to 1 %: a layer",
     ),
     "forwards say nothing": (
         {"step_difference": 0.12, "step_difference_error": 0.05},
@@ -216,7 +226,7 @@ RULES = {
         "are themselves known to 5 % only, so that nothing confirms the derivatives",
     ),
     "forwards in 16 bits": (
-        {"step_difference": 0.12, "step_difference_error": 0.01, "bias_flags": ["half_precision"]},
+        {"step_difference": 0.12, "step_difference_error": 0.05, "bias_flags": ["half_precision"]},
         "trustworthy",
         "",
     ),

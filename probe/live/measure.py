@@ -274,7 +274,7 @@ class UpdateProbe:
             scores, tangents = tangent_of.step(basis, self.policy)
             if self.mode != "jvp":
                 return tangent_of, scores, tangents, None
-            checked = step_check(policy, E, step, tangents, self.check_scale)
+            checked = step_check(policy, E, scores, step, tangents, self.check_scale)
         self.check_scale = checked.scale
         if not checked.contradicted or self.settings.derivative == "jvp":
             return tangent_of, scores, tangents, checked
