@@ -19,13 +19,17 @@ from probe.estimators.losses import LOSS_OPTIONS, TOKEN_MEANS
 from probe.loading.checkpoint import TRAINING_ARGS, locate_checkpoint
 from probe.loading.training_args import SWITCH_OFF, TrainingArgs, read_training_args
 from probe.training_options import (
+    ENDS,
+    NEUTRAL_SAMPLING,
     OTHERWISE,
     PROMPTS_KEY,
     READ,
     SAMPLING,
     STOP_STRINGS,
     UNSUPPORTED,
+    WITHOUT_EFFECT,
     Read,
+    changed_ends,
     changed_sampling,
     is_one_of,
     known_options,
@@ -222,6 +226,8 @@ def _said(args: TrainingArgs, config: ProbeConfig) -> tuple[dict[str, Any], dict
 def _with_generation_kwargs(args: TrainingArgs) -> dict[str, Any]:
     """The options, with those of `generation_kwargs` that have an equivalent in their place, as in TRL's sampling."""
     options = {**(OTHERWISE if args.is_grpo else {}), **args.values}
+    if "vllm_importance_sampling_clip_max" not in options and "vllm_importance_sampling_cap" in options:
+        options["vllm_importance_sampling_clip_max"] = options["vllm_importance_sampling_cap"]
     kwargs = _generation_kwargs(args)
     for name in ("top_p", "top_k", "min_p"):
         if kwargs.get(name) is not None:
@@ -332,6 +338,11 @@ def _refuse_unsupported(args: TrainingArgs, config: ProbeConfig, given: Collecti
             continue
         found.append(f"{name} = {value!r:.60}, which {option.what}")
         remedies += [f"give {key} in the configuration" for key in option.unless]
+    cap, length = _generation_kwargs(args).get("max_new_tokens"), args.values.get("max_completion_length")
+    if config.probe_rework.loss == "dr_grpo" and args.is_grpo and cap not in (None, length):
+        found.append(
+            f"generation_kwargs with max_new_tokens = {cap!r:.60}, where dr_grpo divides by {length!r:.60}"
+        )
     changed = _changed_sampling(args) if args.is_grpo and sampled else {}
     if changed:
         listed = ", ".join(f"{name} = {value!r:.60}" for name, value in changed.items())
@@ -353,7 +364,8 @@ def _changed_sampling(args: TrainingArgs) -> dict[str, Any]:
     temperature = kwargs.get("temperature")
     if temperature is not None and temperature != args.values.get("temperature"):
         changed["temperature"] = temperature  # TRL's log-probs keep the other one
-    return changed
+    cap = kwargs.get("max_new_tokens") or args.values.get("max_completion_length")
+    return {**changed, **changed_ends(kwargs, cap)}
 
 
 def _flags(args: TrainingArgs, config: ProbeConfig) -> tuple[str, ...]:
@@ -399,7 +411,11 @@ def _unknown(args: TrainingArgs) -> tuple[str, ...]:
     if not args.is_grpo:
         return ()
     known = set(known_options())
-    return tuple(name for name in args.values if name not in known and not name.startswith("_"))
+    of_engines = {*READ, *NEUTRAL_SAMPLING, *ENDS, *WITHOUT_EFFECT}
+    return (
+        *(name for name in args.values if name not in known and not name.startswith("_")),
+        *(f"generation_kwargs.{name}" for name in _generation_kwargs(args) if name not in of_engines),
+    )
 
 
 def log_sources(sources: SettingSources) -> None:

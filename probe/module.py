@@ -482,7 +482,13 @@ class EntropyProbe(LightningModule):
         U, policy = _there(state.U, "U"), self.policy
         rework = self.config.probe_rework
         reference = self._reference_logprobs(U, progress) if rework.kl_coef > 0 else None
-        found = loss_gradient(policy, U, self.loss_settings, reference, progress("gradient on U"))
+        order = None
+        if (
+            "U" in state.seen
+        ):  # sampled prompt by prompt; trainers shuffle before they cut it into microbatches
+            generator = torch.Generator().manual_seed(stream_seed(self.seed, "order of U"))
+            order = torch.randperm(len(U), generator=generator)
+        found = loss_gradient(policy, U, self.loss_settings, reference, progress("gradient on U"), order)
         if "U" in state.seen:
             check_sampling(policy, state.seen["U"], found.scores)
         step, new, norm, factor, rounding = self._take_step(found.gradient)
@@ -516,7 +522,7 @@ class EntropyProbe(LightningModule):
         if not loaded.rounded:
             return step, new, norm, factor, None
         new, rounding = rounded_step(
-            loaded.optimizer, parameters, gradient, loaded.rounded, new, factor, lr_factor
+            loaded.optimizer, parameters, gradient, loaded.rounded, new, factor, lr_factor, loaded.fused
         )
         return step, new, norm, factor, rounding
 

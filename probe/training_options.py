@@ -33,6 +33,45 @@ NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
 nothing; None never does."""
 
 
+# fmt: off
+ENDS: dict[str, tuple[Any, ...]] = {
+    "stop_token_ids": ([],), "ignore_eos": (False,), "eos_token_id": (), "max_tokens": (), "max_length": (),
+    "max_time": (), "stop_regex": ([],),
+}
+# fmt: on
+"""Keyword arguments of engines that end a response in another way, and the values that change nothing."""
+# fmt: off
+WITHOUT_EFFECT = (
+    "temperature", "max_new_tokens", "seed", "n", "logprobs", "prompt_logprobs", "skip_special_tokens",
+    "spaces_between_special_tokens", "detokenize", "include_stop_str_in_output", "use_cache", "cache_implementation",
+    "pad_token_id", "bos_token_id", "disable_compile", "output_scores", "output_logits", "return_dict_in_generate",
+    "tokenizer", "synced_gpus",
+)
+# fmt: on
+"""Keyword arguments of engines that are judged elsewhere or change no response."""
+
+
+def changed_ends(kwargs: Mapping[str, Any], cap: Any = None) -> dict[str, Any]:
+    """The keyword arguments with which a response ends otherwise than by EOS, a stop string or the cap.
+
+    Args:
+        kwargs: of an engine.
+        cap: the most tokens of a response; an engine's own name for the same number changes nothing.
+
+    Example:
+        >>> changed_ends({"max_tokens": 64, "ignore_eos": False}, 64), changed_ends({"stop_token_ids": [5]})
+        ({}, {'stop_token_ids': [5]})
+    """
+    return {
+        name: value
+        for name, value in kwargs.items()
+        if name in ENDS
+        and value is not None
+        and not is_one_of(value, ENDS[name])
+        and not (name == "max_tokens" and value == cap)
+    }
+
+
 def changed_sampling(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that make sampling another distribution than softmax(logits / temperature).
 
@@ -180,7 +219,12 @@ PROMPTS_KEY = "batch_config.B_U"
 SIZES = ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size", "num_iterations")
 """Options that say, with the size of a microbatch, how many responses an update is made from, and how many updates are
 made from one generation."""
-OTHERWISE: dict[str, Any] = {"use_bias_correction_kl": False, "loss_type": "grpo"}
+OTHERWISE: dict[str, Any] = {
+    "use_bias_correction_kl": False,
+    "loss_type": "grpo",
+    "vllm_importance_sampling_correction": False,
+    "vllm_importance_sampling_mode": "token_truncate",
+}
 """What the versions did that do not have an option yet, where that is not the probe's default."""
 
 # ---------------------------------------------------------------- options that are judged

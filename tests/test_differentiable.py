@@ -244,7 +244,7 @@ def test_a_small_constant_part_is_noticed_too(monkeypatch):
     assert found.difference < 0.05
 
 
-def test_deltaH1_by_backward_is_compared_in_both_estimands():
+def test_backward_is_compared_in_both_estimands():
     """Relative to deltaH1 or its error, and to what differences of its parts are known to."""
 
     def estimate(value, se):

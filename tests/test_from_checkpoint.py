@@ -259,7 +259,27 @@ def test_what_earlier_versions_did_without_an_option(tmp_path):
 def test_options_of_other_versions_are_named(tmp_path):
     args = grpo_args()
     args.brand_new = 3
-    assert filled(saved(tmp_path, args))[1].unknown == ("brand_new",)
+    args.generation_kwargs = {"seed": 1, "brand_new_too": 4, "max_tokens": args.max_completion_length}
+    assert filled(saved(tmp_path, args))[1].unknown == ("brand_new", "generation_kwargs.brand_new_too")
+
+
+@pytest.mark.parametrize(
+    ("removed", "changed", "mode", "cap"),
+    [
+        ((), {}, "sequence_mask", 3.0),
+        (("mode", "clip_max", "clip_min"), {"cap": 2.0}, "token_truncate", 2.0),
+        (("clip_max", "clip_min"), {"cap": 2.5}, "sequence_mask", 2.5),
+    ],
+)
+def test_the_samplers_correction_of_earlier_versions(tmp_path, removed, changed, mode, cap):
+    args = grpo_args()
+    for name in removed:
+        delattr(args, f"vllm_importance_sampling_{name}")
+    for name, value in changed.items():
+        setattr(args, f"vllm_importance_sampling_{name}", value)
+    rework = filled(saved(tmp_path, args))[0].probe_rework
+    assert rework.vllm_importance_sampling_mode == mode
+    assert rework.vllm_importance_sampling_clip_max == cap
 
 
 @pytest.mark.parametrize("make", [TrainingArguments, SFTConfig])
@@ -417,6 +437,14 @@ FILE = {"U_rollouts": "u.parquet"}
         ({"repetition_penalty": 1.1}, "repetition_penalty = 1.1", None),
         ({"generation_kwargs": {"no_repeat_ngram_size": 3}}, "no_repeat_ngram_size = 3", None),
         ({"generation_kwargs": {"temperature": 0.5}}, "temperature = 0.5", None),
+        ({"generation_kwargs": {"max_tokens": 64}}, "max_tokens = 64", None),
+        ({"generation_kwargs": {"stop_token_ids": [5]}}, "stop_token_ids = [5]", None),
+        ({"generation_kwargs": {"ignore_eos": True}}, "ignore_eos = True", None),
+        (
+            {"generation_kwargs": {"max_new_tokens": 7}, "loss_type": "dr_grpo"},
+            "max_new_tokens = 7, where dr_grpo divides by 512",
+            None,
+        ),
     ],
 )
 def test_an_option_that_is_not_supported_is_named(tmp_path, options, named, remedy):

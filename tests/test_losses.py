@@ -226,6 +226,17 @@ def test_on_policy_kl_weight_is_that_of_the_divergence():
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_microbatches_are_cut_in_the_order_that_is_given(name):
+    mask, l, _, _, h, A = batch()
+    settings = LossSettings(loss=name, entropy_coef=0.1, per_device_train_batch_size=2)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    found = loss_weights(settings, LossInputs(mask, A, l, h, order=order))
+    expected = loss_weights(settings, LossInputs(mask[order], A[order], l[order], h[order]))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one[order], other)
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_a_recorded_number_of_tokens_takes_the_place_of_the_updates_own(name):
     mask, l, _, _, h, A = batch()
     settings, inputs = LossSettings(loss=name, entropy_coef=0.1), LossInputs(mask, A, l, h)

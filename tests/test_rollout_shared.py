@@ -49,6 +49,9 @@ NAMED = [0] * 4 + [1] * 4
         ({"r": UPDATE["p"], "s": UPDATE["q"]}, None, 0),  # other prompts
         ({"p": ["abc", "x", "y", "z"], "q": ["u", "bca"]}, None, 0),  # a few that are the same
         ({"p": ["abc"]}, None, 0),
+        # others beside the update's own, before them and in their place
+        ({"p": ["zzz", "xyz", *UPDATE["p"]], "q": ["zyx", "yyy", *UPDATE["q"]]}, None, 8),
+        ({"p": [*UPDATE["p"][:3], "zzz"], "q": [*UPDATE["q"][:3], "yyy"]}, NAMED, 6),
     ],
 )
 def test_groups_of_the_update_are_known_by_prompt_name_and_places(batch, responses, group, expected):

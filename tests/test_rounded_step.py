@@ -43,7 +43,13 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "options",
-    [{"lr": 1e-6}, {"lr": 1e-3}, {"lr": 1e-2, "amsgrad": True}, {"kind": torch.optim.Adam, "lr": 1e-4}],
+    [
+        {"lr": 1e-6},
+        {"lr": 1e-3},
+        {"lr": 1e-2, "amsgrad": True},
+        {"kind": torch.optim.Adam, "lr": 1e-4},
+        {"lr": 1e-5, "foreach": None, "fused": True},
+    ],
 )
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_it_is_the_step_that_the_training_takes(tmp_path, options, factor):
@@ -56,7 +62,10 @@ def test_it_is_the_step_that_the_training_takes(tmp_path, options, factor):
     parameters, gradient = dict(model.named_parameters()), gradients(model)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     step, new, _, clip = optimizer_step(loaded.optimizer, parameters, gradient, None, lr_factor=factor)
-    found, rounding = rounded_step(loaded.optimizer, parameters, gradient, loaded.rounded, new, clip, factor)
+    assert loaded.fused is options.get("fused", False)
+    found, rounding = rounded_step(
+        loaded.optimizer, parameters, gradient, loaded.rounded, new, clip, factor, loaded.fused
+    )
     for group in optimizer.param_groups:
         group["lr"] *= factor
     for name, p in live.named_parameters():

@@ -173,6 +173,7 @@ class LossInputs:
         ref_logprob: `l_ref`, `(B, T)`, needed where `kl_coef > 0`.
         sampling_logprob: the log-probs that the sampling engine gave, `(B, T)`, NaN where it gave none; None where the
             policy itself sampled.
+        order: `(B,)` int64, in which the responses are cut into microbatches; None takes them as they stand.
         loss_tokens: what the losses that are a mean over the tokens of the update divide by, where it is another number
             than theirs (TRL takes that of a generation, by the share of it that an update uses).
     """
@@ -185,9 +186,10 @@ class LossInputs:
     old_logprob: Tensor | None = None
     ref_logprob: Tensor | None = None
     sampling_logprob: Tensor | None = None
+    order: Tensor | None = None
     loss_tokens: float | None = None
 
-    def rows(self, part: slice) -> LossInputs:
+    def rows(self, part: Tensor) -> LossInputs:
         """Those of some responses."""
         given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         cut: dict[str, Any] = {name: x[part] if isinstance(x, Tensor) else x for name, x in given.items()}
@@ -207,7 +209,8 @@ def policy_loss(settings: LossSettings, inputs: LossInputs) -> Tensor:
             )
         inputs = replace(inputs, mask=inputs.mask & ~inputs.truncated.unsqueeze(1))
     size = settings.per_device_train_batch_size or len(inputs.mask)
-    parts = [slice(i, i + size) for i in range(0, len(inputs.mask), size)]
+    order = torch.arange(len(inputs.mask)) if inputs.order is None else inputs.order
+    parts = order.split(size)
     whole = token_normaliser(settings.loss, inputs.mask, settings.max_new_tokens)
     if inputs.loss_tokens is not None:  # what follows takes it for the losses that are such a mean
         whole = inputs.mask.double() / inputs.loss_tokens

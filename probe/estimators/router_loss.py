@@ -39,7 +39,11 @@ def router_coefficient(model: nn.Module, wanted: float | None) -> float:
 
 
 def router_gradient(
-    policy: Policy, batch: RolloutBatch, leave_out_truncated: bool = False, rows: int | None = None
+    policy: Policy,
+    batch: RolloutBatch,
+    leave_out_truncated: bool = False,
+    rows: int | None = None,
+    order: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Gradient of the load-balancing loss of prompts and responses, by parameter name.
 
@@ -50,7 +54,8 @@ def router_gradient(
         policy: the policy.
         batch: U.
         leave_out_truncated: the tokens of responses that were cut off have no part (`mask_truncated_completions`).
-        rows: rows that are put together, in order; the loss is the mean over these microbatches. None takes 8.
+        rows: rows that are put together; the loss is the mean over these microbatches. None takes 8.
+        order: `(B,)` int64, in which they are; None takes them as they stand.
 
     Raises:
         NumericalError: the model gives no `aux_loss`, or a gradient is not finite.
@@ -58,9 +63,9 @@ def router_gradient(
     parameters = policy.parameters
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     size = rows or ROWS
-    parts = [range(i, min(i + size, len(batch))) for i in range(0, len(batch), size)]
+    parts = (torch.arange(len(batch)) if order is None else order).split(size)
     for part in parts:
-        inputs = _inputs(batch, part, leave_out_truncated, policy.device)
+        inputs = _inputs(batch, part.tolist(), leave_out_truncated, policy.device)
         with torch.enable_grad(), policy.autocast(), standing_in(policy.model, policy.values or {}):
             output = policy.model(**inputs, use_cache=False, output_router_logits=True)
             loss = getattr(output, "aux_loss", None)
@@ -84,7 +89,7 @@ def router_gradient(
 
 
 def _inputs(
-    batch: RolloutBatch, rows: range, leave_out_truncated: bool, device: torch.device
+    batch: RolloutBatch, rows: list[int], leave_out_truncated: bool, device: torch.device
 ) -> dict[str, Tensor]:
     """Whole prompts and responses, right-padded."""
     texts, masks = [], []

@@ -116,6 +116,7 @@ def loss_gradient(
     settings: LossSettings,
     ref_logprobs: Tensor | None = None,
     progress: Progress | None = None,
+    order: Tensor | None = None,
 ) -> LossGradient:
     """Gradient of the policy-gradient loss on U, summed over microbatches: their size changes nothing.
 
@@ -128,6 +129,7 @@ def loss_gradient(
         settings: the loss.
         ref_logprobs: `(B, T)` log-probs of the reference policy, needed where `kl_coef > 0`.
         progress: called after each microbatch.
+        order: `(B,)` int64, in which a trainer cuts U into its microbatches; None takes U as it stands.
 
     Raises:
         ValueError: U has no advantages.
@@ -151,6 +153,7 @@ def loss_gradient(
             batch.old_logprobs,
             ref_logprobs,
             batch.sampling_logprobs,
+            order,
             batch.loss_tokens,
         ),
     )
@@ -161,7 +164,7 @@ def loss_gradient(
     (gradient,), scores = token_gradients(policy, batch, token_weights, 1, progress)
     if settings.router_aux_loss_coef:
         cut, rows = settings.mask_truncated_completions, settings.per_device_train_batch_size
-        for name, of_router in router_gradient(policy, batch, cut, rows).items():
+        for name, of_router in router_gradient(policy, batch, cut, rows, order).items():
             gradient[name] += settings.router_aux_loss_coef * of_router
     return LossGradient(gradient=gradient, weights=kept, entropy_weights=kept_entropy, scores=scores)
 
@@ -218,11 +221,12 @@ def rounded_step(
     new_parameters: Mapping[str, Tensor],
     clip_factor: float = 1.0,
     lr_factor: float = 1.0,
+    fused: bool = False,
 ) -> tuple[dict[str, Tensor], Rounding]:
     """The step as a training takes it whose weights, moments and gradients are in 16 bits.
 
-    Every operation of torch's Adam or AdamW rounds there, so that what is small beside the weight is lost. The step is
-    taken on copies, one parameter after the other.
+    Every operation of torch's Adam or AdamW rounds there (of the fused one every result), so that what is small beside
+    the weight is lost. The step is taken on copies, one parameter after the other.
 
     Args:
         optimizer: Adam or AdamW over `parameters`, with moments that are numbers of `dtypes`.
@@ -232,6 +236,7 @@ def rounded_step(
         new_parameters: what the exact step leaves, on the device where the result is to be.
         clip_factor: what clipping multiplies the gradient by.
         lr_factor: multiplies the learning rate of every group.
+        fused: whether the training's optimizer is the fused one.
 
     Returns:
         The new parameters, in the types and on the devices of `new_parameters`, and what is left of the step.
@@ -244,8 +249,9 @@ def rounded_step(
         p = parameters[name]
         twin = nn.Parameter(p.detach().to(dtype))
         twin.grad = gradient[name].to(device=p.device, dtype=dtype) * clip_factor
-        group = {key: value for key, value in groups[name].items() if key != "params"}
-        own = kind([{**group, "params": [twin], "lr": group["lr"] * lr_factor}], foreach=False)
+        group = {k: v for k, v in groups[name].items() if k not in ("params", "foreach", "fused")}
+        how = {"fused": True} if fused else {"foreach": False}
+        own = kind([{**group, "params": [twin], "lr": group["lr"] * lr_factor}], **how)
         own.state[twin] = {
             key: value.clone() if key == "step" else value.to(dtype)
             for key, value in optimizer.state.get(p, {}).items()

@@ -11,7 +11,7 @@ from probe.live.attach import few_of, prompt_examples
 from probe.live.report import say
 from probe.live.words import in_own_words
 from probe.text import error_text
-from probe.training_options import NEUTRAL_SAMPLING, changed_sampling
+from probe.training_options import NEUTRAL_SAMPLING, changed_ends, changed_sampling
 
 IMAGES = ("image", "images")
 """Columns that TRL puts into prompts as pictures."""
@@ -37,6 +37,7 @@ def sampling_changes(trainer: Any) -> dict[str, Any]:
     # GRPO's own options and its keyword arguments are in the configuration already, unless another engine samples
     merged = {**given, **{name: x for name, x in effective.items() if x is not None}, **kwargs}
     found = changed_sampling(merged)
+    found |= changed_ends(kwargs, getattr(args, "max_completion_length", None))
     if "temperature" in kwargs and kwargs["temperature"] != getattr(args, "temperature", None):
         found["temperature"] = kwargs["temperature"]
     return found

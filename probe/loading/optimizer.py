@@ -50,6 +50,7 @@ class LoadedOptimizer:
         saved_learning_rate: that group's learning rate in the file.
         step: number of steps taken so far (the largest over the parameters).
         notes: what was decided or changed while loading, for the report.
+        fused: whether the training's optimizer was torch's fused one, which rounds its results alone.
         rounded: the 16-bit type of each parameter whose weights and moments the training keeps in it.
         schedule_at_zero: whether the saved learning rate is 0, and that of an earlier step stands in for it.
     """
@@ -61,6 +62,7 @@ class LoadedOptimizer:
     step: int
     notes: tuple[str, ...]
     rounded: Mapping[str, torch.dtype] = field(default_factory=dict)
+    fused: bool = False
     schedule_at_zero: bool = False
 
     @property
@@ -145,6 +147,7 @@ def load_optimizer(
         step=max(moment.step for moment in moments.values()),
         notes=notes,
         rounded=rounded,
+        fused=all(group.get("fused") is True for group in groups),
         schedule_at_zero=learning_rate is None and not any(float(group["lr"]) for group in groups),
     )
 

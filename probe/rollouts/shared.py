@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -34,13 +34,13 @@ def check_different_files(E_rollouts: str, U_rollouts: str, update: int | None) 
 def shared_responses(E: RolloutBatch, U: RolloutBatch, logprob: Tensor) -> int:
     """Number of responses of E that are the update's own; 0 unless both are from files.
 
-    A group of E is one of U's where prompt and name of the group are the same and the responses agree at all places
-    that both have, or where E's, two or more, are those of U's in another order. Files may give one name to different
-    groups, and short responses agree by chance: of `K` groups that both have, chance lets the `M` that agree do so with
-    a probability of at most `C(K, M) prod p(y)` (`p(y)` times the group's size, in another order), and only below
-    `CHANCE` they count. `p(y)` is the policy's, or the share of E's other responses to the prompt that are the same,
-    where that is larger. A single response is never enough, and texts that do not lead back to their tokens count for
-    nothing.
+    Groups are compared where prompt and name are the same: the responses that agree at the same places, or at any.
+    Files may give one name to different groups, and short responses agree by chance. Of `n` responses of E's group
+    chance lets the `m` that agree do so with a probability of about `2 C(n, m) prod p(y)` (where the places differ two
+    at least, and as many times as they can be matched with U's), of `K` groups that both have the `M` with any with
+    `C(K, M)` times the product of those, and only below `CHANCE` they count. `p(y)` is the policy's, or the share of
+    E's other responses to the prompt that are the same, where that is larger. A single response is never enough, and
+    texts that do not lead back to their tokens count for nothing.
 
     Args:
         E: the evaluation batch.
@@ -59,21 +59,46 @@ def shared_responses(E: RolloutBatch, U: RolloutBatch, logprob: Tensor) -> int:
     log_chance = 0.0
     for key in common:
         rows, others = of_E[key], of_U[key]
-        places = rows.keys() & others.keys()
-        if places and all(tokens_E[rows[place]] == tokens_U[others[place]] for place in places):
-            same, orders = [rows[place] for place in places], 1
-        else:
-            left = Counter(tokens_E[i] for i in rows.values()) - Counter(tokens_U[i] for i in others.values())
-            if left or len(rows) < 2:
+        # at the same places, or else anywhere: the larger part of the two groups that is the same
+        here = [rows[p] for p in rows.keys() & others.keys() if tokens_E[rows[p]] == tokens_U[others[p]]]
+        anywhere = _matched(rows.values(), tokens_E, Counter(tokens_U[i] for i in others.values()))
+        log_of = []
+        for agreed, placed in ((here, True), (anywhere, False)):
+            own = [i for i in agreed if not E.doubts or "text" not in E.doubts[i]]
+            if not own or (len(own) < 2 and not placed):
                 continue
-            same, orders = list(rows.values()), len(others)
+            # chance picks which of E's rows agree, and with which of U's where they may stand anywhere
+            ways = _log_choose(len(rows), len(own))
+            if not placed:
+                ways += math.lgamma(len(others) + 1) - math.lgamma(len(others) - len(own) + 1)
+            log_of.append((ways + sum(max(float(logprob[i]), often[i]) for i in own), own))
+        if not log_of:
+            continue
+        least, same = min(log_of, key=lambda pair: pair[0])
+        least += math.log(2)  # the better of two ways
+        if least >= 0:  # as likely as not
+            continue
         agreeing += 1
-        same = [i for i in same if not E.doubts or "text" not in E.doubts[i]]
         found += same
-        log_chance += sum(min(max(float(logprob[i]), often[i]) + math.log(orders), 0.0) for i in same)
+        log_chance += least
     K, M = len(common), agreeing
-    log_chance += math.lgamma(K + 1) - math.lgamma(M + 1) - math.lgamma(K - M + 1)
+    log_chance += _log_choose(K, M)
     return len(found) if len(found) > 1 and log_chance < math.log(CHANCE) else 0
+
+
+def _matched(rows: Iterable[int], tokens: list[tuple[int, ...]], left: Counter[tuple[int, ...]]) -> list[int]:
+    """The responses of E that have one of their own among U's, each of which counts once."""
+    found = []
+    for i in rows:
+        if left[tokens[i]] > 0:
+            left[tokens[i]] -= 1
+            found.append(i)
+    return found
+
+
+def _log_choose(n: int, k: int) -> float:
+    """The logarithm of the number of ways to choose `k` of `n`."""
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def _log_shares(E: RolloutBatch, tokens: list[tuple[int, ...]]) -> list[float]:
