@@ -338,6 +338,16 @@ def _refuse_unsupported(args: TrainingArgs, config: ProbeConfig, given: Collecti
             continue
         found.append(f"{name} = {value!r:.60}, which {option.what}")
         remedies += [f"give {key} in the configuration" for key in option.unless]
+    if (
+        args.is_grpo
+        and sampled
+        and config.probe_rework.mask_truncated_completions
+        and config.generation.stop_strings
+    ):
+        found.append(
+            "mask_truncated_completions with stop strings, after which a response counts as cut off there"
+        )
+        remedies.append("take U from a file (batch_config.U_rollouts)")
     cap, length = _generation_kwargs(args).get("max_new_tokens"), args.values.get("max_completion_length")
     if config.probe_rework.loss == "dr_grpo" and args.is_grpo and cap not in (None, length):
         found.append(
@@ -383,13 +393,14 @@ def _flags(args: TrainingArgs, config: ProbeConfig) -> tuple[str, ...]:
     if over_processes or (rework.loss in TOKEN_MEANS and per_generation < accumulated):
         flags.append("means_of_microbatches")
     own_means = rework.loss == "bnpo" or rework.entropy_coef != 0 or rework.top_entropy_quantile < 1
-    if own_means and accumulated > 1 and not sampled:
+    several = per_generation * (_size(args, "num_iterations") or 1) > accumulated
+    if not sampled and (several or (own_means and accumulated > 1)):
         flags.append(ORDER_OF_ROWS)
     return tuple(flags)
 
 
 ORDER_OF_ROWS = "order_of_rows"
-"""Flag of a file whose rows need not stand in the order of the trainer's microbatches, as those of a recorder do."""
+"""Flag of a file whose rows need not be those of one update in the order of its microbatches, as a recorder's are."""
 
 
 def _reward_flags(args: TrainingArgs) -> tuple[str, ...]:

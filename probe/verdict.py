@@ -631,8 +631,9 @@ _FLAGS: dict[str, Finding] = {
     ),
     "order_of_rows": Finding(
         "caution",
-        "The training works parts of its loss out in microbatches, in whose order the rows of U's file need not stand: "
-        "the gradients differ as far as the microbatches do; record the rollouts with RolloutRecorderCallback.",
+        "The training makes several updates from one generation, or works parts of its loss out in microbatches, and "
+        "U's file does not tell which rows these are: the gradients differ as far as the rows do; record the rollouts "
+        "with RolloutRecorderCallback.",
     ),
     "reward_weights": Finding(
         "caution",

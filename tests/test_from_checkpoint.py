@@ -470,7 +470,8 @@ def test_a_reference_that_moves_does_not_matter_without_a_penalty(tmp_path):
     [
         ({"num_iterations": 2}, {}, ("rollouts_of_several_updates",)),
         ({"steps_per_generation": 4}, {}, ("rollouts_of_several_updates",)),
-        ({"num_iterations": 2}, {"U_rollouts": "u.parquet"}, ()),
+        ({"num_iterations": 2}, FILE, ("order_of_rows",)),
+        ({"steps_per_generation": 4}, FILE, ("order_of_rows",)),
         ({"gradient_accumulation_steps": 4, "loss_type": "bnpo"}, {}, ()),
         ({"gradient_accumulation_steps": 4, "loss_type": "bnpo"}, FILE, ("order_of_rows",)),
         ({"gradient_accumulation_steps": 4, "entropy_coef": 0.1}, FILE, ("order_of_rows",)),
