@@ -197,11 +197,6 @@ def _arithmetic_rows(values: Mapping[str, Any]) -> list[Row]:
         rows.append(
             Row("  forwards", (off,), "relative difference from differences of forwards along the step")
         )
-    if found.get("step_difference") is not None:
-        off = f"{found['step_difference']:.1e}"
-        rows.append(
-            Row("  forwards", (off,), "relative difference from differences of forwards along the step")
-        )
     if found.get("difference_error") is not None:
         off = f"{found['difference_error']:.1e}"
         rows.append(Row("  differences", (off,), "estimated relative error of the finite differences"))

@@ -432,8 +432,7 @@ def _unknown(args: TrainingArgs) -> tuple[str, ...]:
 def log_sources(sources: SettingSources) -> None:
     """Say what was read from a checkpoint's training arguments, and what of it does not count."""
     if sources.checkpoint:
-        read = ", ".join(f"{key} {value}" for key, value in sources.checkpoint.items())
-        logger.info("settings of the update from %s: %s", sources.note, read)
+        logger.info("%d settings of the update from %s", len(sources.checkpoint), sources.note)
     for key, value in sources.overruled.items():
         own = sources.configuration[key]
         logger.info("%s: %s in the configuration counts, the checkpoint was trained with %s", key, own, value)

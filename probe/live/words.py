@@ -32,8 +32,8 @@ OWN_WORDS: tuple[tuple[str, str], ...] = (
     ("checkpoint.attn_implementation", "attn_implementation"),
     ("memory_config.", ""),
     (
-        "use a chat model's tokenizer (checkpoint.tokenizer_path), or set use_chat_template: false and a "
-        "prompt_template",
+        "use a chat model's tokenizer (checkpoint.tokenizer_path), or give the prompts as texts (use_chat_template: "
+        "false, and a prompt_template)",
         "use a chat model's tokenizer, or give the prompts as texts",
     ),
     ("checkpoint.tokenizer_path", "tokenizer"),

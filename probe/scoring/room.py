@@ -57,6 +57,12 @@ def check_prompts(model: Any, prompts: Sequence[Sequence[int]], new: int) -> Non
     for index, ids in enumerate(prompts):
         _check_tokens(room, ids, f"prompts[{index}]")
     longest = max(map(len, prompts))
+    if room.positions is not None and longest >= room.positions:
+        index = next(i for i, ids in enumerate(prompts) if len(ids) == longest)
+        raise DataError(
+            f"prompts[{index}]: expected fewer tokens than the {room.positions} positions of the model, found {longest}; "
+            "leave it out of the data"
+        )
     if room.positions is not None and longest + new > room.positions:
         raise RolloutError(
             f"generation.max_new_tokens: expected at most {max(room.positions - longest, 0)} (the model has "
