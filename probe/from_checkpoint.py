@@ -73,6 +73,8 @@ class SettingSources:
             that file turns out to have rewards alone, see `from_rewards`.
         reward_flags: those of rewards in that case.
         filled: everything that the file has filled in.
+        without_dropout: whether the training switched dropout off.
+        rows: responses that one update of the training is made from, where several share a generation.
     """
 
     note: str
@@ -85,6 +87,8 @@ class SettingSources:
     filled: Mapping[str, Any] = field(default_factory=dict)
     advantage: str | None = None
     reward_flags: tuple[str, ...] = ()
+    without_dropout: bool = False
+    rows: int | None = None
 
     def from_rewards(self, config: ProbeConfig) -> tuple[ProbeConfig, SettingSources]:
         """Configuration and sources where the file that U comes from has rewards, and no advantages."""
@@ -182,6 +186,8 @@ def fill_settings(
         advantage=advantage,
         reward_flags=_reward_flags(args) if from_file else (),
         unknown=_unknown(args),
+        without_dropout=args.values.get("disable_dropout") is True,
+        rows=_rows_per_update(args) if _several_updates(args) else None,
     )
     return filled, sources
 
@@ -266,6 +272,21 @@ def _size(args: TrainingArgs, name: str) -> int | None:
     """A positive integer of the options, or None."""
     value = args.values.get(name)
     return value if type(value) is int and value >= 1 else None
+
+
+def _several_updates(args: TrainingArgs) -> bool:
+    """Whether several updates are made from the rollouts of one generation."""
+    if not args.is_grpo:
+        return False
+    accumulated = _size(args, "gradient_accumulation_steps") or 1
+    per_generation = _size(args, "steps_per_generation") or accumulated
+    return per_generation * (_size(args, "num_iterations") or 1) > accumulated
+
+
+def _rows_per_update(args: TrainingArgs) -> int | None:
+    """Responses per optimizer step, of all processes."""
+    per_device, accumulated, _ = (_size(args, name) for name in SIZES_OF_AN_UPDATE)
+    return None if per_device is None or accumulated is None else per_device * accumulated * _processes(args)
 
 
 def _prompts_per_update(args: TrainingArgs) -> int | None:
@@ -386,15 +407,14 @@ def _flags(args: TrainingArgs, config: ProbeConfig) -> tuple[str, ...]:
     accumulated = _size(args, "gradient_accumulation_steps") or 1
     per_generation = _size(args, "steps_per_generation") or accumulated
     flags = []
-    if sampled and per_generation * (_size(args, "num_iterations") or 1) > accumulated:
+    if sampled and _several_updates(args):
         flags.append("rollouts_of_several_updates")
     # the probe's microbatches are those of one process, and of one generation
     over_processes = rework.top_entropy_quantile < 1 and _processes(args) > 1
     if over_processes or (rework.loss in TOKEN_MEANS and per_generation < accumulated):
         flags.append("means_of_microbatches")
     own_means = rework.loss == "bnpo" or rework.entropy_coef != 0 or rework.top_entropy_quantile < 1
-    several = per_generation * (_size(args, "num_iterations") or 1) > accumulated
-    if not sampled and (several or (own_means and accumulated > 1)):
+    if not sampled and (_several_updates(args) or (own_means and accumulated > 1)):
         flags.append(ORDER_OF_ROWS)
     return tuple(flags)
 

@@ -360,6 +360,13 @@ class EntropyProbe(LightningModule):
             logger.info(
                 "U: %d groups, %d responses from %s; B_U and G do not apply", groups, len(U), U.source
             )
+            rows = self.sources.rows
+            if rows is not None and len(U) > rows and U.loss_tokens is None:
+                raise DataError(
+                    f"batch_config.U_rollouts: expected the {rows} responses of one update (several are made from one "
+                    f"generation), found {len(U)} in {U.source}, which does not tell them apart; record them with "
+                    "RolloutRecorderCallback, or set probe_rework.from_checkpoint: off to take all"
+                )
             rewards, kind = U.rewards, self.config.probe_rework.advantage
             if U.advantages is not None and kind == "auto":
                 return U  # what the trainer made the update with

@@ -270,7 +270,10 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
     in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
     if in_group is not None:
         return _unknown_key(".".join(in_group.groups()), parser)
-    alone = re.search(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments?: --([\w.]+)", text)
+    alone = re.search(
+        r"(?:Option|Subcommand '\w+' does not accept option) '([\w.]+)'|[Uu]nrecognized arguments?: --([\w.]+)",
+        text,
+    )
     if alone is not None:
         return _unknown_key(alone.group(1) or alone.group(2), parser)
     wrong = re.match(r"Parser key \"([\w.]+)\": (.*)", text)
@@ -328,7 +331,8 @@ def _unknown_key(key: str, parser: LightningArgumentParser) -> str:
     keys = [k for k in vars(parser.get_defaults().as_flat()) if "." in k or k == "seed_everything"]
     leaves = {k.rsplit(".", 1)[-1]: k for k in keys}
     leaf = key.rsplit(".", 1)[-1]
-    near = [leaves[leaf]] if leaf in leaves else difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    same = {name.lower(): k for name, k in leaves.items()}.get(leaf.lower())
+    near = [same] if same is not None else difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     if not near:  # a misspelt name in the wrong section
         near = [leaves[n] for n in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.6)]
     hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join([*SECTIONS, 'trainer'])}"

@@ -13,6 +13,7 @@ from probe.estimators.curvature import eta_10
 from probe.estimators.estimate import Estimate, error_method
 from probe.estimators.prediction import norm
 from probe.from_checkpoint import ORDER_OF_ROWS
+from probe.loading import training_dropout
 from probe.verdict import verdict
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ DIAGNOSTIC_KEYS: dict[str, str] = {
     "derivative_check_error": "relative difference of backward and finite differences on the first microbatch",
     "sampling_scoring_gap": "root mean square difference of log-probs while sampling and scored, nats per token",
     "on_policy_z": "mean of sum_t (l + h) over E in standard errors; 0 in the mean if E comes from the policy",
+    "dropout": "largest dropout probability of the policy in training; the probe's update is without",
     "bias_flags": "reasons why the results are biased",
     "rollout_doubts": "of E and U from texts in files: responses (`of`), and how many are uncertain in which way",
 }
@@ -293,6 +295,10 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
         flags.append("rounded_step")
     if module.optimizer is not None and module.optimizer.schedule_at_zero:
         flags.append("schedule_at_zero")
+    dropout = training_dropout(module.policy.model)
+    if state.update is not None and dropout > 0 and not module.sources.without_dropout:
+        found["dropout"] = dropout
+        flags.append("dropout")
     if module.other_base is not None:
         flags.append("another_base")
         found["base_recorded"], found["base_given"] = module.other_base

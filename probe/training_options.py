@@ -257,7 +257,8 @@ _ADAM = (
 )
 UNSUPPORTED: dict[str, Unsupported] = {
     "optim": Unsupported(
-        _ADAM, "is not Adam or AdamW, though its state may look alike", ("checkpoint.optimizer",)
+        _ADAM, "is not known as Adam or AdamW (where it is one all the same, checkpoint.optimizer says which)",
+        ("checkpoint.optimizer",)
     ),
     "neftune_noise_alpha": Unsupported((None, 0), "adds noise to the embeddings"),
     "use_adaptive_entropy": Unsupported(
@@ -297,7 +298,7 @@ IRRELEVANT: dict[str, tuple[str, ...]] = {
         "cast_lm_head_to_fp32", "pad_to_multiple_of", "cache_implementation", "model_init_kwargs",
         "trust_remote_code",
     ),
-    "the probe's passes are without dropout": ("disable_dropout",),
+    "read beside the table, for a flag": ("disable_dropout",),
     "how processes share the work": (
         "average_tokens_across_devices", "accelerator_config", "parallelism_config", "deepspeed", "fsdp", "fsdp_config",
         "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",

@@ -79,10 +79,12 @@ class Finding:
     Attributes:
         word: how bad it is.
         sentence: what was found, against which limit, and what to do.
+        minor: whether it is about the estimand beside the headline one, and stands behind others of its word.
     """
 
     word: Word
     sentence: str
+    minor: bool = False
 
     @property
     def rank(self) -> int:
@@ -121,7 +123,8 @@ def verdict(values: Mapping[str, Any]) -> Verdict:
     findings += [found for flag in facts.flags if (found := _flag(flag, facts)) is not None]
     if not findings:
         return Verdict("trustworthy", (_praise(facts),))
-    findings.sort(key=lambda found: -found.rank)  # stable: equally bad ones stay in the order of the checks
+    # stable: equally bad ones stay in the order of the checks
+    findings.sort(key=lambda found: (-found.rank, found.minor))
     return Verdict(findings[0].word, tuple(found.sentence for found in findings))
 
 
@@ -236,7 +239,7 @@ def _worst_estimand(check: Callable[[_Facts, str], Finding | None], facts: _Fact
     for suffix in facts.suffixes:
         finding = check(facts, suffix)
         if finding is not None and finding.word == "unresolved" and suffix != facts.suffixes[0]:
-            finding = Finding("caution", finding.sentence)
+            finding = Finding("caution", finding.sentence, minor=True)
         if finding is not None:
             findings.append(finding)
     return max(findings, key=lambda finding: finding.rank, default=None)
@@ -550,6 +553,13 @@ def _flag(flag: str, facts: _Facts) -> Finding | None:
             "caution",
             "Forwards run in 16 bits and no noise floor was measured: changes below about 0.01 nats per response can "
             "be rounding; set checkpoint.dtype: float32.",
+        )
+    if flag == "dropout":
+        p = number(facts.found, "dropout")
+        return Finding(
+            "caution",
+            f"The training draws dropout{'' if p is None else f' of {p:g}'} in the update's gradient, the probe takes "
+            "the update without: the training's step differs by that noise (TRL: disable_dropout=True).",
         )
     if flag == "another_base":
         return Finding(

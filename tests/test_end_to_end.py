@@ -155,7 +155,7 @@ def test_every_key_is_there_and_is_plain(config):
     }
     assert set(results) == set(RESULT_KEYS) | per_token | {"eta_10_tok"}
     differences = {"difference_scale", "difference_error"}  # forward mode needs none
-    assert set(results["diagnostics"]) == set(DIAGNOSTIC_KEYS) - differences - {"clipped_fraction"}
+    assert set(results["diagnostics"]) == set(DIAGNOSTIC_KEYS) - differences - {"clipped_fraction", "dropout"}
     assert set(results["timing"]) == {"load", *PHASES[:-1], "total"}
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     assert results["deltaH1"] == pytest.approx(results["learning_rate"] * results["bars_dot"])
@@ -384,6 +384,31 @@ def test_several_rewards(config):
     assert other["deltaH1"] != one["deltaH1"]
     with pytest.raises(ConfigError, match="reward_weights: expected one for each of 2 rewards, found 1"):
         run(config, batch_config={"reward": names, "reward_weights": [1.0]}, **off)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "attention", "switched off"])
+def test_dropout_in_training_marks_the_update(config, tmp_path, base, kind):
+    if kind == "attention":
+        folder = save_base(tmp_path / "attention", attention_dropout=0.2)
+        model = load_base(folder)
+    else:
+        model = add_lora(load_base(base), lora_dropout=0.1)
+    optimizer = adamw(model)
+    take_steps(model, optimizer, 2)
+    folder = save_checkpoint(tmp_path / "checkpoint-2", model, optimizer, layout="flat")
+    if kind == "switched off":
+        from tests.test_from_checkpoint import grpo_args
+
+        sizes = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 8}
+        torch.save(grpo_args(disable_dropout=True, **sizes), folder / "training_args.bin")
+    results = run(config, checkpoint={"checkpoint_path": str(folder)})
+    found = results["diagnostics"]
+    if kind == "switched off":
+        assert "dropout" not in found["bias_flags"]
+        return
+    assert "dropout" in found["bias_flags"]
+    assert found["dropout"] == (0.2 if kind == "attention" else 0.1)
+    assert any("draws dropout of 0." in reason for reason in results["verdict_reasons"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -166,7 +166,7 @@ def lora_checkpoint(
     folder: Path, base: Path, *, optimizer: OptimizerFactory = adamw, steps: int = 3, **options: Any
 ) -> tuple[Path, Any, torch.optim.Optimizer]:
     """A LoRA checkpoint after a few steps, with the live model and optimizer that wrote it."""
-    model = add_lora(load_base(base))
+    model = add_lora(load_base(base), lora_dropout=0.0)
     live = optimizer(model)
     take_steps(model, live, steps)
     return save_checkpoint(folder, model, live, **options), model, live

@@ -115,7 +115,8 @@ def render_messages(
     if tokenizer.chat_template is None:
         raise DataError(
             f"{where}: expected a tokenizer with a chat template, found none; use a chat model's tokenizer "
-            "(checkpoint.tokenizer_path), or give the prompts as texts (use_chat_template: false, and a prompt_template)"
+            "(checkpoint.tokenizer_path), or give the prompts as texts (use_chat_template: false, and a "
+            "prompt_template)"
         )
     prefilled = messages[-1]["role"] == "assistant" and rendering.continue_final_message is not False
     endless = DataError(

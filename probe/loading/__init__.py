@@ -10,6 +10,7 @@ from probe.loading.model import (
     other_base,
     quiet_libraries,
     trainable_parameters,
+    training_dropout,
 )
 from probe.loading.optimizer import LoadedOptimizer, load_optimizer
 from probe.loading.quantization import use_exact_4bit_layers
@@ -25,5 +26,6 @@ __all__ = [
     "other_base",
     "quiet_libraries",
     "trainable_parameters",
+    "training_dropout",
     "use_exact_4bit_layers",
 ]

@@ -465,6 +465,19 @@ def _settle_precision(model: nn.Module, config: CheckpointConfig) -> None:
         logger.info("%d trainable weights are kept in float32 instead of 16 bits", len(low))
 
 
+def training_dropout(model: nn.Module) -> float:
+    """The largest dropout probability of a model in training mode; 0 where there is none.
+
+    Args:
+        model: a transformers model, possibly wrapped: its dropout layers count, adapters' included, and the attention's
+            own, which is no layer.
+    """
+    layers = [m.p for m in model.modules() if isinstance(m, (nn.Dropout, nn.Dropout1d, nn.AlphaDropout))]
+    attention = [getattr(m, "attention_dropout", 0.0) for m in model.modules()]
+    found = [p for p in (*layers, *attention) if isinstance(p, float) and p > 0]
+    return max(found, default=0.0)
+
+
 def _check_finite_weights(model: nn.Module) -> None:
     bad = []
     count = 0

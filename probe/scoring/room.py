@@ -60,8 +60,8 @@ def check_prompts(model: Any, prompts: Sequence[Sequence[int]], new: int) -> Non
     if room.positions is not None and longest >= room.positions:
         index = next(i for i, ids in enumerate(prompts) if len(ids) == longest)
         raise DataError(
-            f"prompts[{index}]: expected fewer tokens than the {room.positions} positions of the model, found {longest}; "
-            "leave it out of the data"
+            f"prompts[{index}]: expected fewer tokens than the {room.positions} positions of the model, found "
+            f"{longest}; leave it out of the data"
         )
     if room.positions is not None and longest + new > room.positions:
         raise RolloutError(
