@@ -44,6 +44,30 @@ def test_the_product_has_checkpoints_outermost_and_learning_rates_innermost(tmp_
     assert [p.seed for p in grid.points[:32:16]] == [7, 1]
 
 
+def test_checkpoints_without_a_next_update_are_left_out(tmp_path, caplog):
+    """After the last checkpoint of a finished run there was no update."""
+    run, rollouts = tmp_path / "run", tmp_path / "rollouts"
+    rollouts.mkdir()
+    for number in (5, 10, 15):
+        (run / f"checkpoint-{number}").mkdir(parents=True)
+    config = fake_config(U_rollouts=str(rollouts))
+    sweep = SweepConfig(seeds=[0, 1], checkpoints=str(run))
+    (rollouts / "completions_00016.txt").write_text("")
+    with pytest.raises(ConfigError, match="expected rollouts of an update after one of the checkpoints"):
+        build_grid(sweep, config, 42)
+    for update in (6, 11):
+        (rollouts / f"completions_{update:05d}.parquet").write_text("")
+    grid = build_grid(sweep, config, 42)
+    assert {Path(point.checkpoint).name for point in grid.points} == {"checkpoint-5", "checkpoint-10"}
+    assert "checkpoint-15 is left out" in caplog.text
+    assert (
+        len(
+            build_grid(SweepConfig(seeds=[0, 1], checkpoints=[str(run / "checkpoint-15")]), config, 42).points
+        )
+        == 2
+    )
+
+
 def test_the_id_of_a_point_is_stable():
     """Within a process, across processes, and for equal numbers written differently."""
     point = Point("/runs/checkpoint-60", 42, 16, 8, 64, 3e-4, None)

@@ -216,6 +216,11 @@ def _file_of(folder: Path, update: int) -> Path:
     )
 
 
+def has_update(folder: Path, update: int) -> bool:
+    """Whether a folder of numbered files has one of an update."""
+    return any(_number(file) == update for file in folder.iterdir() if file.suffix in FORMATS)
+
+
 def _span(numbers: Sequence[int]) -> str:
     """Numbers of updates as a text."""
     return ", ".join(map(str, numbers)) if len(numbers) <= 5 else f"{numbers[0]} to {numbers[-1]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -18,9 +19,12 @@ from typing import Any
 from probe.config import OutputConfig, ProbeConfig
 from probe.errors import ConfigError, ProbeError
 from probe.from_checkpoint import filled_config
+from probe.rollouts.tables import has_update
 
 DEFAULT_FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """The learning rates of a sweep that names no axis, as multiples of the policy's own."""
+logger = logging.getLogger(__name__)
+
 DEMO = "demo"
 _NUMBERED = re.compile(r"(?:^|[-_.])(\d+)$")
 
@@ -198,6 +202,8 @@ def build_grid(sweep: SweepConfig, config: ProbeConfig, seed: int, given: Collec
         checkpoints = [_own_checkpoint(config)]
     else:
         checkpoints = find_checkpoints(sweep.checkpoints)
+        if isinstance(sweep.checkpoints, str):
+            checkpoints = _with_rollouts(checkpoints, config.batch_config.U_rollouts)
     eta_name, etas = _etas(sweep)
     seeds = [seed] if sweep.seeds is None else list(sweep.seeds)
     B_Es = list(sweep.B_E or [config.batch_config.B_E])
@@ -239,6 +245,29 @@ def _update_sizes(
         config = config if checkpoint == DEMO else filled_config(own, keys_given(sweep, given))
     batch = config.batch_config
     return list(sweep.B_U or [batch.B_U]), list(sweep.G or [batch.G])
+
+
+def _with_rollouts(checkpoints: list[str], U_rollouts: str | None) -> list[str]:
+    """The checkpoints of a run whose next update's rollouts lie in a folder: after the last one there was none.
+
+    Raises:
+        ConfigError: none has any.
+    """
+    folder = None if U_rollouts is None else Path(U_rollouts).expanduser()
+    if folder is None or not folder.is_dir():
+        return checkpoints
+    numbers = {path: _NUMBERED.search(Path(path).name) for path in checkpoints}
+    lacking = [
+        path for path, n in numbers.items() if n is not None and not has_update(folder, int(n.group(1)) + 1)
+    ]
+    if len(lacking) == len(checkpoints):
+        raise ConfigError(
+            f"batch_config.U_rollouts: expected rollouts of an update after one of the checkpoints in {folder}, found "
+            f"none (checkpoint-60 needs those of update 61)"
+        )
+    for path in lacking:
+        logger.warning("%s is left out: %s has no rollouts of the update after it", path, folder)
+    return [path for path in checkpoints if path not in lacking]
 
 
 def find_checkpoints(given: str | Sequence[str]) -> list[str]:
