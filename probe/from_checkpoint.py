@@ -17,6 +17,7 @@ from probe.config import ProbeConfig
 from probe.errors import CheckpointError, ConfigError, ProbeError
 from probe.estimators.losses import LOSS_OPTIONS, TOKEN_MEANS
 from probe.loading.checkpoint import TRAINING_ARGS, locate_checkpoint
+from probe.loading.foreign import read_json_object
 from probe.loading.training_args import SWITCH_OFF, TrainingArgs, read_training_args
 from probe.training_options import (
     ENDS,
@@ -219,6 +220,9 @@ def _said(args: TrainingArgs, config: ProbeConfig) -> tuple[dict[str, Any], dict
         if not (args.is_grpo or name in INHERITED):
             continue
         _convert(name, read, options[name], said, problems)
+    adaptive = _adaptive_entropy_coef(args)
+    if adaptive is not None:
+        said["probe_rework.entropy_coef"] = adaptive
     if args.is_grpo and sampled:
         prompts = _prompts_per_update(args)
         if prompts is None:
@@ -227,6 +231,28 @@ def _said(args: TrainingArgs, config: ProbeConfig) -> tuple[dict[str, Any], dict
         else:
             said[PROMPTS_KEY] = prompts
     return said, problems
+
+
+def _adaptive_entropy_coef(args: TrainingArgs) -> float | None:
+    """The weight of the entropy bonus in the next update of a training that adapts it; None where it is not known.
+
+    TRL keeps it beside the checkpoint, with the entropy of the last update: above its target there is no bonus.
+
+    Raises:
+        CheckpointError: the file with it is damaged.
+    """
+    file = args.file.parent / ENTROPY_STATE
+    if args.values.get("use_adaptive_entropy") is not True or not file.is_file():
+        return None
+    state = read_json_object(file, "JSON as TRL writes it")
+    found = [state.get("entropy_coef"), state.get("last_world_entropy"), args.values.get("entropy_target")]
+    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in found):
+        raise CheckpointError(
+            f"{file}: expected numbers entropy_coef and last_world_entropy, found {found[0]!r:.60} and "
+            f"{found[1]!r:.60}; give probe_rework.entropy_coef in the configuration, or {SWITCH_OFF}"
+        )
+    coefficient, entropy, target = map(float, found)  # type: ignore[arg-type]
+    return coefficient if entropy <= target else 0.0
 
 
 def _with_generation_kwargs(args: TrainingArgs) -> dict[str, Any]:
@@ -352,8 +378,10 @@ def _refuse_unsupported(args: TrainingArgs, config: ProbeConfig, given: Collecti
         if name not in args.values or not (args.is_grpo or name in INHERITED):
             continue
         value = args.values[name]
-        idle = (option.only_sampled and not sampled) or (
-            option.only_with_kl and config.probe_rework.kl_coef == 0
+        idle = (
+            (name == "use_adaptive_entropy" and _adaptive_entropy_coef(args) is not None)
+            or (option.only_sampled and not sampled)
+            or (option.only_with_kl and config.probe_rework.kl_coef == 0)
         )
         if idle or is_one_of(value, option.neutral) or any(key in given for key in option.unless):
             continue
@@ -419,6 +447,8 @@ def _flags(args: TrainingArgs, config: ProbeConfig) -> tuple[str, ...]:
     return tuple(flags)
 
 
+ENTROPY_STATE = "entropy_ctrl_state.json"
+"""TRL's file with the adapted weight of the entropy bonus."""
 ORDER_OF_ROWS = "order_of_rows"
 """Flag of a file whose rows need not be those of one update in the order of its microbatches, as a recorder's are."""
 

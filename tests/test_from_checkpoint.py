@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import enum
 import json
+import math
 import os
 import pickle
 import shutil
@@ -459,6 +460,19 @@ def test_an_option_that_is_not_supported_is_named(tmp_path, options, named, reme
     if remedy is not None:
         assert f"give {remedy} in the configuration" in message
         filled(file, given={remedy})
+
+
+def test_a_damaged_state_of_an_adapted_bonus_is_refused(tmp_path):
+    file = saved(tmp_path, grpo_args(use_adaptive_entropy=True, entropy_target=0.5))
+    state = tmp_path / "entropy_ctrl_state.json"
+    for entropy, expected in ((0.4, 0.2), (0.6, 0.0), (math.inf, 0.0)):
+        state.write_text(json.dumps({"entropy_coef": 0.2, "last_world_entropy": entropy}))
+        assert filled(file)[0].probe_rework.entropy_coef == expected
+    state.write_text(json.dumps({"entropy_coef": "much"}))
+    with pytest.raises(
+        CheckpointError, match="expected numbers entropy_coef and last_world_entropy, found 'much'"
+    ):
+        filled(file)
 
 
 def test_a_reference_that_moves_does_not_matter_without_a_penalty(tmp_path):

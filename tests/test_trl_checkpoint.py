@@ -30,6 +30,17 @@ RUNS = {
         "weight_decay": 0.1,
         "temperature": 0.8,
     },
+    "adaptive bonus, below its target": {
+        "use_adaptive_entropy": True,
+        "entropy_target": 10.0,
+        "entropy_coef_delta": 0.05,
+        "loss_type": "grpo",
+    },
+    "adaptive bonus, above its target": {
+        "use_adaptive_entropy": True,
+        "entropy_coef": 0.3,
+        "entropy_target": 0.01,
+    },
     "rewards by batch, cosine schedule": {"scale_rewards": "batch", "lr_scheduler_type": "cosine"},
     "the whole model": {"full": True},
 }
