@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from probe.errors import ConfigError, DataError
+from probe.errors import ConfigError, DataError, RolloutError
 from probe.live.alarm import OnAlarm, check_on_alarm
 from probe.live.ranks import follow_first_rank
 from probe.live.report import PREFIX, say, tensorboard_layout
@@ -90,16 +90,22 @@ class EntropyProbeTrainerCallback(TrainerCallback):
                 raise
             say(f"not attached, training goes on without it: {error_text(error)}", warn=True)
             return
-        self.watch = watch(
-            self.trainer.accelerator.unwrap_model(self.trainer.model),
-            self.trainer.optimizer,
-            examples,
-            tokenizer,
-            log=lambda metrics, step: self._waiting.append(dict(metrics)),
-            on_alarm=self._on_alarm,
-            first_step=state.global_step,
-            **{**self._own_settings(args), **self._settings},
-        )
+        try:
+            self.watch = watch(
+                self.trainer.accelerator.unwrap_model(self.trainer.model),
+                self.trainer.optimizer,
+                examples,
+                tokenizer,
+                log=lambda metrics, step: self._waiting.append(dict(metrics)),
+                on_alarm=self._on_alarm,
+                first_step=state.global_step,
+                **{**self._own_settings(args), **self._settings},
+            )
+        except RolloutError as error:  # no prompt fits
+            if self._settings.get("strict", False):
+                raise
+            say(f"not attached, training goes on without it: {error_text(error)}", warn=True)
+            return
         self.watch.schedulers = [self.trainer.lr_scheduler]
         self.watch.replay(_logged(state))  # what a training that is resumed has logged before
         for callback in self.trainer.callback_handler.callbacks:

@@ -469,10 +469,13 @@ def test_the_hosts_tokenizer_is_left_alone():
     assert tokenizer.backend_tokenizer.to_str() == before
 
 
-def test_responses_that_do_not_fit():
+def test_responses_that_do_not_fit(caplog):
     model = full_model()
+    watched = attach(model, adamw(model), ["x", "y" * 100], max_new_tokens=29)
+    assert [prompt.text for prompt in watched._probe.prompts] == ["x"]
+    assert "1 of 2 prompts are left out: with a response of 29 tokens they are longer" in caplog.text
     with pytest.raises(RolloutError) as error:
-        attach(model, adamw(model), ["x", "y" * 100], max_new_tokens=29)
+        attach(model, adamw(model), ["y" * 100], max_new_tokens=29)
     expected = (
         "max_new_tokens: expected at most 28 (the model has 128 positions and the longest prompt 100 tokens)"
     )

@@ -424,3 +424,17 @@ def test_steps_that_16_bits_round_away_are_said(caplog):
     watch = attach(model, adamw(model))
     watch.detach()
     assert "are in 16 bits: steps below their resolution are rounded away" in said(caplog)
+
+
+def test_an_adapter_that_is_merged_after_the_step_is_no_change_of_zero():
+    """Its weights are in the base then: the parameters have no influence of their own."""
+    model = lora_model()
+    optimizer = adamw(model)
+    watched = attach(model, optimizer)
+    ids = torch.randint(4, 100, (4, 8), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.merge_adapter()
+    with pytest.raises(NumericalError, match=r"found it merged into .* unmerge it"):
+        optimizer.step()
+    model.unmerge_adapter()
+    watched.detach()

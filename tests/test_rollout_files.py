@@ -857,3 +857,43 @@ def test_the_tokens_that_a_loss_was_divided_by(tmp_path):
             DataError, match="expected one positive number in all rows of the column loss_tokens"
         ):
             read(write(tmp_path / "c.jsonl", rows))
+
+
+@pytest.mark.parametrize("name", ["completion_mask", "tool_mask", "response_mask", "loss_mask"])
+def test_tokens_that_were_not_sampled_are_refused_by_any_name_of_their_mask(tmp_path, name):
+    row = {"prompt": "a", "completion_ids": [20, 21, EOS], "reward": 1.0}
+    assert len(read(write(tmp_path / "a.jsonl", [{**row, name: [1, 1, 1]}])))
+    with pytest.raises(DataError, match=f"expected {name} to be 1 for each of the 3 completion_ids"):
+        read(write(tmp_path / "b.jsonl", [{**row, name: [1, 0, 1]}]))
+
+
+def test_a_response_that_the_loss_leaves_out_is_refused(tmp_path):
+    row = {"token_ids": [20, 21, EOS], "token_loss_mask": [0, 1, 1], "reward": 1.0}
+    assert len(read(write(tmp_path / "a.jsonl", [{**row, "sample_loss_mask": 1.0}])))
+    with pytest.raises(DataError, match="expected sample_loss_mask to be 1"):
+        read(write(tmp_path / "b.jsonl", [{**row, "sample_loss_mask": 0.0}]))
+
+
+@pytest.mark.parametrize("total", ["reward", "score", "reward_score", "rewards"])
+def test_what_measures_a_response_is_no_reward(tmp_path, total):
+    measured = {"response_length": 7, "gen_seconds": 0.3, "num_turns": 2, "kl_loss": 0.1}
+    rows = [{"prompt": "a", "completion": text, total: float(k), **measured} for k, text in enumerate("bc")]
+    assert read(write(tmp_path / "a.jsonl", rows)).rewards.tolist() == [0.0, 1.0]
+    parts = [
+        {"prompt": "a", "completion": t, "format": 1.0, "math": float(k), "num_turns": 2}
+        for k, t in enumerate("bc")
+    ]
+    assert read(write(tmp_path / "b.jsonl", parts)).rewards.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("name", ["uid", "group_id", "group", "prompt_id"])
+def test_shuffled_groups_are_known_by_their_names(tmp_path, name):
+    names = ["u", 2**64 + 1, "u", 2**64 + 1] if name == "group" else ["u", "v", "u", "v"]
+    rows = [
+        {"prompt": "ab"[k % 2], "completion": "c", "reward": 0.0, name: own} for k, own in enumerate(names)
+    ]
+    assert read(write(tmp_path / "a.jsonl", rows)).group.tolist() == [0, 1, 0, 1]
+    for row in rows:
+        del row[name]
+    with pytest.raises(DataError, match="one draw of a prompt one after the other, or a column group"):
+        read(write(tmp_path / "b.jsonl", rows))

@@ -198,6 +198,7 @@ class UpdateProbe:
         """
         clock = _Clock()
         require_finite_moments(optimizers, self.parameters.items())
+        self._refuse_merged()
         E, step = before.E, self._step(before.old)
         policy_old = self.policy.at(before.old)
         if not any(bool(change.any()) for change in step.values()):
@@ -281,6 +282,23 @@ class UpdateProbe:
         self.mode, self.reason = "finite_difference", stopped_gradients(checked)
         say(f"deltaH1 by finite_difference from here on: {self.reason}", warn=True)
         return self._differentiate(policy, E, step)
+
+    def _refuse_merged(self) -> None:
+        """An adapter that is in its base's weights has no influence of its own, and would seem to change nothing.
+
+        Raises:
+            NumericalError: one is.
+        """
+        merged = [
+            name
+            for name, module in self.model.named_modules()
+            if getattr(module, "merged", False) is True and any(p.requires_grad for p in module.parameters())
+        ]
+        if merged:
+            raise NumericalError(
+                f"expected the adapter beside its base, found it merged into {merged[0]} ({len(merged)} layers in all) "
+                "after the optimizer's step; unmerge it (unmerge_adapter) before optimizer.step()"
+            )
 
     def _step(self, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`theta_new - theta_old`, in float32 or better, where the old parameters are kept."""

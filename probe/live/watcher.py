@@ -53,7 +53,7 @@ from probe.live.report import (
 from probe.live.settings import WatchSettings
 from probe.live.words import in_own_words
 from probe.rollouts.sampling import encode_prompts
-from probe.scoring.room import check_prompts
+from probe.scoring.room import check_prompts, fitting_prompts
 from probe.snapshot import isolated_rng
 from probe.text import error_text
 from probe.verdict import WORDS
@@ -136,6 +136,14 @@ class Watch:
         with in_own_words():
             examples = prompt_examples(prompts, own_tokenizer, settings.seed)
             encoded = encode_prompts(own_tokenizer, examples)
+            fitting = fitting_prompts(self.model, encoded, settings.max_new_tokens) or range(len(examples))
+            if len(fitting) < len(examples):
+                say(
+                    f"{len(examples) - len(fitting)} of {len(examples)} prompts are left out: with a response of "
+                    f"{settings.max_new_tokens} tokens they are longer than the model's positions",
+                    warn=True,
+                )
+            examples, encoded = [examples[i] for i in fitting], [encoded[i] for i in fitting]
             check_prompts(self.model, encoded, settings.max_new_tokens)
         check_on_alarm(on_alarm)
         check_first_step(first_step)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,14 @@ NOT_REWARDS = LAYOUT | {
 # fmt: on
 """Columns that are no reward although they may hold numbers."""
 
+TOKEN_MASKS = ("completion_mask", "tool_mask", "response_mask", "loss_mask")
+"""Columns that say of each token of the response whether the policy sampled it."""
+TOTALS = ("reward", "score", "reward_score", "rewards")
+"""Names of a whole reward, in the order in which they are looked for; what stands beside one describes it."""
+_MEASURED = re.compile(
+    r"(^|_)(len|lengths?|tokens?|turns?|seconds?|secs?|time|counts?|steps?|num|size|id)(_|$)", re.I
+)
+"""Words in the names of columns that measure a response and do not reward it."""
 GROUPS = ("group", "prompt_id")
 """Columns that name groups."""
 _ROUNDING = 1e-6
@@ -336,7 +345,7 @@ def _check_ends(table: RolloutTable, ids: list[list[int]], eos_ids: Sequence[int
                 f"{table.where(i)}: expected {name} to end with their first EOS ({own[first]}), found "
                 f"{len(own) - first - 1} tokens after it; cut padding off"
             )
-    for mask_name in ("completion_mask", "tool_mask"):
+    for mask_name in TOKEN_MASKS:
         if mask_name not in table.columns:
             continue
         for i, mask in enumerate(table.column(mask_name)):
@@ -441,13 +450,26 @@ def _read_group(table: RolloutTable, advantages: Tensor | None, G: int) -> Tenso
     """The group of each row, `(B,)` int64."""
     name = next((name for name in GROUPS if name in table.columns), None)
     if name is None:
-        runs = _group_by_prompt(table.column("prompt" if "prompt" in table.columns else "prompt_ids"))
-        return runs if advantages is None else _cut_runs(runs, advantages, G)
+        prompts = table.column("prompt" if "prompt" in table.columns else "prompt_ids")
+        runs = _group_by_prompt(prompts)
+        if advantages is not None:
+            return _cut_runs(runs, advantages, G)
+        sizes = runs.unique_consecutive(return_counts=True)[1]
+        names = [json.dumps(prompts[i], default=str) for i in (sizes.cumsum(0) - 1).tolist()]
+        often = Counter(names)
+        alone = sum(size == 1 and often[name] > 1 for size, name in zip(sizes.tolist(), names, strict=True))
+        if 2 * alone > len(sizes):
+            raise DataError(
+                f"{table.path}: expected the responses to one draw of a prompt one after the other, or a column group "
+                f"that names them, found {len(often)} prompts in {len(sizes)} runs of {int(sizes.min())} to "
+                f"{int(sizes.max())} rows; add the column, or sort the rows"
+            )
+        return runs
     values = table.column(name)
     for i, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise DataError(f"{table.where(i)}: expected {name} to be an integer or a text, found {value!r}")
-    if all(isinstance(value, int) for value in values):
+    if all(isinstance(value, int) and abs(value) < 2**63 for value in values):
         return torch.tensor(values, dtype=torch.int64)
     codes: dict[Any, int] = {}
     return torch.tensor([codes.setdefault(value, len(codes)) for value in values], dtype=torch.int64)
@@ -503,7 +525,7 @@ def _read_rewards(
                 )
         return _sum_columns(table, names)
     logged = [name for name in table.columns if _may_be_reward(table, name)]
-    total = ["reward"] if "reward" in table.columns else []
+    total = [name for name in TOTALS if name in table.columns][:1]
     if advantages is None:
         candidates = [total or logged]
     else:
@@ -532,7 +554,7 @@ def _is_complete(table: RolloutTable, names: Sequence[str]) -> bool:
 
 def _may_be_reward(table: RolloutTable, name: str) -> bool:
     """Whether a column holds numbers and has no other meaning."""
-    if name in NOT_REWARDS or name.startswith("__"):
+    if name in NOT_REWARDS or name.startswith("__") or _MEASURED.search(name):
         return False
     values = [value for value in table.column(name) if value is not None]
     return bool(values) and all(_is_number(value) for value in values)

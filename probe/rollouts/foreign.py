@@ -13,13 +13,13 @@ from probe.rollouts.tables import RolloutTable
 
 PROMPTS = ("prompt", "input", "query")
 RESPONSES = ("completion", "output", "response")
-TOTALS = ("reward", "score", "rewards")
+TOTALS = ("reward", "score", "reward_score", "rewards")
 IDS = {
     "prompt_token_ids": "prompt_ids",
     "response_ids": "completion_ids",
     "response_token_ids": "completion_ids",
 }
-OTHERS = {"advantages": "advantage", "old_log_probs": "old_logprobs", "uid": "group"}
+OTHERS = {"advantages": "advantage", "old_log_probs": "old_logprobs", "uid": "group", "group_id": "group"}
 """Columns of tables that verl (`input`, `output`, `score`), OpenRLHF (`input` or `prompt`, `output` or `response`,
 `reward`) and others write, in the order in which they are looked for."""
 MASKED = ("token_ids", "token_loss_mask")
@@ -38,10 +38,13 @@ def own_columns(table: RolloutTable) -> RolloutTable:
         DataError: prompt or response cannot be found; the message names the columns that are there.
     """
     there = set(table.columns)
-    if {"prompt", "completion"} <= there or {"prompt", "completion_ids"} <= there:
-        return table
-    if "prompt_ids" in there and there & {"completion", "completion_ids"}:
-        return table
+    if there & {"prompt", "prompt_ids"} and there & {"completion", "completion_ids"} and "input" not in there:
+        label = next((name for name in ("uid", "group_id") if name in there), None)
+        if label is None or there & {"group", "prompt_id"}:
+            return table
+        columns = tuple("group" if name == label else name for name in table.columns)
+        rows = tuple({"group" if n == label else n: x for n, x in row.items()} for row in table.rows)
+        return replace(table, rows=rows, columns=columns)
     if set(MASKED) <= there:
         return _from_masked(table)
     prompt = next((name for name in PROMPTS if name in there), None)
@@ -114,6 +117,11 @@ def _from_masked(table: RolloutTable) -> RolloutTable:
     total = next((name for name in TOTALS if name in table.columns), None)
     rows: list[dict[str, Any]] = []
     for i, row in enumerate(table.rows):
+        if row.get("sample_loss_mask", 1) not in (None, 1):
+            raise DataError(
+                f"{table.where(i)}: expected sample_loss_mask to be 1 (the loss acts on the response), found "
+                f"{row['sample_loss_mask']!r}; give such a response the advantage 0, or leave the row out"
+            )
         start, end = _masked_run(table, i)
         own = {name: value for name, value in row.items() if name not in dropped and name != total}
         own |= {"prompt_ids": row["token_ids"][:start], "completion_ids": row["token_ids"][start:end]}

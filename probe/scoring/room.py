@@ -41,6 +41,12 @@ class Room:
         return next(i for i in ids if not 0 <= i < self.tokens)
 
 
+def fitting_prompts(model: Any, prompts: Sequence[Sequence[int]], new: int) -> list[int]:
+    """Indices of the prompts that leave the model positions for `new` tokens of a response."""
+    room = Room.of(model)
+    return [i for i, ids in enumerate(prompts) if room.positions is None or len(ids) + new <= room.positions]
+
+
 def check_prompts(model: Any, prompts: Sequence[Sequence[int]], new: int) -> None:
     """Refuse prompts that the model has no rows or, with the longest response allowed, no positions for.
 
