@@ -7,10 +7,13 @@ key, what was expected and what was found.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from probe.errors import ConfigError
+from probe.limits import LARGEST_COUNT, LARGEST_SEED
+from probe.text import shown
 
 LogLevel = Literal["minimal", "standard", "detailed", "debug"]
 LOG_LEVELS: tuple[LogLevel, ...] = ("minimal", "standard", "detailed", "debug")
@@ -19,7 +22,43 @@ LOG_LEVELS: tuple[LogLevel, ...] = ("minimal", "standard", "detailed", "debug")
 def _require(condition: bool, key: str, expected: str, found: Any) -> None:
     """Raise `ConfigError` naming `key` unless `condition` holds."""
     if not condition:
-        raise ConfigError(f"{key}: expected {expected}, found {found!r}")
+        raise ConfigError(f"{key}: expected {expected}, found {shown(found, 200)}")
+
+
+def check_numbers(settings: Any, prefix: str, unbounded: tuple[str, ...] = ()) -> None:
+    """Refuse numbers that are not finite, and whole numbers beyond what any run can have.
+
+    Args:
+        settings: a dataclass; its annotations say which of its fields are numbers or lists of them.
+        prefix: put before the names of the fields in messages.
+        unbounded: whole numbers that nothing is made so many times of; they are bounded as seeds are.
+
+    Raises:
+        ConfigError: one is.
+    """
+    for setting in fields(settings):
+        found, hint = getattr(settings, setting.name), str(setting.type)
+        for value in found if isinstance(found, (list, tuple)) else [found]:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if "float" in hint:
+                _require(is_finite(value), f"{prefix}{setting.name}", "a finite number", found)
+            elif "int" in hint:
+                seeds = "seed" in setting.name or setting.name in unbounded
+                most = LARGEST_SEED if seeds else LARGEST_COUNT
+                _require(value <= most, f"{prefix}{setting.name}", f"an integer of at most {most}", found)
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number is one in floating point; whole numbers can be too large for that.
+
+    >>> is_finite(1.0), is_finite(float("nan")), is_finite(10**400)
+    (True, False, False)
+    """
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -123,6 +162,7 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         """Check the sizes."""
+        check_numbers(self, "batch_config.")
         _require(self.B_E >= 2, "batch_config.B_E", "an integer of at least 2", self.B_E)
         _require(self.G_E >= 1, "batch_config.G_E", "an integer of at least 1", self.G_E)
         _require(self.B_U >= 1, "batch_config.B_U", "an integer of at least 1", self.B_U)
@@ -132,6 +172,14 @@ class BatchConfig:
             "an integer of at least 2 (a group of one response has advantage 0)",
             self.G,
         )
+        for prompts, group in (("B_E", "G_E"), ("B_U", "G")):
+            made = getattr(self, prompts) * getattr(self, group)
+            _require(
+                made <= LARGEST_COUNT,
+                f"batch_config.{prompts} * batch_config.{group}",
+                f"at most {LARGEST_COUNT} responses",
+                made,
+            )
         _require(
             self.prompt_template is None or "{prompt}" in self.prompt_template,
             "batch_config.prompt_template",
@@ -163,6 +211,13 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         """Check ranges, and that the sampler draws from the policy that is scored."""
+        check_numbers(self, "generation.")
+        _require(
+            all(self.stop_strings),
+            "generation.stop_strings",
+            "texts that are not empty (every response ends with an empty one at once)",
+            self.stop_strings,
+        )
         _require(self.max_new_tokens >= 1, "generation.max_new_tokens", "at least 1", self.max_new_tokens)
         _require(self.temperature > 0, "generation.temperature", "a number above 0", self.temperature)
         _require(0 < self.top_p <= 1, "generation.top_p", "a number in (0, 1]", self.top_p)
@@ -198,6 +253,7 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        check_numbers(self, "memory_config.")
         _require(
             self.microbatch_size >= 1, "memory_config.microbatch_size", "at least 1", self.microbatch_size
         )
@@ -306,6 +362,7 @@ class ProbeReworkConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        check_numbers(self, "probe_rework.")
         _require(
             self.learning_rate is None or self.learning_rate > 0,
             "probe_rework.learning_rate",
@@ -382,6 +439,7 @@ class ImportanceConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        check_numbers(self, "importance.")
         _require(
             self.clip_log_weight is None or self.clip_log_weight > 0,
             "importance.clip_log_weight",
@@ -415,6 +473,7 @@ class DetailedLoggingConfig:
 
     def __post_init__(self) -> None:
         """Check the template and the count."""
+        check_numbers(self, "detailed_logging.")
         _require(
             self.max_files is None or self.max_files >= 1,
             "detailed_logging.max_files",

@@ -16,6 +16,7 @@ from typing import Any
 from probe.config import ProbeConfig
 from probe.errors import CheckpointError, ConfigError, ProbeError
 from probe.estimators.losses import LOSS_OPTIONS, TOKEN_MEANS
+from probe.limits import LARGEST_COUNT
 from probe.loading.checkpoint import TRAINING_ARGS, locate_checkpoint
 from probe.loading.foreign import read_json_object
 from probe.loading.training_args import SWITCH_OFF, TrainingArgs, read_training_args
@@ -227,7 +228,9 @@ def _said(args: TrainingArgs, config: ProbeConfig) -> tuple[dict[str, Any], dict
         prompts = _prompts_per_update(args)
         if prompts is None:
             named = ", ".join(f"{name} = {args.values.get(name)!r:.60}" for name in SIZES_OF_AN_UPDATE)
-            problems[PROMPTS_KEY] = f"expected positive integers as sizes of batches, found {named}"
+            problems[PROMPTS_KEY] = (
+                f"expected positive integers of at most {LARGEST_COUNT} as sizes of batches, found {named}"
+            )
         else:
             said[PROMPTS_KEY] = prompts
     return said, problems
@@ -297,7 +300,7 @@ def _processes(args: TrainingArgs) -> int:
 def _size(args: TrainingArgs, name: str) -> int | None:
     """A positive integer of the options, or None."""
     value = args.values.get(name)
-    return value if type(value) is int and value >= 1 else None
+    return value if type(value) is int and 1 <= value <= LARGEST_COUNT else None
 
 
 def _several_updates(args: TrainingArgs) -> bool:

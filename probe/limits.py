@@ -50,6 +50,11 @@ OPTIMIZER_BYTES_PER_PARAMETER = 64
 OPTIMIZER_BYTES = 2**28
 """What it may have besides."""
 
+LARGEST_COUNT = 10**7
+"""Largest number of responses, prompts, tokens or sequences that a configuration may ask for."""
+LARGEST_SEED = 2**63 - 1
+"""Largest seed, and largest of the whole numbers that nothing is made so many times of."""
+
 
 @contextmanager
 def time_limit(seconds: float, error: Exception) -> Iterator[None]:

@@ -18,7 +18,8 @@ from probe.config import ProbeConfig
 from probe.errors import ConfigError
 from probe.from_checkpoint import given_keys
 from probe.imports import current_directory_importable, why_no_class
-from probe.limits import CONFIG_ALIASES, CONFIG_BYTES, CONFIG_DEPTH
+from probe.limits import CONFIG_ALIASES, CONFIG_BYTES, CONFIG_DEPTH, LARGEST_SEED
+from probe.text import shown
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -354,7 +355,11 @@ def _resolve_seed(namespace: Namespace) -> int:
     elif seed is None or seed is False:
         seed = DEFAULT_SEED
     if seed < 0:
-        raise ConfigError(f"seed_everything: expected an integer of at least 0, found {seed}")
+        raise ConfigError(f"seed_everything: expected an integer of at least 0, found {shown(seed, 200)}")
+    if seed > LARGEST_SEED:
+        raise ConfigError(
+            f"seed_everything: expected an integer of at most {LARGEST_SEED}, found {shown(seed, 200)}"
+        )
     namespace["seed_everything"] = seed
     return int(seed)
 

@@ -6,11 +6,11 @@ beside a checkpoint; the drop-in probe asks it about the sampling of the trainer
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from probe.config import is_finite
 from probe.estimators.losses import LOSS_OPTIONS, Loss, RatioLevel, SamplerMode
 
 # ---------------------------------------------------------------- sampling
@@ -110,7 +110,7 @@ class Read:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_finite(value):
         raise ValueError("a finite number")
     return float(value)
 

@@ -228,7 +228,7 @@ def test_help_of_a_sweep(call):
 BAD_SWEEPS = [
     (["--B_E", "x,2"], 'sweep.B_E: expected a list of numbers such as "[256, 1024]", found'),
     (["--sweep.seeds", "3"], 'sweep.seeds: expected a list of numbers such as "[1, 2, 3]", found'),
-    (["--G", "[1]"], "sweep.G: expected integers of at least 2, found 1"),
+    (["--G", "[1]"], "sweep.G: expected integers of at least 2 and at most 10000000, found 1"),
     (["--learning_rates", "1e-3", "--eta_factors=2"], "sweep.eta_factors: expected null where sweep.learning_rates"),
     (["--checkpoints", "/nowhere"], "sweep.checkpoints: expected a folder with checkpoint-N in it, found no folder"),
     (["--sweep.B_F", "[1]"], "sweep.B_F: unknown configuration key; did you mean sweep.B_"),

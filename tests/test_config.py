@@ -130,3 +130,49 @@ def test_files(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="expected a YAML file"):
         read_config_file(tmp_path / "broken.yaml")
     assert yaml.safe_load((CONFIGS[0]).read_text())
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        (
+            "batch_config",
+            "B_E",
+            10**9,
+            r"batch_config\.B_E: expected an integer of at most 10000000, found 1000000000",
+        ),
+        ("batch_config", "G", 10**30, r"batch_config\.G: expected an integer of at most 10000000"),
+        (
+            "batch_config",
+            "reward_weights",
+            [float("nan")],
+            r"batch_config\.reward_weights: expected a finite number",
+        ),
+        ("generation", "stop_strings", [""], r"generation\.stop_strings: expected texts that are not empty"),
+        (
+            "generation",
+            "max_new_tokens",
+            10**21,
+            r"generation\.max_new_tokens: expected an integer of at most",
+        ),
+        ("generation", "temperature", float("inf"), r"generation\.temperature: expected a finite number"),
+        (
+            "memory_config",
+            "head_chunk_tokens",
+            10**24,
+            r"memory_config\.head_chunk_tokens: expected an integer of",
+        ),
+        ("probe_rework", "master_seed", 10**30, r"probe_rework\.master_seed: expected an integer of at most"),
+        ("probe_rework", "learning_rate", 10**400, r"probe_rework\.learning_rate: expected "),
+    ],
+)
+def test_numbers_that_no_run_can_have_are_refused_at_once(section, key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config({section: {key: value}})
+
+
+def test_more_responses_than_any_run_can_have_are_refused_at_once():
+    with pytest.raises(ConfigError, match="at most 10000000 responses, found 100000000"):
+        parse_config({"batch_config": {"B_E": 10**6, "G_E": 100}})
+    with pytest.raises(ConfigError, match="seed_everything: expected an integer of at most"):
+        parse_config({"seed_everything": 2**63})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import NoneType, UnionType
@@ -11,8 +10,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from probe.config import GenerationConfig
+from probe.config import GenerationConfig, check_numbers
 from probe.errors import ConfigError
+
+UNBOUNDED = ("every", "horizon", "window")
+"""Numbers of steps and probes, of which a large one is none at all."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,12 @@ class WatchSettings:
         hints = get_type_hints(type(self))
         for field in fields(self):
             _check_type(field.name, getattr(self, field.name), hints[field.name])
+        check_numbers(self, "", UNBOUNDED)
         for key, good, expected in (
             ("every", self.every is None or self.every >= 1, "an integer of at least 1, or None"),
             ("budget", 0 < self.budget <= 1, "a share of at most 1, such as 0.05 for 5 %"),
             ("B_E", self.B_E >= 2, "an integer of at least 2"),
-            ("temperature", 0 < self.temperature < math.inf, "a finite number above 0"),
+            ("temperature", self.temperature > 0, "a finite number above 0"),
             ("stop_strings", all(self.stop_strings), "texts that are not empty"),
             ("generation_batch_size", self.generation_batch_size >= 1, "an integer of at least 1"),
             ("microbatch_size", self.microbatch_size >= 1, "an integer of at least 1"),

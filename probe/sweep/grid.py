@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from probe.config import OutputConfig, ProbeConfig
+from probe.config import OutputConfig, ProbeConfig, is_finite
 from probe.errors import ConfigError, ProbeError
 from probe.from_checkpoint import filled_config
+from probe.limits import LARGEST_COUNT, LARGEST_SEED
 from probe.rollouts.tables import has_update
 
 DEFAULT_FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -67,7 +67,9 @@ class SweepConfig:
         for key in ("learning_rates", "eta_factors"):
             _check_list(key, getattr(self, key), _is_rate, "finite numbers above 0")
         for key, least in (("B_E", 2), ("B_U", 1), ("G", 2), ("seeds", 0)):
-            _check_list(key, getattr(self, key), partial(_is_count, least), f"integers of at least {least}")
+            most = LARGEST_SEED if key == "seeds" else LARGEST_COUNT
+            what = f"integers of at least {least} and at most {most}"
+            _check_list(key, getattr(self, key), partial(_is_count, least, most), what)
         if isinstance(self.checkpoints, list):
             _check_list("checkpoints", self.checkpoints, bool, "checkpoint folders")
         if not self.output_folder:
@@ -362,12 +364,12 @@ def _check_list(key: str, values: list[Any] | None, allowed: Callable[[Any], boo
 
 def _is_rate(value: Any) -> bool:
     """Whether a value can be a learning rate or a factor of one."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 and is_finite(value)
 
 
-def _is_count(least: int, value: Any) -> bool:
-    """Whether a value is an integer of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_count(least: int, most: int, value: Any) -> bool:
+    """Whether a value is an integer from `least` to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _plain(key: str, value: Any) -> Any:
