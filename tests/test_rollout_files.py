@@ -845,6 +845,18 @@ def test_prompts_of_conversations_are_rendered_as_the_training_rendered_them(tmp
         assert ("prompt_uncertain" in batch.bias_flags) == (value is None)
 
 
+def test_an_evaluation_batch_of_another_update_is_not_sent_to_the_updates_own_file(tmp_path):
+    file = write(
+        tmp_path / "rollouts_00001.jsonl", [{"prompt": "a", "completion": "b", "step": 1, "reward": 0.0}]
+    )
+    for part, remedy in (
+        ("U", "give the file of that update"),
+        ("E", "leave batch_config.E_rollouts out to sample E"),
+    ):
+        with pytest.raises(DataError, match=f"expected rows of update 3 .*{remedy}"):
+            read_table(str(file), 3, part)
+
+
 def test_the_tokens_that_a_loss_was_divided_by(tmp_path):
     rows = [{"prompt": "a", "completion": text, "loss_tokens": 12.5} for text in ("b", "c")]
     batch = read(write(tmp_path / "a.jsonl", rows))

@@ -29,6 +29,7 @@ from probe.scoring.differentiable import whole_gradients
 from probe.scoring.passes import Policy, score_tokens, token_gradients
 from probe.scoring.scores import TokenScores, TokenTangents
 from probe.scoring.tangents import DifferenceQuotients, ForwardModeError, forward_tangents
+from probe.text import error_text
 
 BLOCKS = 4
 """Blocks by depth that the parameters are split into."""
@@ -143,7 +144,16 @@ def forward_mode_check(policy: Policy, batch: RolloutBatch) -> ForwardModeCheck:
         policy: the policy.
         batch: a few sequences are enough; the cost is a gradient and a forward-mode pass of them.
     """
-    scores, weights, gradient = _own_gradient(policy, batch)
+    try:
+        scores, weights, gradient = _own_gradient(policy, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        RuntimeError
+    ) as error:  # of a layer with a backward of its own; reentrant checkpointing refuses `grad`
+        return ForwardModeCheck(
+            False, f"there is no backward pass to compare forward mode with: {error_text(error)}"
+        )
     length = norm(gradient)
     if length == 0.0:
         if not bool(scores.undecided.any()):

@@ -91,7 +91,7 @@ def read_table(path: str, update: int | None = None, part: Part | None = None) -
         raise DataError(f"{path}: expected rollouts, found a file without rows")
     columns = tuple(dict.fromkeys(name for row in rows for name in row))
     filled = tuple({name: row.get(name) for name in columns} for row in rows)
-    return _one_step(RolloutTable(str(file), filled, tuple(range(len(rows))), columns), update)
+    return _one_step(RolloutTable(str(file), filled, tuple(range(len(rows))), columns), update, part)
 
 
 def rollout_file(path: Path, update: int | None) -> Path:
@@ -226,7 +226,7 @@ def _span(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers)) if len(numbers) <= 5 else f"{numbers[0]} to {numbers[-1]}"
 
 
-def _one_step(table: RolloutTable, update: int | None) -> RolloutTable:
+def _one_step(table: RolloutTable, update: int | None, part: Part | None = None) -> RolloutTable:
     """The rows of one value of `step`: `update`, or the largest where that is not known.
 
     Raises:
@@ -247,6 +247,8 @@ def _one_step(table: RolloutTable, update: int | None) -> RolloutTable:
             if file.suffix in FORMATS and _number(file) == update
         ]
         remedy = f"give {beside[0]}" if beside else "give the file of that update"
+        if part == "E":  # that file is what U is made from
+            remedy = "leave batch_config.E_rollouts out to sample E: responses of other updates are of other policies"
         raise DataError(
             f"{table.path}: expected rows of update {update} (column step), the next after the checkpoint's step "
             f"{wanted - 1}, found those of {_span(sorted(set(steps)))}; {remedy}, or leave the column out where it "
