@@ -323,6 +323,8 @@ def _prompts_per_update(args: TrainingArgs) -> int | None:
     per_device, accumulated, group = (_size(args, name) for name in SIZES_OF_AN_UPDATE)
     if per_device is None or group is None or accumulated is None:
         return None
+    if max(per_device, group, accumulated, _processes(args)) > LARGEST_COUNT:
+        return None
     return max(round(per_device * accumulated * _processes(args) / group), 1)
 
 

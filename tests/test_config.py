@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,28 @@ MISTAKES = [
     ),
     ({"seed_everything": "x"}, "seed_everything: expected bool or int"),
     ({"seed_everything": -1}, "seed_everything: expected an integer of at least 0"),
+    ({"seed_everything": 10**30}, "seed_everything: expected an integer of at most 9223372036854775807"),
+    ({"probe_rework": {"master_seed": 2**63}}, "probe_rework.master_seed: expected an integer of at most"),
+    ({"batch_config": {"B_E": 10**9}}, "batch_config.B_E: expected an integer of at most 10000000, found"),
+    ({"batch_config": {"B_U": 10**30}}, "batch_config.B_U: expected an integer of at most 10000000, found"),
+    ({"batch_config": {"G": 10**30}}, "batch_config.G: expected an integer of at most 10000000, found"),
+    ({"batch_config": {"B_U": 10**4, "G": 10**4}}, r"B_U \* batch_config.G: expected at most 10000000"),
+    ({"generation": {"max_new_tokens": 10**30}}, "generation.max_new_tokens: expected an integer of at most"),
+    ({"generation": {"batch_size": 10**24}}, "generation.batch_size: expected an integer of at most"),
+    ({"memory_config": {"microbatch_size": 10**21}}, "memory_config.microbatch_size: expected an integer of"),
+    (
+        {"memory_config": {"head_chunk_tokens": 10**24}},
+        "memory_config.head_chunk_tokens: expected an integer",
+    ),
+    ({"generation": {"stop_strings": [""]}}, "generation.stop_strings: expected texts that are not empty"),
+    ({"generation": {"temperature": float("inf")}}, "generation.temperature: expected a finite number"),
+    ({"batch_config": {"reward_weights": [float("nan")]}}, "batch_config.reward_weights: expected a finite"),
+    ({"batch_config": {"reward_weights": [float("inf")]}}, "batch_config.reward_weights: expected a finite"),
+    (
+        {"probe_rework": {"learning_rate": float("inf")}},
+        "probe_rework.learning_rate: expected a finite number",
+    ),
+    ({"probe_rework": {"entropy_coef": float("nan")}}, "probe_rework.entropy_coef: expected a finite number"),
     ({"trainer": {"precision": "bf16-true"}}, "trainer.precision: expected"),
 ]
 
@@ -95,6 +119,21 @@ MISTAKES = [
 def test_mistakes_are_named(config, message):
     with pytest.raises(ConfigError, match=message):
         parse_config(config)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_number_has_limits(section):
+    """No setting takes a number that is not finite, or one that no computer can count to."""
+    kind = next(f.default_factory for f in dataclasses.fields(ProbeConfig) if f.name == section)
+    for setting in dataclasses.fields(kind):
+        beyond = {"float": math.inf, "int": 10**400}
+        for name, value in beyond.items():
+            if name in setting.type.split(" | "):
+                with pytest.raises(
+                    ConfigError, match=rf"^{section}.{setting.name}: expected .*found"
+                ) as caught:
+                    kind(**{setting.name: value})
+                assert len(str(caught.value)) < 400
 
 
 def test_truncated_sampling_can_be_asked_for():

@@ -889,3 +889,15 @@ def test_a_checkpoint_of_trls_own_trainer(config, base, tmp_path):
     assert (results["B_U"], results["G"]) == (2, 4)
     assert results["settings"]["checkpoint"]["probe_rework.kl_coef"] == 0.02
     assert results["settings"]["unknown"] == []
+
+
+@pytest.mark.parametrize("option", ["epsilon", "beta", "temperature", "gradient_accumulation_steps"])
+def test_numbers_beyond_floating_point_are_one_line(tmp_path, option):
+    args = grpo_args()
+    setattr(args, option, 10**400)
+    with pytest.raises(
+        CheckpointError, match=rf"{option}.* found .*from_checkpoint: off|{option} = 1000"
+    ) as caught:
+        filled(saved(tmp_path, args))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
