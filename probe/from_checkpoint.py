@@ -180,6 +180,8 @@ def fill_settings(
     note = f"{file} ({args.kind})"
     if not args.is_grpo:
         note += ": not of TRL's GRPO, so its loss and batches are not read"
+    if args.derived:
+        note += ": an unknown class with the options of TRL's GRPOConfig, read as one derived from it"
     sources = _sources(filled, given, values, note)
     sources = replace(
         sources,

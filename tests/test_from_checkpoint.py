@@ -536,6 +536,55 @@ def test_hostile_code_inside_real_arguments_runs_nothing(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+class OwnConfig(GRPOConfig):
+    """A user's arguments, from a script that is not there when the checkpoint is probed."""
+
+
+class Lookalike:
+    """Has two of GRPO's options, and is something else."""
+
+    def __init__(self) -> None:
+        self.loss_type, self.beta = "dr_grpo", 0.3
+
+
+def test_a_class_of_the_users_is_read_as_the_one_it_is_derived_from(tmp_path):
+    with quiet_libraries():
+        own = OwnConfig(output_dir="output", **CPU, loss_type="dr_grpo", beta=0.3, epsilon=0.1)
+    own.bonus_of_mine = 0.5
+    file = saved(tmp_path, own)
+    args = read_training_args(file)
+    assert (args.kind, args.is_grpo, args.derived) == ("OwnConfig", True, True)
+    config, sources = filled(file)
+    rework = config.probe_rework
+    assert (rework.loss, rework.kl_coef, rework.clip_range) == ("dr_grpo", 0.3, 0.1)
+    assert "(OwnConfig): an unknown class with the options of TRL's GRPOConfig" in sources.note
+    assert sources.unknown == ("bonus_of_mine",)
+    assert not read_training_args(saved(tmp_path, grpo_args())).derived
+
+
+def test_a_class_of_the_users_is_not_run(tmp_path):
+    """Neither looked up under its name, nor with what else the file names."""
+    file = saved(tmp_path, OwnConfig(output_dir="output", **CPU))
+    code = (
+        "import sys; from pathlib import Path; from probe.loading.training_args import read_training_args; "
+        f"print(read_training_args(Path({str(file)!r})).kind, "
+        "'tests.test_from_checkpoint' in sys.modules, 'trl' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["OwnConfig", "False", "False"]
+    own = OwnConfig(output_dir="output", **CPU)
+    own.run_name = Hostile(tmp_path / "ran")
+    with pytest.raises(CheckpointError, match="system, which is not among"):
+        read_training_args(saved(tmp_path, own))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("make", [Lookalike, lambda: [OwnConfig(output_dir="output", **CPU)]])
+def test_other_unknown_objects_are_refused(tmp_path, make):
+    with pytest.raises(CheckpointError, match=r"(Lookalike|OwnConfig), which is not among"):
+        read_training_args(saved(tmp_path, make()))
+
+
 @pytest.mark.parametrize("name", ["upper", "__class__", "format"])
 def test_getattr_is_for_members_of_enums_only(tmp_path, name):
     args = grpo_args()

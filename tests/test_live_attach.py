@@ -13,7 +13,7 @@ from torch import nn
 
 import probe
 from probe.data.batch import PromptExample
-from probe.errors import ConfigError, DataError, RolloutError
+from probe.errors import ConfigError, DataError, ProbeError, RolloutError
 from probe.live.attach import (
     MOST_PROMPTS,
     prompt_examples,
@@ -535,3 +535,53 @@ def test_virtual_tokens_are_refused(kind):
         ConfigError, match="which puts virtual tokens before every input; this is not supported"
     ):
         attach(model, adamw(model))
+
+
+class Checkpointed(nn.Module):
+    """A layer that keeps no activations, by torch's reentrant checkpointing: it has no gradient by `autograd.grad`."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=True)  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_model_without_a_gradient_of_its_own_is_probed_by_differences():
+    model = tiny_model(**SMALL)
+    for layer in model.model.layers:
+        layer.mlp.up_proj = Checkpointed(layer.mlp.up_proj)
+    optimizer = adamw(model)
+    watch = attach(model, optimizer)
+    assert watch._probe.mode == "finite_difference"
+    assert "use_reentrant=True" in watch._probe.reason
+    ids = torch.randint(4, 100, (2, 6), generator=torch.Generator().manual_seed(0))
+    embedded = model.get_input_embeddings()(ids)
+    model(inputs_embeds=embedded, labels=ids).loss.backward()
+    optimizer.step()
+    assert watch.last is not None
+    assert watch.last["deltaH1"] != 0
+    asked = {"derivative": "jvp"}
+    with pytest.raises(
+        ProbeError, match=r"derivative: expected a model that allows jvp, found .*use_reentrant"
+    ):
+        attach(model, optimizer, **asked)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a kernel failed\nin two lines"), KeyError("x"), ValueError("?")]
+)
+def test_what_the_model_raises_when_attaching_is_one_line(error):
+    model = full_model()
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    model.model.layers[0].register_forward_pre_hook(fail)
+    optimizer = adamw(model)
+    with pytest.raises(ProbeError, match=rf"^model: expected .* found {type(error).__name__}: ") as caught:
+        attach(model, optimizer)
+    assert "or train without the probe" in one_line(caught)
+    assert not optimizer._optimizer_step_pre_hooks

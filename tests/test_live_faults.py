@@ -438,29 +438,3 @@ def test_an_adapter_that_is_merged_after_the_step_is_no_change_of_zero():
         optimizer.step()
     model.unmerge_adapter()
     watched.detach()
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
-def test_a_layer_that_refuses_gradients_is_measured_by_forwards():
-    """Reentrant checkpointing knows no `torch.autograd.grad`; training's own backward pass is fine with it."""
-
-    class Checkpointed(torch.nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=True)
-
-    model = full_model()
-    for layer in model.model.layers:
-        layer.mlp.up_proj = Checkpointed(layer.mlp.up_proj)
-    optimizer = adamw(model)
-    watched = attach(model, optimizer)
-    ids = torch.randint(4, 100, (4, 8), generator=torch.Generator().manual_seed(0))
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    watched.detach()
-    assert watched._probe.mode == "finite_difference"
-    assert "no backward pass to compare" in watched._probe.reason
-    assert len(watched.history) == 1

@@ -31,6 +31,9 @@ from probe.scoring.scores import TokenScores, TokenTangents
 from probe.scoring.tangents import DifferenceQuotients, ForwardModeError, forward_tangents
 from probe.text import error_text
 
+_MEMORY = torch.OutOfMemoryError
+"""Says nothing about whether a model can be differentiated."""
+
 BLOCKS = 4
 """Blocks by depth that the parameters are split into."""
 CHANGES = (1e-3, 1e-4, 1e-2, 1e-5, 3e-2, 1e-1)
@@ -140,29 +143,27 @@ class ForwardModeCheck:
 def forward_mode_check(policy: Policy, batch: RolloutBatch) -> ForwardModeCheck:
     """Run forward mode along the gradient of the function of `derivative_check`: it must give the gradient's norm.
 
+    Where backward or forward mode fails with an error of torch's or of the model's, forward mode is not usable, and
+    the reason is that error.
+
     Args:
         policy: the policy.
         batch: a few sequences are enough; the cost is a gradient and a forward-mode pass of them.
     """
     try:
         scores, weights, gradient = _own_gradient(policy, batch)
-    except torch.OutOfMemoryError:
+    except _MEMORY:
         raise
-    except (
-        RuntimeError
-    ) as error:  # of a layer with a backward of its own; reentrant checkpointing refuses `grad`
-        return ForwardModeCheck(
-            False, f"there is no backward pass to compare forward mode with: {error_text(error)}"
-        )
+    except RuntimeError as error:  # reentrant checkpointing, custom kernels without a backward
+        return ForwardModeCheck(False, f"the model has no gradient to compare with: {_first_line(error)}")
     length = norm(gradient)
     if length == 0.0:
         if not bool(scores.undecided.any()):
             return _runs_forward_mode(policy, batch, gradient)
         return ForwardModeCheck(False, "the gradient of the entropy is zero on the first responses")
-    try:
-        found = forward_tangents(policy, batch, {n: g / length for n, g in gradient.items()})
-    except ForwardModeError as error:
-        return ForwardModeCheck(False, str(error))
+    found = _forward_tangents(policy, batch, {n: g / length for n, g in gradient.items()})
+    if isinstance(found, ForwardModeCheck):
+        return found
     difference = abs(float((found.entropy + weights * found.logprob).sum()) / length - 1.0)
     limit = HALF_FORWARD_TOLERANCE if policy.half_precision else FORWARD_TOLERANCE
     if not difference <= limit:
@@ -276,13 +277,31 @@ def stopped_gradients(checked: StepCheck) -> str:
 
 def _runs_forward_mode(policy: Policy, batch: RolloutBatch, zero: Mapping[str, Tensor]) -> ForwardModeCheck:
     """Whether forward mode runs, for a policy without any choice left, whose derivatives are all 0."""
-    try:
-        forward_tangents(policy, batch, zero)
-    except ForwardModeError as error:
-        return ForwardModeCheck(False, str(error))
+    found = _forward_tangents(policy, batch, zero)
+    if isinstance(found, ForwardModeCheck):
+        return found
     return ForwardModeCheck(
         True, "forward mode runs; the policy has no choice left, so that derivatives are 0"
     )
+
+
+def _forward_tangents(
+    policy: Policy, batch: RolloutBatch, direction: Mapping[str, Tensor]
+) -> TokenTangents | ForwardModeCheck:
+    """Derivatives by forward mode, or why there are none."""
+    try:
+        return forward_tangents(policy, batch, direction)
+    except _MEMORY:
+        raise
+    except ForwardModeError as error:
+        return ForwardModeCheck(False, str(error))
+    except RuntimeError as error:
+        return ForwardModeCheck(False, f"the model does not run in forward mode: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    """Type of an error and the first line of its text, shortened."""
+    return f"{(error_text(error).splitlines() or [''])[0]:.200}"
 
 
 def _own_gradient(policy: Policy, batch: RolloutBatch) -> tuple[TokenScores, Tensor, dict[str, Tensor]]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from probe.data.batch import PromptExample, RolloutBatch
-from probe.errors import NumericalError, RolloutError
+from probe.errors import NumericalError, ProbeError, RolloutError
 from probe.estimators.control_variates import SMALLEST_SAMPLE, SMALLEST_TAUGHT, control_variates
 from probe.estimators.derivative_check import (
     StepCheck,
@@ -61,6 +61,7 @@ from probe.scoring.tangents import (
     scores_and_tangents,
 )
 from probe.snapshot import copied
+from probe.text import error_text
 from probe.verdict import verdict
 
 REHEARSAL_RESPONSES, REHEARSAL_TOKENS = 2, 16
@@ -147,6 +148,19 @@ class UpdateProbe:
         Raises:
             ProbeError: something that every probe needs does not work with this model.
         """
+        try:
+            self._try_out()
+        except ProbeError:
+            raise
+        except Exception as error:  # the model's own code raises what it likes
+            raise ProbeError(
+                "model: expected one that samples and scores a few tokens when the probe is attached, found "
+                f"{' '.join(error_text(error).split())[:300]}; make `model.generate` and a forward of a batch of "
+                "padded prompts run on this model, or train without the probe"
+            ) from error
+
+    def _try_out(self) -> None:
+        """See `rehearse`."""
         settings, policy = self.settings, self.policy
         longest = max(self.prompts, key=lambda prompt: len(prompt.text))
         few = replace(settings.generation, max_new_tokens=min(settings.max_new_tokens, REHEARSAL_TOKENS))

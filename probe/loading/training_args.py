@@ -2,7 +2,9 @@
 
 The file is a pickle of an object of the trainer's. Nothing that it names is imported: it is read with `weights_only`,
 and the classes that such a file is made of are replaced by stand-ins, which keep what they are given and do nothing. So
-neither TRL nor the version that wrote the file is needed, and a file that names anything else is refused unread.
+neither TRL nor the version that wrote the file is needed, and a file that names anything else is refused unread. One
+class may be unknown, that of the whole object: where it has the options of TRL's GRPO, it is taken for one derived from
+theirs.
 """
 
 from __future__ import annotations
@@ -80,6 +82,10 @@ PARTS = (
     *(f"pathlib._local.{name}" for name in ("Path", "PosixPath", "WindowsPath")),
 )
 """The classes of what stands in them."""
+SHAPE_OF_GRPO = ("loss_type", "num_generations", "beta", "epsilon", "num_iterations", "max_completion_length")
+"""Options by which the arguments of a class derived from TRL's `GRPOConfig` are known."""
+LIBRARIES = ("trl", "transformers", "torch", "accelerate", "builtins", "__builtin__")
+"""Packages whose classes are derived by no user: an unknown one of theirs may mean another loss."""
 SWITCH_OFF = "set probe_rework.from_checkpoint: off and give the update's settings in the configuration"
 """What can always be done about a file."""
 
@@ -129,6 +135,7 @@ class TrainingArgs:
         is_grpo: whether they are those of TRL's GRPO.
         values: the arguments by name, as plain values; members of enums as their values. What has none is None.
         processes: how many processes the training had, where the file says so.
+        derived: whether the class is an unknown one with the options of TRL's GRPO.
     """
 
     file: Path
@@ -136,6 +143,7 @@ class TrainingArgs:
     is_grpo: bool
     values: Mapping[str, Any]
     processes: int | None
+    derived: bool = False
 
 
 def read_training_args(file: Path) -> TrainingArgs:
@@ -147,8 +155,8 @@ def read_training_args(file: Path) -> TrainingArgs:
     Raises:
         CheckpointError: the file cannot be read, is cut off, or has something else in it.
     """
-    found = _load(file)
-    name = next((name for name in ARGUMENTS if type(found) is _STAND_INS[name]), None)
+    found, unknown = _load(file)
+    name = unknown or next((name for name in ARGUMENTS if type(found) is _STAND_INS[name]), None)
     attributes = getattr(found, "attributes", None)
     if name is None or not isinstance(attributes, dict):
         what = f"an object of {type(found).__name__}"
@@ -163,31 +171,68 @@ def read_training_args(file: Path) -> TrainingArgs:
     return TrainingArgs(
         file=file,
         kind=name.rsplit(".", 1)[1],
-        is_grpo=name in GRPO,
+        is_grpo=name in GRPO or unknown is not None,
         values=values,
         processes=processes if type(processes) is int and processes >= 1 else None,
+        derived=unknown is not None,
     )
 
 
-def _load(file: Path) -> Any:
-    """What stands in the file, in stand-ins."""
+def _load(file: Path) -> tuple[Any, str | None]:
+    """What stands in the file, in stand-ins, and the name of its class where that is a user's."""
     try:
         size = file.stat().st_size
     except OSError as error:
         raise _refusal(file, f"one that cannot be read ({error.strerror or error})") from error
     if size > TRAINING_ARGS_BYTES:
         raise _refusal(file, f"{size} bytes, where at most {TRAINING_ARGS_BYTES} are read")
-    allowed: list[Any] = [(stand_in, name) for name, stand_in in _STAND_INS.items()]
     try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return _unpickled(file, _STAND_INS), None
     except Exception as error:  # whatever a damaged or hostile pickle leads to
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        foreign = _foreign_name(error)
         if foreign is not None:
-            what = f"{foreign[1]}, which is not among the classes of such a file (nothing of it was run)"
+            derived, inner = _derived(file, foreign)
+            if derived is not None:
+                return derived, foreign
+            what = (
+                f"{inner or foreign}, which is not among the classes of such a file (nothing of it was run)"
+            )
             raise _refusal(file, what) from error
         found = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise _refusal(file, f"one that cannot be read ({found:.120})") from error
+
+
+def _unpickled(file: Path, stand_ins: Mapping[str, type]) -> Any:
+    """What stands in the file; classes come from `stand_ins` by their name, and from nowhere else."""
+    allowed: list[Any] = [(stand_in, name) for name, stand_in in stand_ins.items()]
+    with torch.serialization.safe_globals(allowed):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _foreign_name(error: BaseException) -> str | None:
+    """The class or function of which torch says that it is not allowed."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return None if found is None else found[1]
+
+
+def _derived(file: Path, name: str) -> tuple[Any, str | None]:
+    """The object in the file where its class is `name` and it has the options of TRL's GRPO, else None.
+
+    The class is a stand-in like the others: whatever the name belongs to is not looked up.
+
+    Returns:
+        The object or None, and what else the file names.
+    """
+    if name.partition(".")[0] in LIBRARIES:
+        return None, None
+    stand_in = type("Derived", (_StandIn,), {})
+    try:
+        found = _unpickled(file, {**_STAND_INS, name: stand_in})
+    except Exception as error:
+        return None, _foreign_name(error)
+    attributes = getattr(found, "attributes", None)
+    has_shape = isinstance(attributes, dict) and all(option in attributes for option in SHAPE_OF_GRPO)
+    return (found if type(found) is stand_in and has_shape else None), None
 
 
 def _refusal(file: Path, found: str) -> CheckpointError:
