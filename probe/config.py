@@ -137,11 +137,12 @@ class BatchConfig:
     begins a new turn after it, as TRL's GRPOTrainer does."""
     reward: str | list[str] | None = None
     """Registered reward (`exact_number`, `tag_format`, `gsm8k`), or `module:function`; of a list, the weighted sum.
-    Default: the named data set's own."""
+    Default: the named data set's own. Given beside `U_rollouts`, it rewards the responses of a file without rewards."""
     reward_weights: list[float] | None = None
     """Weights of a list of rewards; by default 1 each."""
     reward_columns: list[str] | None = None
-    """Columns of a rollout file that add up to the reward; by default `reward`, else every column TRL logs as one."""
+    """Columns of a rollout file that add up to the reward; by default `reward` (`score`), else what TRL logs beside
+    `advantage`, else the only one there is."""
     E_rollouts: str | None = None
     """Take E from this rollout file (.jsonl or .parquet) instead of sampling."""
     U_rollouts: str | None = None

@@ -17,7 +17,7 @@ from probe.config import ProbeConfig
 from probe.data.batch import PromptExample, RolloutBatch
 from probe.data.prompts import default_reward, load_prompts
 from probe.data.rewards import RewardFunction, compute_rewards, resolve_rewards
-from probe.errors import CheckpointError, ConfigError, DataError, LogError, NumericalError
+from probe.errors import CheckpointError, ConfigError, DataError, LogError, NumericalError, RolloutError
 from probe.estimators.advantages import combined_advantages, count_zero_advantage_groups, group_advantages
 from probe.estimators.control_variates import SMALLEST_SAMPLE, SMALLEST_TAUGHT, control_variates
 from probe.estimators.curvature import nested_curvature, symmetric_curvature
@@ -334,6 +334,15 @@ class EntropyProbe(LightningModule):
         return None if step is None else step + 1
 
     def _read(self, path: str, part: Part) -> RolloutBatch:
+        """A batch from a file; errors name its key."""
+        try:
+            return self._read_file(path, part)
+        except (DataError, RolloutError) as error:
+            if str(error).startswith("batch_config."):
+                raise
+            raise type(error)(f"batch_config.{part}_rollouts: {error}") from error
+
+    def _read_file(self, path: str, part: Part) -> RolloutBatch:
         """A batch from a file."""
         generation = self.config.generation
         vocabulary = self.policy.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
@@ -370,27 +379,33 @@ class EntropyProbe(LightningModule):
             rewards, kind = U.rewards, self.config.probe_rework.advantage
             if U.advantages is not None and kind == "auto":
                 return U  # what the trainer made the update with
+            if rewards is None and batch.reward is not None:
+                self.config, self.sources = self.sources.from_rewards(self.config)
+                return self._rewarded(U)
             if rewards is None:
                 advice = "" if U.advantages is None else ", or leave probe_rework.advantage at auto"
                 raise DataError(
                     f"batch_config.U_rollouts: expected a column with rewards in {batch.U_rollouts}, found none; name "
-                    f"it with batch_config.reward_columns{advice}"
+                    f"it with batch_config.reward_columns, or set batch_config.reward to compute them{advice}"
                 )
             self.config, self.sources = self.sources.from_rewards(self.config)
         else:
             repeated, group = _repeat(prompts, batch.G)
             U, state.seen["U"] = self._sample("U", repeated, group, progress("sample U"))
-            rework = self.config.probe_rework
-            found = compute_rewards(self._rewards(), U)
-            rewards, advantages = combined_advantages(
-                found,
-                batch.reward_weights,
-                U.group,
-                rework.advantage_kind,
-                rework.multi_objective_aggregation,
-            )
-            return replace(U, rewards=rewards, advantages=advantages)
+            return self._rewarded(U)
         advantages = group_advantages(rewards, U.group, self.config.probe_rework.advantage_kind)
+        return replace(U, rewards=rewards, advantages=advantages)
+
+    def _rewarded(self, U: RolloutBatch) -> RolloutBatch:
+        """U with what the reward functions of the configuration give it."""
+        rework = self.config.probe_rework
+        rewards, advantages = combined_advantages(
+            compute_rewards(self._rewards(), U),
+            self.config.batch_config.reward_weights,
+            U.group,
+            rework.advantage_kind,
+            rework.multi_objective_aggregation,
+        )
         return replace(U, rewards=rewards, advantages=advantages)
 
     def _feature_basis(self, state: ProbeState) -> FeatureBasis | None:

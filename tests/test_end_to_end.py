@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -464,6 +465,18 @@ def test_rollouts_from_files_give_the_numbers_of_the_sampled_ones(config, tmp_pa
     assert read["diagnostics"]["bias_flags"] == []
 
 
+def test_a_file_without_rewards_is_rewarded_by_the_configuration(config, tmp_path):
+    probe = OfflineEntropyProbe(config)
+    probe.run_mixed_probe()
+    U = probe.runner.state.U
+    write_rollouts(tmp_path / "U.jsonl", replace(U, rewards=None, advantages=None))
+    read = OfflineEntropyProbe(changed(config, batch_config={"U_rollouts": str(tmp_path / "U.jsonl")}))
+    read.run_mixed_probe()
+    found = read.runner.state.U
+    assert found.rewards.tolist() == U.rewards.tolist()
+    assert found.advantages.tolist() == U.advantages.tolist()
+
+
 def test_one_file_for_both_batches_is_refused_before_the_model_is_loaded(config, tmp_path, monkeypatch):
     """The step would be made from the very sample that it is judged on."""
     probe = OfflineEntropyProbe(config)
@@ -720,7 +733,11 @@ def test_refusals(config, tmp_path, monkeypatch):
         '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "c"}\n'
     )
     with pytest.raises(DataError, match="column with rewards"):
-        run(config, batch_config={"U_rollouts": str(tmp_path / "U.jsonl")})
+        run(config, batch_config={"U_rollouts": str(tmp_path / "U.jsonl"), "reward": None})
+    with pytest.raises(
+        DataError, match=r"^batch_config\.E_rollouts: .*expected a rollout file, found nothing"
+    ):
+        run(config, batch_config={"E_rollouts": str(tmp_path / "none.jsonl")})
     probe = OfflineEntropyProbe(changed(config, probe_rework={"step": "preconditioned"}))
     probe.runner.extra_callbacks.append(ForgetMoments())
     with pytest.raises(OptimizerStateError, match="preconditioned"):

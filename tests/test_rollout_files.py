@@ -297,7 +297,27 @@ def test_reward_functions_that_do_not_apply_are_left_out(tmp_path):
         {"prompt": "a", "completion": "b", "x": 2.0},
     ]
     rows[1]["y"] = math.nan
-    assert read(write(tmp_path / "a.parquet", rows)).rewards.tolist() == [1.0, 2.0]
+    path = write(tmp_path / "a.parquet", rows)
+    assert read(path, config=BatchConfig(reward_columns=["x", "y"])).rewards.tolist() == [1.0, 2.0]
+
+
+def test_of_several_columns_that_may_be_the_reward_none_is_chosen(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b", "x": 1.0, "y": 2.0}])
+    with pytest.raises(DataError, match=r"expected one column with the reward .* found x, y; name those"):
+        read(path)
+    assert read(path, part="E").rewards is None
+
+
+def test_integers_that_no_float_can_hold(tmp_path):
+    row = {"prompt": "a", "completion_ids": [5, EOS]}
+    for name, value, message in (
+        ("reward", 10**400, "row 0: expected a finite reward, found reward = 1000"),
+        ("advantage", -(10**400), "row 0: expected a finite number as advantage, found -1000"),
+        ("old_logprobs", [-(10**400), -1.0], "expected old_logprobs to be finite"),
+        ("loss_tokens", 10**400, "expected one positive number in all rows"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read(write(tmp_path / "a.jsonl", [{**row, name: value}]))
 
 
 @pytest.mark.parametrize(
@@ -895,7 +915,12 @@ def test_what_measures_a_response_is_no_reward(tmp_path, total):
         {"prompt": "a", "completion": t, "format": 1.0, "math": float(k), "num_turns": 2}
         for k, t in enumerate("bc")
     ]
-    assert read(write(tmp_path / "b.jsonl", parts)).rewards.tolist() == [1.0, 2.0]
+    path = write(tmp_path / "b.jsonl", parts)
+    with pytest.raises(
+        DataError, match=r"expected one column with the reward .* found format, math; name those"
+    ):
+        read(path)
+    assert read(path, config=BatchConfig(reward_columns=["format", "math"])).rewards.tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("name", ["uid", "group_id", "group", "prompt_id"])

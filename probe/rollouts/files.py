@@ -118,9 +118,10 @@ def read_rollouts(
     weights and scales its rewards had. Rewards beside it are described and nothing more, and only where they
     explain it.
 
-    The reward is the sum of `config.reward_columns`; without it the column `reward`; without that, or beside a column
-    `advantage`, the sum of every column of numbers that is not in `NOT_REWARDS`, as TRL logs one column for each reward
-    function. In a sum, None and NaN mean that a function did not apply, and are left out.
+    The reward is the sum of `config.reward_columns`; without it the first column of `TOTALS`; without that the one
+    column of numbers that may be a reward, and of several of these none is chosen. Beside a column `advantage` it is
+    the sum of them all, as TRL logs one column for each reward function. In a sum, None and NaN mean that a function
+    did not apply, and are left out.
 
     Without `completion_ids` the completion's text is tokenised, and the batch is marked `retokenized`. How a response
     ended is read from the file, else it follows from `stop_strings` and `max_new_tokens`; EOS is added only where one
@@ -179,7 +180,7 @@ def read_rollouts(
         mask=mask,
         truncated=torch.tensor([response.truncated for response in responses]),
         group=group,
-        rewards=_read_rewards(table, config.reward_columns, group, advantages),
+        rewards=_read_rewards(table, config.reward_columns, group, advantages, part),
         advantages=advantages,
         old_logprobs=_read_logprobs(table, "old_logprobs", ids),
         sampling_logprobs=_read_logprobs(table, "sampling_logprobs", ids, gaps=True),
@@ -412,11 +413,11 @@ def _read_logprobs(table: RolloutTable, name: str, ids: list[list[int]], gaps: b
         wrong = [
             value
             for value in logprobs
-            if not (gaps and math.isnan(value)) and not -math.inf < value <= _ROUNDING
+            if not (gaps and math.isnan(_as_float(value))) and not -math.inf < _as_float(value) <= _ROUNDING
         ]
         if wrong:
             raise DataError(
-                f"{table.where(i)}: expected {name} to be finite and not above 0, found {wrong[0]}"
+                f"{table.where(i)}: expected {name} to be finite and not above 0, found {wrong[0]!s:.60}"
             )
     return _pad(values, torch.float64)[0]
 
@@ -427,10 +428,10 @@ def _read_loss_tokens(table: RolloutTable) -> float | None:
         return None
     found = set(table.column("loss_tokens"))
     number = next(iter(found))
-    if len(found) != 1 or not _is_number(number) or not 0 < number < math.inf:
+    if len(found) != 1 or not _is_number(number) or not 0 < _as_float(number) < math.inf:
         raise DataError(
             f"{table.path}: expected one positive number in all rows of the column loss_tokens, found "
-            f"{', '.join(map(str, list(found)[:3]))}"
+            f"{', '.join(f'{x!s:.60}' for x in list(found)[:3])}"
         )
     return float(number)
 
@@ -441,7 +442,7 @@ def _read_advantages(table: RolloutTable) -> Tensor | None:
         return None
     values = table.column("advantage")
     for i, value in enumerate(values):
-        if not _is_number(value) or not math.isfinite(value):
+        if not _is_number(value) or not math.isfinite(_as_float(value)):
             raise DataError(f"{table.where(i)}: expected a finite number as advantage, found {value!r:.60}")
     return torch.tensor(values, dtype=torch.float64)
 
@@ -513,7 +514,7 @@ def _cut_runs(runs: Tensor, advantages: Tensor, G: int) -> Tensor:
 
 
 def _read_rewards(
-    table: RolloutTable, names: list[str] | None, group: Tensor, advantages: Tensor | None
+    table: RolloutTable, names: list[str] | None, group: Tensor, advantages: Tensor | None, part: Part | None
 ) -> Tensor | None:
     """The reward of each row, `(B,)` float64, or None where the file has none, or none that explains `advantages`."""
     if names is not None:
@@ -526,6 +527,13 @@ def _read_rewards(
         return _sum_columns(table, names)
     logged = [name for name in table.columns if _may_be_reward(table, name)]
     total = [name for name in TOTALS if name in table.columns][:1]
+    if advantages is None and not total and len(logged) > 1:
+        if part == "E":
+            return None  # nothing is made from E's rewards
+        raise DataError(
+            f"{table.path}: expected one column with the reward (or a column advantage beside several), "
+            f"found {', '.join(logged)}; name those that add up to it with batch_config.reward_columns"
+        )
     if advantages is None:
         candidates = [total or logged]
     else:
@@ -549,7 +557,9 @@ def _read_rewards(
 
 def _is_complete(table: RolloutTable, names: Sequence[str]) -> bool:
     """Whether every row has a finite number in at least one of the columns."""
-    return all(any(_is_number(row[n]) and math.isfinite(row[n]) for n in names) for row in table.rows)
+    return all(
+        any(_is_number(row[n]) and math.isfinite(_as_float(row[n])) for n in names) for row in table.rows
+    )
 
 
 def _may_be_reward(table: RolloutTable, name: str) -> bool:
@@ -567,9 +577,10 @@ def _sum_columns(table: RolloutTable, names: Sequence[str]) -> Tensor:
         for name in names:
             if row[name] is not None and not _is_number(row[name]):
                 raise DataError(f"{table.where(i)}: expected a number as {name}, found {row[name]!r:.60}")
-        parts = [float(row[name]) for name in names if row[name] is not None and not math.isnan(row[name])]
+        given = [_as_float(row[name]) for name in names if row[name] is not None]
+        parts = [value for value in given if not math.isnan(value)]
         if not parts or not all(map(math.isfinite, parts)):
-            found = ", ".join(f"{name} = {row[name]}" for name in names)
+            found = ", ".join(f"{name} = {row[name]!s:.60}" for name in names)
             raise DataError(
                 f"{table.where(i)}: expected a finite reward, found {found}; leave its whole group out"
             )
@@ -658,3 +669,11 @@ def _require_finite(values: Tensor, name: str) -> Tensor:
 def _is_number(value: Any) -> bool:
     """Whether a value is a number; true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _as_float(value: float) -> float:
+    """A number as a float; infinite where it is an integer that no float can hold."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
