@@ -13,11 +13,9 @@ from torch import nn
 from probe.errors import ConfigError
 from probe.live.alarm import OnAlarm, check_on_alarm
 from probe.live.ranks import follow_first_rank
-from probe.live.report import say, tensorboard_layout
+from probe.live.report import log_or_say, tensorboard_layout
 from probe.live.settings import WatchSettings
 from probe.live.watcher import Watch
-from probe.snapshot import isolated_rng
-from probe.text import error_text
 
 
 class EntropyProbeCallback(Callback):
@@ -131,18 +129,9 @@ class EntropyProbeCallback(Callback):
         """Log to one of the trainer's loggers; one that fails gets nothing any more, unless `strict`."""
         if any(logger is failed for failed in self._failed_loggers):
             return
-        try:
-            with isolated_rng():  # loggers draw names for files and runs
-                logger.log_metrics(metrics, step=step)
-        except Exception as error:
-            if self._settings.get("strict", False):
-                raise
+        strict = bool(self._settings.get("strict", False))
+        if not log_or_say(lambda: logger.log_metrics(metrics, step=step), type(logger).__name__, strict):
             self._failed_loggers.append(logger)
-            say(
-                f"{type(logger).__name__} failed and gets nothing from the probe any more ({error_text(error)}); the "
-                "numbers are still in `watch.history`",
-                warn=True,
-            )
 
     def _detach(self) -> None:
         if self.watch is not None:

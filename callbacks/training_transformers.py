@@ -12,11 +12,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from probe.errors import ConfigError, DataError, RolloutError
 from probe.live.alarm import OnAlarm, check_on_alarm
 from probe.live.ranks import follow_first_rank
-from probe.live.report import PREFIX, say, tensorboard_layout
+from probe.live.report import PREFIX, log_or_say, say, tensorboard_layout
 from probe.live.settings import WatchSettings
 from probe.live.trainers import sampling_changes, trainer_prompts
 from probe.live.watcher import Watch, watch
-from probe.snapshot import isolated_rng
 from probe.text import error_text
 from probe.training_options import READ
 
@@ -138,19 +137,11 @@ class EntropyProbeTrainerCallback(TrainerCallback):
         """Log through the trainer; what fails there does not end the training, unless `strict`."""
         if self._log_failed:
             return
-        try:
-            with isolated_rng():  # loggers draw names for files and runs
-                # Not `trainer.log`: TRL's empties the averages of its own metrics there, which would change its logs.
-                Trainer.log(self.trainer, metrics)
-        except Exception as error:
-            if self._settings.get("strict", False):
-                raise
-            self._log_failed = True
-            say(
-                f"the trainer's log failed and gets nothing from the probe any more ({error_text(error)}); the numbers "
-                "are still in `watch.history`",
-                warn=True,
-            )
+        strict = bool(self._settings.get("strict", False))
+        # Not `trainer.log`: TRL's empties the averages of its own metrics there, which would change its logs.
+        self._log_failed = not log_or_say(
+            lambda: Trainer.log(self.trainer, metrics), "the trainer's log", strict
+        )
 
     def _own_settings(self, args: TrainingArguments) -> dict[str, Any]:
         """Temperature and length of the trainer's own rollouts, where it has any."""

@@ -169,6 +169,11 @@ def fill_settings(
         return config, _sources(config, given, {}, f"no {TRAINING_ARGS} beside the checkpoint")
     args = read_training_args(file)
     said, problems = _said(args, config)
+    known = set(given)
+    adapted = _adaptive_entropy_coef(args)
+    if adapted is not None:
+        said[ENTROPY_COEF] = adapted
+        known.add(ENTROPY_COEF)
     values = {key: value for key, value in said.items() if key not in given}
     from_file = config.batch_config.U_rollouts is not None
     advantage = values.pop(ADVANTAGE, None) if from_file else None
@@ -176,7 +181,7 @@ def fill_settings(
         if key not in given:
             raise CheckpointError(f"{file}: {problem}; give {key} in the configuration, or {SWITCH_OFF}")
     filled = _replaced(config, values, file)
-    _refuse_unsupported(args, filled, given)
+    _refuse_unsupported(args, filled, known)
     note = f"{file} ({args.kind})"
     if not args.is_grpo:
         note += ": not of TRL's GRPO, so its loss and batches are not read"
@@ -223,9 +228,6 @@ def _said(args: TrainingArgs, config: ProbeConfig) -> tuple[dict[str, Any], dict
         if not (args.is_grpo or name in INHERITED):
             continue
         _convert(name, read, options[name], said, problems)
-    adaptive = _adaptive_entropy_coef(args)
-    if adaptive is not None:
-        said["probe_rework.entropy_coef"] = adaptive
     if args.is_grpo and sampled:
         prompts = _prompts_per_update(args)
         if prompts is None:
@@ -322,12 +324,10 @@ def _rows_per_update(args: TrainingArgs) -> int | None:
 
 def _prompts_per_update(args: TrainingArgs) -> int | None:
     """Prompts per optimizer step, None where the sizes do not say."""
-    per_device, accumulated, group = (_size(args, name) for name in SIZES_OF_AN_UPDATE)
-    if per_device is None or group is None or accumulated is None:
+    rows, group = _rows_per_update(args), _size(args, "num_generations")
+    if rows is None or group is None or _processes(args) > LARGEST_COUNT:
         return None
-    if max(per_device, group, accumulated, _processes(args)) > LARGEST_COUNT:
-        return None
-    return max(round(per_device * accumulated * _processes(args) / group), 1)
+    return max(round(rows / group), 1)
 
 
 # ---------------------------------------------------------------- what counts
@@ -376,8 +376,11 @@ def _sources(
     )
 
 
-def _refuse_unsupported(args: TrainingArgs, config: ProbeConfig, given: Collection[str]) -> None:
-    """Raise where an option makes the trainer's update another one than the probe's."""
+def _refuse_unsupported(args: TrainingArgs, config: ProbeConfig, known: Collection[str]) -> None:
+    """Raise where an option makes the trainer's update another one than the probe's.
+
+    `known` are the keys whose values such an option leaves no doubt about: given, or kept beside the checkpoint.
+    """
     sampled = config.batch_config.U_rollouts is None
     found: list[str] = []
     remedies: list[str] = []
@@ -385,12 +388,10 @@ def _refuse_unsupported(args: TrainingArgs, config: ProbeConfig, given: Collecti
         if name not in args.values or not (args.is_grpo or name in INHERITED):
             continue
         value = args.values[name]
-        idle = (
-            (name == "use_adaptive_entropy" and _adaptive_entropy_coef(args) is not None)
-            or (option.only_sampled and not sampled)
-            or (option.only_with_kl and config.probe_rework.kl_coef == 0)
+        idle = (option.only_sampled and not sampled) or (
+            option.only_with_kl and config.probe_rework.kl_coef == 0
         )
-        if idle or is_one_of(value, option.neutral) or any(key in given for key in option.unless):
+        if idle or is_one_of(value, option.neutral) or any(key in known for key in option.unless):
             continue
         found.append(f"{name} = {value!r:.60}, which {option.what}")
         remedies += [f"give {key} in the configuration" for key in option.unless]
@@ -454,6 +455,7 @@ def _flags(args: TrainingArgs, config: ProbeConfig) -> tuple[str, ...]:
     return tuple(flags)
 
 
+ENTROPY_COEF = "probe_rework.entropy_coef"
 ENTROPY_STATE = "entropy_ctrl_state.json"
 """TRL's file with the adapted weight of the entropy bonus."""
 ORDER_OF_ROWS = "order_of_rows"

@@ -591,9 +591,8 @@ class EntropyProbe(LightningModule):
         if mode == "jvp" and rework.derivative_check:
             checked = step_check(self.policy, E, scores, step, tangents)
             if checked.contradicted and rework.derivative_mode == "auto":
-                mode, reason = state.derivative = "finite_difference", stopped_gradients(checked)
-                logger.warning("deltaH1 by %s: %s", mode, reason)
-                state.entropy_gradient = checked = None  # it takes the same for a constant
+                mode, reason = self._believe_forwards(state, checked)
+                checked = None
                 tangents, pair = self._tangents(state, step, mode, progress)
         by_name = {
             name: token_first_order(scores, tangents, E.group, name, rework.baseline)
@@ -604,27 +603,19 @@ class EntropyProbe(LightningModule):
         if state.entropy_gradient is not None:
             backward = first_order(state.entropy_gradient, step, update.learning_rate)
             agreement = self._agreement(backward, found, mode)
-            if mode == "reverse" and pair is not None and rework.derivative_check:
-                checked = agreement_check(
-                    (backward.deltaH1, backward.deltaH1_tok),
-                    by_name[rework.weighting].total,
-                    (
+            if mode == "reverse":
+                if pair is not None and rework.derivative_check:
+                    sizes = (
                         max(abs(found.pathwise), abs(found.score)),
                         max(abs(found.pathwise_tok), abs(found.score_tok)),
-                    ),
-                    pair.error,
-                )
-            if (
-                mode == "reverse"
-                and checked is not None
-                and checked.contradicted
-                and rework.derivative_mode == "auto"
-            ):
-                mode, reason = state.derivative = "finite_difference", stopped_gradients(checked)
-                logger.warning("deltaH1 by %s: %s", mode, reason)
-                state.entropy_gradient = agreement = checked = None
-            elif mode == "reverse":
-                found = backward
+                    )
+                    both = backward.deltaH1, backward.deltaH1_tok
+                    checked = agreement_check(both, by_name[rework.weighting].total, sizes, pair.error)
+                if checked is not None and checked.contradicted and rework.derivative_mode == "auto":
+                    mode, reason = self._believe_forwards(state, checked)
+                    agreement = checked = None
+                else:
+                    found = backward
         found = replace(
             found,
             estimates={name: parts.total for name, parts in by_name.items()},
@@ -640,6 +631,13 @@ class EntropyProbe(LightningModule):
         )
         found = self._with_control_variates(state, found, tangents)
         return self._with_curvature(state, found, step, pair, progress)
+
+    def _believe_forwards(self, state: ProbeState, checked: StepCheck) -> tuple[str, str]:
+        """Go on with differences, which contradict the derivatives; X takes the same for a constant as these."""
+        mode, reason = state.derivative = "finite_difference", stopped_gradients(checked)
+        logger.warning("deltaH1 by %s: %s", mode, reason)
+        state.entropy_gradient = None
+        return mode, reason
 
     def _without_errors(self, state: ProbeState, step: Mapping[str, Tensor], reason: str) -> Prediction:
         """DeltaH1 by backward alone, where the arithmetic gives no derivatives per token."""

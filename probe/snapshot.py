@@ -152,13 +152,22 @@ def standing_in(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[Non
         if isinstance(tensor, Tensor) and id(tensor) in wanted
     ]
 
+    with _entries_replaced([(holder, key, wanted[id(tensor)]) for holder, key, tensor in places]):
+        yield
+
+
+@contextmanager
+def _entries_replaced(places: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+    """Give entries of mappings, `(mapping, key, value)`, other values, and then the very objects that they held."""
+    held = [(holder, key, holder[key]) for holder, key, _ in places]
+
     def restore() -> None:
-        for holder, key, tensor in places:
-            holder[key] = tensor
+        for holder, key, value in held:
+            holder[key] = value
 
     with _put_back_by(restore):
-        for holder, key, tensor in places:
-            holder[key] = wanted[id(tensor)]
+        for holder, key, value in places:
+            holder[key] = value
         yield
 
 
@@ -169,15 +178,7 @@ def attributes_replaced(places: Sequence[tuple[nn.Module, str, Any]]) -> Iterato
     Args:
         places: `(module, name, value)`; the module has an attribute of that name of its own.
     """
-    held = [(vars(module), name, vars(module)[name]) for module, name, _ in places]
-
-    def restore() -> None:
-        for own, name, value in held:
-            own[name] = value
-
-    with _put_back_by(restore):
-        for module, name, value in places:
-            vars(module)[name] = value
+    with _entries_replaced([(vars(module), name, value) for module, name, value in places]):
         yield
 
 

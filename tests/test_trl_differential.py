@@ -82,25 +82,32 @@ class Sampled(Recorder):
         return completions, given
 
 
-def policy_model(new_adapter=False):
-    """A LoRA whose B is not 0, so that every adapter weight has a gradient; or the base model without."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=100,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    model = Qwen2ForCausalLM(config)
+SHAPE = {
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def uneven(model):
+    """The model with weights of a size at which its logits differ."""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def policy_model(new_adapter=False):
+    """A LoRA whose B is not 0, so that every adapter weight has a gradient; or the base model without."""
+    torch.manual_seed(0)
+    model = uneven(Qwen2ForCausalLM(Qwen2Config(**SHAPE)))
     if new_adapter:
         return model
     model = get_peft_model(model, ADAPTER)
@@ -114,28 +121,8 @@ def policy_model(new_adapter=False):
 def experts():
     """A mixture of experts."""
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=100,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=8,
-        router_aux_loss_coef=0.1,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    model = Qwen3MoeForCausalLM(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return model
+    routed = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    return uneven(Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **routed, router_aux_loss_coef=0.1)))
 
 
 def variety(completions, **_):

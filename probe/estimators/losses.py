@@ -211,15 +211,18 @@ def policy_loss(settings: LossSettings, inputs: LossInputs) -> Tensor:
     size = settings.per_device_train_batch_size or len(inputs.mask)
     order = torch.arange(len(inputs.mask)) if inputs.order is None else inputs.order
     parts = order.split(size)
-    whole = token_normaliser(settings.loss, inputs.mask, settings.max_new_tokens)
-    if inputs.loss_tokens is not None:  # what follows takes it for the losses that are such a mean
+    whole: Tensor | None = None
+    if settings.loss in WINDOW_MEANS and inputs.loss_tokens is not None:
         whole = inputs.mask.double() / inputs.loss_tokens
+    elif settings.loss in WINDOW_MEANS:
+        whole = token_normaliser(settings.loss, inputs.mask, settings.max_new_tokens)
     losses = []
     for part in parts:
         own = inputs.rows(part)
-        normaliser = whole[part]
-        if settings.loss not in WINDOW_MEANS:
+        if whole is None:
             normaliser = token_normaliser(settings.loss, own.mask, settings.max_new_tokens) / len(parts)
+        else:
+            normaliser = whole[part]
         losses.append(_part_loss(settings, own, normaliser, len(parts)))
     return torch.stack(losses).sum()
 
@@ -285,8 +288,8 @@ def sampler_ratio(settings: LossSettings, mask: Tensor, old: Tensor, sampling: T
         >>> sampler_ratio(settings, torch.ones(1, 2, dtype=torch.bool), old, sampling)
         tensor([[1., 3.]])
     """
-    level, found, how = settings.vllm_importance_sampling_mode.partition("_")
-    if settings.vllm_importance_sampling_mode not in get_args(SamplerMode) or not found:
+    level, _, how = settings.vllm_importance_sampling_mode.partition("_")
+    if settings.vllm_importance_sampling_mode not in get_args(SamplerMode):
         raise ValueError(
             f"vllm_importance_sampling_mode: expected one of {', '.join(get_args(SamplerMode))}, found "
             f"{settings.vllm_importance_sampling_mode!r}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from probe.data.batch import RolloutBatch
 from probe.errors import ConfigError, NumericalError
@@ -96,11 +97,9 @@ def _inputs(
     for i in rows:
         prompt, response = list(batch.prompt_ids[i]), batch.completion_ids[i][batch.mask[i]].tolist()
         counts = not (leave_out_truncated and bool(batch.truncated[i]))
-        texts.append([*prompt, *response])
-        masks.append([1] * len(prompt) + [int(counts)] * len(response))
-    widest = max(map(len, texts))
-    ids = torch.zeros(len(texts), widest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for k, (text, own) in enumerate(zip(texts, masks, strict=True)):
-        ids[k, : len(text)], mask[k, : len(own)] = torch.tensor(text), torch.tensor(own)
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        texts.append(torch.tensor([*prompt, *response]))
+        masks.append(torch.tensor([1] * len(prompt) + [int(counts)] * len(response)))
+    return {
+        "input_ids": pad_sequence(texts, batch_first=True).to(device),
+        "attention_mask": pad_sequence(masks, batch_first=True).to(device),
+    }

@@ -14,6 +14,7 @@ from probe.callbacks.console import with_error
 from probe.errors import ConfigError
 from probe.live.cost import Schedule
 from probe.live.forecast import Forecast
+from probe.snapshot import isolated_rng
 from probe.text import error_text, printable
 from probe.verdict import WORDS
 
@@ -216,6 +217,32 @@ def say(line: str, *, warn: bool = False) -> None:
     except Exception as error:
         with contextlib.suppress(Exception):  # stderr may be closed too, and then nobody listens
             print(f"entropy probe: {line} (logging failed: {error_text(error)})", file=sys.stderr, flush=True)
+
+
+def log_or_say(write: Callable[[], object], name: str, strict: bool) -> bool:
+    """Give numbers to a host's log; what fails there is said and ends no training.
+
+    Args:
+        write: writes them.
+        name: of the log, for the message.
+        strict: raise what `write` raises.
+
+    Returns:
+        Whether it worked; a log that failed is to get nothing any more.
+    """
+    try:
+        with isolated_rng():  # loggers draw names for files and runs
+            write()
+    except Exception as error:
+        if strict:
+            raise
+        say(
+            f"{name} failed and gets nothing from the probe any more ({error_text(error)}); the numbers are still in "
+            "`watch.history`",
+            warn=True,
+        )
+        return False
+    return True
 
 
 def _log_line(line: str, warn: bool) -> None:

@@ -42,7 +42,7 @@ from probe.data.prompts import check_messages, check_prompt_tokens
 from probe.data.rendering import Rendering, render_messages, rendering_of
 from probe.errors import DataError, RolloutError
 from probe.rollouts.ends import END_COLUMNS, EndRules, Response, end_exact, end_texts, stated_ends
-from probe.rollouts.foreign import own_columns
+from probe.rollouts.foreign import TOTALS, own_columns
 from probe.rollouts.retokenized import Recovery
 from probe.rollouts.tables import Part, RolloutTable, read_table, write_table
 from probe.text import all_well_formed
@@ -69,8 +69,6 @@ NOT_REWARDS = LAYOUT | {
 
 TOKEN_MASKS = ("completion_mask", "tool_mask", "response_mask", "loss_mask")
 """Columns that say of each token of the response whether the policy sampled it."""
-TOTALS = ("reward", "score", "reward_score", "rewards")
-"""Names of a whole reward, in the order in which they are looked for; what stands beside one describes it."""
 _MEASURED = re.compile(
     r"(^|_)(len|lengths?|tokens?|turns?|seconds?|secs?|time|counts?|steps?|num|size|id)(_|$)", re.I
 )

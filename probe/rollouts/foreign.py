@@ -14,6 +14,7 @@ from probe.rollouts.tables import RolloutTable
 PROMPTS = ("prompt", "input", "query")
 RESPONSES = ("completion", "output", "response")
 TOTALS = ("reward", "score", "reward_score", "rewards")
+"""Names of a whole reward, in the order in which they are looked for; what stands beside one describes it."""
 IDS = {
     "prompt_token_ids": "prompt_ids",
     "response_ids": "completion_ids",
@@ -42,9 +43,7 @@ def own_columns(table: RolloutTable) -> RolloutTable:
         label = next((name for name in ("uid", "group_id") if name in there), None)
         if label is None or there & {"group", "prompt_id"}:
             return table
-        columns = tuple("group" if name == label else name for name in table.columns)
-        rows = tuple({"group" if n == label else n: x for n, x in row.items()} for row in table.rows)
-        return replace(table, rows=rows, columns=columns)
+        return _renamed(table, {label: "group"})
     if set(MASKED) <= there:
         return _from_masked(table)
     prompt = next((name for name in PROMPTS if name in there), None)
@@ -57,7 +56,8 @@ def own_columns(table: RolloutTable) -> RolloutTable:
     total = next((name for name in TOTALS if name in there), None)
     if total is not None:
         names[total] = "reward"
-    return _renamed(table, names)
+    left_out = names.get(SPECIAL_TOKENS_LEFT_OUT) == "prompt"
+    return _grouped(replace(_renamed(table, names), rendered=True, special_tokens_left_out=left_out))
 
 
 def _not_found(table: RolloutTable, prompt: str | None, response: str | None) -> DataError:
@@ -78,8 +78,7 @@ def _renamed(table: RolloutTable, names: dict[str, str]) -> RolloutTable:
     """The table with some columns under other names."""
     columns = tuple(names.get(name, name) for name in table.columns)
     rows = tuple({names.get(name, name): value for name, value in row.items()} for row in table.rows)
-    left_out = names.get(SPECIAL_TOKENS_LEFT_OUT) == "prompt"
-    return _grouped(RolloutTable(table.path, rows, table.numbers, columns, True, left_out))
+    return replace(table, rows=rows, columns=columns)
 
 
 def _grouped(table: RolloutTable) -> RolloutTable:

@@ -52,12 +52,7 @@ def microbatches(batch: RolloutBatch, size: int, device: torch.device) -> Iterat
 
 def first_microbatch(batch: RolloutBatch, size: int) -> RolloutBatch:
     """The first `size` sequences whose responses are not empty: enough for a check, or the choice of a step size."""
-    return batch.subset(first_rows(batch, size))
-
-
-def first_rows(batch: RolloutBatch, size: int) -> Tensor:
-    """Indices of the first `size` sequences whose responses are not empty, `(n,)` int64."""
-    return torch.nonzero(batch.lengths > 0).flatten()[:size]
+    return batch.subset(torch.nonzero(batch.lengths > 0).flatten()[:size])
 
 
 def collate(batch: RolloutBatch, indices: list[int], device: torch.device) -> MicroBatch:
