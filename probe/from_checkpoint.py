@@ -33,7 +33,6 @@ from probe.training_options import (
     Read,
     changed_ends,
     changed_sampling,
-    is_one_of,
     known_options,
 )
 
@@ -391,7 +390,7 @@ def _refuse_unsupported(args: TrainingArgs, config: ProbeConfig, known: Collecti
         idle = (option.only_sampled and not sampled) or (
             option.only_with_kl and config.probe_rework.kl_coef == 0
         )
-        if idle or is_one_of(value, option.neutral) or any(key in known for key in option.unless):
+        if idle or value in option.neutral or any(key in known for key in option.unless):
             continue
         found.append(f"{name} = {value!r:.60}, which {option.what}")
         remedies += [f"give {key} in the configuration" for key in option.unless]

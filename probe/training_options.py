@@ -67,7 +67,7 @@ def changed_ends(kwargs: Mapping[str, Any], cap: Any = None) -> dict[str, Any]:
         for name, value in kwargs.items()
         if name in ENDS
         and value is not None
-        and not is_one_of(value, ENDS[name])
+        and value not in ENDS[name]
         and not (name == "max_tokens" and value == cap)
     }
 
@@ -82,13 +82,8 @@ def changed_sampling(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in options.items()
-        if name in NEUTRAL_SAMPLING and value is not None and not is_one_of(value, NEUTRAL_SAMPLING[name])
+        if name in NEUTRAL_SAMPLING and value is not None and value not in NEUTRAL_SAMPLING[name]
     }
-
-
-def is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
-    """Whether a value equals one of several (values need not be hashable)."""
-    return any(value == one for one in values)
 
 
 # ---------------------------------------------------------------- options that are read
