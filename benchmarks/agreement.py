@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 from probe import OfflineEntropyProbe
-from probe.parsing import read_config_file
+from probe.config.files import read_config_file
 from probe.snapshot import one_thread
 
 

@@ -35,7 +35,7 @@ from probe.data.arithmetic import PROMPT_TEMPLATE, arithmetic_rows
 from probe.data.rewards import exact_number
 from probe.demo.cache import ensure_demo_checkpoint
 from probe.demo.grpo import LINEAR_LAYERS
-from probe.sweep.style import DIFFERENCE, FLOOR, MEASURED, PREDICTED, SPREAD, make_figure, plot_style
+from probe.sweep.plots.style import DIFFERENCE, FLOOR, MEASURED, PREDICTED, SPREAD, make_figure, plot_style
 
 COLLAPSING, HEALTHY = 1e-3, 1e-4
 """Constant learning rates."""

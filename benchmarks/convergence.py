@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from probe.parsing import read_config_file
+from probe.config.files import read_config_file
 from probe.sweep import run_sweep
 
 FACTORS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0, 16.0)

@@ -15,15 +15,17 @@ from typing import Any
 
 import torch
 
-from probe.errors import NumericalError
+from probe.config.files import read_config_file
+from probe.config.parsing import parse_config
+from probe.errors.exceptions import NumericalError
 from probe.estimators.entropy_gradient import entropy_gradient
 from probe.estimators.prediction import first_order, token_first_order
 from probe.module import EntropyProbe
-from probe.parsing import parse_config, read_config_file
-from probe.scoring.passes import score_tokens
-from probe.scoring.tangents import choose_scale, difference_pair, forward_tangents, second_order_tangents
+from probe.phases.state import ProbeState
+from probe.scoring.differences import choose_scale, difference_pair
+from probe.scoring.forward_mode import forward_tangents, second_order_tangents
+from probe.scoring.score import score_tokens
 from probe.snapshot import evaluation_mode, one_thread
-from probe.state import ProbeState
 
 
 def compare(config: dict[str, Any], dtype: str, learning_rate: float, rounds: int) -> list[str]:

@@ -16,7 +16,7 @@ import statistics
 import sys
 
 from probe import OfflineEntropyProbe
-from probe.parsing import read_config_file
+from probe.config.files import read_config_file
 from probe.snapshot import one_thread
 
 

@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from probe.config.files import read_config_file
+from probe.config.parsing import parse_config
 from probe.estimators.control_variates import FitStatistics, control_variates
 from probe.estimators.estimate import Estimate
 from probe.estimators.ground_truth import measure
 from probe.estimators.prediction import token_first_order
 from probe.module import EntropyProbe
-from probe.parsing import parse_config, read_config_file
+from probe.phases.state import ProbeState
+from probe.scoring.forward_mode import forward_tangents
 from probe.scoring.scores import TokenScores, TokenTangents
-from probe.scoring.tangents import forward_tangents
 from probe.snapshot import evaluation_mode, one_thread
-from probe.state import ProbeState
 
 SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -57,7 +58,7 @@ class Scored:
             self.group, self.old = state.E.group, state.E_scores
             self.tangents = forward_tangents(module.policy, state.E, step.step, state.basis)
             state.update = step
-            from probe.scoring.passes import score_tokens
+            from probe.scoring.score import score_tokens
 
             self.new = score_tokens(module.policy.at(step.new_parameters), state.E)
             self.psi = state.basis.tokens[state.E.completion_ids.clamp(0, len(state.basis.tokens) - 1)]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from probe.module import EntropyProbe
-    from probe.results import ProbeResult
+    from probe.results.result import ProbeResult
     from probe.runner import ProbeRunner
 
 PHASES = ("sample", "entropy_gradient", "update", "prediction", "ground_truth", "report")
@@ -17,7 +17,7 @@ asks for it in `ProbeCallback.phases`."""
 class ProbeCallback:
     """Base class of the callbacks of a probe run; every hook does nothing unless overridden.
 
-    `runner.state` (a `probe.state.ProbeState`) holds what the phases produced so far.
+    `runner.state` (a `probe.phases.state.ProbeState`) holds what the phases produced so far.
 
     Attributes:
         phases: the phases this callback computes; it must define `run_<phase>` for each of them.

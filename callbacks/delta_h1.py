@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from probe.callbacks.base import ProbeCallback
-from probe.files import ensure_replaceable
+from probe.files.atomic import ensure_replaceable
 
 if TYPE_CHECKING:
     from probe.module import EntropyProbe

@@ -11,7 +11,7 @@ from probe.callbacks.base import ProbeCallback
 
 if TYPE_CHECKING:
     from probe.module import EntropyProbe
-    from probe.results import ProbeResult
+    from probe.results.result import ProbeResult
     from probe.runner import ProbeRunner
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probe.callbacks.base import ProbeCallback
-from probe.errors import LogError
-from probe.files import atomic_write_bytes, ensure_replaceable
-from probe.logs import dump_bytes
+from probe.errors.exceptions import LogError
+from probe.files.atomic import atomic_write_bytes, ensure_replaceable
+from probe.files.strict_json import dump_bytes
 
 if TYPE_CHECKING:
     from probe.module import EntropyProbe
-    from probe.results import ProbeResult
+    from probe.results.result import ProbeResult
     from probe.runner import ProbeRunner
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from probe.errors import ConfigError
-from probe.files import ensure_writable
-from probe.live.ranks import rank_and_size
-from probe.live.report import say
-from probe.rollouts.sampling import end_ids
+from probe.distributed.ranks import rank_and_size
+from probe.errors.exceptions import ConfigError
+from probe.files.atomic import ensure_writable
+from probe.live.say import say
+from probe.rollouts.generation import end_ids
 from probe.rollouts.tables import write_table
 from probe.snapshot import isolated_rng
 from probe.text import error_text
@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
         ("loss_tokens", pa.float64()),
     ]
 )
-"""Columns of a file; see `probe.rollouts.files`."""
+"""Columns of a file; see `probe.rollouts.read`."""
 
 
 class RolloutRecorderCallback(TrainerCallback):

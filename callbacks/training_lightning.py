@@ -10,12 +10,12 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from probe.errors import ConfigError
+from probe.errors.exceptions import ConfigError
 from probe.live.alarm import OnAlarm, check_on_alarm
+from probe.live.outlets import log_or_say, tensorboard_layout
 from probe.live.ranks import follow_first_rank
-from probe.live.report import log_or_say, tensorboard_layout
 from probe.live.settings import WatchSettings
-from probe.live.watcher import Watch
+from probe.live.watch import Watch
 
 
 class EntropyProbeCallback(Callback):

@@ -9,15 +9,17 @@ from typing import Any, Literal
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from probe.errors import ConfigError, DataError, RolloutError
+from probe.errors.exceptions import ConfigError, DataError, RolloutError
+from probe.from_checkpoint.options import READ
 from probe.live.alarm import OnAlarm, check_on_alarm
+from probe.live.names import PREFIX
+from probe.live.outlets import log_or_say, tensorboard_layout
 from probe.live.ranks import follow_first_rank
-from probe.live.report import PREFIX, log_or_say, say, tensorboard_layout
+from probe.live.say import say
 from probe.live.settings import WatchSettings
 from probe.live.trainers import sampling_changes, trainer_prompts
-from probe.live.watcher import Watch, watch
+from probe.live.watch import Watch, watch
 from probe.text import error_text
-from probe.training_options import READ
 
 HOST_PREFIX = "train/"
 """What transformers' reporting callbacks put before names."""

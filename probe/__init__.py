@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from probe.callbacks.rollout_recorder import RolloutRecorderCallback
     from probe.callbacks.training_lightning import EntropyProbeCallback
     from probe.callbacks.training_transformers import EntropyProbeTrainerCallback
-    from probe.config import ProbeConfig
-    from probe.errors import ProbeError
-    from probe.live.watcher import watch
-    from probe.logs import load_log
+    from probe.config.schema import ProbeConfig
+    from probe.errors.exceptions import ProbeError
+    from probe.files.log_files import load_log
+    from probe.live.watch import watch
     from probe.module import EntropyProbe
     from probe.offline import OfflineEntropyProbe
-    from probe.results import ProbeResult
+    from probe.results.result import ProbeResult
     from probe.runner import ProbeRunner
 
 try:
@@ -40,7 +40,7 @@ _HOME = {
     "ProbeRunner": "probe.runner",
     "RolloutRecorderCallback": "probe.callbacks.rollout_recorder",
     "load_log": "probe.logs",
-    "watch": "probe.live.watcher",
+    "watch": "probe.live.watch",
 }
 
 __all__ = [

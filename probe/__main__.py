@@ -10,7 +10,7 @@ INTERRUPTED = 130
 def main() -> int:
     """Run the command line; Ctrl-C while the libraries are still being imported ends it in one line, too."""
     try:
-        from probe.cli import main as run  # takes seconds: torch, transformers and Lightning
+        from probe.cli.main import main as run
     except KeyboardInterrupt:
         print("entropy-probe: error: interrupted while starting", file=sys.stderr)
         return INTERRUPTED

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probe.errors import NumericalError
+from probe.errors.exceptions import NumericalError
 
 
 def require_finite(tensors: Iterable[tuple[str, Tensor]], what: str, remedy: str) -> None:

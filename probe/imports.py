@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import ModuleType
 
-from probe.data.names import nearest
+from probe.errors.exceptions import nearest
 from probe.text import error_text
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from probe.errors import NumericalError
+from probe.errors.exceptions import NumericalError
 from probe.estimators.ground_truth import GroundTruth, measure
 from probe.scoring.scores import TokenScores
 

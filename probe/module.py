@@ -13,45 +13,44 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from probe.config import ProbeConfig
+from probe.attribution.update_spread import preconditioned, prompt_contributions, spread
+from probe.config.checkpoint import DEMO
+from probe.config.given import changed_keys
+from probe.config.schema import ProbeConfig
 from probe.data.batch import PromptExample, RolloutBatch
-from probe.data.prompts import default_reward, load_prompts
-from probe.data.rewards import RewardFunction, compute_rewards, resolve_rewards
-from probe.errors import CheckpointError, ConfigError, DataError, LogError, NumericalError, RolloutError
+from probe.data.named import default_reward
+from probe.data.prompts import load_prompts
+from probe.data.reward_calls import compute_rewards, resolve_rewards
+from probe.data.rewards import RewardFunction
+from probe.errors.exceptions import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LogError,
+    NumericalError,
+    RolloutError,
+)
+from probe.estimators.adam import ClosedFormStep, adam_closed_form, preconditioned_direction
 from probe.estimators.advantages import combined_advantages, count_zero_advantage_groups, group_advantages
 from probe.estimators.control_variates import SMALLEST_SAMPLE, SMALLEST_TAUGHT, control_variates
 from probe.estimators.curvature import nested_curvature, symmetric_curvature
-from probe.estimators.derivative_check import (
-    DerivativeMismatchError,
-    StepCheck,
-    agreement_check,
-    derivative_check,
-    forward_mode_check,
-    step_check,
-    stopped_gradients,
-)
+from probe.estimators.derivative_check import DerivativeMismatchError, derivative_check
 from probe.estimators.entropy_gradient import EntropyGradient, entropy_gradient
 from probe.estimators.estimate import Estimate
+from probe.estimators.forward_mode_check import forward_mode_check
 from probe.estimators.ground_truth import GroundTruth, resampled_change
 from probe.estimators.groups import index_groups, sum_per_group
-from probe.estimators.losses import LOSS_OPTIONS, TOKEN_MEANS, LossSettings
+from probe.estimators.loss_settings import LOSS_OPTIONS, TOKEN_MEANS, LossSettings
 from probe.estimators.noise_floor import rescored_noise_floor
-from probe.estimators.prediction import Prediction, first_order, from_tokens, norm, token_first_order
+from probe.estimators.on_policy import on_policy_z
+from probe.estimators.prediction import Prediction, first_order, from_tokens, token_first_order
+from probe.estimators.rounding import Rounding, rounded_step
 from probe.estimators.router_loss import router_coefficient
-from probe.estimators.update import (
-    ClosedFormStep,
-    Rounding,
-    Update,
-    adam_closed_form,
-    loss_gradient,
-    optimizer_step,
-    preconditioned_direction,
-    rounded_step,
-)
-from probe.estimators.update_spread import preconditioned, prompt_contributions, spread
+from probe.estimators.step_check import StepCheck, agreement_check, step_check, stopped_gradients
+from probe.estimators.update import Update, loss_gradient, optimizer_step
 from probe.estimators.weighting import Weighting
-from probe.fit_memory import FitMemory, read_fit_memory, write_fit_memory
-from probe.from_checkpoint import SettingSources, changed_keys, fill_settings, log_sources
+from probe.from_checkpoint.fill import fill_settings
+from probe.from_checkpoint.sources import SettingSources, log_sources
 from probe.loading import (
     CheckpointFiles,
     LoadedOptimizer,
@@ -62,43 +61,32 @@ from probe.loading import (
     other_base,
 )
 from probe.metrics import EntropyChange
+from probe.parameters import norm
+from probe.phases.fit_memory import FitMemory, read_fit_memory, write_fit_memory
+from probe.phases.state import ProbeState
 from probe.rollouts.draw import draw_prompts, stream_seed
-from probe.rollouts.files import read_rollouts
-from probe.rollouts.sampling import SampledTokens, check_sampling, end_ids, sample_rollouts
+from probe.rollouts.generation import end_ids
+from probe.rollouts.read import read_rollouts
+from probe.rollouts.sampling import SampledTokens, check_sampling, sample_rollouts
 from probe.rollouts.shared import check_different_files, shared_responses
 from probe.rollouts.tables import Part
+from probe.scoring.collector import MakeProgress, Progress, no_progress
+from probe.scoring.differences import DifferencePair, choose_scale, difference_pair
 from probe.scoring.features import FeatureBasis, feature_basis
+from probe.scoring.forward_mode import ForwardModeError, forward_tangents, second_order_tangents
 from probe.scoring.microbatch import first_microbatch
-from probe.scoring.passes import Policy, Progress, score_tokens
+from probe.scoring.policy import Policy
 from probe.scoring.reference import as_reference, no_reference
 from probe.scoring.room import check_batch
+from probe.scoring.score import score_tokens
 from probe.scoring.scores import TokenScores, TokenTangents
-from probe.scoring.tangents import (
-    DifferencePair,
-    ForwardModeError,
-    choose_scale,
-    difference_pair,
-    forward_tangents,
-    second_order_tangents,
-)
 from probe.snapshot import parameters_at
-from probe.state import ProbeState
 
 logger = logging.getLogger(__name__)
 
-MakeProgress = Callable[[str], Progress]
-"""Given the name of a pass, the function to call with its progress."""
 
-DEMO = "demo"
-"""Value of `checkpoint.checkpoint_path` that names the built-in demo policy (a folder of that name is `./demo`)."""
-ON_POLICY_LIMIT = 4.0
-"""E is marked as not drawn from the probed policy when `on_policy_z` is larger than this."""
 AGREEMENT_LIMIT, HALF_AGREEMENT_LIMIT = 1e-2, 0.1
 """Largest relative difference of deltaH1 by forward mode and by backward, and the same in half precision."""
-
-
-def _no_progress(what: str) -> Progress:
-    return lambda done, total: None
 
 
 class EntropyProbe(LightningModule):
@@ -261,7 +249,7 @@ class EntropyProbe(LightningModule):
 
     # ---------------------------------------------------------------- phase 0
 
-    def sample(self, state: ProbeState, progress: MakeProgress = _no_progress) -> None:
+    def sample(self, state: ProbeState, progress: MakeProgress = no_progress) -> None:
         """Draw E and U with rewards and advantages, and score E: fills `state.E`, `state.U`, `state.E_scores`.
 
         Raises:
@@ -439,7 +427,7 @@ class EntropyProbe(LightningModule):
     # ---------------------------------------------------------------- phases 1 to 3
 
     def entropy_gradient(
-        self, state: ProbeState, progress: MakeProgress = _no_progress
+        self, state: ProbeState, progress: MakeProgress = no_progress
     ) -> EntropyGradient | None:
         """Choose how to differentiate, and X on E where it is needed: backward, and for the spread over U.
 
@@ -499,7 +487,7 @@ class EntropyProbe(LightningModule):
             )
         return "reverse", check.reason
 
-    def update(self, state: ProbeState, progress: MakeProgress = _no_progress) -> Update:
+    def update(self, state: ProbeState, progress: MakeProgress = no_progress) -> Update:
         """The loss's gradient on U and the optimizer's real step, taken on a snapshot."""
         U, policy = _there(state.U, "U"), self.policy
         rework = self.config.probe_rework
@@ -568,7 +556,7 @@ class EntropyProbe(LightningModule):
         with as_reference(self.policy.model):
             return score_tokens(self.policy, U, progress("score U under the reference")).logprob
 
-    def prediction(self, state: ProbeState, progress: MakeProgress = _no_progress) -> Prediction:
+    def prediction(self, state: ProbeState, progress: MakeProgress = no_progress) -> Prediction:
         """DeltaH1 of the step that `probe_rework.step` asks for, with errors, curvature and its spread over U.
 
         Raises:
@@ -812,7 +800,7 @@ class EntropyProbe(LightningModule):
 
     # ---------------------------------------------------------------- phase 5
 
-    def ground_truth(self, state: ProbeState, progress: MakeProgress = _no_progress) -> GroundTruth:
+    def ground_truth(self, state: ProbeState, progress: MakeProgress = no_progress) -> GroundTruth:
         """DeltaH_true: E rescored at the weights the optimizer's step leads to. The parameters are not touched.
 
         Raises:
@@ -910,15 +898,3 @@ def _repeat(prompts: list[PromptExample], times: int) -> tuple[list[PromptExampl
     """Every prompt `times` times, and the group of each entry."""
     repeated = [prompt for prompt in prompts for _ in range(times)]
     return repeated, torch.arange(len(prompts)).repeat_interleave(times)
-
-
-def on_policy_z(scores: TokenScores) -> float:
-    """How many standard errors the mean of `sum_t (l + h)` lies from 0, its exact mean on samples of the policy.
-
-    Large for sequences that were not drawn from the policy that scored them. 0 where it cannot be estimated.
-    """
-    gap = scores.sequence_logprob + scores.sequence_entropy
-    if len(gap) < 2:
-        return 0.0
-    se = float(gap.std() / len(gap) ** 0.5)
-    return float(gap.mean()) / se if se > 0 else 0.0

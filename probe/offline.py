@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from probe.config.files import read_config_file
+from probe.config.parsing import ResolvedConfig, parse_config
 from probe.module import EntropyProbe
-from probe.parsing import ResolvedConfig, parse_config, read_config_file
-from probe.results import ProbeResult
+from probe.results.result import ProbeResult
 from probe.runner import ProbeRunner
 
 
@@ -61,7 +62,7 @@ class OfflineEntropyProbe:
             checkpoint_path: probe this checkpoint instead of `checkpoint.checkpoint_path`.
 
         Returns:
-            The result mapping, see `probe.results.RESULT_KEYS`; plain Python types throughout.
+            The result mapping, see `probe.results.keys.RESULT_KEYS`; plain Python types throughout.
 
         Raises:
             ProbeError: whatever went wrong, in one line. A result that could not be written is on the exception as

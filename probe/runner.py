@@ -22,14 +22,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from probe.callbacks.base import PHASES, ProbeCallback
-from probe.config import ProbeConfig
-from probe.errors import ConfigError, ProbeError
-from probe.module import DEMO, EntropyProbe
-from probe.results import ProbeResult, build_values
-from probe.scoring.passes import Progress
+from probe.config.checkpoint import DEMO
+from probe.config.schema import ProbeConfig
+from probe.errors.exceptions import ConfigError, ProbeError
+from probe.module import EntropyProbe
+from probe.phases.state import ProbeState
+from probe.results.result import ProbeResult, build_values
+from probe.scoring.collector import Progress
 from probe.snapshot import evaluation_mode, exact_float32, isolated_rng, one_thread
-from probe.state import ProbeState
-from probe.sweep.grid import SweepConfig
+from probe.sweep.settings import SweepConfig
 
 Precision = Literal["32-true", "bf16-mixed"]
 """Fabric's name of the precision of forward passes. Trainable weights, moments and steps stay as loaded."""
@@ -196,7 +197,7 @@ class ProbeRunner:
         Raises:
             IncompleteSweepError: some points failed; everything else is done.
         """
-        from probe.sweep.run import execute, refuse_failures
+        from probe.sweep.loop import execute, refuse_failures
 
         refuse_failures(execute(self, module, sweep))
 

@@ -19,13 +19,15 @@ from datasets import Dataset
 from lightning import LightningModule
 
 import probe
-from probe.cli import DESCRIPTION, DESCRIPTIONS, main
+from probe.cli.main import main
+from probe.cli.texts import DESCRIPTION, DESCRIPTIONS
+from probe.config.files import read_config_file
+from probe.config.schema import SECTIONS
 from probe.loading import quiet_libraries
-from probe.parsing import SECTIONS, read_config_file
 from probe.runner import NEXT_STEPS, ProbeRunner
-from probe.sweep.grid import SweepConfig
-from tests.helpers import char_tokenizer
-from tests.tiny_models import VOCABULARY, add_lora, lora_checkpoint, save_base, tiny_model
+from probe.sweep.settings import SweepConfig
+from tests.support.helpers import char_tokenizer
+from tests.support.tiny_models import VOCABULARY, add_lora, lora_checkpoint, save_base, tiny_model
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]  # of trainers, about trainings as small as these
 
@@ -152,7 +154,7 @@ def tiny_run(tmp_path, monkeypatch):
         return config
 
     monkeypatch.setattr("probe.offline.read_config_file", read)
-    monkeypatch.setattr("probe.sweep.run.read_config_file", read)
+    monkeypatch.setattr("probe.sweep.loop.read_config_file", read)
 
 
 @pytest.mark.parametrize("block", blocks("python"))

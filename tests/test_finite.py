@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from probe.errors import NumericalError
+from probe.errors.exceptions import NumericalError
 from probe.finite import require_finite, require_finite_moments
 
 

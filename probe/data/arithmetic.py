@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from probe.errors import DataError
+from probe.errors.exceptions import DataError
 
 SPLITS = ("train", "test")
 MAX_ROWS = 8192

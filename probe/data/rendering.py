@@ -12,8 +12,8 @@ from typing import Any
 from jinja2 import Environment, TemplateError, meta
 from transformers import PreTrainedTokenizerBase
 
-from probe.config import BatchConfig
-from probe.errors import DataError
+from probe.config.batches import BatchConfig
+from probe.errors.exceptions import DataError
 from probe.imports import UserImportError, import_module
 from probe.limits import TEMPLATE_SECONDS, time_limit
 from probe.text import all_well_formed, error_text, shown

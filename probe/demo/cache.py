@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from probe.demo.recipe import DemoRecipe
-from probe.errors import CheckpointError, LogError
-from probe.files import ensure_writable, remove_leftovers, temporary_name
+from probe.errors.exceptions import CheckpointError, LogError
+from probe.files.atomic import ensure_writable, remove_leftovers, temporary_name
 
 DEMO_VERSION = 1
 """Raised with every change that makes other weights, so that no older cache is taken for the new demo."""

@@ -10,16 +10,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from probe.config import GenerationConfig
+from probe.config.batches import GenerationConfig
 from probe.data.arithmetic import PROMPT_TEMPLATE, arithmetic_rows
 from probe.data.batch import PromptExample, RolloutBatch
-from probe.data.rewards import compute_rewards, exact_number
+from probe.data.reward_calls import compute_rewards
+from probe.data.rewards import exact_number
 from probe.demo.recipe import DemoRecipe
 from probe.estimators.advantages import group_advantages
-from probe.estimators.losses import LossSettings
+from probe.estimators.loss_settings import LossSettings
 from probe.estimators.update import loss_gradient
 from probe.rollouts.sampling import SampledTokens, sample_rollouts
-from probe.scoring.passes import Policy
+from probe.scoring.policy import Policy
 
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from probe.errors import DataError
+from probe.errors.exceptions import DataError
 from probe.estimators.groups import index_groups, sum_per_group
 
 AdvantageKind = Literal["grpo", "dr_grpo", "batch"]

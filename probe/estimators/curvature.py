@@ -10,8 +10,8 @@ from torch import Tensor
 
 from probe.estimators.entropy_change import Reweighting, entropy_change, second_derivative
 from probe.estimators.estimate import NORMAL_975, Estimate, estimate
+from probe.scoring.differences import DifferencePair
 from probe.scoring.scores import TokenScores, TokenTangents
-from probe.scoring.tangents import DifferencePair
 
 
 def nested_curvature(

@@ -21,18 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from probe.data.batch import RolloutBatch
-from probe.errors import NumericalError
-from probe.estimators.estimate import Estimate
-from probe.estimators.prediction import norm
+from probe.errors.exceptions import NumericalError
 from probe.estimators.weighting import still_to_come
+from probe.parameters import norm
 from probe.scoring.differentiable import whole_gradients
-from probe.scoring.passes import Policy, score_tokens, token_gradients
-from probe.scoring.scores import TokenScores, TokenTangents
-from probe.scoring.tangents import DifferenceQuotients, ForwardModeError, forward_tangents
-from probe.text import error_text
-
-_MEMORY = torch.OutOfMemoryError
-"""Says nothing about whether a model can be differentiated."""
+from probe.scoring.gradients import token_gradients
+from probe.scoring.policy import Policy
+from probe.scoring.score import score_tokens
+from probe.scoring.scores import TokenScores
 
 BLOCKS = 4
 """Blocks by depth that the parameters are split into."""
@@ -41,21 +37,8 @@ CHANGES = (1e-3, 1e-4, 1e-2, 1e-5, 3e-2, 1e-1)
 depends on curvature (sharp policies want a small one) and on the precision of a forward (half wants a large one)."""
 LARGEST_MOVE = 0.1
 """No step moves a block by more than this, relative to the norm of its parameters."""
-FORWARD_TOLERANCE, HALF_FORWARD_TOLERANCE = 1e-3, 0.05
-"""Largest relative difference of forward mode and backward, and the same where forwards run in half precision."""
 TOLERANCE, HALF_TOLERANCE = 0.05, 0.25
 """Largest relative error, and the same where forwards run in half precision and are noisy."""
-
-STEP_RESPONSES = 8
-"""Responses that derivatives along the step are compared on with differences of forwards."""
-STEP_SCALES = range(-5, 5)
-"""Their difference steps, as powers of 4 times the optimizer's step."""
-ROUNDING, HALF_ROUNDING = 2e-3, 0.05
-"""Relative difference below which the comparison looks no further, and calls nothing a contradiction; the second where
-forwards run in half precision."""
-
-OWN_ERRORS = 3.0
-"""Differences contradict a derivative when it lies more than so many of their own errors away."""
 
 
 class DerivativeMismatchError(NumericalError):
@@ -93,7 +76,7 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
         DerivativeMismatchError: they disagree.
         NumericalError: the gradient is zero throughout.
     """
-    scores, weights, gradient = _own_gradient(policy, batch)
+    scores, weights, gradient = own_gradient(policy, batch)
     terms = scores.entropy + weights * scores.logprob
     here, size = float(terms.sum()), float(terms.abs().sum())  # rounding goes by the size of the terms
     parameters = policy.parameters
@@ -127,184 +110,7 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
     return DerivativeCheck(relative_error=worst, tolerance=tolerance, blocks=len(blocks))
 
 
-@dataclass(frozen=True)
-class ForwardModeCheck:
-    """Whether forward mode can be believed.
-
-    Attributes:
-        usable: it ran, and agreed with backward.
-        reason: a sentence.
-    """
-
-    usable: bool
-    reason: str
-
-
-def forward_mode_check(policy: Policy, batch: RolloutBatch) -> ForwardModeCheck:
-    """Run forward mode along the gradient of the function of `derivative_check`: it must give the gradient's norm.
-
-    Where backward or forward mode fails with an error of torch's or of the model's, forward mode is not usable, and
-    the reason is that error.
-
-    Args:
-        policy: the policy.
-        batch: a few sequences are enough; the cost is a gradient and a forward-mode pass of them.
-    """
-    try:
-        scores, weights, gradient = _own_gradient(policy, batch)
-    except _MEMORY:
-        raise
-    except RuntimeError as error:  # reentrant checkpointing, custom kernels without a backward
-        return ForwardModeCheck(False, f"the model has no gradient to compare with: {_first_line(error)}")
-    length = norm(gradient)
-    if length == 0.0:
-        if not bool(scores.undecided.any()):
-            return _runs_forward_mode(policy, batch, gradient)
-        return ForwardModeCheck(False, "the gradient of the entropy is zero on the first responses")
-    found = _forward_tangents(policy, batch, {n: g / length for n, g in gradient.items()})
-    if isinstance(found, ForwardModeCheck):
-        return found
-    difference = abs(float((found.entropy + weights * found.logprob).sum()) / length - 1.0)
-    limit = HALF_FORWARD_TOLERANCE if policy.half_precision else FORWARD_TOLERANCE
-    if not difference <= limit:
-        return ForwardModeCheck(
-            False, f"forward mode and backward differ by {difference:.2g} relative, at most {limit} expected"
-        )
-    return ForwardModeCheck(True, f"forward mode agrees with backward to {difference:.1g}")
-
-
-@dataclass(frozen=True)
-class StepCheck:
-    """Derivatives per token along a step beside differences of forwards along it.
-
-    Attributes:
-        difference: `|T - D(c)| / |D(c)|`, Euclidean over the log-probs and entropies of some responses, at the scale
-            `c` of the step where it is smallest. 1 where no difference has finite scores.
-        error: the relative error that `D(c)` has by its own measure, `|D(c) - D(c/4)| / |D(c)|`, at most 1; 0 where
-            `difference` leaves no question.
-        scale: `c` as a power of 4.
-        rounding: a difference below this is none.
-    """
-
-    difference: float
-    error: float
-    rounding: float
-    scale: int = 0
-
-    @property
-    def contradicted(self) -> bool:
-        """Whether the differences know better: they lie further off than what they themselves may be wrong by."""
-        return self.difference > self.rounding and self.difference > OWN_ERRORS * self.error
-
-
-def step_check(
-    policy: Policy,
-    batch: RolloutBatch,
-    scores: TokenScores,
-    step: Mapping[str, Tensor],
-    tangents: TokenTangents,
-    start: int = 0,
-) -> StepCheck:
-    """Compare derivatives along a step with what forwards do along it.
-
-    The size of the difference step is searched for in powers of 4 until the two agree but for rounding, or are within
-    5 % (25 % in half precision) and come no nearer: rounding wants a large one, curvature and routers of experts (which
-    choose others, a jump that is no part of the derivative) a small one. Mostly that is two to eight scorings of the
-    few responses of the largest entropy, where there is something to differentiate.
-
-    Args:
-        policy: the policy, at the point of differentiation.
-        batch: the batch that was differentiated.
-        scores: its scores.
-        step: the direction.
-        tangents: of `batch`, by another way than differences.
-        start: the `scale` of an earlier check of such a step.
-    """
-    rows = scores.sequence_entropy.argsort(descending=True, stable=True)[:STEP_RESPONSES]
-    rows = rows[batch.lengths[rows] > 0]
-    expected, quotients = tangents.vector(rows), DifferenceQuotients(policy, batch.subset(rows), step)
-    half = policy.half_precision
-    tolerance, rounding = (HALF_TOLERANCE, HALF_ROUNDING) if half else (TOLERANCE, ROUNDING)
-    difference, best = math.nan, start
-    for k in sorted(STEP_SCALES, key=lambda k: (abs(k - start), k)):
-        found = quotients.at(k)
-        if found is None:
-            continue
-        size = float(found.norm()) or float(expected.norm())
-        off = float((expected - found).norm()) / size if size else 0.0
-        if difference <= min(off, tolerance):
-            break
-        if not difference <= off:
-            difference, best = off, k
-        if difference <= rounding:
-            break
-    if math.isnan(difference):
-        return StepCheck(1.0, 1.0, rounding, start)
-    error = min(quotients.error(best), 1.0) if difference > rounding else 0.0
-    return StepCheck(min(difference, 1.0), error, rounding, best)
-
-
-def agreement_check(
-    backward: tuple[float, float], tokens: tuple[Estimate, Estimate], size: tuple[float, float], known: float
-) -> StepCheck:
-    """Compare deltaH1 by backward with the one of differences per token: the same question as `step_check`'s.
-
-    Args:
-        backward: deltaH1 per response and per token.
-        tokens: the same from differences of forwards, with errors.
-        size: of the parts that each is the sum of, which may nearly cancel: differences know those to `known`.
-        known: relative error of the differences.
-
-    Returns:
-        The estimand that is further off, relative to deltaH1 or to its standard error, whichever is larger.
-    """
-    found = []
-    for value, estimate, part in zip(backward, tokens, size, strict=True):
-        scale = max(abs(estimate.value), estimate.se if math.isfinite(estimate.se) else 0.0) or 1.0
-        found.append((min(abs(value - estimate.value) / scale, 1.0), min(known * part / scale, 1.0)))
-    difference, error = max(found, key=lambda pair: pair[0] - OWN_ERRORS * pair[1])
-    return StepCheck(difference, error, ROUNDING)
-
-
-def stopped_gradients(checked: StepCheck) -> str:
-    """Why forwards are believed and not the derivatives that they contradict."""
-    return (
-        f"derivatives along the step differ by {100 * checked.difference:.2g} % from what forwards do, and differences "
-        f"of forwards are known to {100 * checked.error:.2g} %: a layer takes a part of what it computes as a "
-        "constant (as DoRA does with its norm)"
-    )
-
-
-def _runs_forward_mode(policy: Policy, batch: RolloutBatch, zero: Mapping[str, Tensor]) -> ForwardModeCheck:
-    """Whether forward mode runs, for a policy without any choice left, whose derivatives are all 0."""
-    found = _forward_tangents(policy, batch, zero)
-    if isinstance(found, ForwardModeCheck):
-        return found
-    return ForwardModeCheck(
-        True, "forward mode runs; the policy has no choice left, so that derivatives are 0"
-    )
-
-
-def _forward_tangents(
-    policy: Policy, batch: RolloutBatch, direction: Mapping[str, Tensor]
-) -> TokenTangents | ForwardModeCheck:
-    """Derivatives by forward mode, or why there are none."""
-    try:
-        return forward_tangents(policy, batch, direction)
-    except _MEMORY:
-        raise
-    except ForwardModeError as error:
-        return ForwardModeCheck(False, str(error))
-    except RuntimeError as error:
-        return ForwardModeCheck(False, f"the model does not run in forward mode: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    """Type of an error and the first line of its text, shortened."""
-    return f"{(error_text(error).splitlines() or [''])[0]:.200}"
-
-
-def _own_gradient(policy: Policy, batch: RolloutBatch) -> tuple[TokenScores, Tensor, dict[str, Tensor]]:
+def own_gradient(policy: Policy, batch: RolloutBatch) -> tuple[TokenScores, Tensor, dict[str, Tensor]]:
     """Scores, the weights `w` of the log-probs, and the gradient of `sum h + w l` by backward."""
     scores = score_tokens(policy, batch)
     weights = still_to_come(scores.entropy)

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from probe.data.batch import RolloutBatch
 from probe.estimators.weighting import Baseline, ScoreWeights, Weighting, score_weights
+from probe.scoring.collector import Progress
 from probe.scoring.differentiable import whole_gradients
-from probe.scoring.passes import Policy, Progress, token_gradients
+from probe.scoring.gradients import token_gradients
+from probe.scoring.policy import Policy
 from probe.scoring.scores import TokenScores
 
 

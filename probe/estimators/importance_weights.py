@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probe.errors import NumericalError
+from probe.errors.exceptions import NumericalError
 
 PARETO_K_LIMIT = 0.7
 """No Pareto k above this is good, whatever the sample size (Vehtari et al. 2024, arXiv:1507.02646)."""

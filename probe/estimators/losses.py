@@ -22,106 +22,14 @@ entropy bonus and the entropy quantile. `per_device_train_batch_size` says how m
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from probe.data.batch import RolloutBatch
-
-Loss = Literal["grpo", "dr_grpo", "dapo", "reinforce", "bnpo", "cispo", "sapo", "vespo", "luspo"]
-RatioLevel = Literal["token", "sequence"]
-SamplerMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
-
-TOKEN_MEANS: tuple[Loss, ...] = ("dapo", "bnpo", "cispo", "vespo")
-"""Losses that are a mean over all tokens of the batch."""
-WINDOW_MEANS: tuple[Loss, ...] = ("dapo", "cispo", "vespo")
-"""Those whose number of tokens is that of the whole update, however its gradients are accumulated."""
-LOSS_OPTIONS = (
-    "importance_sampling_level",
-    "delta",
-    "use_bias_correction_kl",
-    "mask_truncated_completions",
-    "top_entropy_quantile",
-    "sapo_temperature_pos",
-    "sapo_temperature_neg",
-    "vespo_k_pos",
-    "vespo_lambda_pos",
-    "vespo_k_neg",
-    "vespo_lambda_neg",
-    "off_policy_mask_threshold",
-    "vllm_importance_sampling_correction",
-    "vllm_importance_sampling_mode",
-    "vllm_importance_sampling_clip_min",
-    "vllm_importance_sampling_clip_max",
-    "per_device_train_batch_size",
-)
-"""Options that have one name here, in the configuration's section `probe_rework`, and in TRL's `GRPOConfig`."""
-SMALLEST_RATIO, LARGEST_LOG_RATIO, SMALLEST_LAMBDA = 1e-8, 20.0, 1e-4
-"""Clamps of `vespo`'s ratio of a response, and of its `lambda`, as in TRL."""
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """What fixes a loss; the names of the options are TRL's where they are not those of the configuration.
-
-    Attributes:
-        loss: the terms and their normalisation. `luspo` has the terms of `grpo` and the normalisation of `reinforce`.
-        max_new_tokens: the constant length of `dr_grpo`.
-        clip_low: lower clip range of the ratio.
-        clip_high: upper clip range of the ratio; the largest weight of `cispo`.
-        kl_coef: weight of the KL penalty.
-        entropy_coef: weight of the entropy bonus.
-        importance_sampling_level: whose ratio it is, a token's or a response's.
-        delta: upper bound of the ratio where the advantage is negative too; None for none.
-        use_bias_correction_kl: multiply the KL estimate by the ratio.
-        mask_truncated_completions: tokens of responses that the cap cut off have no part in the loss; the responses
-            still count where the normalisation is a mean over responses.
-        top_entropy_quantile: share of the tokens, those of highest entropy, that have a policy-gradient term and an
-            entropy bonus.
-        sapo_temperature_pos: `T` where the advantage is positive.
-        sapo_temperature_neg: `T` elsewhere.
-        vespo_k_pos: `k` where the advantage is not negative.
-        vespo_lambda_pos: `lambda` there.
-        vespo_k_neg: `k` elsewhere.
-        vespo_lambda_neg: `lambda` elsewhere.
-        off_policy_mask_threshold: responses of negative advantage have no policy-gradient term where the mean of
-            `l_sampling - l` over their tokens is larger than this (nats); None leaves none out.
-        vllm_importance_sampling_correction: correct for the sampler, see `sampler_ratio`.
-        vllm_importance_sampling_mode: see `sampler_ratio`.
-        vllm_importance_sampling_clip_min: likewise.
-        vllm_importance_sampling_clip_max: likewise.
-        per_device_train_batch_size: rows of a microbatch, in the order of the batch; None takes all at once.
-        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts, see `router_loss`; it has no
-            part in the weights of tokens.
-    """
-
-    loss: Loss = "dapo"
-    max_new_tokens: int = 256
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_coef: float = 0.0
-    entropy_coef: float = 0.0
-    importance_sampling_level: RatioLevel = "token"
-    delta: float | None = None
-    use_bias_correction_kl: bool = True
-    mask_truncated_completions: bool = False
-    top_entropy_quantile: float = 1.0
-    sapo_temperature_pos: float = 1.0
-    sapo_temperature_neg: float = 1.05
-    vespo_k_pos: float = 2.0
-    vespo_lambda_pos: float = 3.0
-    vespo_k_neg: float = 3.0
-    vespo_lambda_neg: float = 2.0
-    off_policy_mask_threshold: float | None = None
-    vllm_importance_sampling_correction: bool = True
-    vllm_importance_sampling_mode: SamplerMode = "sequence_mask"
-    vllm_importance_sampling_clip_min: float | None = None
-    vllm_importance_sampling_clip_max: float | None = 3.0
-    per_device_train_batch_size: int | None = None
-    router_aux_loss_coef: float = 0.0
+from probe.estimators.loss_settings import TOKEN_MEANS, WINDOW_MEANS, Loss, LossSettings
+from probe.estimators.loss_terms import high_entropy, loss_terms, sampler_ratio
 
 
 def token_normaliser(loss: Loss, mask: Tensor, max_new_tokens: int) -> Tensor:
@@ -244,13 +152,13 @@ def _part_loss(settings: LossSettings, inputs: LossInputs, normaliser: Tensor, p
     correction = None
     if inputs.sampling_logprob is not None and settings.vllm_importance_sampling_correction:
         correction = sampler_ratio(settings, mask, old, inputs.sampling_logprob)
-    terms = _terms(settings, A, l, log_ratio, ratio, correction)
+    terms = loss_terms(settings, A, l, log_ratio, ratio, correction)
     if settings.off_policy_mask_threshold is not None:
         sampled = old if inputs.sampling_logprob is None else inputs.sampling_logprob
         ahead = torch.where(mask, sampled - l.detach(), 0.0).nan_to_num(nan=0.0)
         drift = ahead.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
         terms = torch.where((A >= 0) | (drift <= settings.off_policy_mask_threshold), terms, 0.0)
-    chosen = _high_entropy(settings.top_entropy_quantile, h.detach(), mask)
+    chosen = high_entropy(settings.top_entropy_quantile, h.detach(), mask)
     terms = torch.where(chosen, terms, 0.0)
     if settings.kl_coef > 0:
         if inputs.ref_logprob is None:
@@ -264,106 +172,6 @@ def _part_loss(settings: LossSettings, inputs: LossInputs, normaliser: Tensor, p
         bonus = (acting * h).sum() / acting.sum().clamp_min(1.0)
         loss = loss - settings.entropy_coef * bonus / parts
     return loss
-
-
-def sampler_ratio(settings: LossSettings, mask: Tensor, old: Tensor, sampling: Tensor) -> Tensor:
-    """What the terms are multiplied by where an inference engine sampled: `pi_old / pi_sampling`, `(B, T)`.
-
-    Per token (`token_*`) or of the whole response (`sequence_*`); with `*_truncate` clamped to the range from
-    `vllm_importance_sampling_clip_min` to `_clip_max`, with `*_mask` 0 outside of it. Tokens that the engine gave no
-    log-prob for (NaN) count as 1.
-
-    Args:
-        settings: with the mode and the range.
-        mask: `(B, T)` bool.
-        old: `l_old`, `(B, T)`.
-        sampling: the engine's log-probs, `(B, T)`.
-
-    Raises:
-        ValueError: an unknown mode.
-
-    Example:
-        >>> settings = LossSettings(vllm_importance_sampling_mode="token_truncate")
-        >>> old, sampling = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -3.0]])
-        >>> sampler_ratio(settings, torch.ones(1, 2, dtype=torch.bool), old, sampling)
-        tensor([[1., 3.]])
-    """
-    level, _, how = settings.vllm_importance_sampling_mode.partition("_")
-    if settings.vllm_importance_sampling_mode not in get_args(SamplerMode):
-        raise ValueError(
-            f"vllm_importance_sampling_mode: expected one of {', '.join(get_args(SamplerMode))}, found "
-            f"{settings.vllm_importance_sampling_mode!r}"
-        )
-    ahead = torch.where(mask, old.detach() - sampling, 0.0).nan_to_num(nan=0.0)
-    ratio = (ahead.sum(1, keepdim=True).expand_as(ahead) if level == "sequence" else ahead).exp()
-    low, high = settings.vllm_importance_sampling_clip_min, settings.vllm_importance_sampling_clip_max
-    low, high = -math.inf if low is None else low, math.inf if high is None else high
-    if how == "truncate":
-        return ratio.clamp(low, high)
-    return torch.where((ratio < low) | (ratio > high), 0.0, ratio)
-
-
-def _terms(
-    settings: LossSettings,
-    A: Tensor,
-    l: Tensor,
-    log_ratio: Tensor,
-    ratio: Tensor,
-    correction: Tensor | None,
-) -> Tensor:
-    """The policy-gradient term of every token, `(B, T)`; `correction` is the sampler's."""
-    if settings.loss == "vespo":
-        largest, smallest = LARGEST_LOG_RATIO, math.log(SMALLEST_RATIO)
-        whole = log_ratio.detach().clamp(-largest, largest).sum(1, keepdim=True)
-        if correction is not None:
-            per_response = settings.vllm_importance_sampling_mode.startswith("sequence")
-            own = correction[:, :1] if per_response else correction
-            whole = whole + own.log().clamp(smallest, largest).sum(1, keepdim=True)
-        log_w = whole.clamp(smallest, largest)
-        k = _by_sign(A >= 0, settings.vespo_k_pos, settings.vespo_k_neg)
-        scale = _by_sign(A >= 0, settings.vespo_lambda_pos, settings.vespo_lambda_neg)
-        scale = scale.clamp_min(SMALLEST_LAMBDA)
-        phi = (scale + k * log_w - scale * log_w.exp()).exp()
-        return -phi.nan_to_num(nan=0.0, posinf=0.0) * A * l
-    terms = _uncorrected(settings, A, l, ratio)
-    return terms if correction is None else terms * correction
-
-
-def _uncorrected(settings: LossSettings, A: Tensor, l: Tensor, ratio: Tensor) -> Tensor:
-    """The terms of the losses that the sampler's correction multiplies."""
-    if settings.loss == "cispo":
-        return -ratio.clamp(max=settings.clip_high).detach() * A * l
-    if settings.loss == "sapo":
-        T = _by_sign(A > 0, settings.sapo_temperature_pos, settings.sapo_temperature_neg)
-        return -4.0 / T * torch.sigmoid(T * (ratio - 1.0)) * A
-    clipped = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
-    bounded = ratio if settings.delta is None else ratio.clamp(max=settings.delta)
-    return -torch.min(bounded * A, clipped * A)
-
-
-def _by_sign(condition: Tensor, yes: float, no: float) -> Tensor:
-    """One of two numbers for every response, float64 (`torch.where` on numbers alone rounds to the default type)."""
-    return torch.where(
-        condition, torch.tensor(yes, dtype=torch.float64), torch.tensor(no, dtype=torch.float64)
-    )
-
-
-def _high_entropy(share: float, h: Tensor, mask: Tensor) -> Tensor:
-    """The tokens of the batch whose entropy is in the uppermost `share`, `(B, T)` bool."""
-    if share >= 1.0 or not bool(mask.any()):
-        return mask
-    found = h[mask].sort().values
-    place = (1.0 - share) * (len(found) - 1)  # linear between neighbours; torch.quantile has a limit on sizes
-    low = int(place)
-    high = min(low + 1, len(found) - 1)
-    threshold = found[low] + (place - low) * (found[high] - found[low])
-    return (h >= threshold) & mask
-
-
-def needs_scores(settings: LossSettings, batch: RolloutBatch) -> bool:
-    """Whether the weights depend on the scores: off-policy ratios, a KL term, a choice of tokens by entropy."""
-    given = batch.old_logprobs is not None or batch.sampling_logprobs is not None
-    return given or settings.kl_coef > 0 or settings.top_entropy_quantile < 1.0
 
 
 def loss_weights(settings: LossSettings, inputs: LossInputs) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,9 @@ from torch import Tensor
 from probe.data.batch import RolloutBatch
 from probe.estimators.entropy_change import entropy_change
 from probe.estimators.estimate import estimate
-from probe.scoring.passes import Policy, Progress, score_tokens
+from probe.scoring.collector import Progress
+from probe.scoring.policy import Policy
+from probe.scoring.score import score_tokens
 from probe.scoring.scores import TokenScores
 
 SHAM_SIZE = 1 / 32

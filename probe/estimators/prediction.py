@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from probe.estimators.entropy_gradient import EntropyGradient
 from probe.estimators.estimate import Estimate, estimate
 from probe.estimators.weighting import Baseline, Weighting, score_weights
+from probe.parameters import inner_product
 from probe.scoring.scores import TokenScores, TokenTangents
 
 
@@ -140,20 +140,6 @@ def first_order(x: EntropyGradient, step: Mapping[str, Tensor], learning_rate: f
         score_tok=score_tok,
         learning_rate=learning_rate,
     )
-
-
-def inner_product(gradient: Callable[[str], Tensor], step: Mapping[str, Tensor]) -> float:
-    """`sum over parameters of <gradient(name), step[name]>`, one parameter at a time, in float64."""
-    total = 0.0
-    for name, change in step.items():
-        part = gradient(name)
-        total += float((part.double() * change.to(part.device).double()).sum())
-    return total
-
-
-def norm(tensors: Mapping[str, Tensor]) -> float:
-    """Euclidean norm over all tensors, accumulated in float64."""
-    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors.values()))
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from probe.data.batch import RolloutBatch
-from probe.errors import ConfigError, NumericalError
-from probe.scoring.passes import Policy
+from probe.errors.exceptions import ConfigError, NumericalError
+from probe.scoring.policy import Policy
 from probe.snapshot import standing_in
 
 ROWS = 8

@@ -6,19 +6,23 @@ correction, weight decay and per-group settings included. `Y = step / eta` is th
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from probe.data.batch import RolloutBatch
-from probe.errors import NumericalError, OptimizerStateError
-from probe.estimators.losses import LossInputs, LossSettings, loss_weights, needs_scores
+from probe.errors.exceptions import NumericalError
+from probe.estimators.loss_settings import LossSettings
+from probe.estimators.loss_terms import needs_scores
+from probe.estimators.losses import LossInputs, loss_weights
+from probe.estimators.rounding import Rounding
 from probe.estimators.router_loss import router_gradient
-from probe.scoring.passes import Policy, Progress, score_tokens, token_gradients
+from probe.scoring.collector import Progress
+from probe.scoring.gradients import token_gradients
+from probe.scoring.policy import Policy
+from probe.scoring.score import score_tokens
 from probe.scoring.scores import TokenScores
 from probe.snapshot import copied, preserved
 
@@ -70,44 +74,6 @@ class Update:
     entropy_weights: Tensor
     scores: TokenScores
     rounding: Rounding | None = None
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """A step in the type that the training keeps its weights in.
-
-    Attributes:
-        dtype: that type, `bfloat16` or `float16`.
-        moved: fraction of the weights in that type that the training's step changes.
-        moved_exact: fraction of them that the exact step changes.
-        norm: Euclidean norm of the step that is left, all parameters included.
-    """
-
-    dtype: str
-    moved: float
-    moved_exact: float
-    norm: float
-
-
-@dataclass(frozen=True)
-class ClosedFormStep:
-    """An Adam(W) step in the parts it is exactly the sum of, float64, by parameter name.
-
-    Attributes:
-        momentum: the part of the saved first moment.
-        decay: the part of weight decay.
-        gradient: the part of the gradient: elementwise `P * g`, the denominator held at the step's own.
-        gradient_map: `P`, what one unit of the loss's gradient (before clipping) adds to the step.
-    """
-
-    momentum: Mapping[str, Tensor]
-    decay: Mapping[str, Tensor]
-    gradient: Mapping[str, Tensor]
-    gradient_map: Mapping[str, Tensor]
-
-    def total(self) -> dict[str, Tensor]:
-        """The step."""
-        return {name: self.momentum[name] + self.decay[name] + self.gradient[name] for name in self.gradient}
 
 
 def loss_gradient(
@@ -211,208 +177,3 @@ def optimizer_step(
         if not bool(torch.isfinite(change).all()):
             raise NumericalError(f"expected a finite optimizer step, found NaN or infinity in that of {name}")
     return step, new, float(norm), factor
-
-
-def rounded_step(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    gradient: Mapping[str, Tensor],
-    dtypes: Mapping[str, torch.dtype],
-    new_parameters: Mapping[str, Tensor],
-    clip_factor: float = 1.0,
-    lr_factor: float = 1.0,
-    fused: bool = False,
-) -> tuple[dict[str, Tensor], Rounding]:
-    """The step as a training takes it whose weights, moments and gradients are in 16 bits.
-
-    Every operation of torch's Adam or AdamW rounds there (of the fused one every result), so that what is small beside
-    the weight is lost. The step is taken on copies, one parameter after the other.
-
-    Args:
-        optimizer: Adam or AdamW over `parameters`, with moments that are numbers of `dtypes`.
-        parameters: by name, with values that are numbers of `dtypes`.
-        gradient: before clipping, by name.
-        dtypes: the training's type of every parameter that is in 16 bits there.
-        new_parameters: what the exact step leaves, on the device where the result is to be.
-        clip_factor: what clipping multiplies the gradient by.
-        lr_factor: multiplies the learning rate of every group.
-        fused: whether the training's optimizer is the fused one.
-
-    Returns:
-        The new parameters, in the types and on the devices of `new_parameters`, and what is left of the step.
-    """
-    groups = _groups_by_name(optimizer, parameters)
-    kind: Callable[..., torch.optim.Optimizer] = type(optimizer)
-    new = dict(new_parameters)
-    total, moved, moved_exact = 0, 0, 0
-    for name, dtype in dtypes.items():
-        p = parameters[name]
-        twin = nn.Parameter(p.detach().to(dtype))
-        twin.grad = gradient[name].to(device=p.device, dtype=dtype) * clip_factor
-        group = {k: v for k, v in groups[name].items() if k not in ("params", "foreach", "fused")}
-        how = {"fused": True} if fused else {"foreach": False}
-        own = kind([{**group, "params": [twin], "lr": group["lr"] * lr_factor}], **how)
-        own.state[twin] = {
-            key: value.clone() if key == "step" else value.to(dtype)
-            for key, value in optimizer.state.get(p, {}).items()
-        }
-        own.step()
-        exact = new_parameters[name]
-        before = p.detach().to(exact.device)
-        new[name] = twin.detach().to(exact)
-        total += p.numel()
-        moved += int((new[name] != before).sum())
-        moved_exact += int((exact != before).sum())
-    squares = sum(
-        float((new[n] - p.detach().to(new[n].device)).double().square().sum()) for n, p in parameters.items()
-    )
-    names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})
-    return new, Rounding(
-        ", ".join(names), moved / max(total, 1), moved_exact / max(total, 1), math.sqrt(squares)
-    )
-
-
-def adam_closed_form(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    gradient: Mapping[str, Tensor],
-    clip_factor: float = 1.0,
-) -> ClosedFormStep:
-    """The step of torch's Adam or AdamW written out, in float64, from the optimizer's own groups and state.
-
-    With `k` steps taken before, `m`, `v` the moments and `g` the clipped gradient,
-
-        v_new = beta2 v + (1 - beta2) g^2,    denom = sqrt(v_new / (1 - beta2^(k+1))) + eps
-        step  = -eta (beta1 m + (1 - beta1) g) / (1 - beta1^(k+1)) / denom - eta lambda theta
-
-    the last term for AdamW; Adam adds `lambda theta` to `g` instead, whose linear part is then the `decay`.
-
-    Args:
-        optimizer: torch.optim.Adam or AdamW.
-        parameters: by name.
-        gradient: before clipping, by name.
-        clip_factor: what clipping multiplies the gradient by.
-
-    Raises:
-        OptimizerStateError: the optimizer is not Adam or AdamW, or a parameter is in none of its groups.
-    """
-    groups = _groups_by_name(optimizer, parameters)
-    momentum, decay, step, linear = {}, {}, {}, {}
-    for name, p in parameters.items():
-        g = gradient[name].double()
-        momentum[name], decay[name], of_clipped = _adam_terms(
-            groups[name], optimizer.state.get(p, {}), p, g * clip_factor
-        )
-        linear[name] = of_clipped * clip_factor
-        step[name] = linear[name] * g
-    return ClosedFormStep(momentum, decay, step, linear)
-
-
-def preconditioned_direction(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    gradient: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """The direction `Y = -g / (sqrt(v_hat_old) + eps)`, float64: the gradient scaled by the *saved* second moment.
-
-    Without momentum, clipping and decay this is not the step any optimizer takes; it is kept so that numbers
-    published with it can be reproduced.
-
-    Args:
-        optimizer: torch.optim.Adam or AdamW, with state.
-        parameters: by name.
-        gradient: gradient of the loss by name (the step descends it, hence the sign).
-
-    Raises:
-        OptimizerStateError: not Adam or AdamW, a parameter in no group, or no second moment yet.
-    """
-    groups = _groups_by_name(optimizer, parameters)
-    out = {}
-    for name, p in parameters.items():
-        state, group = optimizer.state.get(p, {}), groups[name]
-        k = float(state.get("step", 0))
-        if k < 1:
-            raise OptimizerStateError(
-                f"step: preconditioned expects a saved second moment, found none for {name}; use step: optimizer"
-            )
-        v_hat = state["exp_avg_sq"].to(p.device).double() / (1 - float(group["betas"][1]) ** k)
-        out[name] = -gradient[name].double() / (v_hat.sqrt() + float(group["eps"]))
-    return out
-
-
-def _groups_by_name(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, dict[str, Any]]:
-    """The parameter group of each parameter."""
-    if not isinstance(optimizer, torch.optim.Adam):  # AdamW is a subclass
-        raise OptimizerStateError(
-            f"the closed form is that of torch.optim.Adam and AdamW, found {type(optimizer).__name__}; "
-            "use step: optimizer"
-        )
-    by_id = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, p in parameters.items() if id(p) not in by_id]
-    if missing:
-        raise OptimizerStateError(f"expected every parameter in the optimizer, found none for {missing[:10]}")
-    return {name: by_id[id(p)] for name, p in parameters.items()}
-
-
-def _adam_terms(
-    group: Mapping[str, Any], state: Mapping[str, Any], p: nn.Parameter, g: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One parameter's step: the parts of momentum and decay, and the factor of the clipped gradient `g`."""
-    beta1, beta2 = (float(b) for b in group["betas"])
-    theta = p.detach().double()
-    m = state["exp_avg"].to(p.device).double() if "exp_avg" in state else torch.zeros_like(theta)
-    v = state["exp_avg_sq"].to(p.device).double() if "exp_avg_sq" in state else torch.zeros_like(theta)
-    second = beta2 * v + (1 - beta2) * _effective_gradient(group, theta, g) ** 2
-    if group["amsgrad"] and "max_exp_avg_sq" in state:
-        second = torch.maximum(second, state["max_exp_avg_sq"].to(p.device).double())
-    return adam_parts(group, theta, beta1 * m, second, float(state.get("step", 0)) + 1)
-
-
-def adam_parts(
-    group: Mapping[str, Any], theta: Tensor, carried: Tensor, second: Tensor, step: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The parts of one parameter's Adam(W) step.
-
-    Args:
-        group: its settings.
-        theta: its value before the step, float64.
-        carried: `beta1 m`, what the first moment carries over from earlier gradients.
-        second: the second moment that the step uses (with AMSGrad the largest so far), before bias correction.
-        step: the number of this step, from 1.
-
-    Returns:
-        The part of momentum, the part of decay, and the factor of the clipped gradient.
-    """
-    lr, eps, decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
-    beta1, beta2 = (float(b) for b in group["betas"])
-    sign = -1.0 if group.get("maximize", False) else 1.0
-    denominator = (second / (1 - beta2**step)).sqrt() + eps
-    scale = -lr / (1 - beta1**step) / denominator
-    of_decay = -lr * decay * theta if _decoupled(group) else scale * (1 - beta1) * decay * theta
-    return scale * carried, of_decay, sign * scale * (1 - beta1)
-
-
-def carried_moment(group: Mapping[str, Any], theta: Tensor, first: Tensor, g: Tensor) -> Tensor:
-    """`beta1 m` from the first moment *after* a step, `first = beta1 m + (1 - beta1) g'`.
-
-    Args:
-        group: the parameter's settings.
-        theta: its value before the step, float64.
-        first: the first moment after the step.
-        g: the clipped gradient the step was taken with.
-    """
-    beta1 = float(group["betas"][0])
-    return first - (1 - beta1) * _effective_gradient(group, theta, g)
-
-
-def _effective_gradient(group: Mapping[str, Any], theta: Tensor, g: Tensor) -> Tensor:
-    """The gradient as the moments see it: negated to maximise, with the decay where it is coupled."""
-    signed = -g if group.get("maximize", False) else g
-    return signed if _decoupled(group) else signed + float(group["weight_decay"]) * theta
-
-
-def _decoupled(group: Mapping[str, Any]) -> bool:
-    """Whether weight decay acts on the parameter directly (AdamW)."""
-    return bool(group.get("decoupled_weight_decay", False))

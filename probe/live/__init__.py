@@ -1,9 +1,9 @@
 """The drop-in probe: attached to a running training, it says what each update does to the policy's entropy."""
 
+from probe.forecast.forecast import Forecast
 from probe.live.alarm import Alarm
-from probe.live.forecast import Forecast
 from probe.live.ranks import follow_first_rank
 from probe.live.settings import WatchSettings
-from probe.live.watcher import Watch, watch
+from probe.live.watch import Watch, watch
 
 __all__ = ["Alarm", "Forecast", "Watch", "WatchSettings", "follow_first_rank", "watch"]

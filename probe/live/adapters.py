@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from probe.errors import ConfigError
-from probe.live.report import say
+from probe.errors.exceptions import ConfigError
+from probe.live.say import say
 
 _CHOICES = ("_active_adapter", "_disable_adapters", "active_adapter")
 """Attributes of peft's modules that say which adapters a forward uses."""

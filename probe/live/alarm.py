@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from probe.errors import ConfigError
-from probe.live.forecast import Forecast
+from probe.errors.exceptions import ConfigError
+from probe.forecast.forecast import Forecast
 
 GROUP_RATES, SCHEDULER_RATES = {"lr", "initial_lr", "max_lr", "min_lr"}, {"base_lrs", "max_lrs"}
 """Learning rates in an optimizer's groups, and lists of them in a scheduler."""
@@ -82,3 +82,63 @@ def check_on_alarm(value: Any) -> None:
     """
     if not (value is None or callable(value) or value == "stop"):
         raise ConfigError(f"on_alarm: expected a function, 'stop' or None, found {value!r}")
+
+
+CALM_READINGS = 3
+"""Readings in a row without danger after which the alarm is armed again."""
+
+
+CALM_HORIZONS = 2.0
+"""A forecast of more than this many horizons is without danger."""
+
+
+@dataclass
+class CollapseAlarm:
+    """Says when a new collapse alarm starts, and then stays silent until the danger has passed.
+
+    An alarm starts if the collapse is expected within `horizon` steps or the entropy is at the threshold or below.
+    It can start again after three readings in a row without danger: not expected, or farther than two horizons.
+
+    The attributes are plain numbers: `dataclasses.asdict` saves the state, `CollapseAlarm(**state)` restores it.
+
+    Attributes:
+        horizon: optimizer steps.
+        armed: whether an alarm can start.
+        calm_readings: readings in a row without danger since the last alarm.
+        last_alarm: step at which the last alarm started, or None.
+
+    Raises:
+        ValueError: if `horizon` is not positive.
+    """
+
+    horizon: float
+    armed: bool = True
+    calm_readings: int = 0
+    last_alarm: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.horizon > 0:
+            raise ValueError(f"horizon must be a positive number of optimizer steps, not {self.horizon}")
+
+    def update(self, forecast: Forecast | None, step: int) -> bool:
+        """Takes in the forecast of one reading.
+
+        Args:
+            forecast: None while there are too few readings; nothing changes then.
+            step: the reading's optimizer step.
+
+        Returns:
+            Whether a new alarm starts here.
+        """
+        if forecast is None:
+            return False
+        collapsed = forecast.threshold >= forecast.H
+        if self.armed:
+            if collapsed or (forecast.expected and forecast.steps <= self.horizon):
+                self.armed, self.calm_readings, self.last_alarm = False, 0, step
+                return True
+            return False
+        far = not forecast.expected or forecast.steps > CALM_HORIZONS * self.horizon
+        self.calm_readings = self.calm_readings + 1 if far and not collapsed else 0
+        self.armed = self.calm_readings >= CALM_READINGS
+        return False

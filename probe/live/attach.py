@@ -11,7 +11,8 @@ from torch import nn
 from probe.data.batch import PromptExample
 from probe.data.prompts import check_messages
 from probe.data.rendering import Rendering, render_messages
-from probe.errors import ConfigError, DataError
+from probe.errors.exceptions import ConfigError, DataError
+from probe.live.optimizers import LISTED, moved_parameters
 from probe.loading.quantization import find_4bit_layers
 from probe.rollouts.draw import stream_seed
 
@@ -20,9 +21,6 @@ Prompt = str | Sequence[Mapping[str, Any]] | PromptExample
 
 MOST_PROMPTS = 1024
 """Prompts kept of a larger data set."""
-TRANSPARENT = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
-"""Packages whose optimizer classes only wrap another optimizer."""
-_LISTED = 3
 
 
 @runtime_checkable
@@ -120,39 +118,6 @@ def _refuse_sharded(model: nn.Module) -> None:
             )
 
 
-def unwrapped_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The torch optimizers inside of Accelerate's, Lightning's or Fabric's wrappers.
-
-    Args:
-        optimizer: one, or a sequence of those that make one update together (Muon and AdamW, say).
-
-    Raises:
-        ConfigError: there is none, or one is no torch optimizer.
-    """
-    given = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-    if not given:
-        raise ConfigError("optimizer: expected at least one, found an empty list")
-    found = []
-    for one in given:
-        # only wrappers that do nothing of their own are looked through: Lookahead, say, moves parameters too
-        while type(one).__module__.partition(".")[0] in TRANSPARENT:
-            inner = vars(one).get("optimizer", vars(one).get("_optimizer"))
-            if not isinstance(inner, torch.optim.Optimizer):
-                break
-            one = inner
-        if not isinstance(one, torch.optim.Optimizer) or not hasattr(one, "_optimizer_step_pre_hooks"):
-            raise ConfigError(
-                f"optimizer: expected a torch.optim.Optimizer, whose steps can be hooked, found {type(one).__name__}"
-            )
-        found.append(one)
-    return found
-
-
-def moved_parameters(optimizers: Sequence[torch.optim.Optimizer]) -> set[int]:
-    """The identities of the parameters in the optimizers' groups."""
-    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-
-
 def watched_parameters(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> tuple[dict[str, nn.Parameter], list[str]]:
@@ -173,24 +138,10 @@ def watched_parameters(
     if not found:
         raise ConfigError(
             f"optimizer: expected the model's {len(trainable)} trainable parameters in it, found none of them "
-            f"({', '.join(left_out[:_LISTED])}, ...); build the optimizer from this model's parameters, after peft has "
+            f"({', '.join(left_out[:LISTED])}, ...); build the optimizer from this model's parameters, after peft has "
             "wrapped it"
         )
     return found, left_out
-
-
-def few_of(prompts: Iterable[Any], seed: int = 0) -> Iterable[Any]:
-    """The prompts, or 1,024 of them drawn at random where there are more: rendering a whole data set takes long.
-
-    Args:
-        prompts: what has a length and items by position; anything else is left as it is.
-        seed: of the draw.
-    """
-    if isinstance(prompts, Sized) and isinstance(prompts, _Indexed) and len(prompts) > MOST_PROMPTS:
-        generator = torch.Generator().manual_seed(stream_seed(seed, "prompts kept"))
-        kept = torch.randperm(len(prompts), generator=generator)[:MOST_PROMPTS].sort().values.tolist()
-        return [prompts[i] for i in kept]
-    return prompts
 
 
 def prompt_examples(prompts: Iterable[Any], tokenizer: Any, seed: int = 0) -> list[PromptExample]:
@@ -249,18 +200,6 @@ def backward_hooks(parameters: Mapping[str, nn.Parameter]) -> list[str]:
     return [name for name, p in parameters.items() if getattr(p, "_post_accumulate_grad_hooks", None)]
 
 
-def learning_rate(rate: Any) -> float | None:
-    """A group's learning rate as a number; None where the rule works it out itself (Adafactor's relative step).
-
-    >>> learning_rate(torch.tensor(0.5)), learning_rate(None)
-    (0.5, None)
-    """
-    try:
-        return float(rate)
-    except (TypeError, ValueError):
-        return None
-
-
 def check_tokenizer(tokenizer: Any, model: nn.Module) -> None:
     """The tokenizer must encode texts and know what ends a response.
 
@@ -282,3 +221,17 @@ def check_tokenizer(tokenizer: Any, model: nn.Module) -> None:
             f"tokenizer: expected tokens of the model's vocabulary of {vocabulary}, found EOS with the id "
             f"{tokenizer.eos_token_id}; give the tokenizer that belongs to the model"
         )
+
+
+def few_of(prompts: Iterable[Any], seed: int = 0) -> Iterable[Any]:
+    """The prompts, or 1,024 of them drawn at random where there are more: rendering a whole data set takes long.
+
+    Args:
+        prompts: what has a length and items by position; anything else is left as it is.
+        seed: of the draw.
+    """
+    if isinstance(prompts, Sized) and isinstance(prompts, _Indexed) and len(prompts) > MOST_PROMPTS:
+        generator = torch.Generator().manual_seed(stream_seed(seed, "prompts kept"))
+        kept = torch.randperm(len(prompts), generator=generator)[:MOST_PROMPTS].sort().values.tolist()
+        return [prompts[i] for i in kept]
+    return prompts

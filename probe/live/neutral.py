@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from probe.errors import NumericalError
+from probe.errors.exceptions import NumericalError
 from probe.loading.quantization import find_4bit_layers, use_exact_4bit_layers
 
 SMALL_BUFFER = 2**20

@@ -6,16 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from probe.distributed.ranks import rank_and_size
 from probe.live.alarm import GROUP_RATES, SCHEDULER_RATES, single_schedulers
 
 if TYPE_CHECKING:
-    from probe.live.watcher import Watch
-
-
-def rank_and_size() -> tuple[int, int]:
-    """This process's rank and the number of processes; 0 and 1 where training is not distributed."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
+    from probe.live.watch import Watch
 
 
 def follow_first_rank(watch: Watch) -> None:

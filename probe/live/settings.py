@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from probe.config import GenerationConfig, check_numbers
-from probe.errors import ConfigError
+from probe.config.batches import GenerationConfig
+from probe.config.numbers import check_numbers
+from probe.errors.exceptions import ConfigError
 
 UNBOUNDED = ("every", "horizon", "window")
 """Numbers of steps and probes, of which a large one is none at all."""

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from probe.data.batch import PromptExample
-from probe.errors import DataError
+from probe.errors.exceptions import DataError
+from probe.from_checkpoint.sampling_options import NEUTRAL_SAMPLING, changed_ends, changed_sampling
 from probe.live.attach import few_of, prompt_examples
-from probe.live.report import say
+from probe.live.say import say
 from probe.live.words import in_own_words
 from probe.text import error_text
-from probe.training_options import NEUTRAL_SAMPLING, changed_ends, changed_sampling
 
 IMAGES = ("image", "images")
 """Columns that TRL puts into prompts as pictures."""

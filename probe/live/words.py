@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from probe.errors import ProbeError
+from probe.errors.exceptions import ProbeError
 
 OWN_WORDS: tuple[tuple[str, str], ...] = (
     ("; lower probe_rework.learning_rate or raise batch_config.B_E", "; raise B_E"),

@@ -8,9 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from probe.config import CheckpointConfig
-from probe.errors import CheckpointError
+from probe.config.checkpoint import CheckpointConfig
+from probe.errors.exceptions import CheckpointError
 from probe.loading.foreign import check_folder, read_json_object
+from probe.loading.layouts import (
+    GATHER,
+    LIGHTNING,
+    PICKLED_WEIGHTS,
+    SAVE_ADVICE,
+    foreign_message,
+    refuse_foreign_layout,
+)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -22,66 +30,6 @@ OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
 TRAINER_STATE = "trainer_state.json"
 TRAINING_ARGS = "training_args.bin"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-
-_PICKLED_WEIGHTS = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_SAVE_ADVICE = (
-    "save the model with `save_pretrained` and the optimizer with `torch.save(optimizer.state_dict(), ...)`"
-)
-_GATHER = f"gather it in one process and {_SAVE_ADVICE}"
-_LIGHTNING = (
-    "gather it in one process where it is a folder of shards (`python -m lightning.pytorch.utilities."
-    "consolidate_checkpoint`), load it in the training's own LightningModule, save its model with `save_pretrained`, "
-    "and its `optimizer_states[0]` with torch.save as optimizer.pt"
-)
-_DEEPSPEED = (
-    "gather it in one process: weights with its own `zero_to_fp32.py . OUT --safe_serialization`; "
-    f"{_SAVE_ADVICE}"
-)
-_FSDP = (
-    "gather it in one process: weights with `accelerate merge-weights`, or train with state_dict_type FULL_STATE_DICT, "
-    f"which writes optimizer.bin; {_SAVE_ADVICE}"
-)
-_VERL = (
-    "gather it in one process: weights with `python -m verl.model_merger merge --backend fsdp`; "
-    f"{_SAVE_ADVICE}"
-)
-_DCP = (
-    "gather it in one process (`torch.distributed.checkpoint.format_utils.dcp_to_torch_save`) and "
-    f"{_SAVE_ADVICE}"
-)
-_TO_TRANSFORMERS = "convert the weights to transformers' format with its own export tool"
-_FOREIGN_LAYOUTS = (
-    ("*.ckpt", "a Lightning checkpoint", _LIGHTNING),
-    ("global_step*/*optim_states.pt", "DeepSpeed optimizer shards", _DEEPSPEED),
-    ("*_optim_states.pt", "DeepSpeed optimizer shards", _DEEPSPEED),
-    ("global_step*/*model_states.pt", "DeepSpeed model shards", _DEEPSPEED),
-    ("*/global_step*/*_states.pt", "DeepSpeed shards", _DEEPSPEED),
-    ("*_model_states.pt", "DeepSpeed model shards", _DEEPSPEED),
-    ("optimizer_*/*.distcp", "a sharded FSDP optimizer", _FSDP),
-    ("pytorch_model_fsdp*/*.distcp", "a sharded FSDP model", _FSDP),
-    ("pytorch_model_fsdp*.bin", "an FSDP model as a pickle", _FSDP),
-    ("optim_world_size_*_rank_*.pt", "verl's FSDP optimizer shards", _VERL),
-    ("model_world_size_*_rank_*.pt", "verl's FSDP model shards", _VERL),
-    ("actor/*_world_size_*_rank_*.pt", "verl's FSDP shards", _VERL),
-    ("*.distcp", "a torch.distributed.checkpoint folder", _DCP),
-    ("*/*.distcp", "a torch.distributed.checkpoint folder", _DCP),
-    ("*/*/*.distcp", "a torch.distributed.checkpoint folder", _DCP),
-    ("rank*-of-*-optimizer.pt", "an optimizer sharded by rank", _GATHER),
-    ("adapter_model-*-of-*.safetensors", "an adapter in several parts", _GATHER),
-    ("mp_rank_*/model_optim_rng.pt", "a Megatron checkpoint", _TO_TRANSFORMERS),
-    ("iter_*/mp_rank_*/model_optim_rng.pt", "a Megatron checkpoint", _TO_TRANSFORMERS),
-    ("recipe_state*/recipe_state.pt", "a torchtune checkpoint", _TO_TRANSFORMERS),
-    ("recipe_state.pt", "a torchtune checkpoint", _TO_TRANSFORMERS),
-    ("hf_model_*.pt", "a torchtune checkpoint", _TO_TRANSFORMERS),
-    ("adapters.safetensors", "an MLX adapter", _TO_TRANSFORMERS),
-    ("*.gguf", "a GGUF file", "name the model it was made from"),
-    ("*.nemo", "a NeMo archive", _TO_TRANSFORMERS),
-    ("consolidated*.pth", "weights in their authors' format", _TO_TRANSFORMERS),
-    ("consolidated*.safetensors", "weights in their authors' format", _TO_TRANSFORMERS),
-    ("tf_model.h5", "TensorFlow weights", _TO_TRANSFORMERS),
-    ("flax_model.msgpack", "Flax weights", _TO_TRANSFORMERS),
-    ("_CHECKPOINT_METADATA", "an Orbax checkpoint", _TO_TRANSFORMERS),
-)
 
 
 @dataclass(frozen=True)
@@ -171,10 +119,10 @@ def _existing_folder(path: str | None) -> Path:
     # The user's own spelling is kept (a link `latest` stays `latest`), only made absolute.
     root = _absolute(path, "checkpoint.checkpoint_path")
     if root.suffix == ".ckpt":
-        raise CheckpointError(_foreign_message("a Lightning checkpoint", root, _LIGHTNING))
+        raise CheckpointError(foreign_message("a Lightning checkpoint", root, LIGHTNING))
     if root.is_file():
         raise CheckpointError(
-            f"checkpoint.checkpoint_path: expected a folder, found the file {root}; {_SAVE_ADVICE}, into one folder"
+            f"checkpoint.checkpoint_path: expected a folder, found the file {root}; {SAVE_ADVICE}, into one folder"
         )
     if not root.is_dir():
         raise CheckpointError(f"Checkpoint not found: checkpoint.checkpoint_path: there is no folder {root}")
@@ -200,7 +148,7 @@ def _find_model(root: Path) -> tuple[Literal["lora", "full"], Path]:
         if (folder / MODEL_CONFIG).is_file() and _has_any(folder, MODEL_WEIGHTS):
             return "full", folder
     for folder in candidates:
-        pickled = [name for name in _PICKLED_WEIGHTS if (folder / name).is_file()]
+        pickled = [name for name in PICKLED_WEIGHTS if (folder / name).is_file()]
         if pickled:
             raise CheckpointError(
                 f"Checkpoint not usable: expected safetensors weights in {folder}, found the pickle "
@@ -216,13 +164,13 @@ def _find_model(root: Path) -> tuple[Literal["lora", "full"], Path]:
             )
         index = folder / "adapter_model.safetensors.index.json"
         if index.is_file():
-            raise CheckpointError(_foreign_message("an adapter in several parts", index, _GATHER))
+            raise CheckpointError(foreign_message("an adapter in several parts", index, GATHER))
     nested = sorted(
         str(file.parent) for depth in ("*", "*/*") for file in root.glob(f"{depth}/{ADAPTER_CONFIG}")
     )
     for folder in (root, root.parent if root.name == "model" else root):
         if not nested:
-            _refuse_foreign_layout(folder)
+            refuse_foreign_layout(folder)
     looked_for = ", ".join(
         f"{folder}/{name}"
         for folder in candidates
@@ -245,9 +193,9 @@ def _find_optimizer(folders: tuple[Path, ...], given: str | None) -> Path:
     if given is not None:
         file = _absolute(given, "checkpoint.optimizer_path")
         if file.suffix == ".ckpt":
-            raise CheckpointError(_foreign_message("a Lightning checkpoint", file, _LIGHTNING))
+            raise CheckpointError(foreign_message("a Lightning checkpoint", file, LIGHTNING))
         if file.is_dir():
-            _refuse_foreign_layout(file)
+            refuse_foreign_layout(file)
             raise CheckpointError(f"checkpoint.optimizer_path: expected a file, found the folder {file}")
         if not file.is_file():
             raise CheckpointError(f"checkpoint.optimizer_path: expected an existing file, found no {file}")
@@ -265,7 +213,7 @@ def _find_optimizer(folders: tuple[Path, ...], given: str | None) -> Path:
         # verl keeps adapter and model in folders beside its shards
         beside = [folders[0].parent] if folders[0].name in ("lora_adapter", "huggingface") else []
         for folder in (*folders, *beside):
-            _refuse_foreign_layout(folder)
+            refuse_foreign_layout(folder)
         looked_for = ", ".join(str(folder / name) for folder in folders for name in OPTIMIZER_FILES)
         raise CheckpointError(
             f"Optimizer state not found: looked for {looked_for}; name the file in checkpoint.optimizer_path"
@@ -279,20 +227,6 @@ def _find_training_args(folders: tuple[Path, ...], container: Path) -> Path | No
     around = (real.parent,) if re.fullmatch(r"checkpoint-\d+", real.name) else ()
     found = [folder / TRAINING_ARGS for folder in (*folders, *around) if (folder / TRAINING_ARGS).is_file()]
     return found[0] if found else None
-
-
-def _refuse_foreign_layout(folder: Path) -> None:
-    for pattern, what, how in _FOREIGN_LAYOUTS:
-        match = next(iter(sorted(folder.glob(pattern))), None)
-        if match is not None:
-            raise CheckpointError(_foreign_message(what, match, how))
-
-
-def _foreign_message(what: str, file: Path, how: str) -> str:
-    return (
-        f"Checkpoint not usable: expected an adapter or model folder with optimizer.pt, found {what} "
-        f"({file}); {how}"
-    )
 
 
 def _has_any(folder: Path, names: tuple[str, ...]) -> bool:

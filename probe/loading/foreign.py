@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from probe.errors import CheckpointError, OptimizerStateError, ProbeError
+from probe.errors.exceptions import CheckpointError, OptimizerStateError, ProbeError
 from probe.limits import (
     FOLDER_ENTRIES,
     LARGEST_SETTING,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probe.errors import OptimizerStateError
+from probe.errors.exceptions import OptimizerStateError
 from probe.text import shown
 
 SavedKey = int | str

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from probe.errors import CheckpointError
+from probe.errors.exceptions import CheckpointError
 
 DenseWeight = Callable[[torch.dtype], Tensor]
 

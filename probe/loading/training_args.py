@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from probe.errors import CheckpointError
+from probe.errors.exceptions import CheckpointError
 from probe.limits import TRAINING_ARGS_BYTES, TRAINING_ARGS_VALUES
 
 GRPO = (

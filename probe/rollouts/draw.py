@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probe.errors import DataError
+from probe.errors.exceptions import DataError
 
 _U_STREAM = 0
 _E_STREAM = 1

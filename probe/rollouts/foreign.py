@@ -1,4 +1,4 @@
-"""Rollout tables of other trainers, brought into the columns of `probe.rollouts.files`."""
+"""Rollout tables of other trainers, brought into the columns of `probe.rollouts.read`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from probe.data.names import nearest
-from probe.errors import DataError
+from probe.errors.exceptions import DataError, nearest
 from probe.rollouts.tables import RolloutTable
 
 PROMPTS = ("prompt", "input", "query")
@@ -30,7 +29,7 @@ SPECIAL_TOKENS_LEFT_OUT = "input"
 
 
 def own_columns(table: RolloutTable) -> RolloutTable:
-    """The table in the columns of `probe.rollouts.files`; a table that has them already is returned as it is.
+    """The table in the columns of `probe.rollouts.read`; a table that has them already is returned as it is.
 
     In a table of another trainer the reward is the column `reward`, `score` or `rewards`; further columns of numbers
     describe it and are not added up.

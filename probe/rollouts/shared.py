@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from probe.data.batch import RolloutBatch
-from probe.errors import DataError
+from probe.errors.exceptions import DataError
 from probe.rollouts.tables import LOGS, rollout_file
 
 CHANCE = 1e-6

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probe.errors import NumericalError
+from probe.errors.exceptions import NumericalError
 from probe.snapshot import standing_in
 
 

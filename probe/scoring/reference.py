@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from probe.errors import ConfigError
+from probe.errors.exceptions import ConfigError
 from probe.loading.checkpoint import REFERENCE_ADAPTER
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from probe.data.batch import RolloutBatch
-from probe.errors import DataError, RolloutError
+from probe.errors.exceptions import DataError, RolloutError
 
 
 @dataclass(frozen=True)

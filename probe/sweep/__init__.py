@@ -13,13 +13,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from probe.sweep.grid import IncompleteSweepError, SweepConfig
-    from probe.sweep.run import run_sweep
+    from probe.sweep.loop import run_sweep
+    from probe.sweep.settings import IncompleteSweepError, SweepConfig
 
 _HOME = {
     "SweepConfig": "probe.sweep.grid",
     "IncompleteSweepError": "probe.sweep.grid",
-    "run_sweep": "probe.sweep.run",
+    "run_sweep": "probe.sweep.loop",
 }
 
 __all__ = ["IncompleteSweepError", "SweepConfig", "run_sweep"]

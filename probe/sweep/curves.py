@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from probe.estimand import ESTIMANDS, Estimand
 from probe.estimators.estimate import NORMAL_975
 from probe.sweep.fits import PowerLaw, fit_power_law
 
@@ -19,24 +20,6 @@ POLICY = ("checkpoint", *SIZES)
 
 FEWEST = 3
 """Learning rates that a fit needs in the range of small steps, if it is to leave out those above."""
-
-
-@dataclass(frozen=True)
-class Estimand:
-    """One of the two entropies whose change is estimated.
-
-    Attributes:
-        name: `token` or `sequence`.
-        suffix: ending of its columns.
-        unit: its unit.
-    """
-
-    name: str
-    suffix: str
-    unit: str
-
-
-ESTIMANDS = (Estimand("token", "_tok", "nats per token"), Estimand("sequence", "", "nats per response"))
 
 
 def finished(table: pd.DataFrame) -> pd.DataFrame:
@@ -158,3 +141,70 @@ def root_mean_square(values: np.ndarray) -> float:
     """The root of the mean square of the values that are known; NaN if none is."""
     known = values[np.isfinite(values)]
     return float(np.sqrt(np.mean(known**2))) if len(known) else float("nan")
+
+
+REPETITIONS = 3
+"""From so many seeds on, the spread over them is shown."""
+
+
+@dataclass(frozen=True)
+class ErrorMeasure:
+    """One measure of error.
+
+    Attributes:
+        name: its name in the summary.
+        label: its name in legends.
+        marker: its marker.
+    """
+
+    name: str
+    label: str
+    marker: str
+
+
+MEASURES = (
+    ErrorMeasure("deltaH_true_se", "se of $\\Delta H_\\mathrm{true}$ over E", "o"),
+    ErrorMeasure("deltaH1_se", "se of $\\Delta H_1$ over E", "s"),
+    ErrorMeasure("deltaH1_sd_U", "sd of $\\Delta H_1$ over U", "^"),
+    ErrorMeasure("difference", "$|\\Delta H_1 - \\Delta H_\\mathrm{true}|$", "x"),
+    ErrorMeasure("spread", "sd of $\\Delta H_1$ over seeds", "D"),
+)
+
+
+def error_curve(
+    rows: pd.DataFrame, axis_name: str, measure: ErrorMeasure, estimand: Estimand
+) -> tuple[np.ndarray, np.ndarray]:
+    """Batch sizes `(n,)` and the errors at them `(n,)`, in nats; those not known are left out."""
+    found = []
+    for shared, group in grouped(rows.sort_values(axis_name), (axis_name,)):
+        error = _error(group, measure, estimand)
+        if np.isfinite(error) and error > 0:
+            found.append((float(shared[axis_name]), error))
+    sizes, errors = zip(*found, strict=True) if found else ((), ())
+    return np.array(sizes), np.array(errors)
+
+
+def error_slope(
+    rows: pd.DataFrame, axis_name: str, measure: ErrorMeasure, estimand: Estimand
+) -> PowerLaw | None:
+    """The slope of an error against batch size, on log-log axes."""
+    return fit_power_law(*error_curve(rows, axis_name, measure, estimand))
+
+
+def other_sizes(axis_name: str) -> tuple[str, ...]:
+    """The sizes that tell curves apart."""
+    return tuple(name for name in SIZES if name != axis_name)
+
+
+def _error(group: pd.DataFrame, measure: ErrorMeasure, estimand: Estimand) -> float:
+    """A measure of error over repetitions."""
+    predicted = numbers(group, f"deltaH1{estimand.suffix}")
+    if measure.name == "difference":
+        return root_mean_square(predicted - numbers(group, f"deltaH_true{estimand.suffix}"))
+    if measure.name == "spread":
+        known = predicted[np.isfinite(predicted)]
+        return float(known.std(ddof=1)) if len(known) >= REPETITIONS else float("nan")
+    kind, _, ending = measure.name.partition("_")
+    if measure.name.startswith("deltaH_true"):
+        kind, ending = "deltaH_true", "se"
+    return root_mean_square(numbers(group, f"{kind}{estimand.suffix}_{ending}"))

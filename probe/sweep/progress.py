@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from probe.callbacks.console import with_error
+from probe.report.numbers import with_error
 from probe.sweep.grid import Grid, Point
 from probe.sweep.store import TABLES, Record
 

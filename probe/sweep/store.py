@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from probe import __version__
-from probe.config import ProbeConfig
-from probe.errors import ConfigError, LogError
-from probe.files import atomic_write_bytes, ensure_writable, write_error
-from probe.from_checkpoint import KEYS
-from probe.logs import dump_bytes
+from probe.config.schema import ProbeConfig
+from probe.errors.exceptions import ConfigError, LogError
+from probe.files.atomic import atomic_write_bytes, ensure_writable
+from probe.files.failures import write_error
+from probe.files.strict_json import dump_bytes
+from probe.from_checkpoint.sources import KEYS
 from probe.sweep.grid import Grid, Point
 
 try:

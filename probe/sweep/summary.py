@@ -7,10 +7,12 @@ from typing import Any
 
 import pandas as pd
 
-from probe.files import atomic_write_bytes
-from probe.logs import dump_bytes
+from probe.files.atomic import atomic_write_bytes
+from probe.files.strict_json import dump_bytes
 from probe.sweep.curves import (
+    MEASURES,
     SIZES,
+    error_slope,
     estimands,
     eta_10,
     eta_curves,
@@ -18,9 +20,9 @@ from probe.sweep.curves import (
     finished,
     grouped,
     noise_floor,
+    other_sizes,
     reference_rows,
 )
-from probe.sweep.figures_batch import MEASURES, error_slope, other_sizes
 from probe.sweep.fits import PowerLaw
 from probe.sweep.store import SUMMARY
 

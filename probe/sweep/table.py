@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from probe.files import atomic_write_bytes
+from probe.files.atomic import atomic_write_bytes
 from probe.sweep.store import TABLES, Record
 
 LEADING = (

@@ -1,0 +1,1 @@
+"""What single parts of an update add to deltaH1."""

@@ -1,0 +1,147 @@
+"""The command line: what a call comes to."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import torch
+
+from probe import __version__
+from probe.__main__ import INTERRUPTED
+from probe.cli.parser import ProbeCLI
+from probe.cli.shorthands import shorthands
+from probe.errors.exceptions import ProbeError
+from probe.sweep.settings import IncompleteSweepError
+from probe.text import error_text, printable, text_of
+
+USAGE_ERROR = 2
+
+
+INTERNAL_ERROR = 1
+
+
+INCOMPLETE = 3
+"""Some points of a sweep failed; the others are there."""
+
+
+TERMINATED = 143
+
+
+MEMORY_REMEDY = (
+    "lower memory_config.microbatch_size, memory_config.head_chunk_tokens or generation.batch_size, or take "
+    "checkpoint.dtype: bfloat16 or checkpoint.load_in_4bit: true"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    Bad input gives one line on stderr and code 2, a sweep of which points failed one and code 3; `--debug` shows the
+    traceback.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args == ["--version"]:
+        print(f"entropy-probe {__version__}")
+        return 0
+    debug = "--debug" in args
+    args = [a for a in args if a != "--debug"]
+    try:
+        with terminated_like_interrupted(), quiet_console():
+            ProbeCLI(shorthands(args) or ["--help"])
+    except IncompleteSweepError as error:
+        return _fail(error, text_of(error), INCOMPLETE, debug)
+    except ProbeError as error:
+        return _fail(error, text_of(error), USAGE_ERROR, debug)
+    except KeyboardInterrupt as error:
+        kept = text_of(error) or "interrupted; everything is restored"
+        return _fail(error, kept, TERMINATED if _was_terminated(error) else INTERRUPTED, debug)
+    except Exception as error:
+        if is_out_of_memory(error):
+            return _fail(error, f"out of memory: {text_of(error)}; {MEMORY_REMEDY}", USAGE_ERROR, debug)
+        message = f"unexpected {error_text(error)} (--debug shows where)"
+        return _fail(error, message, INTERNAL_ERROR, debug)
+    return 0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has asked for the end."""
+
+
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """Let SIGTERM (a scheduler's notice) end a command as Ctrl-C does: restored, with a word on what was kept."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread can handle signals
+        return
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _was_terminated(error: BaseException | None) -> bool:
+    """Whether SIGTERM is at the root of an interruption."""
+    while error is not None and not isinstance(error, Terminated):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of a device or of the machine, did not suffice."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    signs = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, (RuntimeError, OSError)) and any(s in text_of(error).lower() for s in signs)
+
+
+def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
+    """Print one line, or the traceback, and give the exit code."""
+    lines = "".join(traceback.format_exception(error)) if debug else ""
+    line = f"{lines}entropy-probe: error: {' '.join(message.split())}"
+    with suppress(OSError, ValueError):  # nobody listens any more
+        print(printable(line).encode("ascii", "backslashreplace").decode(), file=sys.stderr)
+    return code
+
+
+class _Printable(logging.Formatter):
+    """Keeps what only a terminal would understand out of notes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The note."""
+        return printable(super().format(record))
+
+
+@contextmanager
+def quiet_console() -> Iterator[None]:
+    """Leave stderr to the probe's own notes, progress and errors; libraries' warnings are not the user's to mend."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(message)s"))
+    package = logging.getLogger("probe")
+    names = ("lightning", "transformers", "datasets", "huggingface_hub", "bitsandbytes", "torch")
+    libraries = {name: logging.getLogger(name).level for name in names}
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+        for name, before in libraries.items():
+            logging.getLogger(name).setLevel(before)

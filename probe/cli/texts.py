@@ -1,0 +1,57 @@
+"""What the help says."""
+
+from __future__ import annotations
+
+USAGE = {
+    "run": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--section.key VALUE ...]",
+    "demo": "[--section.key VALUE ...]",
+    "sweep": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--LIST VALUES ...] [--section.key VALUE ...]",
+}
+"""What the help of a subcommand begins with."""
+
+
+DESCRIPTION = """Predict and measure what the next update does to a policy's entropy.
+
+examples:
+  entropy-probe demo
+  entropy-probe run --config quickstart
+  entropy-probe run --config my.yaml --checkpoint /path/to/checkpoint-60
+  entropy-probe sweep --config quickstart --eta_factors "[0.5, 1, 2]"
+
+--config takes a YAML file, or the name of a configuration that comes with the package:
+  {configs}"""
+
+
+DESCRIPTIONS = {
+    "run": """Probe a checkpoint: predict what the next update does to the policy's entropy, and measure it.
+
+examples:
+  entropy-probe run --config quickstart
+  entropy-probe run --config qwen2_5_1_5b_gsm8k --checkpoint /path/to/checkpoint-60
+  entropy-probe run --checkpoint /path/to/checkpoint-60 --batch_config.dataset_name prompts.jsonl \\
+      --batch_config.split train --batch_config.reward my_rewards:accuracy
+
+--config takes a YAML file, or the name of a configuration that comes with the package:
+  {configs}
+--checkpoint takes the folder of a checkpoint, as transformers' Trainer and TRL write it (an adapter or a full model,
+with optimizer.pt); it is short for --checkpoint.checkpoint_path. Loss, sampling and sizes that are not given come from
+the training_args.bin beside it (--probe_rework.from_checkpoint). The options below are the keys of a YAML file.""",
+    "demo": """Probe the built-in demo policy, which is made at the first use (half a minute), and say what to try next.
+
+examples:
+  entropy-probe demo
+  entropy-probe demo --probe_rework.learning_rate 5e-3
+
+The options below are those of entropy-probe run; their defaults here are those of the configuration quickstart.""",
+    "sweep": """Probe a grid of learning rates, batch sizes, seeds and checkpoints. The same command continues it.
+
+examples:
+  entropy-probe sweep --config quickstart --eta_factors "[0.25, 0.5, 1, 2, 4, 8]"
+  entropy-probe sweep --config quickstart --B_E "[128, 512, 2048]" --seeds "[0, 1, 2]"
+
+lists: {lists}; --output_folder FOLDER keeps the points, --overwrite starts anew.
+--config takes a YAML file, or the name of a configuration that comes with the package:
+  {configs}
+--checkpoint takes the folder of a checkpoint; it is short for --checkpoint.checkpoint_path. The options below are the
+keys of a YAML file.""",
+}

@@ -1,0 +1,97 @@
+"""Messages of the parser in one line, with the nearest key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from probe.config.files import one_line
+from probe.config.schema import SECTIONS
+from probe.imports import why_no_class
+
+
+def explain(message: str, parser: LightningArgumentParser) -> str:
+    """One line from jsonargparse's message: `key: expected ..., found ...`, or the nearest key to an unknown one."""
+    text = one_line(message)
+    of_class = _class_path_problem(text)
+    if of_class is not None:
+        return of_class
+    in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
+    if in_group is not None:
+        return _unknown_key(".".join(in_group.groups()), parser)
+    alone = re.search(
+        r"(?:Option|Subcommand '\w+' does not accept option) '([\w.]+)'|[Uu]nrecognized arguments?: --([\w.]+)",
+        text,
+    )
+    if alone is not None:
+        return _unknown_key(alone.group(1) or alone.group(2), parser)
+    wrong = re.match(r"Parser key \"([\w.]+)\": (.*)", text)
+    if wrong is None:
+        return text
+    key, rest = wrong.groups()
+    expected = list(
+        dict.fromkeys(
+            _plain_type(e)
+            for e in re.findall(r"Expected an? (.*?)(?:\.? Got value| Given value| - |\. |$)", rest)
+        )
+    )
+    found = re.search(r".*(?:Got|Given) value: (.*)$", rest)
+    if not expected or found is None:
+        return f"{key}: {rest}"
+    return f"{key}: expected {' or '.join(expected)}, found {found.group(1)!r}"
+
+
+def _class_path_problem(text: str) -> str | None:
+    """What is wrong with a class under `trainer.callbacks` or `trainer.logger`; None where it is something else."""
+    raised = re.match(r"Does not validate against any of the Union subtypes .*?Errors: - (.*?) - ", text)
+    if raised is not None:  # by the class's own `__init__`
+        return f"trainer: a class of callbacks or logger cannot be made: {raised.group(1)}"
+    wrong = re.match(r'Parser key "(trainer\.(?:callbacks|logger))": (.*)', text)
+    if wrong is None:
+        return None
+    key, rest = wrong.groups()
+    named = re.findall(r"'class_path': '([^']*)'", rest)
+    named += re.findall(r"Given value: ([A-Za-z_]\w*(?:\.\w+)*)$", rest)
+    for path in dict.fromkeys(named):
+        reason = why_no_class(path, _base_class(key))
+        if reason is not None:
+            return f"{key}: {reason}"
+    argument = re.search(r"Problem with given class_path '([\w.]+)': (.*?)(?: - |$)", rest)
+    if argument is None:
+        return None
+    unknown = re.search(r"Option '([\w.]+)' is not accepted", argument.group(2))
+    if unknown is not None:
+        return f"{key}: {argument.group(1)} has no argument {unknown.group(1)!r}"
+    found = re.match(r'Parser key "([\w.]+)": (.*)', argument.group(2))
+    return f"{key}: {argument.group(1)}: {': '.join(found.groups()) if found else argument.group(2)}"
+
+
+def _base_class(key: str) -> type:
+    """The class from which what stands under `trainer.callbacks` or `trainer.logger` is derived."""
+    from lightning.fabric.loggers import Logger
+
+    from probe.callbacks.base import ProbeCallback
+
+    return ProbeCallback if key == "trainer.callbacks" else Logger
+
+
+def _unknown_key(key: str, parser: LightningArgumentParser) -> str:
+    """Name the nearest valid key."""
+    keys = [k for k in vars(parser.get_defaults().as_flat()) if "." in k or k == "seed_everything"]
+    leaves = {k.rsplit(".", 1)[-1]: k for k in keys}
+    leaf = key.rsplit(".", 1)[-1]
+    same = {name.lower(): k for name, k in leaves.items()}.get(leaf.lower())
+    near = [same] if same is not None else difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if not near:  # a misspelt name in the wrong section
+        near = [leaves[n] for n in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.6)]
+    hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join([*SECTIONS, 'trainer'])}"
+    return f"{key}: unknown configuration key; {hint}"
+
+
+def _plain_type(name: str) -> str:
+    """`int` for `<class 'int'>`, `'a' or 'b'` for `typing.Literal['a', 'b']`."""
+    name = re.sub(r"<class '([\w.]+)'>", r"\1", name).strip()
+    choices = re.fullmatch(r"typing\.Literal\[(.*)\]", name)
+    return choices.group(1).replace(", ", " or ") if choices else name

@@ -1,0 +1,42 @@
+"""The configuration schema: one dataclass per section of the YAML, one doc line per field.
+
+The same schema serves the command line (`entropy-probe run --config FILE`), `OfflineEntropyProbe(config)` and
+`OfflineEntropyProbe.from_config_file(FILE)`. Values are checked where a section is built; every message names the
+key, what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from probe.config.batches import BatchConfig, GenerationConfig, MemoryConfig
+from probe.config.checkpoint import CheckpointConfig
+from probe.config.estimation import ImportanceConfig, ProbeReworkConfig
+from probe.config.output import DetailedLoggingConfig, OutputConfig
+from probe.errors.exceptions import ConfigError
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """All sections that describe a probe (devices and precision belong to `trainer:`, see `ProbeRunner`)."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    batch_config: BatchConfig = field(default_factory=BatchConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    memory_config: MemoryConfig = field(default_factory=MemoryConfig)
+    probe_rework: ProbeReworkConfig = field(default_factory=ProbeReworkConfig)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    detailed_logging: DetailedLoggingConfig = field(default_factory=DetailedLoggingConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        """Check what spans sections."""
+        if not (self.probe_rework.compute_delta_h1 or self.importance.enabled):
+            raise ConfigError(
+                "probe_rework.compute_delta_h1 and importance.enabled: expected at least one of them true, found both "
+                "false; there is nothing to compute"
+            )
+
+
+SECTIONS = {f.name: f.default_factory for f in fields(ProbeConfig)}
+"""The sections of a configuration and their dataclasses."""

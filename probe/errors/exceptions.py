@@ -1,0 +1,65 @@
+"""The exceptions of the package: each message says what was expected, what was found and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from probe.text import shown
+
+
+class ProbeError(Exception):
+    """Base class. The command line prints its message as one line and exits with code 2.
+
+    Attributes:
+        results: the result mapping where a run came to its end but could not be published, else None.
+    """
+
+    results: dict[str, Any] | None = None
+
+
+class ConfigError(ProbeError, ValueError):
+    """A configuration key is unknown, has the wrong type or an impossible value."""
+
+
+class CheckpointError(ProbeError):
+    """A checkpoint, adapter, tokenizer or base model is missing, unreadable or has non-finite weights."""
+
+
+class OptimizerStateError(ProbeError):
+    """The saved optimizer state is missing, unsafe to load, or does not match the model's parameters."""
+
+
+class DataError(ProbeError):
+    """A data set, a rollout file, a prompt template or a reward cannot be used."""
+
+
+class RolloutError(ProbeError):
+    """Sampling gave nothing to probe, or its settings do not describe the policy that is scored."""
+
+
+class NumericalError(ProbeError):
+    """A number that should be finite or consistent is not."""
+
+
+class LogError(ProbeError):
+    """A log or result file cannot be written or read."""
+
+
+def require(condition: bool, key: str, expected: str, found: Any) -> None:
+    """Raise `ConfigError` naming `key` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{key}: expected {expected}, found {shown(found, 200)}")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The end of an error message that points to the most similar of `names`, or nothing.
+
+    >>> nearest("exact_numbr", ["exact_number", "gsm8k"])
+    ' (nearest: exact_number)'
+    >>> nearest("x", ["exact_number", "gsm8k"])
+    ''
+    """
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" (nearest: {close[0]})" if close else ""

@@ -1,0 +1,17 @@
+"""Output files: written whole or not at all."""
+
+from probe.files.atomic import (
+    atomic_create_bytes,
+    atomic_write_bytes,
+    ensure_replaceable,
+    ensure_writable,
+    remove_leftovers,
+)
+
+__all__ = [
+    "atomic_create_bytes",
+    "atomic_write_bytes",
+    "ensure_replaceable",
+    "ensure_writable",
+    "remove_leftovers",
+]

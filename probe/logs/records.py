@@ -1,0 +1,179 @@
+"""The parts of a log that are made from a run's state; each returns plain Python values.
+
+Shapes: `B` sequences, `T` response positions. Numbers made for reading are rounded to 6 (tables) or 9
+(sequences and tokens) significant digits; the raw arrays are not rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from probe.logs.distributions import RECORD_DIGITS, TABLE_DIGITS, mean_or_none, rounded
+
+if TYPE_CHECKING:
+    from probe.data.batch import RolloutBatch
+    from probe.phases.state import ProbeState
+
+
+def group_table(U: RolloutBatch) -> dict[str, list[Any]]:
+    """One row per group of U (the responses to one draw of a prompt), as columns of equal length."""
+    ids, member = torch.unique(U.group, return_inverse=True)
+    rows = [(member == k).nonzero().flatten() for k in range(len(ids))]
+    table: dict[str, list[Any]] = {
+        "group": ids.tolist(),
+        "size": [len(row) for row in rows],
+        "length_mean": [mean_or_none(U.lengths.double()[row]) for row in rows],
+        "truncated": [int(U.truncated[row].sum()) for row in rows],
+    }
+    if U.rewards is not None:
+        rewards = [U.rewards[row] for row in rows]
+        rewards = [values[~values.isnan()] for values in rewards]  # those to which a reward applies
+        table["reward_mean"] = [mean_or_none(values) if len(values) else None for values in rewards]
+        for name in ("min", "max"):
+            table[f"reward_{name}"] = [
+                rounded(getattr(values, name)(), TABLE_DIGITS) if len(values) else None for values in rewards
+            ]
+    if U.advantages is not None:
+        table["zero_advantage"] = [not bool(U.advantages[row].any()) for row in rows]
+    return table
+
+
+def prompt_table(state: ProbeState) -> tuple[list[dict[str, Any]], dict[tuple[int, ...], int]]:
+    """Every different prompt of E and U once, with text and token ids; and where each stands, by its ids."""
+    table: list[dict[str, Any]] = []
+    position: dict[tuple[int, ...], int] = {}
+    for batch in (state.E, state.U):
+        if batch is None:
+            continue
+        for text, ids in zip(batch.prompts, batch.prompt_ids, strict=True):
+            if ids not in position:
+                position[ids] = len(table)
+                table.append({"text": text, "ids": list(ids)})
+    return table, position
+
+
+def sequence_records(state: ProbeState, texts: bool, rows: bool = False) -> dict[str, Any]:
+    """One record per sequence of E and U; with `texts` also prompts, completions and token ids.
+
+    With `rows` each record has its prompt's token ids itself, as the row of a rollout file has.
+    """
+    section: dict[str, Any] = {}
+    prompts, position = prompt_table(state)
+    if texts:
+        section["prompts"] = prompts
+    for name, batch in (("E", state.E), ("U", state.U)):
+        if batch is None:
+            continue
+        columns = _sequence_columns(state, name)
+        lengths = batch.lengths.tolist()
+        section[name] = []
+        if batch.bias_flags:
+            section.setdefault("bias_flags", {})[name] = list(batch.bias_flags)
+        for i, ids in enumerate(batch.prompt_ids):
+            record: dict[str, Any] = {"index": i, "group": int(batch.group[i]), "prompt": position[ids]}
+            if texts:
+                if rows:
+                    record["prompt_ids"] = list(ids)
+                record["completion"] = batch.completions[i]
+                record["completion_ids"] = batch.completion_ids[i][batch.mask[i]].tolist()
+            record |= {"length": lengths[i], "truncated": bool(batch.truncated[i])}
+            if batch.doubts and batch.doubts[i]:
+                record["doubts"] = list(batch.doubts[i])
+            section[name].append(record | {column: values[i] for column, values in columns.items()})
+    return section
+
+
+def token_records(state: ProbeState, texts: bool, token_text: Callable[[int], str] | None) -> dict[str, Any]:
+    """For every sequence of E and U its tokens in order, as columns of equal length.
+
+    Args:
+        state: what the run produced.
+        texts: whether token ids and token texts are included.
+        token_text: the text of one token id; without it the texts are left out.
+    """
+    section: dict[str, Any] = {}
+    for name, batch in (("E", state.E), ("U", state.U)):
+        if batch is None:
+            continue
+        arrays = _token_arrays(state, name)
+        section[name] = []
+        for i in range(len(batch)):
+            mask = batch.mask[i]
+            columns: dict[str, Any] = {"index": i}
+            if texts:
+                columns["id"] = batch.completion_ids[i][mask].tolist()
+                if token_text is not None:
+                    columns["text"] = [token_text(token) for token in columns["id"]]
+            columns |= {key: rounded(values[i][mask], RECORD_DIGITS) for key, values in arrays.items()}
+            section[name].append(columns)
+    return section
+
+
+def raw_arrays(state: ProbeState, texts: bool) -> dict[str, Any]:
+    """The padded arrays of E and U as nested lists, unrounded; token ids only with `texts`."""
+    section: dict[str, Any] = {}
+    for name, batch in (("E", state.E), ("U", state.U)):
+        if batch is None:
+            continue
+        arrays: dict[str, Any] = {"shape": list(batch.mask.shape), "mask": batch.mask.int().tolist()}
+        if texts:
+            arrays["completion_ids"] = batch.completion_ids.masked_fill(~batch.mask, 0).tolist()
+        arrays |= {key: values.tolist() for key, values in _token_arrays(state, name).items()}
+        arrays |= {key: values.tolist() for key, values in _per_sequence(state, name).items()}
+        section[name] = arrays
+    return section
+
+
+def _per_sequence(state: ProbeState, name: str) -> dict[str, Tensor]:
+    """The `(B,)` arrays of batch `name` besides what its scores give."""
+    found: dict[str, Tensor | None] = {}
+    if name == "E" and state.ground_truth is not None:
+        found = {
+            "importance_weight": state.ground_truth.weights.weights,
+            "log_weight": state.ground_truth.weights.log_weights,
+        }
+    batch = state.E if name == "E" else state.U
+    if batch is not None:
+        found |= {"reward": batch.rewards, "advantage": batch.advantages}
+    return {key: values for key, values in found.items() if values is not None}
+
+
+def _sequence_columns(state: ProbeState, name: str) -> dict[str, Any]:
+    """The columns of the per-sequence records of batch `name` that are numbers."""
+    found: dict[str, Tensor] = {}
+    old = state.E_scores if name == "E" else (state.update.scores if state.update is not None else None)
+    if old is not None:
+        found |= {"logprob_before": old.sequence_logprob, "entropy_before": old.sequence_entropy}
+    if name == "E" and state.ground_truth is not None:
+        new = state.ground_truth.scores_new
+        found |= {"logprob_after": new.sequence_logprob, "entropy_after": new.sequence_entropy}
+    found |= _per_sequence(state, name)
+    return {key: rounded(values, RECORD_DIGITS) for key, values in found.items()}
+
+
+def _token_arrays(state: ProbeState, name: str) -> dict[str, Tensor]:
+    """The `(B, T)` arrays of batch `name`."""
+    found: dict[str, Tensor | None] = {}
+    if name == "E":
+        if state.E_scores is not None:
+            found |= {"logprob_before": state.E_scores.logprob, "entropy_before": state.E_scores.entropy}
+        if state.ground_truth is not None:
+            new = state.ground_truth.scores_new
+            found |= {"logprob_after": new.logprob, "entropy_after": new.entropy}
+        if state.entropy_gradient is not None:
+            found["score_weight_entropy"] = state.entropy_gradient.weights.entropy
+            found["score_weight_length"] = state.entropy_gradient.weights.length
+    elif state.update is not None:
+        found |= {
+            "logprob_before": state.update.scores.logprob,
+            "entropy_before": state.update.scores.entropy,
+        }
+        found["loss_weight"] = state.update.loss_weights
+    batch = state.E if name == "E" else state.U
+    if batch is not None:
+        found |= {"old_logprob": batch.old_logprobs, "sampling_logprob": batch.sampling_logprobs}
+    return {key: values for key, values in found.items() if values is not None}

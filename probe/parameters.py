@@ -1,0 +1,34 @@
+"""Vectors by parameter name: the trainable ones, their norm and inner product."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that an update changes, in the order of `named_parameters` (tied ones once).
+
+    Args:
+        model: the policy.
+
+    Returns:
+        Name to parameter.
+    """
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def inner_product(gradient: Callable[[str], Tensor], step: Mapping[str, Tensor]) -> float:
+    """`sum over parameters of <gradient(name), step[name]>`, one parameter at a time, in float64."""
+    total = 0.0
+    for name, change in step.items():
+        part = gradient(name)
+        total += float((part.double() * change.to(part.device).double()).sum())
+    return total
+
+
+def norm(tensors: Mapping[str, Tensor]) -> float:
+    """Euclidean norm over all tensors, accumulated in float64."""
+    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors.values()))

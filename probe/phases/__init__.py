@@ -1,0 +1,1 @@
+"""The phases of a probe, shared by a run and a training."""

@@ -1,0 +1,1 @@
+"""What a person gets: numbers, rows, tables, names of charts."""

@@ -1,0 +1,6 @@
+"""The result of a run: one frozen object, and the mapping that scripts read."""
+
+from probe.results.keys import DIAGNOSTIC_KEYS, RESULT_KEYS
+from probe.results.result import ProbeResult
+
+__all__ = ["DIAGNOSTIC_KEYS", "RESULT_KEYS", "ProbeResult"]

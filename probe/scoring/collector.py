@@ -1,0 +1,88 @@
+"""Values per token, collected from microbatches into the order of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from probe.data.batch import RolloutBatch
+from probe.errors.exceptions import NumericalError, RolloutError
+from probe.scoring.scores import TokenScores
+
+Progress = Callable[[int, int], None]
+"""Called with the number of sequences done and the total."""
+
+
+class Collector:
+    """Gathers what a pass finds per token into arrays `(B, T, ...)` and reports progress."""
+
+    def __init__(self, batch: RolloutBatch, progress: Progress | None) -> None:
+        """Start empty.
+
+        Raises:
+            RolloutError: the batch has no response token.
+        """
+        if not bool(batch.mask.any()):
+            raise RolloutError(
+                f"expected at least one response token, found {len(batch)} empty responses; check the sampling "
+                "settings or the rollout file"
+            )
+        self._mask = batch.mask
+        self._arrays: list[Tensor] = []
+        self._progress = progress
+        self._done = int((batch.lengths == 0).sum())
+
+    def add(self, sequence: Tensor, position: Tensor, *values: Tensor) -> list[Tensor]:
+        """Store values `(n, ...)` of tokens; returns them detached, on the CPU, in float64."""
+        found = [x.detach().to("cpu", torch.float64) for x in values]
+        if not self._arrays:
+            self._arrays = [
+                torch.zeros(*self._mask.shape, *x.shape[1:], dtype=_storage(k)) for k, x in enumerate(found)
+            ]
+        for array, x in zip(self._arrays, found, strict=True):
+            array[sequence, position] = x.to(array.dtype)
+        return found
+
+    def advance(self, count: int) -> None:
+        """Report `count` more sequences."""
+        self._done += count
+        if self._progress is not None and count:
+            self._progress(self._done, len(self._mask))
+
+    def arrays(self) -> list[Tensor]:
+        """What was gathered, checked.
+
+        Raises:
+            NumericalError: a value is not finite.
+        """
+        for name, values in zip(("log-prob", "entropy"), self._arrays, strict=False):
+            bad = ~torch.isfinite(values)
+            if bool(bad.any()):
+                i, t = (int(x) for x in bad.nonzero()[0])
+                raise NumericalError(
+                    f"expected finite scores, found a {name} of {values[i, t]} at sequence {i}, token {t} "
+                    f"({int(bad.sum())} in all); check the weights and checkpoint.dtype"
+                )
+        return self._arrays
+
+    def finish(self) -> TokenScores:
+        """The scores."""
+        logprob, entropy, *features = self.arrays()
+        expected, states = features or (None, None)
+        return TokenScores(logprob, entropy, self._mask, expected, states)
+
+
+def _storage(k: int) -> torch.dtype:
+    """What is differenced is kept in float64: log-probs, entropies, expected features. State features need less."""
+    return torch.float64 if k < 3 else torch.float32
+
+
+MakeProgress = Callable[[str], Progress]
+"""Given the name of a pass, the function to call with its progress."""
+
+
+def no_progress(what: str) -> Progress:
+    """Nobody is told."""
+    return lambda done, total: None

@@ -1,0 +1,149 @@
+"""Gradients of weighted sums of log-probs and entropies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from probe.data.batch import RolloutBatch
+from probe.errors.exceptions import NumericalError
+from probe.scoring.collector import Collector, Progress
+from probe.scoring.head import OutputHead, token_log_probs, token_statistics
+from probe.scoring.microbatch import MicroBatch
+from probe.scoring.policy import Policy
+from probe.scoring.scores import TokenScores
+
+TokenWeights = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`(sequence, position, l, h) -> (a, b)`: for `n` tokens, given their place in the batch and their detached scores
+(all `(n,)`, CPU, float64), the constant weights `(K, n)` of `l` and of `h` in each of `K` objectives."""
+
+
+def token_gradients(
+    policy: Policy,
+    batch: RolloutBatch,
+    weights: TokenWeights,
+    objectives: int,
+    progress: Progress | None = None,
+) -> tuple[list[dict[str, Tensor]], TokenScores]:
+    """Gradients of `sum_(i,t) a_k[i,t] l[i,t] + b_k[i,t] h[i,t]` for `k = 1..K`, the weights being constants.
+
+    Since the weights are constants, the gradient of a chunk's logits is taken as soon as they exist: each chunk goes
+    through the output head once, and the network below it is run once forward and `K` times backward.
+
+    Args:
+        policy: the policy; gradients are with respect to `policy.parameters`.
+        batch: `B` responses.
+        weights: gives the weights, see `TokenWeights`.
+        objectives: `K`.
+        progress: called after each microbatch.
+
+    Returns:
+        `K` dictionaries of gradients by parameter name (shape and type of the parameter; the parameters' own `.grad`
+        is not touched), and the scores seen on the way.
+
+    Raises:
+        RolloutError: all responses are empty.
+        NumericalError: there is nothing to train, or a score or gradient is not finite.
+    """
+    parameters = policy.parameters
+    if not parameters:
+        raise NumericalError("expected trainable parameters, found none with requires_grad=True")
+    totals = _Totals(parameters, objectives)
+    collector = Collector(batch, progress)
+    head = OutputHead(policy.model)
+    with torch.enable_grad():
+        for inputs in policy.microbatches(batch):
+            hidden = policy.hidden_states(head, inputs)
+            through_head = _head_gradients(policy, head, hidden, inputs, weights, totals, collector)
+            _network_gradients(hidden, through_head, totals)
+            collector.advance(inputs.size)
+    return totals.finish(), collector.finish()
+
+
+def _head_gradients(
+    policy: Policy,
+    head: OutputHead,
+    hidden: Tensor,
+    inputs: MicroBatch,
+    weights: TokenWeights,
+    totals: _Totals,
+    collector: Collector,
+) -> list[Tensor]:
+    """Gradients `(n, D_model)` of each objective by `hidden`, in float32 or better; the head's own go to `totals`."""
+    own = {n: p for n, p in totals.parameters.items() if any(p is q for q in head.layer.parameters())}
+    objectives = len(totals.values)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    grads = [torch.zeros_like(hidden, dtype=dtype) for _ in range(objectives)]
+    for rows in torch.arange(len(inputs.labels)).split(policy.head_chunk_tokens):
+        on_device = rows.to(hidden.device)
+        leaf = hidden.detach()[on_device].to(dtype).requires_grad_()
+        labels = inputs.labels[rows].to(hidden.device)
+        logprob, entropy = token_statistics(token_log_probs(head.logits(leaf), policy.temperature), labels)
+        sequence, position = inputs.sequence[rows], inputs.position[rows]
+        a, b = weights(sequence, position, *collector.add(sequence, position, logprob, entropy)[:2])
+        for k in range(objectives):
+            value = (a[k].to(logprob) * logprob + b[k].to(entropy) * entropy).sum()
+            more = k < objectives - 1
+            found = torch.autograd.grad(value, [leaf, *own.values()], retain_graph=more, allow_unused=True)
+            grads[k][on_device] = found[0]
+            totals.add(k, own, found[1:])
+    return grads
+
+
+def _network_gradients(hidden: Tensor, grads: list[Tensor], totals: _Totals) -> None:
+    """Carry the gradients by `hidden` down the network and add them to `totals`."""
+    if not hidden.requires_grad:  # only the output layer is trainable
+        return
+    parameters = list(totals.parameters.values())
+    for k, grad in enumerate(grads):
+        scale = float16_scale(grad) if hidden.dtype == torch.float16 else 1.0
+        found = torch.autograd.grad(
+            hidden,
+            parameters,
+            grad_outputs=(grad * scale).to(hidden.dtype),
+            retain_graph=k < len(grads) - 1,
+            allow_unused=True,
+        )
+        totals.add(k, totals.parameters, found, scale)
+
+
+def float16_scale(grad: Tensor) -> float:
+    """The power of two that brings the largest entry of a gradient to about 1.
+
+    Weights are of the order of one over the number of tokens, or of an entropy in nats: float16 flushes the former to
+    zero in the layers below and overflows on the latter. A power of two is undone without rounding.
+
+    >>> float16_scale(torch.tensor([0.1, -0.26]))
+    2.0
+    """
+    largest = float(grad.abs().max())
+    return 2.0 ** -math.frexp(largest)[1] if largest > 0 else 1.0
+
+
+class _Totals:
+    """The gradients of the objectives, summed over microbatches."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], objectives: int) -> None:
+        self.parameters = parameters
+        self.values = [
+            {name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(objectives)
+        ]
+
+    def add(self, k: int, names: Iterable[str], grads: Sequence[Tensor | None], scale: float = 1.0) -> None:
+        """Add gradients of the objective `k`, which were multiplied by `scale`."""
+        for name, grad in zip(names, grads, strict=True):
+            if grad is not None:
+                self.values[k][name] += grad / scale if scale != 1.0 else grad
+
+    def finish(self) -> list[dict[str, Tensor]]:
+        """The gradients, checked."""
+        for values in self.values:
+            for name, total in values.items():
+                if not bool(torch.isfinite(total).all()):
+                    raise NumericalError(
+                        f"expected finite gradients, found NaN or infinity in that of {name}"
+                    )
+        return self.values

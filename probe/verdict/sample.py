@@ -1,0 +1,124 @@
+"""What E is worth as a sample."""
+
+from __future__ import annotations
+
+from probe.estimators.importance_weights import PARETO_K_LIMIT
+from probe.verdict.facts import Facts, ess_share, number, pareto_limit
+from probe.verdict.sentences import REMEDY_STEP, count_text, percent
+from probe.verdict.words import MATERIAL, Finding
+
+EVEN_WEIGHTS = 1.5
+"""Below this largest weight (their mean being 1) Pareto k gives no reason: k does not know the scale of the weights,
+and the tail of such even ones is that of rounding and chance."""
+
+
+PARETO_K_NO_MEAN = 1.0
+"""From here on the fitted tail of the weights has no finite mean: there is nothing the estimate converges to."""
+
+
+ESS_COLLAPSE = 0.1
+"""Share of E that is left as effective sample size below which a few responses decide the result."""
+
+
+ESS_LEAST = 3.0
+"""Effective responses below which one or two decide the result, however small E is: a tenth of eight is less than the
+one that is always left. Leaving out one response at a time then says nothing about the error."""
+
+
+ESS_LOW = 0.5
+"""Below this share the measurement costs half of E: the step is large for importance sampling, and the weights of E
+say less about the responses that were not drawn."""
+
+
+FEW_RESPONSES = 30
+"""Below this many (effective, or different) responses a normal 95 % interval, whose error is itself estimated, covers
+visibly less than 95 %: with Student's t at 30 it is 4 % wider, at 10 it is 15 %."""
+
+
+def heavy_tail(facts: Facts) -> Finding | None:
+    """Weights with a tail too heavy for their mean to be estimated."""
+    if "pareto_k" not in facts.found or not facts.reweighted:
+        return None
+    k, size = number(facts.found, "pareto_k"), facts.size
+    largest = number(facts.found, "w_max")
+    if largest is not None and largest < EVEN_WEIGHTS:
+        return None
+    if k is None:
+        return Finding(
+            "caution",
+            "Pareto k of the importance weights could not be fitted: the tail of "
+            f"{count_text(size)} responses is too short; raise batch_config.B_E.",
+        )
+    limit = pareto_limit(facts)
+    share = ess_share(facts)
+    if k >= PARETO_K_NO_MEAN:
+        return Finding(
+            "invalid",
+            f"Pareto k of the importance weights is {k:.2f}: from {PARETO_K_NO_MEAN:g} on their mean is not finite "
+            f"and deltaH_true estimates nothing; {REMEDY_STEP}.",
+        )
+    if k > PARETO_K_LIMIT and share is not None and share < ESS_LOW:
+        return Finding(
+            "invalid",
+            f"Pareto k of the importance weights is {k:.2f}, above {PARETO_K_LIMIT:g}, and they leave an ESS of "
+            f"{percent(share)} of E: a few responses decide deltaH_true; {REMEDY_STEP}.",
+        )
+    if k > limit:
+        return Finding(
+            "caution",
+            f"Pareto k of the importance weights is {k:.2f}, above its limit of {limit:.2f} for {count_text(size)} "
+            f"responses: deltaH_true and its interval may be off; {REMEDY_STEP}.",
+        )
+    return None
+
+
+def effective_sample_size(facts: Facts) -> Finding | None:
+    """Weights so uneven that little of E is left."""
+    share = ess_share(facts)
+    if share is None or share >= ESS_LOW or not facts.reweighted:
+        return None
+    what = f"The effective sample size of E is {facts.found['ESS']:.3g} of {count_text(facts.size)} responses"
+    if share < ESS_COLLAPSE or facts.found["ESS"] < ESS_LEAST:
+        least = percent(ESS_COLLAPSE) if share < ESS_COLLAPSE else f"{ESS_LEAST:g}"
+        return Finding(
+            "invalid",
+            f"{what}, below {least}: a few responses decide deltaH_true; lower probe_rework.learning_rate.",
+        )
+    return Finding("caution", f"{what}, below half: the step is large for reweighting; {REMEDY_STEP}.")
+
+
+def few_responses(facts: Facts) -> Finding | None:
+    """Too few responses for an interval that relies on many."""
+    drawn, different = facts.size, number(facts.found, "distinct_responses")
+    prompts = number(facts.found, "prompts_E")
+    effective = number(facts.found, "ESS") if facts.reweighted else None
+    if drawn is not None and drawn < FEW_RESPONSES:
+        what = f"E has {drawn:g} responses"
+    elif prompts is not None and prompts < FEW_RESPONSES:
+        what = f"E has {prompts:g} prompts, which are its independent units"
+    elif different is not None and different < FEW_RESPONSES:
+        return Finding(
+            "caution",
+            f"E has {different:g} different responses among {count_text(drawn)}: what the policy can say but did not "
+            f"is in no error bar (limit {FEW_RESPONSES}); raise batch_config.B_E, or take more varied prompts.",
+        )
+    elif effective is not None and effective < FEW_RESPONSES:
+        what = f"E is worth {effective:.3g} responses after reweighting"
+    else:
+        return None
+    return Finding(
+        "caution",
+        f"{what}: with fewer than {FEW_RESPONSES} the 95 % intervals are too narrow; raise batch_config.B_E.",
+    )
+
+
+def cut_off(facts: Facts) -> Finding | None:
+    """Many responses whose end was not seen."""
+    share = number(facts.found, "truncated_fraction")
+    if share is None or share <= MATERIAL:
+        return None
+    return Finding(
+        "caution",
+        f"The token limit cut off {percent(share)} of E (limit {percent(MATERIAL)}): the entropies are those of the "
+        "capped responses; raise generation.max_new_tokens.",
+    )

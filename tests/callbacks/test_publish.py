@@ -1,0 +1,880 @@
+"""What publishes a result: log files, result file, TensorBoard, console and progress bars."""
+
+from __future__ import annotations
+
+import errno
+import html
+import io
+import json
+import math
+import os
+import re
+import threading
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from lightning.fabric.loggers import CSVLogger as FabricCSVLogger
+from lightning.fabric.loggers import TensorBoardLogger as FabricTensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import TensorBoardLogger as PyTorchTensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+from probe.callbacks.base import ProbeCallback
+from probe.callbacks.console import ConsoleReport
+from probe.callbacks.detailed_logging import DetailedLogging
+from probe.callbacks.progress import ProgressBars
+from probe.callbacks.results_file import ResultsFile
+from probe.callbacks.tensorboard import TensorBoardDiagnostics
+from probe.config.output import DetailedLoggingConfig
+from probe.config.schema import ProbeConfig
+from probe.errors.exceptions import LogError
+from probe.files.log_files import load_log
+from probe.logs.document import build_log
+from probe.logs.write import log_name, safe_name, write_log
+from probe.phases.state import ProbeState
+from probe.report.markdown import escaped, report_markdown
+from probe.report.numbers import interval_text, with_error
+from probe.report.rows import entropy_rows, estimator_rows, time_rows, trust_rows
+from probe.report.tags import hyperparameters, interval_charts, scalar_tags, training_step
+from probe.report.terminal import WIDTH, report
+from probe.verdict.words import WORDS
+from tests.support.helpers import name_of_ended_process
+from tests.support.synthetic_run import (
+    estimate_rows,
+    make_module,
+    make_result,
+    make_runner,
+    make_state,
+    make_values,
+)
+
+
+@pytest.fixture(scope="module")
+def state():
+    return make_state(B_E=6, B_U=3, G=4, lengths=(2, 8), layers=2, shape=(2, 3))
+
+
+def publish(callback, state, result, runner=None):
+    """Call the hooks of a run in their order."""
+    runner = make_runner(state) if runner is None else runner
+    module = make_module()
+    callback.on_probe_start(runner, module)
+    callback.on_report_end(runner, module, result)
+    callback.on_probe_end(runner, module, result)
+    return runner
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def rendered(markdown):
+    """The HTML that TensorBoard makes of Markdown."""
+    with warnings.catch_warnings():
+        # A part of TensorBoard warns of itself as it is imported.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from tensorboard.plugin_util import markdown_to_safe_html
+
+    return markdown_to_safe_html(markdown)
+
+
+def test_every_hook_is_one_of_the_base_class():
+    hooks = set(vars(ProbeCallback))
+    for callback in (ConsoleReport, DetailedLogging, ProgressBars, ResultsFile, TensorBoardDiagnostics):
+        defined = {name for name in vars(callback) if name.startswith(("on_", "run_"))}
+        assert defined <= hooks
+
+
+# ---------------------------------------------------------------- log files
+
+
+def test_three_files_in_a_folder_per_date(state, tmp_path, capsys):
+    callback = DetailedLogging(DetailedLoggingConfig(output_directory=str(tmp_path / "logs")))
+    runner = publish(callback, state, make_result(state))
+    assert runner.errors == []
+    folder, stem = tmp_path / "logs" / "2025-01-15", "entropy_probe_14-30-25_step_60"
+    assert callback.paths.main == folder / f"{stem}.json.gz"
+    assert callback.paths.summary == folder / f"{stem}_summary.json"
+    assert callback.paths.config == folder / f"{stem}_config.yaml"
+    assert sorted(folder.iterdir()) == sorted(vars(callback.paths).values())
+    assert capsys.readouterr().out == f"log: {callback.paths.main}\n"
+    assert load_log(callback.paths.main) == build_log(make_result(state), state, "standard")
+
+
+def test_the_configuration_can_be_read_again(state, tmp_path):
+    result = make_result(state)
+    callback = DetailedLogging(DetailedLoggingConfig(output_directory=str(tmp_path)))
+    publish(callback, state, result)
+    text = callback.paths.config.read_text()
+    assert text.startswith("# schema: entropy-probe/config\n# started_at: 2025-01-15T14:30:25")
+    assert yaml.safe_load(text) == result.config
+
+
+def test_settings_reach_the_log(state, tmp_path):
+    config = DetailedLoggingConfig(
+        output_directory=str(tmp_path),
+        level="debug",
+        compress=False,
+        log_sequences=False,
+        log_raw_tensors=False,
+    )
+    callback = DetailedLogging(config)
+    publish(callback, state, make_result(state))
+    log = load_log(callback.paths.main)
+    assert "raw" not in log
+    assert "id" not in log["tokens"]["E"][0]
+    assert callback.paths.main.suffix == ".json"
+
+
+def test_token_texts_come_from_the_tokenizer_of_the_module(state, tmp_path):
+    callback = DetailedLogging(DetailedLoggingConfig(output_directory=str(tmp_path), level="debug"))
+    publish(callback, state, make_result(state))
+    tokens = load_log(callback.paths.main)["tokens"]["E"][0]
+    assert tokens["text"] == [make_module().tokenizer.decode([token]) for token in tokens["id"]]
+
+
+def test_a_name_that_is_taken_gets_a_number(state, tmp_path):
+    names = []
+    for compress in (True, True, False):
+        config = DetailedLoggingConfig(output_directory=str(tmp_path), compress=compress)
+        callback = DetailedLogging(config)
+        publish(callback, state, make_result(state))
+        names.append(callback.paths.summary.name)
+    stem = "entropy_probe_14-30-25_step_60"
+    assert names == [f"{stem}_summary.json", f"{stem}_2_summary.json", f"{stem}_3_summary.json"]
+
+
+def test_runs_that_end_together_get_different_names(state, tmp_path):
+    callbacks = [DetailedLogging(DetailedLoggingConfig(output_directory=str(tmp_path))) for _ in range(8)]
+    threads = [threading.Thread(target=publish, args=(c, state, make_result(state))) for c in callbacks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({callback.paths.main for callback in callbacks}) == 8
+    assert all(load_log(callback.paths.main) for callback in callbacks)
+
+
+def test_names(state):
+    result = replace(make_result(state), checkpoint_name="../a b/ü:step 60")
+    config = DetailedLoggingConfig(
+        filename_template="{date}_{time}_{checkpoint}_{level}_{seed}", level="debug"
+    )
+    assert log_name(result, config) == "2025-01-15_14-30-25_a_b_step_60_debug_7"
+    assert log_name(replace(result, config={}), config).endswith("_none")
+    assert safe_name("...") == "checkpoint"
+    assert len(safe_name("x" * 500)) == 80
+
+
+def test_old_runs_are_pruned(state, tmp_path):
+    config = DetailedLoggingConfig(output_directory=str(tmp_path), max_files=2)
+    for second in range(4):
+        result = replace(make_result(state), started_at=f"2025-01-15T14:30:0{second}")
+        publish(DetailedLogging(config), state, result)
+    assert len(list(tmp_path.glob("*/*_summary.json"))) == 2
+    assert len(list(tmp_path.glob("*/*"))) == 6
+
+
+def test_a_folder_that_cannot_be_made_stops_the_run_at_its_start(state, tmp_path):
+    (tmp_path / "file").write_text("x")
+    callback = DetailedLogging(DetailedLoggingConfig(output_directory=str(tmp_path / "file" / "logs")))
+    with pytest.raises(LogError, match="a part of the path is a file"):
+        callback.on_probe_start(make_runner(state), make_module())
+
+
+def test_a_folder_that_cannot_be_written_stops_the_run_at_its_start(state, tmp_path, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.write_bytes", no_space)
+    callback = DetailedLogging(DetailedLoggingConfig(output_directory=str(tmp_path)))
+    with pytest.raises(LogError, match=f"cannot write {tmp_path}: No space left on device; free some space"):
+        callback.on_probe_start(make_runner(state), make_module())
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "open"])
+def test_a_full_disk_at_the_end_is_reported_and_leaves_no_half_run(
+    state, tmp_path, monkeypatch, capsys, call
+):
+    callback, runner = (
+        DetailedLogging(DetailedLoggingConfig(output_directory=str(tmp_path))),
+        make_runner(state),
+    )
+    callback.on_probe_start(runner, make_module())
+    monkeypatch.setattr(os, call, no_space)
+    callback.on_report_end(runner, make_module(), make_result(state))
+    callback.on_probe_end(runner, make_module(), make_result(state))
+    with pytest.raises(LogError, match=r"cannot write .*entropy_probe_14-30-25_step_60.*: No space left"):
+        raise runner.errors[0]
+    assert callback.paths is None
+    assert list(tmp_path.glob("*/*")) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_what_was_complete_before_the_disk_was_full_stays(state, tmp_path, monkeypatch):
+    callback, runner = (
+        DetailedLogging(DetailedLoggingConfig(output_directory=str(tmp_path))),
+        make_runner(state),
+    )
+    real = os.replace
+
+    def summary_fails(source, target):
+        return no_space() if "_summary" in str(target) else real(source, target)
+
+    monkeypatch.setattr(os, "replace", summary_fails)
+    callback.on_report_end(runner, make_module(), make_result(state))
+    assert "_summary.json" in str(runner.errors[0])
+    config, log = sorted(tmp_path.glob("*/*"), key=lambda path: path.suffix, reverse=True)
+    assert config.name.endswith("_config.yaml")
+    assert load_log(log)["level"] == "standard"
+
+
+def test_a_kill_at_any_time_leaves_whole_files_only(state, tmp_path, monkeypatch):
+    """Each file is looked at whenever something happens to a name, as another process, or a kill, would find it."""
+    seen = []
+
+    def spy(name):
+        real = getattr(os, name)
+
+        def call(*args, **kwargs):
+            seen.extend((path, path.read_bytes()) for path in tmp_path.glob("*/[!.]*"))
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("open", "link", "replace", "fsync", "unlink"):
+        monkeypatch.setattr(os, name, spy(name))
+    config = DetailedLoggingConfig(output_directory=str(tmp_path))
+    write_log(make_result(state), state, config)
+    monkeypatch.undo()
+    assert {path.suffix for path, _ in seen} == {".yaml", ".gz"}
+    assert all(content == path.read_bytes() for path, content in seen)
+    assert len(list(tmp_path.glob("*/*"))) == 3
+
+
+def test_what_a_killed_run_left_in_the_log_folder_goes_at_the_next_start(state, tmp_path):
+    config = DetailedLoggingConfig(output_directory=str(tmp_path))
+    paths = write_log(make_result(state), state, config)
+    left = paths.main.with_name(name_of_ended_process())
+    left.write_bytes(b"half")
+    DetailedLogging(config).on_probe_start(make_runner(state), make_module())
+    assert not left.exists()
+    assert paths.main.exists()
+
+
+def test_a_failure_to_prune_is_reported(state, tmp_path, monkeypatch):
+    runner = make_runner(state)
+    monkeypatch.setattr("probe.callbacks.detailed_logging.prune", no_space)
+    publish(
+        DetailedLogging(DetailedLoggingConfig(output_directory=str(tmp_path), max_files=1)),
+        state,
+        make_result(state),
+        runner,
+    )
+    assert "No space left" in str(runner.errors[0])
+
+
+def test_nothing_is_written_when_switched_off_or_on_another_rank(state, tmp_path):
+    off = DetailedLogging(DetailedLoggingConfig(enabled=False, output_directory=str(tmp_path / "logs")))
+    publish(off, state, make_result(state))
+    rank1 = make_runner(state)
+    rank1.fabric.is_global_zero = False
+    publish(
+        DetailedLogging(DetailedLoggingConfig(output_directory=str(tmp_path / "logs"))),
+        state,
+        make_result(state),
+        rank1,
+    )
+    publish(ResultsFile(tmp_path / "logs" / "r.json"), state, make_result(state), rank1)
+    publish(TensorBoardDiagnostics(), state, make_result(state), rank1)
+    assert not (tmp_path / "logs").exists()
+
+
+# ---------------------------------------------------------------- result file
+
+
+def test_the_result_file_is_the_mapping(state, tmp_path):
+    path = tmp_path / "new" / "result.json"
+    runner = publish(ResultsFile(path), state, make_result(state, deltaH_true=math.nan))
+    assert runner.errors == []
+    values = json.loads(path.read_text())
+    assert values["deltaH_true"] is None
+    assert values["deltaH1"] == state.prediction.deltaH1
+
+
+def test_a_result_file_that_cannot_be_written(state, tmp_path, monkeypatch):
+    with pytest.raises(LogError, match="found a folder"):
+        ResultsFile(tmp_path).on_probe_start(make_runner(state), make_module())
+    runner = make_runner(state)
+    monkeypatch.setattr(os, "replace", no_space)
+    ResultsFile(tmp_path / "r.json").on_report_end(runner, make_module(), make_result(state))
+    with pytest.raises(LogError, match=r"cannot write .*r\.json: No space left on device; free some space"):
+        raise runner.errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_path_nothing_is_written(state, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    publish(ResultsFile(None), state, make_result(state))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- TensorBoard
+
+
+def events(logger):
+    found = EventAccumulator(logger.log_dir, size_guidance={"scalars": 0, "histograms": 0, "tensors": 0})
+    found.Reload()
+    return found
+
+
+@pytest.mark.parametrize("kind", [PyTorchTensorBoardLogger, FabricTensorBoardLogger])
+@pytest.mark.parametrize("default_hp_metric", [True, False])
+def test_tensorboard_has_everything_once(state, tmp_path, kind, default_hp_metric):
+    logger = kind(str(tmp_path), default_hp_metric=default_hp_metric)
+    result = make_result(state)
+    runner = publish(TensorBoardDiagnostics(), state, result, make_runner(state, (logger,)))
+    assert runner.errors == []
+    found = events(logger)
+    tags = found.Tags()
+    assert set(tags["scalars"]) == set(scalar_tags(result.values))
+    for tag, value in scalar_tags(result.values).items():
+        (event,) = found.Scalars(tag)
+        assert event.step == 60
+        assert event.value == pytest.approx(value, rel=1e-6, abs=1e-38)
+    expected = {"E/importance_weight", "E/sequence_entropy_before", "E/sequence_entropy_after", "E/length"}
+    expected |= {"E/token_entropy_before", "U/reward", "U/length"}
+    assert {f"entropy_probe_{name}" for name in expected} <= set(tags["histograms"])
+    (weights,) = found.Histograms("entropy_probe_E/importance_weight")
+    assert weights.histogram_value.num == len(state.E)
+    assert weights.histogram_value.max == pytest.approx(state.ground_truth.weights.w_max)
+    texts = {name for name in tags["tensors"] if name.endswith("text_summary")}
+    assert texts == {f"entropy_probe/{name}/text_summary" for name in ("verdict", "report", "responses")}
+    assert "custom_scalars__config__" in tags["tensors"]
+
+
+@pytest.mark.parametrize("kind", [PyTorchTensorBoardLogger, FabricTensorBoardLogger])
+def test_the_hparams_tab_has_settings_and_metrics(state, tmp_path, kind):
+    logger = kind(str(tmp_path))
+    result = make_result(state)
+    publish(TensorBoardDiagnostics(), state, result, make_runner(state, (logger,)))
+    contents = events(logger).PluginTagToContent(metadata.PLUGIN_NAME)
+    parse = plugin_data_pb2.HParamsPluginData.FromString
+    experiment = parse(contents[metadata.EXPERIMENT_TAG]).experiment
+    shown = {info.name.tag for info in experiment.metric_infos}
+    assert "entropy_probe/deltaH1_tok" in shown
+    assert "entropy_probe_diagnostics/ESS" in shown
+    assert "hp_metric" not in shown
+    session = parse(contents[metadata.SESSION_START_INFO_TAG]).session_start_info.hparams
+    assert session["checkpoint_name"].string_value == "step_60"
+    assert session["learning_rate"].number_value == 1e-6
+    assert session["settings/batch_config/disjoint"].string_value == "true"
+    assert session["settings/probe_rework/loss"].string_value == "dapo"
+    assert sorted(session)[:5] == ["B_E", "B_U", "G", "checkpoint_name", "learning_rate"]
+
+
+def test_every_run_has_the_same_hyperparameters(state):
+    result = make_result(state)
+    other = replace(
+        result, values={}, config=make_result(state, ProbeConfig()).config | {"seed_everything": None}
+    )
+    assert set(hyperparameters(result)) == set(hyperparameters(other))
+    assert hyperparameters(other)["learning_rate"] == "null"
+
+
+def test_hyperparameters_can_be_left_to_the_training_loop(state, tmp_path):
+    logger = PyTorchTensorBoardLogger(str(tmp_path))
+    publish(
+        TensorBoardDiagnostics(hyperparameters=False),
+        state,
+        make_result(state),
+        make_runner(state, (logger,)),
+    )
+    found = events(logger)
+    assert set(found.Tags()["scalars"]) == set(scalar_tags(make_result(state).values))
+    assert metadata.EXPERIMENT_TAG not in found.summary_metadata
+
+
+def test_several_checkpoints_make_a_curve(state, tmp_path):
+    logger = FabricTensorBoardLogger(str(tmp_path))
+    for name, step in (("step_20", 20), ("step_40", 40)):
+        publish(
+            TensorBoardDiagnostics(),
+            state,
+            replace(make_result(state, training_step=step), checkpoint_name=name),
+            make_runner(state, (logger,)),
+        )
+    assert [event.step for event in events(logger).Scalars("entropy_probe/deltaH1")] == [20, 40]
+
+
+@pytest.mark.parametrize(("known", "step"), [(60, 60), (None, 0)])
+def test_training_step(state, known, step):
+    assert training_step(make_result(state, training_step=known)) == step
+
+
+def test_tags_are_grouped_and_only_finite_numbers_are_tags(state):
+    tags = scalar_tags(
+        {
+            "deltaH1_tok": 1.0,
+            "deltaH_true_se": 2,
+            "pathwise": 3.0,
+            "B_E": 4,
+            "H_orig": None,
+            "H_upd": math.nan,
+            "checkpoint_path": "x",
+            "deltaH_true_ci95": [0.0, 1.0],
+            "residual_tok_ci95": None,
+            "deltaH1_ci95": [math.nan, 1.5],
+            "deltaH1_tok_sd_U": 8.0,
+            "eta_10": 9.0,
+            "verdict": "unresolved",
+            "verdict_reasons": ["x"],
+            "estimates": [
+                {"quantity": "deltaH_true", "estimand": "token", "estimator": "per_decision+cv"}
+                | {"value": 10.0, "se": 11.0, "ci95": [1.0, 2.0], "variance_ratio": 12.0, "reported": True},
+                {"quantity": "deltaH1", "estimand": "sequence", "estimator": "causal"}
+                | {"value": None, "se": None, "ci95": None, "variance_ratio": None, "reported": False},
+            ],
+            "diagnostics": {"ESS": 5.0, "bias_flags": [], "flag": True, "nested": {"deep": 6}},
+            "batch_statistics": {"E": {"length": {"mean": 7.0}}},
+        }
+    )
+    assert tags == {
+        "entropy_probe/deltaH1_tok": 1.0,
+        "entropy_probe_ground_truth/deltaH_true_se": 2.0,
+        "entropy_probe_prediction/pathwise": 3.0,
+        "entropy_probe_ground_truth/deltaH_true_ci95_low": 0.0,
+        "entropy_probe_ground_truth/deltaH_true_ci95_high": 1.0,
+        "entropy_probe_prediction/deltaH1_ci95_high": 1.5,
+        "entropy_probe_prediction/deltaH1_tok_sd_U": 8.0,
+        "entropy_probe_prediction/eta_10": 9.0,
+        "entropy_probe/verdict_code": 2.0,
+        "entropy_probe_estimates/deltaH_true_tok/per_decision_cv": 10.0,
+        "entropy_probe_estimates/deltaH_true_tok/per_decision_cv_se": 11.0,
+        "entropy_probe_estimates/deltaH_true_tok/per_decision_cv_variance_ratio": 12.0,
+        "entropy_probe_batch/B_E": 4.0,
+        "entropy_probe_diagnostics/ESS": 5.0,
+        "entropy_probe_diagnostics/nested/deep": 6.0,
+        "entropy_probe_batch/E/length/mean": 7.0,
+    }
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_the_verdict_as_a_number(word):
+    assert scalar_tags({"verdict": word}) == {"entropy_probe/verdict_code": WORDS.index(word)}
+    assert WORDS == ("trustworthy", "caution", "unresolved", "invalid")
+
+
+def test_tags_are_taken_as_they_are(state, tmp_path, caplog):
+    """TensorBoard would replace other characters, and say so in a warning."""
+    rows = [entry | {"estimator": f"{entry['estimator']}+cv"} for entry in estimate_rows(make_values())]
+    logger = FabricTensorBoardLogger(str(tmp_path))
+    result = make_result(state, estimates=rows)
+    publish(TensorBoardDiagnostics(), state, result, make_runner(state, (logger,)))
+    assert set(events(logger).Tags()["scalars"]) == set(scalar_tags(result.values))
+    assert "illegal" not in caplog.text
+
+
+def test_changes_have_charts_with_their_intervals(state):
+    scalars = scalar_tags(make_result(state).values)
+    layout = interval_charts(scalars)
+    assert len(layout) == 2
+    for charts in layout.values():
+        assert len(charts) == 3
+        for kind, (value, low, high) in charts.values():
+            assert kind == "Margin"
+            assert scalars[low] <= scalars[value] <= scalars[high]
+    assert interval_charts(scalar_tags({"deltaH1": 1.0, "deltaH1_se": 2.0})) == {}
+
+
+def test_non_finite_samples_do_not_stop_tensorboard(state, tmp_path):
+    weights = state.ground_truth.weights.weights.clone()
+    weights[0] = math.inf
+    odd = replace(
+        state,
+        ground_truth=replace(
+            state.ground_truth, weights=replace(state.ground_truth.weights, weights=weights)
+        ),
+    )
+    logger = FabricTensorBoardLogger(str(tmp_path))
+    assert (
+        publish(TensorBoardDiagnostics(), odd, make_result(state), make_runner(odd, (logger,))).errors == []
+    )
+    (found,) = events(logger).Histograms("entropy_probe_E/importance_weight")
+    assert found.histogram_value.num == len(state.E) - 1
+
+
+def test_a_run_of_which_little_ran(state, tmp_path):
+    bare, result = ProbeState(), replace(make_result(state), values={"timing": {"sample": 1.0}})
+    logger = FabricTensorBoardLogger(str(tmp_path))
+    assert publish(TensorBoardDiagnostics(), bare, result, make_runner(bare, (logger,))).errors == []
+    assert events(logger).Tags()["scalars"] == ["entropy_probe_timing/sample"]
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=http://e.example/x onerror=alert(1)>",
+    "![x](http://e.example/x.png)",
+    "[click](javascript:alert(1))",
+    "| a | b |\n|---|---|",
+    "**bold** _it_ `code` ~~x~~",
+    "# head\n\n- item\n1. one",
+    "\x02klzzwxh:0001\x03 \x00 \x1b[31m",
+    "&lt;b&gt; &amp; <http://e.example>",
+    "```\nfence\n```",
+    "a\\|b \\<b\\>",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_texts_are_shown_as_they_are(state, tmp_path, text):
+    hostile = replace(state, E=replace(state.E, prompts=(text,) * 6, completions=("plain",) * 6))
+    result = replace(make_result(state, verdict_reasons=[f"It is flagged {text}."]), checkpoint_name=text)
+    logger = FabricTensorBoardLogger(str(tmp_path))
+    assert (
+        publish(TensorBoardDiagnostics(examples=1), hostile, result, make_runner(hostile, (logger,))).errors
+        == []
+    )
+    found = events(logger)
+    for name in ("verdict", "report", "responses"):
+        page = rendered(found.Tensors(f"entropy_probe/{name}/text_summary")[0].tensor_proto.string_val[0])
+        allowed = {"table", "thead", "tbody", "tr", "th", "td", "p", "strong", "br", "ul", "li"}
+        assert set(re.findall(r"</?([a-z0-9]+)", page)) <= allowed
+    cells = re.findall(r"<td>(.*?)</td>", page, flags=re.DOTALL)
+    assert len(cells) == 2
+    assert cells[1] == "plain"
+    shown = re.sub(r"[\x00-\x08\x1b]", "\ufffd", " ".join(text.split()))
+    assert " ".join(html.unescape(cells[0].replace("<br>", " ")).split()) == shown
+
+
+def test_long_texts_are_cut_off():
+    assert escaped("x" * 30, limit=10) == "x" * 10 + " ... &#40;20 more characters&#41;"
+
+
+def test_texts_are_left_out_where_the_log_leaves_them_out(state, tmp_path):
+    logger = FabricTensorBoardLogger(str(tmp_path))
+    config = ProbeConfig(detailed_logging=DetailedLoggingConfig(log_sequences=False))
+    publish(TensorBoardDiagnostics(), state, make_result(state), make_runner(state, (logger,), config))
+    assert "entropy_probe/responses/text_summary" not in events(logger).Tags()["tensors"]
+
+
+def test_other_loggers_get_the_scalars(state, tmp_path):
+    loggers = (CSVLogger(str(tmp_path / "a")), FabricCSVLogger(str(tmp_path / "b")))
+    runner = publish(TensorBoardDiagnostics(), state, make_result(state), make_runner(state, loggers))
+    assert runner.errors == []
+    for folder in ("a", "b"):
+        (metrics,) = (tmp_path / folder).rglob("metrics.csv")
+        assert "entropy_probe/deltaH1" in metrics.read_text().splitlines()[0]
+
+
+def test_a_logger_that_fails_does_not_keep_the_next_from_publishing(state, tmp_path):
+    class Broken(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            raise RuntimeError("no network")
+
+    good = FabricTensorBoardLogger(str(tmp_path / "good"))
+    runner = make_runner(state, (Broken(str(tmp_path / "bad")), good))
+    publish(TensorBoardDiagnostics(), state, make_result(state), runner)
+    with pytest.raises(LogError, match=r"Broken did not take the results: no network$"):
+        raise runner.errors[0]
+    assert events(good).Tags()["scalars"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_a_full_disk_under_tensorboard_is_one_line_and_no_traceback(
+    state, tmp_path, monkeypatch, capsys, code, after
+):
+    """Its writer fails in a thread of its own, at the first record or later."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    real, calls = RecordWriter.write, []
+
+    def write(self, data):
+        calls.append(data)
+        if len(calls) > after:
+            raise OSError(code, os.strerror(code))
+        real(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    logger = PyTorchTensorBoardLogger(str(tmp_path), name="entropy_probe")
+    runner = make_runner(state, (logger,))
+    runner.default_logger = True
+    before = threading.excepthook
+    publish(TensorBoardDiagnostics(), state, make_result(state), runner)
+    assert threading.excepthook is before
+    (error,) = runner.errors
+    assert str(error).startswith(f"cannot write {logger.log_dir}: {os.strerror(code)}; ")
+    assert "Traceback" not in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_errors_of_other_threads_are_still_shown(state, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: shown.append(args.exc_value))
+
+    class Busy(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            thread = threading.Thread(target=no_space)
+            thread.start()
+            thread.join()
+
+    publish(TensorBoardDiagnostics(), state, make_result(state), make_runner(state, (Busy(str(tmp_path)),)))
+    assert [error.errno for error in shown] == [errno.ENOSPC]
+
+
+def test_the_folder_of_a_logger_is_tried_before_the_work(state, tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    for logger in (CSVLogger, PyTorchTensorBoardLogger, FabricCSVLogger, FabricTensorBoardLogger):
+        runner = make_runner(state, (logger(str(tmp_path / "file")),))
+        with pytest.raises(LogError, match=r"a part of the path is a file|a file of that name is in the way"):
+            TensorBoardDiagnostics().on_probe_start(runner, make_module())
+
+
+def test_the_report_as_markdown_has_a_verdict(state):
+    result = make_result(state, verdict="resolved", verdict_reasons=["k is 0.2", "ESS is *high*"])
+    page = rendered(report_markdown(result))
+    assert "Verdict: <strong>resolved</strong>" in page
+    assert "<li>ESS is *high*</li>" in html.unescape(page)
+    assert page.count("<table>") == 4
+    assert re.search(r"<td>deltaH1</td>\n<td>[^<]*<br>.*?</td>", page)
+
+
+# ---------------------------------------------------------------- console
+
+
+def test_the_report_reads_well(state, capsys):
+    result = make_result(state, deltaH1_tok=-0.00112345, deltaH1_tok_se=0.00031)
+    runner = publish(ConsoleReport(), state, result)
+    assert runner.errors == []
+    text = capsys.readouterr().out
+    assert text == report(result)
+    lines = text.splitlines()
+    assert (
+        lines[0]
+        == "Entropy probe of step_60: E = 6 responses, U = 3 prompts x 8 responses, learning rate 1e-06"
+    )
+    assert lines[2] == f"Verdict: {result.values['verdict']}"
+    for label in (
+        "H before",
+        "H after",
+        "deltaH1",
+        "deltaH_true",
+        "difference",
+        "deltaH2",
+        "eta_10",
+        "  spread over U",
+        "deltaH1 causal",
+        "deltaH_true snis",
+        "ESS of E",
+        "Pareto k",
+        "noise floor",
+        "derivative",
+        "second order",
+        "controls",
+        "weights",
+        "bias flags",
+    ):
+        (line,) = [line for line in lines if line.startswith(f"  {label}  ")]
+        assert re.search(r"[a-z]{3,}.*$", line)
+    assert "-0.00112 +/- 0.00031" in text
+    assert "total" in lines[-1]
+    assert max(len(line) for line in lines) <= WIDTH
+
+
+def test_columns_are_aligned(state):
+    parts = report(make_result(state)).split("\n\n")
+    for part, head in ((parts[2], "nats per response"), (parts[3], "variance ratio")):
+        lines = part.splitlines()
+        column = lines[0].index(head)
+        assert all(line[column - 1] == " " and line[column] != " " for line in lines if column < len(line))
+    assert len(parts[2].splitlines()) == 12
+
+
+def test_the_verdict_comes_first(state):
+    long = "The interval contains 0; " + "this is a long reason " * 10
+    result = make_result(state, verdict="unresolved", verdict_reasons=["the interval contains 0", long])
+    lines = report(result).split("\n\n")[1].splitlines()
+    assert lines[:2] == ["Verdict: unresolved", "  - the interval contains 0"]
+    assert lines[2].startswith("  - The interval contains 0; this")
+    assert lines[3].startswith("    ")
+    assert " ".join(" ".join(lines[2:]).split()) == f"- {long.strip()}"
+
+
+def test_values_come_with_errors_and_intervals():
+    rows = {row.label.strip(): row for row in entropy_rows(make_values())}
+    assert rows["deltaH1"].cells == (
+        "-0.00100 +/- 0.00020\n[-0.00139, -0.00061]",
+        "-0.100 +/- 0.020\n[-0.139, -0.061]",
+    )
+    assert rows["difference"].cells[0] == "(-2.00 +/- 0.50)e-05\n[-2.98, -1.02]e-05"
+    assert "same E" in rows["difference"].meaning
+    assert rows["deltaH2"].cells[1] == "0.00200 +/- 0.00040"
+    assert rows["spread over U"].cells == ("0.0003", "0.03")
+    assert rows["eta_10"].cells == ("5e-06", "5e-06")
+    old = {"deltaH1": 1.0, "deltaH_true": 0.5, "residual": 0.5}
+    assert entropy_rows(old)[-1].meaning == "predicted minus measured"
+
+
+def test_nulls_are_not_resolved():
+    names = ("deltaH_true", "deltaH2", "eta_10", "H_upd")
+    changes = {f"{name}{suffix}": None for name in names for suffix in ("", "_tok")}
+    rows = {row.label: row for row in entropy_rows(make_values(**changes, deltaH_true_tok_ci95=[None, None]))}
+    for label in ("H after", "deltaH_true", "deltaH2", "eta_10"):
+        assert rows[label].cells == ("not resolved", "not resolved")
+    rows = {row.label: row for row in trust_rows(make_values(pareto_k=None, second_order_mode=None))}
+    assert rows["Pareto k"].cells == ("not fitted (limit 0.67)",)
+    assert rows["second order"].cells == ("none",)
+
+
+def test_every_estimator_is_shown_where_there_are_several():
+    values = make_values()
+    rows = estimator_rows({**values, "estimates": estimate_rows(values)})
+    assert [row.label for row in rows] == [
+        *("deltaH1 causal", "deltaH1 matched"),
+        *("deltaH_true per_decision", "deltaH_true snis", "deltaH_true resample"),
+    ]
+    assert rows[1].cells == ("-0.00100 +/- 0.00040", "-0.100 +/- 0.040", "1 / 1")
+    assert rows[0].meaning == "reported: by the entropy ahead"
+    reported = [entry for entry in estimate_rows(values) if entry["reported"]]
+    assert estimator_rows({"estimates": reported}) == []
+    assert estimator_rows({}) == []
+    odd = {"quantity": "deltaH1", "estimand": "token", "estimator": "new", "value": None, "se": None}
+    (row,) = estimator_rows({"estimates": [odd | {"variance_ratio": None, "reported": False}]})
+    assert row.cells == ("not resolved", "-", "? / -")
+
+
+@pytest.mark.parametrize(
+    ("interval", "text"),
+    [
+        ([-0.00173, -0.00051], "[-0.00173, -0.00051]"),
+        ((1200.0, 1300.0), "[1200, 1300]"),
+        ([-1.73e-7, 5.1e-8], "[-1.73, 0.51]e-07"),
+        ([0.5, 0.5], "[0.5, 0.5]"),
+        ([0.0, 0.0], "[0, 0]"),
+        ([None, 1.0], ""),
+        ([math.nan, math.inf], ""),
+        (None, ""),
+    ],
+)
+def test_intervals(interval, text):
+    assert interval_text(interval) == text
+
+
+def test_only_what_ran_is_shown(state):
+    values = {"H_orig": 1.25, "H_upd": None, "deltaH_true": None, "diagnostics": {}, "timing": {}}
+    (before, after, change) = entropy_rows(values)
+    assert before.cells == ("-", "1.2500")
+    assert after.cells == ("-", "not resolved")
+    assert change.cells == ("-", "not resolved")
+    assert trust_rows({}) == []
+    assert time_rows({"timing": {"total": 3.0, "load": 1.0, "sample": None}})[-1].label == "total"
+    bare = replace(make_result(state), values={})
+    assert report(bare) == "Entropy probe of step_60\n"
+    assert "U = 3 prompts," in report(make_result(state, G=None))
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (-0.00112345, 0.00031, "-0.00112 +/- 0.00031"),
+        (1234.5, 56.7, "1234 +/- 57"),
+        (1234.5, 5678.0, "1234 +/- 5678"),
+        (-1.12345e-7, 3.1e-8, "(-1.12 +/- 0.31)e-07"),
+        (1e-9, 3.1e-8, "(0.1 +/- 3.1)e-08"),
+        (-1e-9, 0.012, "0.000 +/- 0.012"),
+        (0.25, None, "0.25"),
+        (0.123456, 0.0, "0.1235"),
+        (0.123456, math.inf, "0.1235"),
+        (None, 0.1, "not resolved"),
+        (math.nan, 0.1, "not resolved"),
+        (0.0, 0.0, "0"),
+    ],
+)
+def test_digits_follow_the_error(value, error, text):
+    assert with_error(value, error) == text
+
+
+class AsciiTerminal(io.StringIO):
+    encoding = "ascii"
+
+
+def test_what_the_terminal_cannot_show_is_escaped(state, monkeypatch):
+    stream = AsciiTerminal()
+    monkeypatch.setattr("sys.stdout", stream)
+    publish(ConsoleReport(), state, replace(make_result(state), checkpoint_name="grün\x1b[31m\n"))
+    assert stream.getvalue().startswith("Entropy probe of gr\\xfcn\\x1b[31m")
+
+
+def test_a_closed_pipe_is_reported(state, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("sys.stdout", Closed())
+    runner = publish(ConsoleReport(), state, make_result(state))
+    with pytest.raises(LogError, match=r"cannot print to stdout: .*Broken pipe"):
+        raise runner.errors[0]
+
+
+# ---------------------------------------------------------------- progress
+
+
+def test_bars_are_off_without_a_terminal(state, capsys):
+    bars = ProgressBars()
+    bars.on_progress(make_runner(state), "sample", 1, 2, "E")
+    assert capsys.readouterr().err == ""
+
+
+def test_one_bar_per_pass(state, capsys):
+    bars, runner = ProgressBars(force=True), make_runner(state)
+    threads = threading.active_count()
+    for phase, what in (("sample", "sample E"), ("ground_truth", "score E after the step")):
+        for done in (2, 4):
+            bars.on_progress(runner, phase, done, 4, what)
+    assert bars._bar is None
+    assert threading.active_count() == threads
+    text = capsys.readouterr().err
+    assert "sample: sample E" in text
+    assert "ground truth: score E after the step" in text
+    assert text.count("4/4") == 2
+
+
+@pytest.mark.parametrize("end", ["exception", "report", "end", "next pass"])
+def test_an_unfinished_bar_is_closed(state, capsys, end):
+    bars, runner, module = ProgressBars(force=True), make_runner(state), make_module()
+    bars.on_progress(runner, "sample", 1, 4, "E")
+    first = bars._bar
+    if end == "exception":
+        bars.on_exception(runner, module, KeyboardInterrupt())
+    elif end == "report":
+        bars.on_report_start(runner, module)
+    elif end == "end":
+        bars.on_probe_end(runner, module, make_result(state))
+    else:
+        bars.on_progress(runner, "sample", 1, 4, "U")
+        bars.on_exception(runner, module, RuntimeError())
+    assert first.disable or first.pos == 0
+    assert bars._bar is None
+    assert capsys.readouterr().err.endswith("\n")
+
+
+def test_other_ranks_show_nothing(state, capsys):
+    runner = make_runner(state)
+    runner.fabric.is_global_zero = False
+    ProgressBars(force=True).on_progress(runner, "sample", 1, 2, "E")
+    publish(ConsoleReport(), state, make_result(state), runner)
+    captured = capsys.readouterr()
+    assert captured.err == captured.out == ""
+
+
+def test_publishing_changes_no_random_state(state, tmp_path):
+    before = torch.get_rng_state()
+    logger = FabricTensorBoardLogger(str(tmp_path / "tb"))
+    for callback in (
+        TensorBoardDiagnostics(),
+        DetailedLogging(DetailedLoggingConfig(output_directory=str(tmp_path / "logs"), level="debug")),
+    ):
+        publish(callback, state, make_result(state), make_runner(state, (logger,)))
+    assert torch.equal(torch.get_rng_state(), before)

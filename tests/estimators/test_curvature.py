@@ -1,0 +1,111 @@
+"""The second-order term by two ways, and against the exact second derivative."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from probe.estimators.curvature import eta_10, nested_curvature, symmetric_curvature
+from probe.estimators.entropy_change import second_derivative
+from probe.estimators.estimate import Estimate
+from probe.scoring import score_tokens
+from probe.scoring.differences import difference_pair
+from probe.scoring.forward_mode import second_order_tangents
+from tests.support.enumerable import all_sequences, tiny_policy
+from tests.support.exact import exact, exact_derivatives, random_step, take_scores, take_tangents
+
+NAMES = ("snis", "per_decision")
+
+
+@pytest.mark.parametrize(("lora", "layers"), [(True, 2), (False, 1)])
+def test_over_the_whole_space_it_is_the_exact_second_derivative(monkeypatch, lora, layers):
+    """Both estimators, weighted by probabilities, against double backward through the exact entropies."""
+    policy, batch = tiny_policy(monkeypatch, lora=lora, layers=layers), all_sequences(cap=3)
+    step = random_step(policy, 0.05)
+    with torch.no_grad():
+        _, q = exact(policy, batch)
+    _, expected = exact_derivatives(policy, batch, step)
+    first, second = second_order_tangents(policy, batch, step)
+    assert float(expected.abs().min()) > 1e-4
+    for name in NAMES:
+        found = second_derivative(q, score_tokens(policy, batch), first, second, name) / 2
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", NAMES)
+def test_nested_and_symmetric_agree(monkeypatch, estimator):
+    """Values, and errors over prompts, on a sample."""
+    policy, batch = tiny_policy(monkeypatch, layers=2), all_sequences()
+    rows = torch.multinomial(
+        torch.ones(len(batch)), 40, replacement=True, generator=torch.Generator().manual_seed(0)
+    )
+    group = torch.arange(40) // 2
+    step = random_step(policy, 0.002)
+    first, second = second_order_tangents(policy, batch, step)
+    scores = score_tokens(policy, batch)
+    E = take_scores(scores, rows)
+    nested = nested_curvature(E, take_tangents(first, rows), take_tangents(second, rows), group, estimator)
+    scale = 3e-3
+    pair = difference_pair(policy, batch.subset(rows), step, scale)
+    for one, other in zip(nested, symmetric_curvature(E, pair, group, estimator), strict=True):
+        assert abs(one.value) > 1e-5
+        assert other.value == pytest.approx(one.value, rel=1e-5)
+        assert other.se == pytest.approx(one.se, rel=1e-4)
+        assert one.se > 0
+    # at scale 1 the even part of the change holds the fourth order too: near, not equal
+    whole = symmetric_curvature(E, difference_pair(policy, batch.subset(rows), step, 1.0), group, estimator)
+    assert whole[0].value == pytest.approx(nested[0].value, rel=0.5)
+    assert whole[0].value != pytest.approx(nested[0].value, rel=1e-6)
+
+
+def test_both_default_to_per_decision(monkeypatch):
+    policy, batch = tiny_policy(monkeypatch), all_sequences(cap=2)
+    step, scores, group = random_step(policy, 0.02), score_tokens(policy, batch), torch.arange(len(batch))
+    first, second = second_order_tangents(policy, batch, step)
+    pair = difference_pair(policy, batch, step, 0.01)
+    for default, named in (
+        (
+            nested_curvature(scores, first, second, group),
+            nested_curvature(scores, first, second, group, NAMES[1]),
+        ),
+        (symmetric_curvature(scores, pair, group), symmetric_curvature(scores, pair, group, NAMES[1])),
+    ):
+        assert [e.value for e in default] == [e.value for e in named]
+
+
+def resolved(value, se):
+    """An estimate with this standard error, over two prompts."""
+    half = se / 2
+    return Estimate(value, torch.tensor([half, -half], dtype=torch.float64))
+
+
+def test_eta_10_is_where_the_second_order_is_a_tenth_of_the_first():
+    assert resolved(1.0, 0.3).se == pytest.approx(0.3)
+    for deltaH1, deltaH2 in ((0.2, -0.005), (-0.2, 0.005), (0.2, 0.005)):
+        eta = eta_10(1e-3, deltaH1, resolved(deltaH2, 1e-4))
+        factor = eta / 1e-3
+        assert abs(deltaH2) * factor**2 == pytest.approx(0.1 * abs(deltaH1) * factor)
+    assert eta_10(1e-3, 0.2, resolved(0.005, 1e-4)) == pytest.approx(4e-3)
+
+
+@pytest.mark.parametrize(
+    ("value", "se", "noise", "there"),
+    [
+        (0.0, 0.0, 0.0, False),
+        (1.0, 0.5, 0.0, True),
+        (1.0, 0.52, 0.0, False),
+        (-1.0, 0.5, 0.0, True),
+        (-1.0, 0.52, 0.0, False),
+        (1.0, 0.1, 0.9, True),
+        (1.0, 0.1, 1.1, False),
+        (float("nan"), 0.1, 0.0, False),
+        (1.0, float("nan"), 0.0, False),
+    ],
+)
+def test_eta_10_is_none_where_the_second_order_is_not_resolved(value, se, noise, there):
+    found = eta_10(1e-3, 0.2, resolved(value, se), noise)
+    assert (found is not None) == there
+
+
+def test_a_single_prompt_resolves_nothing():
+    assert eta_10(1e-3, 0.2, Estimate(1.0, torch.zeros(1))) is None

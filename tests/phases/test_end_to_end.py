@@ -1,0 +1,830 @@
+"""The whole probe on tiny checkpoints that real libraries wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from probe import OfflineEntropyProbe, load_log
+from probe.callbacks import PHASES, ProbeCallback
+from probe.errors.exceptions import (
+    ConfigError,
+    DataError,
+    LogError,
+    NumericalError,
+    OptimizerStateError,
+    RolloutError,
+)
+from probe.loading import quiet_libraries
+from probe.results.keys import DIAGNOSTIC_KEYS, RESULT_KEYS
+from probe.rollouts.write import write_rollouts
+from tests.support.tiny_models import (
+    SHARED_SHAPE,
+    adamw,
+    add_lora,
+    load_base,
+    lora_checkpoint,
+    save_base,
+    save_checkpoint,
+    take_steps,
+    tiny_config,
+    trainer_checkpoint,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
+def digits(prompts, completions, **columns):
+    """A reward: how many digits the completion has."""
+    return [float(sum(c.isdigit() for c in text)) for text in completions]
+
+
+def constant(prompts, completions, **columns):
+    return [1.0] * len(completions)
+
+
+def broken(prompts, completions, **columns):
+    raise ValueError("no such thing")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, base):
+    return lora_checkpoint(tmp_path_factory.mktemp("lora") / "step_60", base)[0]
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{i} apples", "answer": str(i)}) + "\n" for i in range(40))
+    )
+    return path
+
+
+@pytest.fixture
+def config(checkpoint, prompts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return {
+        "checkpoint": {"checkpoint_path": str(checkpoint)},
+        "batch_config": {
+            "dataset_name": str(prompts),
+            "split": "train",
+            "reward": "tests.phases.test_end_to_end:digits",
+            "B_E": 24,
+            "B_U": 4,
+            "G": 4,
+        },
+        "generation": {"max_new_tokens": 8, "batch_size": 64},
+        "memory_config": {"microbatch_size": 8},
+        "detailed_logging": {"enabled": False},
+        "trainer": {"accelerator": "cpu", "logger": False},
+    }
+
+
+def changed(config, **sections):
+    return {**config, **{name: {**config.get(name, {}), **keys} for name, keys in sections.items()}}
+
+
+def run(config, **sections):
+    return OfflineEntropyProbe(changed(config, **sections)).run_mixed_probe()
+
+
+def numbers(results):
+    """The results without what depends on time, place, or on how the settings were given."""
+    left_out = ("timing", "checkpoint_path", "training_step", "settings")
+    return {k: v for k, v in results.items() if k not in left_out}
+
+
+def fingerprint(probe):
+    """Everything a run must leave as it was."""
+    module = probe._module
+    return (
+        {n: p.detach().clone() for n, p in module.named_parameters()},
+        {n: p.grad for n, p in module.named_parameters()},
+        {n: p.requires_grad for n, p in module.named_parameters()},
+        {n: m.training for n, m in module.named_modules()},
+        {
+            k: {a: b.clone() for a, b in s.items()}
+            for k, s in module.optimizer.optimizer.state_dict()["state"].items()
+        },
+        [{k: v for k, v in g.items() if k != "params"} for g in module.optimizer.optimizer.param_groups],
+    )
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def owner(key):
+    """`deltaH_true_se` belongs to `deltaH_true`."""
+    for ending in ("_se", "_ci95", "_sd_U"):
+        key = key.removesuffix(ending)
+    return key
+
+
+def test_every_key_is_there_and_is_plain(config):
+    results = run(config)
+    numbers = (
+        "bars_dot",
+        "deltaH1",
+        "pathwise",
+        "score",
+        "H_orig",
+        "H_upd",
+        "deltaH_true",
+        "residual",
+        "deltaH2",
+    )
+    with_token = [key for key in RESULT_KEYS if key.startswith((*numbers, "eta_10"))]
+    per_token = {
+        key.replace(name, f"{name}_tok", 1) for key in with_token for name in numbers if owner(key) == name
+    }
+    assert set(results) == set(RESULT_KEYS) | per_token | {"eta_10_tok"}
+    differences = {"difference_scale", "difference_error"}  # forward mode needs none
+    assert set(results["diagnostics"]) == set(DIAGNOSTIC_KEYS) - differences - {"clipped_fraction", "dropout"}
+    assert set(results["timing"]) == {"load", *PHASES[:-1], "total"}
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    assert results["deltaH1"] == pytest.approx(results["learning_rate"] * results["bars_dot"])
+    assert results["deltaH1"] == pytest.approx(results["pathwise"] + results["score"])
+    assert results["deltaH_true"] == pytest.approx(results["H_upd"] - results["H_orig"])
+    rows = {(r["quantity"], r["estimator"], r["estimand"]): r for r in results["estimates"]}
+    for suffix, estimand in (("", "sequence"), ("_tok", "token")):
+        matched, snis = rows["deltaH1", "matched", estimand], rows["deltaH_true", "snis", estimand]
+        assert results[f"residual{suffix}"] == pytest.approx(matched["value"] - snis["value"])
+        assert results[f"residual{suffix}_se"] < 0.5 * snis["se"]
+    assert (results["B_E"], results["B_U"], results["G"]) == (24, 4, 4)
+    assert results["diagnostics"]["bias_flags"] == []
+    assert results["batch_statistics"]["avg_generation_length"] <= 8
+    assert results["batch_statistics"]["avg_reward"] >= 0
+
+
+def test_same_seed_same_numbers_and_other_seed_other_numbers(config):
+    first = numbers(run(config))
+    assert numbers(run(config)) == first
+    assert numbers(run(config, probe_rework={"master_seed": 42})) == first
+    other = numbers(run({**config, "seed_everything": 1}))
+    assert other["H_orig"] != first["H_orig"]
+
+
+def test_memory_settings_change_the_last_digits_only(config):
+    first = run(config)
+    second = run(
+        config, memory_config={"microbatch_size": 3, "head_chunk_tokens": 5}, generation={"batch_size": 5}
+    )
+    for key in ("H_orig", "H_upd", "bars_dot_tok"):
+        assert second[key] == pytest.approx(first[key], rel=1e-4), key
+    for key in ("deltaH1", "deltaH_true"):
+        assert second[key] == pytest.approx(first[key], rel=2e-2, abs=1e-5), key
+    assert second["batch_statistics"]["E"]["length"] == first["batch_statistics"]["E"]["length"]
+
+
+def test_matched_weights_agree_with_the_measurement_on_the_same_responses(config):
+    """Sampling error is shared, so at a small step the two agree far better than either knows the truth."""
+    same_E = {
+        "probe_rework": {"weighting": "matched", "learning_rate": 1e-4},
+        "importance": {"is_mode": "snis"},
+    }
+    results = run(config, **same_E)
+    for suffix in ("", "_tok"):
+        assert results[f"deltaH1{suffix}"] == pytest.approx(results[f"deltaH_true{suffix}"], rel=0.02)
+    assert abs(results["residual"]) < 0.1 * results["deltaH_true_se"]
+
+
+def test_phases_can_be_left_out(config):
+    measured = run(config, probe_rework={"compute_delta_h1": False})
+    assert not {"deltaH1", "bars_dot", "pathwise", "score", "residual"} & set(measured)
+    assert {"deltaH_true", "H_orig", "H_upd", "learning_rate"} <= set(measured)
+    assert not {"entropy_gradient", "prediction"} & set(measured["timing"])
+    predicted = run(config, importance={"enabled": False})
+    assert not {"deltaH_true", "H_orig", "H_upd", "residual"} & set(predicted)
+    assert "ESS" not in predicted["diagnostics"]
+    both = run(config)
+    assert measured["deltaH_true"] == both["deltaH_true"]
+    assert predicted["deltaH1"] == both["deltaH1"]
+    per_response = run(config, importance={"report_per_token": False})
+    assert "deltaH_true_tok" not in per_response
+    assert "H_orig_tok" not in per_response
+    assert per_response["deltaH_true"] == both["deltaH_true"]
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "reinforce"])
+def test_losses_and_the_closed_form(config, loss):
+    real = run(config, probe_rework={"loss": loss}, importance={"enabled": False})
+    closed = run(config, probe_rework={"loss": loss, "step": "closed_form"}, importance={"enabled": False})
+    assert closed["deltaH1"] == pytest.approx(real["deltaH1"], rel=1e-4)
+
+
+def test_the_preconditioned_step_is_flagged(config):
+    results = run(config, probe_rework={"step": "preconditioned"})
+    assert results["diagnostics"]["bias_flags"] == ["preconditioned_step"]
+    assert results["deltaH1"] != run(config)["deltaH1"]
+
+
+def test_loss_terms_change_the_step(config):
+    plain = run(config, importance={"enabled": False})["deltaH1"]
+    bonus = run(config, probe_rework={"entropy_coef": 1.0}, importance={"enabled": False})["deltaH1"]
+    penalty = run(config, probe_rework={"kl_coef": 1.0}, importance={"enabled": False})["deltaH1"]
+    assert bonus > plain  # an entropy bonus raises entropy
+    assert penalty != plain
+
+
+def test_learning_rate_has_one_source(config):
+    saved = run(config)
+    assert saved["learning_rate"] == 1e-3
+    assert saved["diagnostics"]["step_norm"] > 0
+    double = run(config, probe_rework={"learning_rate": 2e-3})
+    assert double["learning_rate"] == 2e-3
+    assert double["diagnostics"]["step_norm"] == pytest.approx(
+        2 * saved["diagnostics"]["step_norm"], rel=1e-3
+    )
+    assert double["bars_dot"] == pytest.approx(saved["bars_dot"], rel=1e-3)
+
+
+def test_a_run_changes_nothing(config, checkpoint):
+    files = {p: p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()}
+    probe = OfflineEntropyProbe(config)
+    first = probe.run_mixed_probe()
+    before = fingerprint(probe)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    generators = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    second = probe.run_mixed_probe()
+    assert same(fingerprint(probe), before)
+    assert random.getstate() == generators[0]
+    assert np.array_equal(np.random.get_state()[1], generators[1])
+    assert torch.equal(torch.get_rng_state(), generators[2])
+    assert numbers(second) == numbers(first)
+    assert {p: p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()} == files
+
+
+class Fail(ProbeCallback):
+    """Raises in the middle of a pass."""
+
+    def __init__(self, what: str, error: type[BaseException]) -> None:
+        self.what, self.error, self.armed, self.seen = what, error, False, None
+
+    def on_progress(self, runner, phase, done, total, what):
+        if self.armed and what == self.what:
+            raise self.error("injected")
+
+    def on_exception(self, runner, module, exception):
+        self.seen = exception
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("what", ["score E after the step", "gradient on U", "sample E"])
+def test_an_exception_leaves_everything_as_it_was(config, what, error):
+    fail = Fail(what, error)
+    probe = OfflineEntropyProbe(config)
+    probe.runner.extra_callbacks.append(fail)
+    first = probe.run_mixed_probe()
+    before, generator = fingerprint(probe), torch.get_rng_state()
+    fail.armed = True
+    with pytest.raises(error, match="injected"):
+        probe.run_mixed_probe()
+    assert isinstance(fail.seen, error)
+    assert same(fingerprint(probe), before)
+    assert torch.equal(torch.get_rng_state(), generator)
+    fail.armed = False
+    assert numbers(probe.run_mixed_probe()) == numbers(first)
+
+
+def test_log_files_and_the_result_file(config, tmp_path):
+    results = run(
+        config,
+        detailed_logging={"enabled": True, "level": "debug", "output_directory": str(tmp_path / "logs")},
+        output={"results_path": str(tmp_path / "out" / "results.json")},
+    )
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    files = sorted(p.name for p in (tmp_path / "logs").glob("*/*"))
+    assert len(files) == 3
+    main = next((tmp_path / "logs").glob("*/*.json.gz"))
+    log = load_log(main)
+    assert log["results"]["deltaH1"] == pytest.approx(results["deltaH1"])
+    saved = yaml.safe_load(next((tmp_path / "logs").glob("*/*_config.yaml")).read_text())
+    assert saved["batch_config"]["B_E"] == 24
+    assert saved["seed_everything"] == 42
+    again = OfflineEntropyProbe(changed(saved, detailed_logging={"enabled": False})).run_mixed_probe()
+    assert numbers(again) == numbers(results)
+
+
+def test_a_full_disk_does_not_lose_the_results(config, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    probe = OfflineEntropyProbe(changed(config, output={"results_path": str(tmp_path / "results.json")}))
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(LogError, match="No space left") as caught:
+        probe.run_mixed_probe()
+    assert caught.value.results["deltaH1"] == probe.result.values["deltaH1"]
+    assert "deltaH_true" in capsys.readouterr().out
+
+
+def test_full_model_written_by_the_trainer(config, tmp_path, base):
+    folder, _, _ = trainer_checkpoint(tmp_path / "run", load_base(base))
+    results = run(config, checkpoint={"checkpoint_path": str(folder)}, probe_rework={"learning_rate": 1e-4})
+    assert abs(results["deltaH1"]) > 0
+    assert results["diagnostics"]["derivative_check_error"] < 0.05
+    with pytest.raises(ConfigError, match="expected 0 for a full model"):
+        run(config, checkpoint={"checkpoint_path": str(folder)}, probe_rework={"kl_coef": 0.1})
+
+
+def test_a_norm_that_is_taken_as_constant(config, tmp_path, base):
+    """DoRA's derivatives by autograd are not those of its forward: forwards are believed, or asked for."""
+    model = add_lora(load_base(base), use_dora=True, lora_dropout=0.0)
+    optimizer = adamw(model)
+    take_steps(model, optimizer, 3)
+    folder = save_checkpoint(tmp_path / "dora", model, optimizer)
+    changes = {
+        "checkpoint": {"checkpoint_path": str(folder)},
+        "importance": {"is_mode": "snis"},
+        "probe_rework": {"weighting": "matched", "learning_rate": 1e-3},
+    }
+    results = run(config, **changes)
+    found = results["diagnostics"]
+    assert found["derivative_mode"] == "finite_difference"
+    assert results["verdict"] != "invalid"
+    for suffix in ("", "_tok"):
+        known = abs(results[f"deltaH2{suffix}"]) + 0.03 * abs(results[f"deltaH1{suffix}"])
+        assert abs(results[f"residual{suffix}"]) <= 4 * results[f"residual{suffix}_se"] + known
+    for mode in ("jvp", "reverse"):
+        changes["probe_rework"]["derivative_mode"] = mode
+        with pytest.raises(NumericalError, match="derivative_mode: finite_difference"):
+            run(config, **changes)
+    changes["probe_rework"] |= {"derivative_mode": "jvp", "derivative_check": False}
+    assert "step_difference" not in run(config, **changes)["diagnostics"]
+
+
+def some(prompts, completions, **columns):
+    """A reward that does not apply to every response."""
+    return [None if len(c) % 2 else float(len(c)) for c in completions]
+
+
+def test_several_rewards(config):
+    names = ["tests.phases.test_end_to_end:digits", "tests.phases.test_end_to_end:some"]
+    off = {"importance": {"enabled": False}, "probe_rework": {"curvature": "off"}}
+    one = run(config, batch_config={"reward": names[:1]}, **off)
+    both = run(config, batch_config={"reward": names, "reward_weights": [1.0, 0.0]}, **off)
+    assert numbers(both) == numbers(one)
+    other = run(config, batch_config={"reward": names[1:]}, **off)
+    assert math.isfinite(other["deltaH1"])
+    assert other["deltaH1"] != one["deltaH1"]
+    with pytest.raises(ConfigError, match="reward_weights: expected one for each of 2 rewards, found 1"):
+        run(config, batch_config={"reward": names, "reward_weights": [1.0]}, **off)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "attention", "switched off"])
+def test_dropout_in_training_marks_the_update(config, tmp_path, base, kind):
+    if kind == "attention":
+        folder = save_base(tmp_path / "attention", attention_dropout=0.2)
+        model = load_base(folder)
+    else:
+        model = add_lora(load_base(base), lora_dropout=0.1)
+    optimizer = adamw(model)
+    take_steps(model, optimizer, 2)
+    folder = save_checkpoint(tmp_path / "checkpoint-2", model, optimizer, layout="flat")
+    if kind == "switched off":
+        from tests.from_checkpoint.test_from_checkpoint import grpo_args
+
+        sizes = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 8}
+        torch.save(grpo_args(disable_dropout=True, **sizes), folder / "training_args.bin")
+    results = run(config, checkpoint={"checkpoint_path": str(folder)})
+    found = results["diagnostics"]
+    if kind == "switched off":
+        assert "dropout" not in found["bias_flags"]
+        return
+    assert "dropout" in found["bias_flags"]
+    assert found["dropout"] == (0.2 if kind == "attention" else 0.1)
+    assert any("draws dropout of 0." in reason for reason in results["verdict_reasons"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_mixture_of_experts(config, tmp_path, dtype):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    shape = {k: v for k, v in tiny_config().to_dict().items() if k in SHARED_SHAPE}
+    with quiet_libraries(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts))
+        for p in model.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+    optimizer = adamw(model)
+    take_steps(model, optimizer, 2)
+    folder = save_checkpoint(tmp_path / "experts", model, optimizer)
+    results = run(config, checkpoint={"checkpoint_path": str(folder), "dtype": dtype})
+    found = results["diagnostics"]
+    assert found["derivative_mode"] == "jvp"
+    assert found["derivative_agreement"] < 1e-5
+    assert found["step_difference"] < 0.05
+
+
+@pytest.mark.parametrize(
+    "settings", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"load_in_4bit": True}, {"dtype": "float64"}]
+)
+def test_other_precisions(config, settings):
+    # An entropy bonus makes a step whose effect stands far above the rounding of half precision.
+    rework = {"weighting": "matched", "learning_rate": 1e-3, "entropy_coef": 10.0}
+    changes = {"probe_rework": rework, "importance": {"is_mode": "snis"}, "batch_config": {"B_E": 64}}
+    results = run(config, checkpoint=settings, **changes)
+    assert results["deltaH_true_tok"] > 3 * results["deltaH_true_tok_se"]
+    for suffix in ("", "_tok"):
+        # same E, matched against snis: what differs is rounding, curvature, and a third order of a percent
+        floor = results["diagnostics"][f"noise_floor{suffix}"]
+        error = 4 * math.hypot(results[f"residual{suffix}_se"], floor)
+        known = abs(results[f"deltaH2{suffix}"]) + 0.01 * abs(results[f"deltaH1{suffix}"])
+        assert abs(results[f"residual{suffix}"]) <= error + known
+    assert results["diagnostics"]["derivative_check_error"] < 0.25
+
+
+def test_rollouts_from_files_give_the_numbers_of_the_sampled_ones(config, tmp_path):
+    probe = OfflineEntropyProbe(config)
+    sampled = probe.run_mixed_probe()
+    state = probe.runner.state
+    write_rollouts(tmp_path / "E.jsonl", state.E)
+    write_rollouts(tmp_path / "U.parquet", state.U)
+    files = {"E_rollouts": str(tmp_path / "E.jsonl"), "U_rollouts": str(tmp_path / "U.parquet")}
+    read = run(config, batch_config=files)
+    for key in ("deltaH1", "deltaH_true", "H_orig", "bars_dot_tok"):
+        assert read[key] == pytest.approx(sampled[key], rel=1e-6), key
+    assert read["B_U"] == 4
+    assert read["diagnostics"]["bias_flags"] == []
+
+
+def test_a_file_without_rewards_is_rewarded_by_the_configuration(config, tmp_path):
+    probe = OfflineEntropyProbe(config)
+    probe.run_mixed_probe()
+    U = probe.runner.state.U
+    write_rollouts(tmp_path / "U.jsonl", replace(U, rewards=None, advantages=None))
+    read = OfflineEntropyProbe(changed(config, batch_config={"U_rollouts": str(tmp_path / "U.jsonl")}))
+    read.run_mixed_probe()
+    found = read.runner.state.U
+    assert found.rewards.tolist() == U.rewards.tolist()
+    assert found.advantages.tolist() == U.advantages.tolist()
+
+
+def test_one_file_for_both_batches_is_refused_before_the_model_is_loaded(config, tmp_path, monkeypatch):
+    """The step would be made from the very sample that it is judged on."""
+    probe = OfflineEntropyProbe(config)
+    probe.run_mixed_probe()
+    file = write_rollouts(tmp_path / "U.jsonl", probe.runner.state.U)
+    (tmp_path / "link.jsonl").symlink_to(file)
+    monkeypatch.setattr("probe.module.load_policy_model", lambda *_: pytest.fail("loaded"))
+    for other in ("U.jsonl", "link.jsonl"):
+        with pytest.raises(DataError, match="expected responses that the update is not made from, found"):
+            run(config, batch_config={"E_rollouts": str(tmp_path / other), "U_rollouts": str(file)})
+
+
+def test_a_copy_of_the_rows_of_the_update_is_invalid(config, tmp_path):
+    probe = OfflineEntropyProbe(config)
+    probe.run_mixed_probe()
+    U = probe.runner.state.U
+    write_rollouts(tmp_path / "U.jsonl", U)
+    write_rollouts(tmp_path / "E.parquet", U.subset(torch.arange(4, len(U))))
+    files = {"E_rollouts": str(tmp_path / "E.parquet"), "U_rollouts": str(tmp_path / "U.jsonl")}
+    results = run(config, batch_config=files)
+    assert "E_shares_U" in results["diagnostics"]["bias_flags"]
+    assert results["verdict"] == "invalid"
+    assert results["diagnostics"]["prompts_E"] == 3
+
+
+def test_responses_that_are_shared_by_chance_change_nothing(config, tmp_path):
+    """Short responses to few prompts are often the same, in files as when sampled."""
+    rows = [{"prompt": f"{i} apples", "answer": "2"} for i in range(5)]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = {"batch_config": {"dataset_name": str(tmp_path / "few.jsonl"), "disjoint": False, "B_E": 64}}
+    few["generation"] = {"max_new_tokens": 2, "temperature": 0.4}
+    probe = OfflineEntropyProbe(changed(config, **few))
+    sampled = probe.run_mixed_probe()
+    E, U = probe.runner.state.E, probe.runner.state.U
+    shared = set(zip(E.prompt_ids, E.completions, strict=True)) & set(
+        zip(U.prompt_ids, U.completions, strict=True)
+    )
+    assert shared
+    write_rollouts(tmp_path / "E.jsonl", E)
+    write_rollouts(tmp_path / "U.jsonl", U)
+    few["batch_config"] |= {f"{name}_rollouts": str(tmp_path / f"{name}.jsonl") for name in "EU"}
+    read = run(config, **few)
+    assert read["verdict"] == sampled["verdict"] != "invalid", sampled["verdict_reasons"]
+    assert read["verdict_reasons"] == sampled["verdict_reasons"]
+    for key in ("deltaH1", "deltaH_true", "H_orig"):
+        assert read[key] == pytest.approx(sampled[key], rel=1e-6), key
+
+
+@pytest.mark.parametrize("level", ["detailed", "debug"])
+def test_the_log_of_a_run_is_a_rollout_file(config, tmp_path, level):
+    logged = {"enabled": True, "level": level, "output_directory": str(tmp_path / "logs")}
+    probe = OfflineEntropyProbe(changed(config, detailed_logging=logged))
+    sampled = probe.run_mixed_probe()
+    (log,) = (p for p in (tmp_path / "logs").rglob("*.json*") if "summary" not in p.name)
+    read = run(config, batch_config={"E_rollouts": str(log), "U_rollouts": str(log)})
+    assert read["diagnostics"]["bias_flags"] == []
+    for key in ("deltaH1", "deltaH_true", "H_orig", "bars_dot_tok"):
+        assert read[key] == pytest.approx(sampled[key], rel=1e-6), key
+    if level == "debug":  # a record is a row
+        records = load_log(log)["sequences"]["U"]
+        (tmp_path / "U.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        found = run(config, batch_config={"E_rollouts": str(log), "U_rollouts": str(tmp_path / "U.jsonl")})
+        assert found["deltaH1"] == pytest.approx(sampled["deltaH1"], rel=1e-6)
+
+
+def test_texts_that_a_stop_string_ended_give_the_numbers_of_their_tokens(config, tmp_path):
+    """No EOS is scored that was not sampled, neither in E nor in U."""
+    stops = {"max_new_tokens": 24, "stop_strings": ["7", "x", "B"]}
+    probe = OfflineEntropyProbe(changed(config, generation=stops, batch_config={"B_E": 96, "G": 16}))
+    probe.run_mixed_probe()
+    tokenizer = probe._module.tokenizer
+    found = {}
+    for name, batch in (("E", probe.runner.state.E), ("U", probe.runner.state.U)):
+        back = tokenizer(list(batch.completions))["input_ids"]
+        sampled = [ids[m].tolist() for ids, m in zip(batch.completion_ids, batch.mask, strict=True)]
+        kept = torch.tensor([i for i, ids in enumerate(sampled) if ids == back[i]])
+        assert len(kept) > 20
+        found[name] = batch.subset(kept)
+        write_rollouts(tmp_path / f"{name}.ids.jsonl", found[name])
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.ids.jsonl").read_text().splitlines()]
+        kept_columns = ("prompt", "completion", "group", "reward", "advantage")
+        lines = [json.dumps({key: row[key] for key in kept_columns if key in row}) for row in rows]
+        (tmp_path / f"{name}.texts.jsonl").write_text("\n".join(lines))
+    files = [
+        {f"{name}_rollouts": str(tmp_path / f"{name}.{kind}.jsonl") for name in "EU"}
+        for kind in ("ids", "texts")
+    ]
+    exact, texts = (run(config, generation=stops, batch_config=given) for given in files)
+    for key in ("deltaH1", "deltaH_true", "H_orig", "H_orig_tok"):
+        assert texts[key] == pytest.approx(exact[key], rel=1e-9), key
+    assert exact["diagnostics"]["bias_flags"] == []
+    assert texts["diagnostics"]["bias_flags"] == ["retokenized"]
+
+
+@pytest.mark.parametrize("mode", ["auto", "jvp", "reverse", "finite_difference"])
+def test_a_policy_without_any_choice_left_has_entropy_0_and_keeps_it(config, tmp_path, mode):
+    """Every token has probability 1 in the arithmetic at hand: nothing to differentiate is no error."""
+    folder = save_base(tmp_path / "sure", tied=False)
+    model = load_base(folder)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e8)
+    model.save_pretrained(folder)
+    sure = {"checkpoint_path": str(lora_checkpoint(tmp_path / "step_60", folder)[0])}
+    found = run(config, checkpoint=sure, probe_rework={"derivative_mode": mode})
+    for name in ("H_orig", "H_upd", "deltaH1", "deltaH_true", "deltaH2", "bars_dot", "residual"):
+        for suffix in ("", "_tok"):
+            assert found[name + suffix] == 0, name
+    assert found["verdict"] == "unresolved"
+    assert "no choice left" in found["diagnostics"]["derivative_reason"]
+
+
+def test_tokens_and_lengths_that_the_model_has_no_room_for_are_refused_in_files(config, tmp_path):
+    row = {"prompt": "2 apples", "completion_ids": [5, 1], "reward": 1.0}
+    for change, message in (
+        ({"completion_ids": [5, 104]}, "row 1: expected completion_ids below the 104 tokens"),
+        ({"completion_ids": [5] * 125}, r"sequence 1 .*fit into the 128 positions .*found 8 and 125 tokens"),
+        ({"completion_ids": [5] * 8, "prompt_ids": [6] * 121}, "found 121 and 8 tokens"),
+    ):
+        row0 = {**row, "prompt_ids": [5]} if "prompt_ids" in change else row
+        (tmp_path / "U.jsonl").write_text(json.dumps(row0) + "\n" + json.dumps({**row, **change}) + "\n")
+        with pytest.raises(DataError, match=message):
+            run(config, batch_config={"U_rollouts": str(tmp_path / "U.jsonl"), "B_E": 2})
+
+
+def test_a_learning_rate_measured_afterwards_is_the_run_at_that_rate(config):
+    """`measure_at` changes no parameter and gives what a run of its own would."""
+    probe = OfflineEntropyProbe(changed(config, checkpoint={"dtype": "float64"}))
+    base = probe.run_mixed_probe()
+    module, eta = probe._module, 0.5 * base["learning_rate"]
+    before = {n: p.detach().clone() for n, p in module.model.named_parameters()}
+    found = probe.runner.measure_at(module, eta).values
+    assert all(torch.equal(p, before[n]) for n, p in module.model.named_parameters())
+    own = run(config, checkpoint={"dtype": "float64"}, probe_rework={"learning_rate": eta})
+    for key in (
+        "deltaH1",
+        "deltaH_true",
+        "deltaH2",
+        "deltaH1_se",
+        "deltaH_true_tok_se",
+        "residual_tok",
+    ):
+        assert found[key] == pytest.approx(own[key], rel=1e-6, abs=1e-12), key
+
+
+@pytest.mark.parametrize("mode", ["jvp", "reverse", "finite_difference"])
+def test_every_way_to_the_derivative_gives_one_number(config, mode):
+    found = run(config, probe_rework={"derivative_mode": mode})
+    other = run(config)
+    assert found["diagnostics"]["derivative_mode"] == mode
+    for suffix in ("", "_tok"):
+        assert found[f"deltaH1{suffix}"] == pytest.approx(other[f"deltaH1{suffix}"], rel=2e-2, abs=1e-6)
+        assert found[f"deltaH1{suffix}_se"] == pytest.approx(other[f"deltaH1{suffix}_se"], rel=2e-2)
+    assert ("deltaH1_sd_U" in found) == (mode != "finite_difference")
+    assert ("difference_scale" in found["diagnostics"]) == (mode != "jvp")
+
+
+def test_resampling_measures_with_a_fresh_sample(config):
+    found = run(config, importance={"is_mode": "resample"}, batch_config={"G_E": 2})
+    rows = {r["estimator"]: r for r in found["estimates"] if r["estimand"] == "token"}
+    assert rows["resample"]["reported"]
+    assert found["deltaH_true_tok_se"] == rows["resample"]["se"] > rows["snis"]["se"]
+    assert found["B_E"] == 48
+    assert found["diagnostics"]["prompts_E"] == 24
+    assert found["diagnostics"]["is_mode"] == "resample"
+
+
+def test_clipped_weights_are_a_row_of_their_own(config):
+    found = run(config, importance={"clip_log_weight": 1e-6})
+    rows = {r["estimator"]: r for r in found["estimates"] if r["estimand"] == "token"}
+    assert found["diagnostics"]["clipped_fraction"] > 0.5
+    assert not rows["snis_clipped"]["reported"]
+    assert rows["snis_clipped"]["value"] != rows["snis"]["value"]
+
+
+def test_control_variates_learn_from_earlier_batches(config, tmp_path):
+    path = tmp_path / "taught.safetensors"
+    rework = {"control_variates": "on", "control_variates_path": str(path)}
+    first = run(config, probe_rework=rework)
+    assert first["diagnostics"]["control_variates"] == "on: fitted on other prompts"
+    again = run(config, probe_rework=rework)  # the same draw teaches itself nothing
+    assert again["deltaH1"] == first["deltaH1"]
+    other = run({**config, "seed_everything": 7}, probe_rework=rework)
+    assert "1 earlier batches" in other["diagnostics"]["control_variates"]
+    alone = run({**config, "seed_everything": 7}, probe_rework={"control_variates": "on"})
+    assert other["deltaH1"] != alone["deltaH1"]
+    with pytest.raises(DataError, match="one file per checkpoint"):
+        run(config, checkpoint={"checkpoint_path": str(copy_of(config, tmp_path))}, probe_rework=rework)
+
+
+def test_the_file_of_the_control_variates_is_tried_before_the_work(config, tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    probe = OfflineEntropyProbe(
+        changed(config, probe_rework={"control_variates_path": str(tmp_path / "file" / "taught.safetensors")})
+    )
+    with pytest.raises(LogError, match="a file of that name is in the way"):
+        probe.run_mixed_probe()
+    assert probe.runner.state.E is None
+
+
+def test_a_full_disk_under_the_control_variates_does_not_lose_the_results(config, tmp_path, monkeypatch):
+    path = tmp_path / "taught.safetensors"
+    rework = {"control_variates": "on", "control_variates_path": str(path)}
+    real = os.replace
+
+    def full(source, target):
+        if str(target) == str(path):
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(LogError, match=r"cannot write .*taught\.safetensors: No space left") as caught:
+        run(config, probe_rework=rework)
+    assert caught.value.results["deltaH1"] != 0
+    assert list(tmp_path.glob("*.safetensors")) == []
+
+
+def copy_of(config, tmp_path):
+    """The same checkpoint in another place."""
+    return shutil.copytree(config["checkpoint"]["checkpoint_path"], tmp_path / "copy")
+
+
+def test_responses_of_another_policy_are_flagged(config, tmp_path):
+    probe = OfflineEntropyProbe(changed(config, generation={"temperature": 0.2}, batch_config={"B_E": 64}))
+    probe.run_mixed_probe()
+    write_rollouts(tmp_path / "E.jsonl", probe.runner.state.E)
+    results = run(config, batch_config={"E_rollouts": str(tmp_path / "E.jsonl")})
+    assert "E_not_from_this_policy" in results["diagnostics"]["bias_flags"]
+
+
+def test_truncated_support_is_flagged(config):
+    results = run(config, generation={"top_p": 0.9, "allow_truncated_support": True})
+    assert "truncated_support" in results["diagnostics"]["bias_flags"]
+
+
+def test_other_checkpoint_by_argument(config, tmp_path, base):
+    other, _, _ = lora_checkpoint(tmp_path / "step_90", base, steps=9)
+    probe = OfflineEntropyProbe(config)
+    first, second = probe.run_mixed_probe(), probe.run_mixed_probe(other)
+    assert first["deltaH1"] != second["deltaH1"]
+    assert probe.result.checkpoint_name == "step_90"
+    assert probe.config["checkpoint"]["checkpoint_path"] == str(other)
+
+
+def test_refusals(config, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="expected a checkpoint folder"):
+        run(config, checkpoint={"checkpoint_path": None})
+    with pytest.raises(DataError, match="no such thing"):
+        run(config, batch_config={"reward": "tests.phases.test_end_to_end:broken"})
+    with pytest.raises(DataError, match="B_U"):
+        run(config, batch_config={"B_U": 1000})
+    with pytest.raises(ConfigError, match="devices"):
+        run(config, trainer={"devices": 2})
+    (tmp_path / "U.jsonl").write_text(
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "c"}\n'
+    )
+    with pytest.raises(DataError, match="column with rewards"):
+        run(config, batch_config={"U_rollouts": str(tmp_path / "U.jsonl"), "reward": None})
+    with pytest.raises(
+        DataError, match=r"^batch_config\.E_rollouts: .*expected a rollout file, found nothing"
+    ):
+        run(config, batch_config={"E_rollouts": str(tmp_path / "none.jsonl")})
+    probe = OfflineEntropyProbe(changed(config, probe_rework={"step": "preconditioned"}))
+    probe.runner.extra_callbacks.append(ForgetMoments())
+    with pytest.raises(OptimizerStateError, match="preconditioned"):
+        probe.run_mixed_probe()
+    monkeypatch.setattr("probe.rollouts.generation.SAMPLING_GAP_LIMIT", {torch.float32: -1.0})
+    with pytest.raises(RolloutError, match="sampling and scoring to see the same policy"):
+        run(config)
+    probe = OfflineEntropyProbe(config)
+    probe.runner.extra_callbacks.append(DistortGradients(monkeypatch))
+    with pytest.raises(NumericalError, match="derivative"):
+        probe.run_mixed_probe()
+
+
+def test_mistakes_in_the_data_show_before_the_model_is_loaded(config, monkeypatch):
+    monkeypatch.setattr("probe.module.load_policy_model", lambda *args: pytest.fail("the model was loaded"))
+    for mistake in (
+        {"prompt_column": "text"},
+        {"B_U": 1000},
+        {"reward": "nothing"},
+        {"dataset_name": "no.jsonl"},
+    ):
+        with pytest.raises(DataError):
+            run(config, batch_config=mistake)
+
+
+def test_an_update_without_reward_signal_is_flagged(config):
+    results = run(config, batch_config={"reward": "tests.phases.test_end_to_end:constant"})
+    assert results["diagnostics"]["bias_flags"] == ["no_reward_signal"]
+    assert results["diagnostics"]["zero_advantage_groups"] == 4
+    assert results["deltaH1"] != 0.0  # momentum and decay
+
+
+class ForgetMoments(ProbeCallback):
+    """Empties the optimizer's state before the update."""
+
+    def on_update_start(self, runner, module):
+        module.optimizer.optimizer.state.clear()
+
+
+class DistortGradients(ProbeCallback):
+    """A layer whose backward keeps a third of the gradient."""
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setattr("probe.rollouts.generation.SAMPLING_GAP_LIMIT", {torch.float32: 1.0})
+
+    def on_entropy_gradient_start(self, runner, module):
+        from tests.estimators.test_derivative_check import Distort
+
+        layer = module.model.get_base_model().model.layers[0]
+        layer.register_forward_hook(lambda m, args, output: Distort.apply(output))
+
+
+class Recorder(ProbeCallback):
+    """Notes the hooks that were called."""
+
+    def __init__(self):
+        self.called = []
+
+    def __getattribute__(self, name):
+        if name.startswith("on_") and name != "on_progress":
+            object.__getattribute__(self, "called").append(name)
+        return object.__getattribute__(self, name)
+
+
+def test_hooks_are_called_in_order_and_all_are_declared(config):
+    import probe.callbacks
+
+    probe_run = OfflineEntropyProbe(config)
+    recorder = Recorder()
+    probe_run.runner.extra_callbacks.append(recorder)
+    probe_run.run_mixed_probe()
+    called = list(dict.fromkeys(recorder.called))
+    expected = ["on_probe_start"]
+    for phase in PHASES:
+        expected += [f"on_{phase}_start", f"on_{phase}_end"]
+    assert called == [*expected, "on_probe_end"]
+    declared = {name for name in vars(ProbeCallback) if name.startswith(("on_", "run_"))}
+    for name in probe.callbacks.__all__:
+        value = getattr(probe.callbacks, name)
+        if isinstance(value, type):
+            hooks = {n for n in vars(value) if n.startswith(("on_", "run_"))}
+            assert hooks <= declared, name
+            assert all(f"run_{phase}" in vars(value) for phase in vars(value).get("phases", ()))

@@ -1,0 +1,400 @@
+"""A finished run made of random numbers, for the tests of what publishes it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probe.config.schema import ProbeConfig
+from probe.data.batch import RolloutBatch
+from probe.estimators.entropy_gradient import EntropyGradient
+from probe.estimators.ground_truth import GroundTruth, measure
+from probe.estimators.prediction import first_order
+from probe.estimators.update import Update
+from probe.estimators.weighting import ScoreWeights
+from probe.phases.state import ProbeState
+from probe.results.result import ProbeResult
+from probe.scoring.scores import TokenScores
+from probe.verdict.verdict import verdict
+
+WORDS = (
+    "so",
+    "the",
+    "total",
+    "number",
+    "of",
+    "apples",
+    "is",
+    "12",
+    "and",
+    "we",
+    "add",
+    "7",
+    "<answer>",
+    "which",
+)
+
+
+class Tokenizer:
+    """Decodes an id as the word of that rank."""
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(f" {WORDS[i % len(WORDS)]}" for i in ids)
+
+
+def rollouts(
+    generator: torch.Generator, groups: int, size: int, lengths: tuple[int, int], rewarded: bool
+) -> RolloutBatch:
+    """`groups` prompts of 150 tokens with `size` responses each, of `lengths[0]` to `lengths[1]` tokens."""
+    B, T = groups * size, lengths[1]
+    length = torch.randint(lengths[0], T + 1, (B,), generator=generator)
+    ids = torch.randint(100, 150_000, (B, T), generator=generator)
+    prompt_ids = [
+        tuple(torch.randint(100, 150_000, (150,), generator=generator).tolist()) for _ in range(groups)
+    ]
+    decode = Tokenizer().decode
+    rewards = torch.randint(0, 2, (groups, size), generator=generator).double()
+    if rewarded:
+        rewards[0] = 1.0
+    spread = rewards.std(dim=1, keepdim=True).clamp(min=1e-6) if size > 1 else 1.0
+    advantages = (rewards - rewards.mean(dim=1, keepdim=True)) / spread
+    return RolloutBatch(
+        prompts=tuple(decode(list(prompt_ids[i // size])) for i in range(B)),
+        completions=tuple(decode(ids[i, : length[i]].tolist()) for i in range(B)),
+        prompt_ids=tuple(prompt_ids[i // size] for i in range(B)),
+        completion_ids=ids,
+        mask=torch.arange(T) < length[:, None],
+        truncated=length == T,
+        group=torch.arange(B) // size,
+        rewards=rewards.flatten() if rewarded else None,
+        advantages=advantages.flatten() if rewarded else None,
+        rows=({},) * B,
+    )
+
+
+def scores(generator: torch.Generator, mask: Tensor) -> TokenScores:
+    """Entropies and log-probs of a plausible size."""
+    h = torch.rand(mask.shape, generator=generator, dtype=torch.float64) * mask
+    l = -torch.rand(mask.shape, generator=generator, dtype=torch.float64) * mask
+    return TokenScores(logprob=l, entropy=h, mask=mask)
+
+
+def nudged(generator: torch.Generator, old: TokenScores, size: float) -> TokenScores:
+    """The scores after a small update."""
+
+    def noise() -> Tensor:
+        return size * torch.randn(old.mask.shape, generator=generator, dtype=torch.float64) * old.mask
+
+    return TokenScores(logprob=old.logprob + noise(), entropy=old.entropy + noise(), mask=old.mask)
+
+
+def parameters(
+    generator: torch.Generator, layers: int, shape: tuple[int, int], scale: float
+) -> dict[str, Tensor]:
+    """One random float32 tensor per LoRA factor."""
+    return {
+        f"base_model.model.model.layers.{k}.self_attn.q_proj.lora_{factor}.default.weight": scale
+        * torch.randn(shape, generator=generator)
+        for k in range(layers)
+        for factor in ("A", "B")
+    }
+
+
+def make_state(
+    B_E: int = 64,
+    B_U: int = 16,
+    G: int = 8,
+    lengths: tuple[int, int] = (60, 150),
+    layers: int = 28,
+    shape: tuple[int, int] = (8, 64),
+    seed: int = 0,
+) -> ProbeState:
+    """What a run with both prediction and ground truth leaves behind."""
+    generator = torch.Generator().manual_seed(seed)
+    E = rollouts(generator, B_E, 1, lengths, rewarded=False)
+    U = rollouts(generator, B_U, G, lengths, rewarded=True)
+    E_scores, U_scores = scores(generator, E.mask), scores(generator, U.mask)
+    step, gradient = parameters(generator, layers, shape, 1e-6), parameters(generator, layers, shape, 1e-3)
+    gradient_of_entropy = EntropyGradient(
+        pathwise=parameters(generator, layers, shape, 1e-2),
+        score=parameters(generator, layers, shape, 1e-2),
+        length=parameters(generator, layers, shape, 1e-2),
+        H_seq=float(E_scores.sequence_entropy.mean()),
+        H_tok=float(E_scores.sequence_entropy.mean() / E_scores.lengths.mean()),
+        mean_length=float(E_scores.lengths.mean()),
+        weights=ScoreWeights(entropy=E_scores.entropy * 3, length=E_scores.mask.double()),
+        weighting="causal",
+    )
+    assert U.advantages is not None
+    update = Update(
+        step=step,
+        new_parameters=step,
+        gradient=gradient,
+        gradient_norm=1.25,
+        clip_factor=0.8,
+        learning_rate=1e-6,
+        loss_weights=-U.advantages[:, None] * U.mask / U.mask.sum(),
+        entropy_weights=torch.zeros(U.mask.shape, dtype=torch.float64),
+        scores=U_scores,
+    )
+    return ProbeState(
+        E=E,
+        U=U,
+        E_scores=E_scores,
+        entropy_gradient=gradient_of_entropy,
+        update=update,
+        prediction=first_order(gradient_of_entropy, step, 1e-6),
+        ground_truth=measure(E_scores, nudged(generator, E_scores, 0.01), reported="snis"),
+        timing={
+            "sample": 12.3,
+            "entropy_gradient": 4.5,
+            "update": 6.7,
+            "prediction": 0.01,
+            "ground_truth": 2.1,
+        },
+    )
+
+
+def make_result(state: ProbeState, config: ProbeConfig | None = None, **changes: Any) -> ProbeResult:
+    """The result of that run, with the keys a runner gives; `changes` replace values."""
+    assert state.E is not None
+    assert state.U is not None
+    assert state.prediction is not None
+    assert state.ground_truth is not None
+    truth, prediction = state.ground_truth, state.prediction
+    values: dict[str, Any] = {
+        "checkpoint_path": "/runs/qwen/step_60",
+        "training_step": 60,
+        "learning_rate": 1e-6,
+    }
+    values |= {"B_E": len(state.E), "B_U": len(state.U.group.unique()), "G": 8}
+    names = ("deltaH1", "bars_dot", "pathwise", "score")
+    values |= {
+        f"{name}{suffix}": getattr(prediction, name + suffix) for suffix in ("", "_tok") for name in names
+    }
+    for suffix, change, before in (
+        ("", truth.sequence, truth.H_orig[0]),
+        ("_tok", truth.token, truth.H_orig[1]),
+    ):
+        predicted = getattr(prediction, f"deltaH1{suffix}")
+        values |= {
+            f"H_orig{suffix}": before,
+            f"H_upd{suffix}": before + change.value,
+            f"deltaH_true{suffix}": change.value,
+            f"deltaH_true{suffix}_se": change.se,
+            f"deltaH_true{suffix}_ci95": list(change.ci95),
+            f"residual{suffix}": predicted - change.value,
+        }
+        values |= _errors_and_curvature(values, suffix)
+    values["estimates"] = estimate_rows(values)
+    values["diagnostics"] = _diagnostics(state, truth)
+    values["timing"] = {**state.timing, "total": sum(state.timing.values())}
+    values["batch_statistics"] = _batch_statistics(state)
+    found = verdict(values)
+    values = {"verdict": found.word, "verdict_reasons": list(found.reasons), **values}
+    return ProbeResult(
+        values=values | changes,
+        config=_resolved(config or ProbeConfig()),
+        checkpoint_name="step_60",
+        started_at="2025-01-15T14:30:25.123456",
+    )
+
+
+def make_values(**changes: Any) -> dict[str, Any]:
+    """A result mapping as a good run has it, with round numbers; `changes` replace values and diagnostics.
+
+    A change of a value replaces its interval as well, and `None` stays null; `...` takes a key out.
+    """
+    values: dict[str, Any] = {"learning_rate": 1e-6, "B_E": 1024, "B_U": 16, "G": 8}
+    sizes = {"": 1.0, "_tok": 0.01}
+    for suffix, size in sizes.items():
+        values |= {
+            f"H_orig{suffix}": 60 * size,
+            f"H_upd{suffix}": 59.9 * size,
+            f"deltaH1{suffix}": -0.1 * size,
+            f"deltaH1{suffix}_se": 0.02 * size,
+            f"deltaH1{suffix}_sd_U": 0.03 * size,
+            f"pathwise{suffix}": -0.08 * size,
+            f"score{suffix}": -0.02 * size,
+            f"bars_dot{suffix}": -1e5 * size,
+            f"deltaH_true{suffix}": -0.098 * size,
+            f"deltaH_true{suffix}_se": 0.021 * size,
+            f"residual{suffix}": -0.002 * size,
+            f"residual{suffix}_se": 0.0005 * size,
+            f"deltaH2{suffix}": 0.002 * size,
+            f"deltaH2{suffix}_se": 0.0004 * size,
+            f"eta_10{suffix}": 5e-6,
+        }
+    diagnostics = {
+        "ESS": 1000.0,
+        "w_max": 1.6,
+        "w_min": 0.55,
+        "pareto_k": 0.21,
+        "pareto_k_good": True,
+        "pareto_k_limit": 0.667,
+        "noise_floor": 2e-5,
+        "noise_floor_tok": 2e-7,
+        "derivative_mode": "jvp",
+        "derivative_reason": "every layer has forward-mode derivatives",
+        "derivative_agreement": 3e-6,
+        "second_order_mode": "jvp",
+        "control_variates": "off: 1024 sequences are fewer than 2048",
+        "se_method": "jackknife",
+        "is_mode": "per_decision",
+        "truncated_fraction": 0.02,
+        "distinct_responses": 1020,
+        "zero_advantage_groups": 2,
+        "bias_flags": [],
+    }
+    for key, value in changes.items():
+        (diagnostics if key in DIAGNOSTIC_NAMES else values)[key] = value
+    values = {key: value for key, value in values.items() if value is not ...}
+    for name in [key.removesuffix("_se") for key in values if key.endswith("_se")]:
+        interval = _interval(values.get(name), values[f"{name}_se"])
+        if not name.startswith("deltaH2"):
+            values.setdefault(f"{name}_ci95", interval)
+    values["diagnostics"] = {key: value for key, value in diagnostics.items() if value is not ...}
+    return values
+
+
+def estimate_rows(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entry `estimates`: every estimator of both estimands, the noisier ones with twice the error."""
+    rows = []
+    kinds = {"deltaH1": ("causal", "matched"), "deltaH_true": ("per_decision", "snis", "resample")}
+    for quantity, estimators in kinds.items():
+        for suffix, estimand in (("_tok", "token"), ("", "sequence")):
+            value, error = values.get(quantity + suffix), values.get(f"{quantity}{suffix}_se")
+            for rank, estimator in enumerate(estimators):
+                se = None if error is None else error * 2**rank
+                rows.append(
+                    {
+                        "quantity": quantity,
+                        "estimand": estimand,
+                        "estimator": estimator,
+                        "value": value,
+                        "se": se,
+                        "ci95": _interval(value, se),
+                        "variance_ratio": 4.0 ** (1 - rank),
+                        "reported": rank == 0,
+                    }
+                )
+    return rows
+
+
+def make_runner(state: ProbeState, loggers: tuple[Any, ...] = (), config: ProbeConfig | None = None) -> Any:
+    """Stands in for the runner: what the publishing callbacks use of it."""
+    fabric = SimpleNamespace(loggers=list(loggers), is_global_zero=True)
+    return SimpleNamespace(
+        state=state, fabric=fabric, errors=[], config=config or ProbeConfig(), default_logger=False
+    )
+
+
+def make_module() -> Any:
+    """Stands in for the module."""
+    return SimpleNamespace(tokenizer=Tokenizer())
+
+
+DIAGNOSTIC_NAMES = {
+    *(
+        "rollout_doubts",
+        "ESS",
+        "w_max",
+        "w_min",
+        "pareto_k",
+        "pareto_k_good",
+        "pareto_k_limit",
+        "noise_floor",
+        "noise_floor_tok",
+    ),
+    *(
+        "derivative_mode",
+        "derivative_reason",
+        "derivative_agreement",
+        "second_order_mode",
+        "control_variates",
+    ),
+    *("se_method", "is_mode", "truncated_fraction", "distinct_responses", "zero_advantage_groups"),
+    *("bias_flags", "on_policy_z", "clipped_fraction", "difference_scale", "difference_error"),
+    *("step_difference", "step_difference_error"),
+}
+"""Which of the changes of `make_values` are diagnostics."""
+
+
+def _interval(value: float | None, se: float | None) -> list[float] | None:
+    return None if value is None or se is None else [value - 1.96 * se, value + 1.96 * se]
+
+
+def _errors_and_curvature(values: dict[str, Any], suffix: str) -> dict[str, Any]:
+    """What comes with the prediction and with the difference: plausible shares of their values."""
+    found: dict[str, Any] = {}
+    for name in ("deltaH1", "residual"):
+        value = values[f"{name}{suffix}"]
+        found[f"{name}{suffix}_se"] = abs(value) / 5
+        found[f"{name}{suffix}_ci95"] = _interval(value, abs(value) / 5)
+    return found | {
+        f"deltaH1{suffix}_sd_U": abs(values[f"deltaH1{suffix}"]) / 3,
+        f"deltaH2{suffix}": 0.02 * abs(values[f"deltaH1{suffix}"]),
+        f"deltaH2{suffix}_se": 0.004 * abs(values[f"deltaH1{suffix}"]),
+        f"eta_10{suffix}": 5e-6,
+    }
+
+
+def _diagnostics(state: ProbeState, truth: GroundTruth) -> dict[str, Any]:
+    assert state.E is not None
+    return {
+        "ESS": truth.weights.ess,
+        "w_max": truth.weights.w_max,
+        "w_min": truth.weights.w_min,
+        "pareto_k": 0.31,
+        "pareto_k_good": True,
+        "pareto_k_limit": 0.446,
+        "noise_floor": 2e-6,
+        "noise_floor_tok": 2e-8,
+        "derivative_reason": "attention kernel without forward mode",
+        "derivative_agreement": 3e-5,
+        "second_order_mode": "finite_difference",
+        "control_variates": "off: 64 sequences are fewer than 2048",
+        "se_method": "jackknife",
+        "is_mode": "per_decision",
+        "distinct_responses": len(state.E),
+        "truncated_fraction": float(state.E.truncated.double().mean()),
+        "zero_advantage_groups": 1,
+        "derivative_mode": "reverse",
+        "derivative_check_error": 3.4e-5,
+        "on_policy_z": 0.12,
+        "bias_flags": [],
+    }
+
+
+def _batch_statistics(state: ProbeState) -> dict[str, Any]:
+    def stats(values: Tensor) -> dict[str, float]:
+        values = values.double()
+        numbers = {"mean": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
+        return {name: float(number) for name, number in numbers.items()}
+
+    assert state.E is not None
+    assert state.U is not None
+    assert state.U.rewards is not None
+    assert state.U.advantages is not None
+    return {
+        "avg_generation_length": float(state.E.lengths.double().mean()),
+        "avg_reward": float(state.U.rewards.mean()),
+        "E": {"length": stats(state.E.lengths)},
+        "U": {
+            "length": stats(state.U.lengths),
+            "reward": stats(state.U.rewards),
+            "advantage": stats(state.U.advantages),
+        },
+    }
+
+
+def _resolved(config: ProbeConfig) -> dict[str, Any]:
+    return {
+        "seed_everything": 7,
+        "trainer": {"accelerator": "cpu", "devices": 1, "precision": "32-true", "callbacks": None},
+        **asdict(config),
+    }
