@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,20 +21,36 @@ from lightning.fabric.loggers import Logger
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from probe.callbacks.base import PHASES, ProbeCallback
+from probe.callbacks.base import ProbeCallback
 from probe.config.checkpoint import DEMO
 from probe.config.schema import ProbeConfig
 from probe.errors.exceptions import ConfigError, ProbeError
+from probe.estimators.ground_truth import GroundTruth
 from probe.module import EntropyProbe
-from probe.phases.state import ProbeState
+from probe.phases.entropy_gradient import Derivative
+from probe.phases.prediction import Predicted
+from probe.phases.sample import Sample
+from probe.phases.state import Phase, ProbeState
+from probe.phases.update import Update
 from probe.results.result import ProbeResult, build_values
-from probe.scoring.collector import Progress
+from probe.scoring.collector import MakeProgress, Progress
 from probe.snapshot import evaluation_mode, exact_float32, isolated_rng, one_thread
 from probe.sweep.settings import SweepConfig
 
 Precision = Literal["32-true", "bf16-mixed"]
 """Fabric's name of the precision of forward passes. Trainable weights, moments and steps stay as loaded."""
 
+
+Result = TypeVar("Result", Sample, Derivative, Update, Predicted, GroundTruth)
+HOOKS: dict[Phase, tuple[str, str]] = {
+    "sample": ("on_sample_start", "on_sample_end"),
+    "entropy_gradient": ("on_entropy_gradient_start", "on_entropy_gradient_end"),
+    "update": ("on_update_start", "on_update_end"),
+    "prediction": ("on_prediction_start", "on_prediction_end"),
+    "ground_truth": ("on_ground_truth_start", "on_ground_truth_end"),
+    "report": ("on_report_start", "on_report_end"),
+}
+"""The hooks of `ProbeCallback` before and after each phase."""
 
 NEXT_STEPS = """
 Next:
@@ -147,34 +163,6 @@ class ProbeRunner:
             raise unpublished
         return result
 
-    def measure_at(self, module: EntropyProbe, learning_rate: float) -> ProbeResult:
-        """The last run's result as it would be with another learning rate; nothing is published.
-
-        E, U and the direction of the update are the same; the prediction is scaled, the ground truth measured anew at
-        `theta + step`. Parameters are never changed (except by `is_mode: resample`, which puts them back).
-
-        Args:
-            module: the module of the last run.
-            learning_rate: `eta > 0`.
-
-        Raises:
-            ProbeError: as `run`.
-        """
-        base = self.state
-        state = module.at_learning_rate(base, learning_rate)
-        with isolated_rng(), exact_float32(), evaluation_mode(module):
-            start = time.perf_counter()
-            if module.config.importance.enabled:
-                state.ground_truth = module.ground_truth(state)
-            state.timing = {"ground_truth": time.perf_counter() - start}
-            state.timing["total"] = state.timing["ground_truth"]
-            return ProbeResult(
-                values=build_values(state, module),
-                config=self._config_mapping(module),
-                checkpoint_name=module.files.name if module.files is not None else "policy",
-                started_at=datetime.now().astimezone().isoformat(timespec="seconds"),
-            )
-
     def demo(self, module: EntropyProbe) -> ProbeResult:
         """Probe the built-in demo policy (made when absent) and say what to try next.
 
@@ -201,13 +189,25 @@ class ProbeRunner:
 
         refuse_failures(execute(self, module, sweep))
 
-    def progress(self, phase: str) -> Callable[[str], Progress]:
-        """For a phase, a function from the name of a pass to its progress callback."""
+    def phase(self, name: Phase, module: EntropyProbe, compute: Callable[[MakeProgress], Result]) -> Result:
+        """Run a phase: the hooks around it, its seconds, its result kept in `state`.
+
+        Args:
+            name: of the phase.
+            module: the policy.
+            compute: gives the result, told how to report its progress.
+        """
 
         def of_pass(what: str) -> Progress:
-            return lambda done, total: self.fabric.call("on_progress", self, phase, done, total, what)
+            return lambda done, total: self.fabric.call("on_progress", self, name, done, total, what)
 
-        return of_pass
+        start, end = HOOKS[name]
+        self.fabric.call(start, self, module)
+        with self._timed(name):
+            result = compute(of_pass)
+        self.state.keep(result)
+        self.fabric.call(end, self, module)
+        return result
 
     def _phases(
         self, module: EntropyProbe, callbacks: Sequence[ProbeCallback], started: datetime
@@ -220,14 +220,11 @@ class ProbeRunner:
         with self._timed("load"):
             module.autocast = self.fabric.autocast
             module.load(self.fabric.device)
-        self.config = module.config  # with what the checkpoint has filled in
         with evaluation_mode(module):
-            with self._phase("sample", module):
-                module.sample(self.state, self.progress("sample"))
-            for phase in PHASES[1:-1]:
-                if any(phase in callback.phases for callback in callbacks):
-                    with self._phase(phase, module):
-                        self.fabric.call(f"run_{phase}", self, module)
+            self.phase("sample", module, module.sample)
+            for callback in callbacks:
+                callback.compute(self, module)
+        self.config = module.config  # with what the checkpoint and U's file have filled in
         self.fabric.call("on_report_start", self, module)
         self.state.timing["total"] = sum(self.state.timing.values())
         result = ProbeResult(
@@ -237,7 +234,6 @@ class ProbeRunner:
             started_at=started.isoformat(timespec="seconds"),
         )
         self.result = result
-        self.errors.extend(self.state.unwritten)
         self.fabric.call("on_report_end", self, module, result)
         self.fabric.call("on_probe_end", self, module, result)
         return result
@@ -245,14 +241,6 @@ class ProbeRunner:
     def _config_mapping(self, module: EntropyProbe) -> dict[str, Any]:
         """The configuration that counted, as it is saved with a result: it can be run again as it is."""
         return module.sources.applied_to(self.resolved) if self.resolved else asdict(module.config)
-
-    @contextmanager
-    def _phase(self, phase: str, module: EntropyProbe) -> Iterator[None]:
-        """Call the hooks around a phase and time it."""
-        self.fabric.call(f"on_{phase}_start", self, module)
-        with self._timed(phase):
-            yield
-        self.fabric.call(f"on_{phase}_end", self, module)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -267,6 +255,7 @@ def default_callbacks(config: ProbeConfig, publish: bool = True) -> list[ProbeCa
         ConsoleReport,
         DeltaH1,
         DetailedLogging,
+        FitMemoryFile,
         GroundTruth,
         ProgressBars,
         ResultsFile,
@@ -276,6 +265,8 @@ def default_callbacks(config: ProbeConfig, publish: bool = True) -> list[ProbeCa
     callbacks: list[ProbeCallback] = [ProgressBars()] if publish else []
     if config.probe_rework.compute_delta_h1:
         callbacks.append(DeltaH1())
+    if config.probe_rework.compute_delta_h1 and config.probe_rework.control_variates_path is not None:
+        callbacks.append(FitMemoryFile(config.probe_rework.control_variates_path))
     if config.importance.enabled:
         callbacks.append(GroundTruth())
     if not publish:

@@ -172,10 +172,8 @@ class Watch:
         self._seen_versions = self._versions()
         self.schedule.probe_seconds = time.perf_counter() - start  # attaching counts too
         count = sum(p.numel() for p in parameters.values())
-        what = (
-            f"watching {len(parameters)} trainable tensors ({count:,} numbers); deltaH1 by {self._probe.mode}"
-        )
-        say(f"{what}: {self._probe.reason}")
+        what = f"watching {len(parameters)} trainable tensors ({count:,} numbers); deltaH1 by {self._probe.way.mode}"
+        say(f"{what}: {self._probe.way.reason}")
         if left_out:
             say(
                 f"{len(left_out)} trainable tensors are in no watched optimizer and taken as constant "
