@@ -39,8 +39,6 @@ from probe.sweep.settings import SweepConfig
 
 Precision = Literal["32-true", "bf16-mixed"]
 """Fabric's name of the precision of forward passes. Trainable weights, moments and steps stay as loaded."""
-
-
 Result = TypeVar("Result", Sample, Derivative, Update, Predicted, GroundTruth)
 HOOKS: dict[Phase, tuple[str, str]] = {
     "sample": ("on_sample_start", "on_sample_end"),

@@ -8,8 +8,6 @@ USAGE = {
     "sweep": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--LIST VALUES ...] [--section.key VALUE ...]",
 }
 """What the help of a subcommand begins with."""
-
-
 DESCRIPTION = """Predict and measure what the next update does to a policy's entropy.
 
 examples:
@@ -20,8 +18,6 @@ examples:
 
 --config takes a YAML file, or the name of a configuration that comes with the package:
   {configs}"""
-
-
 DESCRIPTIONS = {
     "run": """Probe a checkpoint: predict what the next update does to the policy's entropy, and measure it.
 

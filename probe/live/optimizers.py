@@ -11,8 +11,6 @@ from probe.errors.exceptions import ConfigError
 
 TRANSPARENT = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
 """Packages whose optimizer classes only wrap another optimizer."""
-
-
 LISTED = 3
 
 

@@ -59,8 +59,6 @@ STILL_STEPS = 3
 """Probed steps of exactly 0 after which there is a warning."""
 SMALLEST_ENTROPY = 1e-9
 """Nats per token that a policy without any choice left is taken to have, for the logarithm's sake."""
-
-
 _FULL_BYTES = 4
 """Bytes of a float32 number."""
 KEPT_ENTRIES = 20

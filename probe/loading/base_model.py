@@ -25,14 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LONGEST_NAME = 1000
-
-
 _WEIGHTS_PER_BYTE = 4  # 4-bit weights are 2, and tied ones are saved once
-
-
 _LAYERS = re.compile(r"(num|n)_(hidden_|decoder_|encoder_)?(layers?|blocks)")
-
-
 BACKBONES: dict[str, str] = {
     f"qwen2_5_{short}{suffix}": f"Qwen/Qwen2.5-{size}{ending}"
     for short, size in (

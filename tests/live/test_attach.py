@@ -551,7 +551,7 @@ def test_a_model_without_a_gradient_of_its_own_is_probed_by_differences():
     optimizer = adamw(model)
     watch = attach(model, optimizer)
     assert watch._probe.way.mode == "finite_difference"
-    assert "use_reentrant=True" in watch._probe.reason
+    assert "use_reentrant=True" in watch._probe.way.reason
     ids = torch.randint(4, 100, (2, 6), generator=torch.Generator().manual_seed(0))
     embedded = model.get_input_embeddings()(ids)
     model(inputs_embeds=embedded, labels=ids).loss.backward()
