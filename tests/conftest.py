@@ -60,7 +60,7 @@ def environment_is_left_alone() -> Iterator[None]:
 
 
 OF_LIBRARIES = ("_AsyncWriterThread", "TMonitor")
-"""Threads of TensorBoard's writers and of tqdm, which live as long as the loggers and bars that a test or a trainer made."""
+"""Threads of TensorBoard's writers and of tqdm: they live as long as the loggers and bars that a test made."""
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,6 @@ from probe.estimators.estimate import Both, Estimate, both, estimate, shrinkage
 from probe.estimators.importance_weights import WeightDiagnostics, weight_diagnostics
 from probe.scoring.scores import TokenScores
 
-GroundTruthMode = Literal["per_decision", "snis", "resample"]
-
 
 @dataclass(frozen=True)
 class GroundTruth:
