@@ -12,12 +12,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from probe.errors.exceptions import ConfigError, DataError, RolloutError
 from probe.from_checkpoint.options import READ
 from probe.live.alarm import OnAlarm, check_on_alarm
+from probe.live.hosts.trl import sampling_changes, trainer_prompts
 from probe.live.names import PREFIX
 from probe.live.outlets import log_or_say, tensorboard_layout
 from probe.live.ranks import follow_first_rank
 from probe.live.say import say
 from probe.live.settings import WatchSettings
-from probe.live.trainers import sampling_changes, trainer_prompts
 from probe.live.watch import Watch, watch
 from probe.text import error_text
 

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from probe.data.batch import PromptExample
-from probe.data.prompts import check_messages
-from probe.data.rendering import Rendering, render_messages
-from probe.errors.exceptions import ConfigError, DataError
+from probe.errors.exceptions import ConfigError
 from probe.live.optimizers import LISTED, moved_parameters
 from probe.loading.quantization import find_4bit_layers
-from probe.rollouts.draw import stream_seed
-
-Prompt = str | Sequence[Mapping[str, Any]] | PromptExample
-"""A text, a list of messages (TRL's conversational format, put through the chat template), or a ready example."""
-
-MOST_PROMPTS = 1024
-"""Prompts kept of a larger data set."""
-
-
-@runtime_checkable
-class _Indexed(Protocol):
-    """What has items by position."""
-
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 def unwrapped_model(model: Any) -> nn.Module:
@@ -144,47 +127,6 @@ def watched_parameters(
     return found, left_out
 
 
-def prompt_examples(prompts: Iterable[Any], tokenizer: Any, seed: int = 0) -> list[PromptExample]:
-    """The prompts that E is drawn from: all of them, or 1,024 drawn at random where there are more.
-
-    Args:
-        prompts: texts, lists of messages, examples, or the rows of a data set with a column `prompt`.
-        tokenizer: renders chat templates.
-        seed: of the draw.
-
-    Raises:
-        DataError: there are none, or one cannot be used.
-    """
-    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
-        raise DataError(
-            f"prompts: expected a list of texts or of message lists, found {type(prompts).__name__}; put a single one "
-            "into a list"
-        )
-    prompts = few_of(prompts, seed)
-    found = []
-    for index, prompt in enumerate(prompts):
-        where, row = f"prompts[{index}]", {}
-        if isinstance(prompt, PromptExample):
-            found.append(prompt)
-            continue
-        if isinstance(prompt, Mapping):
-            if "prompt" not in prompt:
-                raise DataError(f"{where}: expected a column `prompt`, found {', '.join(map(str, prompt))}")
-            row = dict(prompt)
-            prompt = prompt["prompt"]
-        if isinstance(prompt, str):
-            if not prompt.strip():
-                raise DataError(f"{where}: expected a prompt, found an empty text")
-            found.append(PromptExample(prompt, row, index))
-        else:
-            messages = check_messages(prompt, where)
-            text = render_messages(tokenizer, messages, where, Rendering().of_row(row, where))
-            found.append(PromptExample(text, row, index, False))
-    if not found:
-        raise DataError("prompts: expected at least one, found an empty list")
-    return found
-
-
 def check_first_step(value: Any) -> None:
     """Refuse what steps cannot be counted from.
 
@@ -221,17 +163,3 @@ def check_tokenizer(tokenizer: Any, model: nn.Module) -> None:
             f"tokenizer: expected tokens of the model's vocabulary of {vocabulary}, found EOS with the id "
             f"{tokenizer.eos_token_id}; give the tokenizer that belongs to the model"
         )
-
-
-def few_of(prompts: Iterable[Any], seed: int = 0) -> Iterable[Any]:
-    """The prompts, or 1,024 of them drawn at random where there are more: rendering a whole data set takes long.
-
-    Args:
-        prompts: what has a length and items by position; anything else is left as it is.
-        seed: of the draw.
-    """
-    if isinstance(prompts, Sized) and isinstance(prompts, _Indexed) and len(prompts) > MOST_PROMPTS:
-        generator = torch.Generator().manual_seed(stream_seed(seed, "prompts kept"))
-        kept = torch.randperm(len(prompts), generator=generator)[:MOST_PROMPTS].sort().values.tolist()
-        return [prompts[i] for i in kept]
-    return prompts

@@ -29,7 +29,6 @@ from probe.live.attach import (
     backward_hooks,
     check_first_step,
     check_tokenizer,
-    prompt_examples,
     unwrapped_model,
     watched_parameters,
 )
@@ -39,6 +38,7 @@ from probe.live.neutral import undisturbed
 from probe.live.optimizers import learning_rate, moved_parameters, unwrapped_optimizers
 from probe.live.outcome import Before, Outcome
 from probe.live.outlets import Log, as_log
+from probe.live.prompts import prompt_examples
 from probe.live.say import say
 from probe.live.schedule import Schedule
 from probe.live.settings import WatchSettings

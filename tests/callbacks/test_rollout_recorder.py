@@ -16,7 +16,7 @@ from probe import RolloutRecorderCallback
 from probe.callbacks.training_transformers import EntropyProbeTrainerCallback
 from probe.config.batches import BatchConfig
 from probe.errors.exceptions import ConfigError, DataError
-from probe.live.trainers import sampling_changes, trainer_prompts
+from probe.live.hosts.trl import sampling_changes, trainer_prompts
 from probe.loading import quiet_libraries
 from probe.rollouts.read import read_rollouts
 from tests.support.helpers import char_tokenizer

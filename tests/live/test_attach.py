@@ -14,8 +14,9 @@ from torch import nn
 import probe
 from probe.data.batch import PromptExample
 from probe.errors.exceptions import ConfigError, DataError, ProbeError, RolloutError
-from probe.live.attach import MOST_PROMPTS, prompt_examples, unwrapped_model, watched_parameters
+from probe.live.attach import unwrapped_model, watched_parameters
 from probe.live.optimizers import unwrapped_optimizers
+from probe.live.prompts import MOST_PROMPTS, prompt_examples
 from probe.loading import quiet_libraries
 from tests.support.helpers import char_tokenizer
 from tests.support.live_loops import PROMPTS, SMALL, adamw, attach, full_model, lora_model

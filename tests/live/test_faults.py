@@ -60,13 +60,17 @@ def objects(model: nn.Module) -> Any:
     return modules, flags, values, switches, signal.getsignal(signal.SIGINT)
 
 
+PUTTING_BACK = ("live/neutral.py", "live/held_model.py", "live/interrupts.py", "probe/snapshot.py")
+"""Where what a probe changes is put back."""
+
+
 def interrupted(model: nn.Module, strikes: tuple[int, ...]) -> int:
     """Disturb a model inside of `undisturbed`, interrupted at the n-th lines of its code; the number of lines."""
     count = 0
 
     def tracer(frame: Any, event: str, arg: Any) -> Any:
         nonlocal count
-        if not frame.f_code.co_filename.endswith("neutral.py"):
+        if not frame.f_code.co_filename.endswith(PUTTING_BACK):
             return None
         if event == "line":
             count += 1
@@ -133,6 +137,27 @@ def test_a_signal_while_things_are_put_back_waits_and_reaches_the_hosts_handler(
         assert got == [True]
         assert signal.getsignal(signal.SIGINT) is handler
     finally:
+        signal.signal(signal.SIGINT, own)
+
+
+def test_what_the_hosts_handler_of_a_signal_does_stays(monkeypatch):
+    def handler(*_: Any) -> None:
+        torch.set_grad_enabled(False)
+        raise KeyboardInterrupt
+
+    model, own, put_back = tiny_model(**SMALL), signal.signal(signal.SIGINT, handler), torch.set_rng_state
+
+    def struck(state: torch.Tensor) -> None:
+        signal.raise_signal(signal.SIGINT)
+        put_back(state)
+
+    try:
+        with pytest.raises(KeyboardInterrupt), undisturbed(model):
+            monkeypatch.setattr(torch, "set_rng_state", struck)
+        assert not torch.is_grad_enabled()
+        assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        torch.set_grad_enabled(True)
         signal.signal(signal.SIGINT, own)
 
 

@@ -383,7 +383,7 @@ def test_buffers_are_put_back_and_large_ones_are_watched(monkeypatch):
     assert model.odd is own
     assert differences(saved, own) == []
 
-    monkeypatch.setattr("probe.live.neutral.SMALL_BUFFER", 4)
+    monkeypatch.setattr("probe.live.held_model.SMALL_BUFFER", 4)
     with undisturbed(model):
         pass
     with (

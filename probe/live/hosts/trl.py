@@ -8,7 +8,7 @@ from typing import Any
 from probe.data.batch import PromptExample
 from probe.errors.exceptions import DataError
 from probe.from_checkpoint.sampling_options import NEUTRAL_SAMPLING, changed_ends, changed_sampling
-from probe.live.attach import few_of, prompt_examples
+from probe.live.prompts import few_of, prompt_examples
 from probe.live.say import say
 from probe.live.words import in_own_words
 from probe.text import error_text
