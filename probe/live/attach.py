@@ -2,15 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from probe.data.batch import PromptExample
 from probe.errors.exceptions import ConfigError
-from probe.live.optimizers import LISTED, moved_parameters
+from probe.live.optimizers import LISTED, moved_parameters, unwrapped_optimizers
+from probe.live.prompts import prompt_examples, prompts_with_room
+from probe.live.say import say
+from probe.live.settings import WatchSettings
+from probe.live.words import in_own_words
 from probe.loading.quantization import find_4bit_layers
+
+_FULL_BYTES = 4
+"""Bytes of a float32 number."""
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What a watch is attached to, all of it checked.
+
+    Attributes:
+        model: the policy, unwrapped.
+        optimizers: those that make an update together, unwrapped.
+        parameters: the trainable parameters that they move, by name.
+        left_out: names of the trainable parameters that they do not.
+        tokenizer: the probe's own copy, since encoding sets its padding and truncation.
+        prompts: what E's prompts are drawn from.
+    """
+
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    parameters: dict[str, nn.Parameter]
+    left_out: list[str]
+    tokenizer: Any
+    prompts: list[PromptExample]
+
+
+def checked_attachment(
+    model: Any, optimizer: Any, prompts: Iterable[Any], tokenizer: Any, settings: WatchSettings
+) -> Attachment:
+    """What a watch can be attached to; see `watch` for the arguments.
+
+    Raises:
+        ConfigError: model, optimizer or tokenizer cannot be used.
+        DataError: the prompts cannot be used.
+        RolloutError: no prompt leaves room for a response.
+    """
+    model, optimizers = unwrapped_model(model), unwrapped_optimizers(optimizer)
+    parameters, left_out = watched_parameters(model, optimizers)
+    check_tokenizer(tokenizer, model)
+    own_tokenizer = copy.deepcopy(tokenizer)
+    with in_own_words():
+        examples = prompt_examples(prompts, own_tokenizer, settings.seed)
+        examples = prompts_with_room(examples, model, own_tokenizer, settings.max_new_tokens)
+    return Attachment(model, optimizers, parameters, left_out, own_tokenizer, examples)
+
+
+def say_attached(attachment: Attachment, mode: str, reason: str) -> None:
+    """Say what is watched, and what of it is not as one might expect.
+
+    Args:
+        attachment: of the watch.
+        mode: how deltaH1 is differentiated.
+        reason: why in this way.
+    """
+    parameters, left_out = attachment.parameters, attachment.left_out
+    count = sum(p.numel() for p in parameters.values())
+    say(f"watching {len(parameters)} trainable tensors ({count:,} numbers); deltaH1 by {mode}: {reason}")
+    if left_out:
+        say(
+            f"{len(left_out)} trainable tensors are in no watched optimizer and taken as constant "
+            f"({', '.join(left_out[:LISTED])}{', ...' if len(left_out) > LISTED else ''})",
+            warn=True,
+        )
+    half = [name for name, p in parameters.items() if p.element_size() < _FULL_BYTES]
+    if half:
+        say(
+            f"{len(half)} of {len(parameters)} trainable tensors are in 16 bits: steps below their resolution are "
+            "rounded away in training itself; what is predicted and measured is the step that remains"
+        )
 
 
 def unwrapped_model(model: Any) -> nn.Module:
@@ -31,6 +107,7 @@ def unwrapped_model(model: Any) -> nn.Module:
             break
         model = inner
     _refuse_sharded(model)
+    _refuse_repacked(model)
     _refuse_no_policy(model)
     return model
 
@@ -92,6 +169,10 @@ def _refuse_sharded(model: nn.Module) -> None:
         raise ConfigError(
             f"model: expected all parameters on one device, found {', '.join(devices)}; {shards}"
         )
+
+
+def _refuse_repacked(model: nn.Module) -> None:
+    """Weights in 4 bits must be as they were quantised."""
     for name, layer in find_4bit_layers(model).items():
         if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ConfigError(
@@ -116,15 +197,15 @@ def watched_parameters(
             "model: expected trainable parameters, found none with requires_grad=True; attach the probe after the "
             "adapter is added"
         )
-    found = {name: p for name, p in trainable.items() if id(p) in moved}
-    left_out = [name for name in trainable if name not in found]
-    if not found:
+    watched = {name: p for name, p in trainable.items() if id(p) in moved}
+    left_out = [name for name in trainable if name not in watched]
+    if not watched:
         raise ConfigError(
             f"optimizer: expected the model's {len(trainable)} trainable parameters in it, found none of them "
             f"({', '.join(left_out[:LISTED])}, ...); build the optimizer from this model's parameters, after peft has "
             "wrapped it"
         )
-    return found, left_out
+    return watched, left_out
 
 
 def check_first_step(value: Any) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import nn
 
 from probe.data.batch import PromptExample
 from probe.data.prompts import check_messages
 from probe.data.rendering import Rendering, render_messages
 from probe.errors.exceptions import DataError
+from probe.live.say import say
 from probe.rollouts.draw import stream_seed
+from probe.rollouts.generation import encode_prompts
+from probe.scoring.room import check_prompts, fitting_prompts
 
 MOST_PROMPTS = 1024
 """Prompts kept of a larger data set."""
@@ -77,3 +81,30 @@ def few_of(prompts: Iterable[Any], seed: int = 0) -> Iterable[Any]:
         kept = torch.randperm(len(prompts), generator=generator)[:MOST_PROMPTS].sort().values.tolist()
         return [prompts[i] for i in kept]
     return prompts
+
+
+def prompts_with_room(
+    examples: Sequence[PromptExample], model: nn.Module, tokenizer: Any, max_new_tokens: int
+) -> list[PromptExample]:
+    """The prompts that leave room for a response; it is said how many do not.
+
+    Args:
+        examples: all of them.
+        model: whose positions are counted.
+        tokenizer: encodes them.
+        max_new_tokens: tokens of a response.
+
+    Raises:
+        RolloutError: none does.
+        DataError: one has tokens that the model does not know.
+    """
+    encoded = encode_prompts(tokenizer, examples)
+    fitting = fitting_prompts(model, encoded, max_new_tokens) or range(len(examples))
+    if len(fitting) < len(examples):
+        say(
+            f"{len(examples) - len(fitting)} of {len(examples)} prompts are left out: with a response of "
+            f"{max_new_tokens} tokens they are longer than the model's positions",
+            warn=True,
+        )
+    check_prompts(model, [encoded[i] for i in fitting], max_new_tokens)
+    return [examples[i] for i in fitting]

@@ -277,7 +277,7 @@ def test_a_state_that_is_none_is_refused_and_changes_nothing(spoil):
 def test_a_state_does_not_grow_with_the_history():
     model = lora_model()
     watch = attach(model, adamw(model))
-    watch._run.history += [{"step": k, "H_orig": 1.0, "H_orig_tok": 0.5} for k in range(1, 500)]
+    watch.history.extend([{"step": k, "H_orig": 1.0, "H_orig_tok": 0.5} for k in range(1, 500)])
     kept = watch.state_dict()["run"]["history"]
     assert [entry["step"] for entry in kept] == [1, *range(480, 500)]
     assert len(watch.history) == 499
