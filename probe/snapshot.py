@@ -93,45 +93,42 @@ def one_thread() -> Iterator[None]:
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """Switch TF32 and other reduced-precision float32 products off."""
-    products = Float32Products()
-    with put_back_by(products.restore):
-        products.use_exact()
+    use_exact, restore = float32_precision()
+    with put_back_by(restore):
+        use_exact()
         yield
 
 
-class Float32Products:
-    """How torch multiplies float32 numbers.
+def float32_precision() -> tuple[Callable[[], None], Callable[[], None]]:
+    """What makes float32 products exact, and what puts their precision back to what it is now.
 
     Torch has two ways to set it, and refuses to read the old one where the new one was used (`fp32_precision` of a
     backend, from torch 2.9 on). Setting the old one overwrites the new ones, so these are put back one by one.
     """
+    known = (getattr(torch.backends.cuda, "matmul", None), getattr(torch.backends.mkldnn, "matmul", None))
+    backends: list[Any] = [backend for backend in known if hasattr(backend, "fp32_precision")]
+    own = [backend.fp32_precision for backend in backends]
+    old: str | None
+    try:
+        old = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        old = None
 
-    def __init__(self) -> None:
-        """Note what is set now."""
-        known = (getattr(torch.backends.cuda, "matmul", None), getattr(torch.backends.mkldnn, "matmul", None))
-        self._backends: list[Any] = [backend for backend in known if hasattr(backend, "fp32_precision")]
-        self._own = [backend.fp32_precision for backend in self._backends]
-        self._precision: str | None
-        try:
-            self._precision = torch.get_float32_matmul_precision()
-        except RuntimeError:  # it was set in the new way
-            self._precision = None
-
-    def use_exact(self) -> None:
-        """Switch TF32 and other reduced precision off."""
-        if self._precision is not None:
+    def use_exact() -> None:
+        if old is not None:
             torch.set_float32_matmul_precision("highest")
             return
-        for backend in self._backends:
+        for backend in backends:
             backend.fp32_precision = "ieee"
 
-    def restore(self) -> None:
-        """Put back what was set."""
-        if self._precision is not None:
-            torch.set_float32_matmul_precision(self._precision)
-        for backend, value in zip(self._backends, self._own, strict=True):
+    def restore() -> None:
+        if old is not None:
+            torch.set_float32_matmul_precision(old)
+        for backend, value in zip(backends, own, strict=True):
             if backend.fp32_precision != value:
                 backend.fp32_precision = value
+
+    return use_exact, restore
 
 
 @contextmanager
@@ -227,14 +224,14 @@ def preserved(
     """
     everything: dict[int, Tensor] = {id(p): p for p in parameters.values()}
     everything |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    values = [(p, _copy(p, device), p.grad, _save(p.grad, device)) for p in everything.values()]
-    groups = [_save({k: v for k, v in g.items() if k != "params"}, device) for g in optimizer.param_groups]
-    state = {key: (entries, _save(entries, device)) for key, entries in optimizer.state.items()}
+    values = [(p, _copy(p, device), _Saved(p.grad, device)) for p in everything.values()]
+    groups = [_Saved({k: v for k, v in g.items() if k != "params"}, device) for g in optimizer.param_groups]
+    state = {key: (entries, _Saved(entries, device)) for key, entries in optimizer.state.items()}
 
     def restore() -> None:
-        for p, value, grad, saved_grad in values:
+        for p, value, grad in values:
             _write(p, value)
-            p.grad = grad if saved_grad is None else saved_grad.restore()
+            p.grad = grad.restore()
         for group, saved in zip(optimizer.param_groups, groups, strict=True):
             kept = saved.restore()
             for added in set(group) - set(kept) - {"params"}:
@@ -277,11 +274,6 @@ class _Saved:
             for entry in self._content:
                 entry.restore()
         return self._value
-
-
-def _save(value: Any, device: torch.device | str) -> Any:
-    """A deep snapshot of `value`; None stays None."""
-    return None if value is None else _Saved(value, device)
 
 
 def copied(tensors: Mapping[str, Tensor], device: torch.device | str | None = None) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import nn
 from probe.errors.exceptions import NumericalError
 from probe.live.held_model import HeldModules, HeldTensors
 from probe.live.interrupts import HeldInterrupts
-from probe.snapshot import Float32Products, held_rng, put_back_by
+from probe.snapshot import float32_precision, held_rng, put_back_by
 
 _LISTED = 5
 
@@ -102,7 +102,7 @@ class _HeldSwitches:
 
     def __init__(self, model: nn.Module) -> None:
         """Only read."""
-        self._products = Float32Products()
+        self._use_exact_products, self._restore_precision = float32_precision()
         self._deterministic = torch.are_deterministic_algorithms_enabled()
         self._warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
         self._grad = torch.is_grad_enabled()
@@ -115,7 +115,7 @@ class _HeldSwitches:
 
     def prepare(self) -> None:
         """Exact products, no autocast, nothing compiled."""
-        self._products.use_exact()
+        self._use_exact_products()
         if self._inference is not None:
             self._in_inference = True
             self._inference.__enter__()
@@ -136,7 +136,7 @@ class _HeldSwitches:
         for kind, enabled in self._autocast.items():
             torch.set_autocast_enabled(kind, enabled)
         torch.use_deterministic_algorithms(self._deterministic, warn_only=self._warn_only)
-        self._products.restore()
+        self._restore_precision()
         if self._stance is not None:
             self._stance.__exit__(None, None, None)
 

@@ -224,7 +224,7 @@ def test_a_record_that_cannot_be_written_ends_no_training(tmp_path, caplog, monk
     def full(*_: Any) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("probe.callbacks.rollout_recorder.write_table", full)
+    monkeypatch.setattr("probe.rollouts.recording.write_table", full)
     caplog.set_level(logging.INFO, "probe.live")
     trainer.train()
     assert trainer.state.global_step == 2
