@@ -68,6 +68,9 @@ def level_change(level: float, se: float, first: tuple[float, float] | None) -> 
         level: now, nats.
         se: its standard error, nats, independent of the first one's.
         first: the first level and its standard error; None where this one is it.
+
+    >>> level_change(2.0, 0.3, first=(1.5, 0.4)), level_change(2.0, 0.3, first=None)
+    ((0.5, 0.5), (0.0, 0.0))
     """
     if first is None:
         return 0.0, 0.0

@@ -68,6 +68,12 @@ def recent_readings(readings: Sequence[EntropyReading], horizon: int, window: in
         readings: in the order of their steps.
         horizon: optimizer steps.
         window: number of readings.
+
+    >>> readings = [EntropyReading(step, 1.0, 0.0, 0.0, 0.0) for step in range(0, 100, 10)]
+    >>> [one.step for one in recent_readings(readings, horizon=15, window=20)]
+    [30, 40, 50, 60, 70, 80, 90]
+    >>> [one.step for one in recent_readings(readings, horizon=1, window=20)]
+    [50, 60, 70, 80, 90]
     """
     oldest = readings[-1].step - WINDOW_HORIZONS * horizon
     recent = [one for one in readings[:-LEAST_WINDOW] if one.step >= oldest]

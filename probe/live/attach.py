@@ -208,16 +208,6 @@ def watched_parameters(
     return watched, left_out
 
 
-def check_first_step(value: Any) -> None:
-    """Refuse what steps cannot be counted from.
-
-    Raises:
-        ConfigError: it is no integer of at least 0.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"first_step: expected an integer of at least 0, found {value!r}")
-
-
 def backward_hooks(parameters: Mapping[str, nn.Parameter]) -> list[str]:
     """The parameters that have hooks which run as soon as their gradient is there: such hooks can move them."""
     return [name for name, p in parameters.items() if getattr(p, "_post_accumulate_grad_hooks", None)]

@@ -11,7 +11,6 @@ from probe.forecast.curves import CumulativeSum, level_change
 from probe.forecast.forecast import Forecast, forecast
 from probe.forecast.readings import EntropyReading, above_zero, recent_readings
 from probe.live.alarm import CollapseAlarm
-from probe.live.attach import check_first_step
 from probe.live.lines import outlook
 from probe.live.names import STEPS, flat_values
 from probe.live.outcome import Outcome
@@ -55,7 +54,16 @@ class History:
     """
 
     def __init__(self, settings: WatchSettings, first_step: int = 0) -> None:
-        """Args: `settings` of the forecast, and `first_step`, the optimizer steps taken before."""
+        """Nothing is seen yet.
+
+        Args:
+            settings: of the forecast.
+            first_step: optimizer steps taken before.
+
+        Raises:
+            ConfigError: `first_step` is no integer of at least 0.
+        """
+        check_first_step(first_step)
         self.run = Run(step=first_step)
         self._settings = settings
 
@@ -145,6 +153,16 @@ class History:
         """Keep what the forecast is made from."""
         readings = [*self.run.readings, reading]
         self.run.readings = recent_readings(readings, self._settings.horizon, self._settings.window)
+
+
+def check_first_step(value: Any) -> None:
+    """Refuse what steps cannot be counted from.
+
+    Raises:
+        ConfigError: it is no integer of at least 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"first_step: expected an integer of at least 0, found {value!r}")
 
 
 def saved_state(run: Run, alarm: CollapseAlarm) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def unwrapped_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     given = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     if not given:
         raise ConfigError("optimizer: expected at least one, found an empty list")
-    found = []
+    unwrapped: list[torch.optim.Optimizer] = []
     for one in given:
         # only wrappers that do nothing of their own are looked through: Lookahead, say, moves parameters too
         while type(one).__module__.partition(".")[0] in TRANSPARENT:
@@ -41,8 +41,8 @@ def unwrapped_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
             raise ConfigError(
                 f"optimizer: expected a torch.optim.Optimizer, whose steps can be hooked, found {type(one).__name__}"
             )
-        found.append(one)
-    return found
+        unwrapped.append(one)
+    return unwrapped
 
 
 def moved_parameters(optimizers: Sequence[torch.optim.Optimizer]) -> set[int]:

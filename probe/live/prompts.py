@@ -44,12 +44,11 @@ def prompt_examples(prompts: Iterable[Any], tokenizer: Any, seed: int = 0) -> li
             f"prompts: expected a list of texts or of message lists, found {type(prompts).__name__}; put a single one "
             "into a list"
         )
-    prompts = few_of(prompts, seed)
-    found = []
-    for index, prompt in enumerate(prompts):
+    examples: list[PromptExample] = []
+    for index, prompt in enumerate(few_of(prompts, seed)):
         where, row = f"prompts[{index}]", {}
         if isinstance(prompt, PromptExample):
-            found.append(prompt)
+            examples.append(prompt)
             continue
         if isinstance(prompt, Mapping):
             if "prompt" not in prompt:
@@ -59,14 +58,14 @@ def prompt_examples(prompts: Iterable[Any], tokenizer: Any, seed: int = 0) -> li
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise DataError(f"{where}: expected a prompt, found an empty text")
-            found.append(PromptExample(prompt, row, index))
+            examples.append(PromptExample(prompt, row, index))
         else:
             messages = check_messages(prompt, where)
             text = render_messages(tokenizer, messages, where, Rendering().of_row(row, where))
-            found.append(PromptExample(text, row, index, False))
-    if not found:
+            examples.append(PromptExample(text, row, index, False))
+    if not examples:
         raise DataError("prompts: expected at least one, found an empty list")
-    return found
+    return examples
 
 
 def few_of(prompts: Iterable[Any], seed: int = 0) -> Iterable[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from probe.distributed.ranks import rank_and_size
 from probe.live.alarm import Alarms, OnAlarm
-from probe.live.attach import backward_hooks, check_first_step, checked_attachment, say_attached
+from probe.live.attach import backward_hooks, checked_attachment, say_attached
 from probe.live.history import History, read_state, saved_state
 from probe.live.hooks import StepHooks, are_watched
 from probe.live.optimizers import momentum
@@ -49,7 +49,6 @@ class Watch(AbstractContextManager["Watch"]):
         self.settings, self.model, self.optimizers = settings, on.model, on.optimizers
         self.schedule = Schedule(settings.every, settings.budget)
         self._alarms = Alarms(on.model, on.optimizers, settings.horizon, on_alarm)
-        check_first_step(first_step)
         self._history = History(settings, first_step)
         self._probe = UpdateProbe(on.model, on.parameters, on.tokenizer, on.prompts, settings)
         self._updates = ProbedUpdates(
