@@ -14,7 +14,7 @@ from torch import nn
 from probe.errors.exceptions import ConfigError, DataError, NumericalError
 from probe.live.neutral import undisturbed
 from probe.loading import quiet_libraries
-from tests.support.helpers import char_tokenizer
+from tests.support.helpers import char_tokenizer, said
 from tests.support.live_loops import (
     SMALL,
     Loop,
@@ -28,11 +28,6 @@ from tests.support.live_loops import (
     trainable,
 )
 from tests.support.tiny_models import tiny_model
-
-
-def said(caplog: pytest.LogCaptureFixture) -> str:
-    return "\n".join(record.getMessage() for record in caplog.records)
-
 
 # ---------------------------------------------------------------- Ctrl-C
 
