@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -11,7 +12,7 @@ from probe.errors.exceptions import ConfigError
 from probe.live import Watch, WatchSettings
 from probe.live.alarm import OnAlarm, check_on_alarm
 from probe.live.hosts.host import HostedWatch
-from probe.live.hosts.transformers import attached, refuse_sharded
+from probe.live.hosts.transformers import attached, log_through, refuse_sharded
 from probe.live.outlets import Outlet
 
 
@@ -57,10 +58,7 @@ class EntropyProbeTrainerCallback(TrainerCallback):
         self.trainer = trainer
         self._host = HostedWatch(on_alarm is not None)
         self._prompts, self._on_alarm, self._settings = prompts, on_alarm, settings
-        # not `trainer.log`: TRL's empties the averages of its own metrics there, which would change its logs
-        self._log = Outlet(
-            lambda numbers, _: Trainer.log(trainer, dict(numbers)), "the trainer's log", strict
-        )
+        self._log = Outlet(partial(log_through, trainer), "the trainer's log", strict)
 
     @property
     def watch(self) -> Watch | None:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+import torch
+from torch import nn
+
+from probe.live.hooks import StepHooks
 from tests.support.live_loops import attach, gradients, moved, named, seeded, small_loop, two_optimizers
 
 
@@ -80,3 +87,72 @@ def test_two_watches_on_one_optimizer():
     assert [e["step"] for e in one.history] == [1, 2, 3]
     assert [e["step"] for e in two.history] == [1, 3, 5]
     assert one.history[0]["deltaH_true_tok"] == two.history[0]["deltaH_true_tok"]
+
+
+# ---------------------------------------------------------------- the hooks alone
+
+
+class Told:
+    """Notes what the hooks say."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.error: BaseException | None = None
+        self.probe = SimpleNamespace(parameters={})
+        self.at_end: Callable[[], None] = lambda: None
+
+    def begin(self) -> None:
+        self.events.append("begin")
+
+    def end(self, late: bool) -> None:
+        self.events.append("end late" if late else "end")
+        self.at_end()
+
+    def between(self) -> None:
+        self.events.append("between")
+
+    def forget(self) -> None:
+        self.events.append("forget")
+
+
+def hooked(count: int) -> tuple[Any, StepHooks, list[torch.optim.Optimizer]]:
+    told: Any = Told()
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1) for _ in range(count)
+    ]
+    hooks = StepHooks(optimizers, told)
+    hooks.register()
+    return told, hooks, optimizers
+
+
+@pytest.mark.parametrize(
+    ("steps", "events"),
+    [
+        ("a", ["begin"]),
+        ("ab", ["begin", "end", "between"]),
+        ("ba", ["begin", "end", "between"]),
+        ("aa", ["begin", "end late", "begin"]),
+        ("aab", ["begin", "end late", "begin", "end", "between"]),
+    ],
+)
+def test_an_update_is_one_step_of_every_optimizer(steps, events):
+    told, hooks, (a, b) = hooked(2)
+    for name in steps:
+        {"a": a, "b": b}[name].step()
+    hooks.detach()
+    assert told.events == [*events, "forget"]
+
+
+@pytest.mark.parametrize("how", ["detached", "error"])
+def test_nothing_is_told_after_the_end(how):
+    told, hooks, (one,) = hooked(1)
+
+    def fails() -> None:
+        told.error = ValueError()
+
+    told.at_end = hooks.detach if how == "detached" else fails
+    one.step()
+    assert told.events == ["begin", "end", "forget"]
+    assert not hooks.active
+    one.step()
+    assert told.events == ["begin", "end", "forget"]

@@ -149,6 +149,18 @@ def default_prompts(trainer: Trainer) -> Any:
     return data
 
 
+def log_through(trainer: Trainer, numbers: Mapping[str, float], step: int) -> None:
+    """Log where a trainer reports.
+
+    Args:
+        trainer: whose log it is.
+        numbers: by name.
+        step: not needed: the trainer notes the step that it has counted.
+    """
+    # not `trainer.log`: TRL's empties the averages of its own metrics there, which would change its logs
+    Trainer.log(trainer, dict(numbers))
+
+
 def logged_entries(state: TrainerState) -> list[dict[str, Any]]:
     """The probe's entries in a trainer's log, by the names of the history."""
     entries = []
