@@ -10,20 +10,10 @@ from probe.callbacks.base import ProbeCallback
 from probe.errors.exceptions import LogError
 from probe.files.atomic import ensure_writable
 from probe.files.failures import write_error, write_failure, writer_errors_raised_once
-from probe.report.markdown import examples_markdown, report_markdown, verdict_markdown
-from probe.report.tags import (
-    PREFIX,
-    histogram_values,
-    hyperparameter_metrics,
-    hyperparameters,
-    interval_charts,
-    scalar_tags,
-    training_step,
-)
+from probe.report.publish import publish
 
 if TYPE_CHECKING:
     from probe.module import EntropyProbe
-    from probe.phases.state import ProbeState
     from probe.results.result import ProbeResult
     from probe.runner import ProbeRunner
 
@@ -57,60 +47,25 @@ class TensorBoardDiagnostics(ProbeCallback):
         if not runner.fabric.is_global_zero:
             return
         show_texts = runner.config.detailed_logging.log_sequences is not False
+        examples = self.examples if show_texts else 0
         for logger in runner.fabric.loggers:
             try:
                 with writer_errors_raised_once():
-                    self._publish(logger, runner.state, result, self.examples if show_texts else 0)
+                    publish(logger, runner.state, result, examples, self.hyperparameters)
             except Exception as error:
                 # Loggers of all makers come by here, with exceptions of any kind.
                 folder, of_disk = _folder(logger, "log_dir"), write_failure(error)
                 failure = LogError(f"{type(logger).__name__} did not take the results: {error}")
                 if folder is not None and of_disk is not None:
                     failure = write_error(folder, of_disk)
-                    if (
-                        runner.default_logger
-                    ):  # the folder is this run's own, and holds half of an events file
+                    if runner.default_logger:
+                        # the folder is this run's own, and holds half of an events file
                         shutil.rmtree(folder, ignore_errors=True)
                 failure.__cause__ = error
                 runner.errors.append(failure)
-
-    def _publish(self, logger: Any, state: ProbeState, result: ProbeResult, examples: int) -> None:
-        """Send everything to one logger."""
-        step = training_step(result)
-        scalars = scalar_tags(result.values)
-        if hasattr(getattr(logger, "experiment", None), "add_histogram"):
-            shown = hyperparameter_metrics(scalars) if self.hyperparameters else {}
-            # log_hyperparams logs its metrics as scalars too. Without any it would log a placeholder of -1.
-            logger.log_metrics({tag: value for tag, value in scalars.items() if tag not in shown}, step=step)
-            if shown:
-                logger.log_hyperparams(hyperparameters(result), metrics=shown, step=step)
-            for tag, values in histogram_values(state).items():
-                logger.experiment.add_histogram(tag, values.numpy(), step)
-            layout = interval_charts(scalars)
-            if layout:
-                logger.experiment.add_custom_scalars(layout)
-            if result.values.get("verdict") is not None:
-                logger.experiment.add_text(f"{PREFIX}/verdict", verdict_markdown(result.values), step)
-            logger.experiment.add_text(f"{PREFIX}/report", report_markdown(result), step)
-            if examples and state.E is not None:
-                logger.experiment.add_text(f"{PREFIX}/responses", examples_markdown(state, examples), step)
-        else:
-            logger.log_metrics(scalars, step=step)
-            if self.hyperparameters:
-                _log_hyperparameters(logger, hyperparameters(result))
-        logger.save()
 
 
 def _folder(logger: Any, name: str) -> str | None:
     """The local folder that a logger names by `root_dir` or `log_dir`; None where it has none."""
     folder = getattr(logger, name, None)
     return os.fspath(folder) if isinstance(folder, (str, os.PathLike)) and "://" not in str(folder) else None
-
-
-def _log_hyperparameters(logger: Any, config: dict[str, Any]) -> None:
-    """Log the configuration with a logger that is not TensorBoard's."""
-    try:
-        logger.log_hyperparams(config)
-    except NotImplementedError:
-        # Fabric's CSVLogger has the method only to say that it cannot.
-        return

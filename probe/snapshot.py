@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def _put_back_by(restore: Callable[[], object]) -> Iterator[None]:
+def put_back_by(restore: Callable[[], object]) -> Iterator[None]:
     """Call `restore` in the end, wherever an interrupt strikes on the way: what was cut off is done again.
 
     Args:
@@ -43,6 +43,12 @@ def _put_back_by(restore: Callable[[], object]) -> Iterator[None]:
 @contextmanager
 def isolated_rng() -> Iterator[None]:
     """Put the global random states of Python, NumPy, torch and CUDA back, whatever happens in between."""
+    with put_back_by(held_rng()):
+        yield
+
+
+def held_rng() -> Callable[[], None]:
+    """What puts the global random states of Python, NumPy, torch and CUDA back to what they are now."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
@@ -53,8 +59,7 @@ def isolated_rng() -> Iterator[None]:
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
 
-    with _put_back_by(restore):
-        yield
+    return restore
 
 
 @contextmanager
@@ -70,7 +75,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         for module, training in flags.items():
             module.training = training
 
-    with _put_back_by(restore):
+    with put_back_by(restore):
         for module in flags:
             module.training = False
         yield
@@ -80,40 +85,50 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def one_thread() -> Iterator[None]:
     """Run torch's operators on one thread."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with put_back_by(lambda: torch.set_num_threads(threads)):
+        torch.set_num_threads(1)
         yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Switch TF32 and other reduced-precision float32 products off.
+    """Switch TF32 and other reduced-precision float32 products off."""
+    use_exact, restore = float32_precision()
+    with put_back_by(restore):
+        use_exact()
+        yield
 
-    Torch has two ways to set them, and refuses to read the old one where the new one was used (`fp32_precision` of a
+
+def float32_precision() -> tuple[Callable[[], None], Callable[[], None]]:
+    """What makes float32 products exact, and what puts their precision back to what it is now.
+
+    Torch has two ways to set it, and refuses to read the old one where the new one was used (`fp32_precision` of a
     backend, from torch 2.9 on). Setting the old one overwrites the new ones, so these are put back one by one.
     """
-    found = (getattr(torch.backends.cuda, "matmul", None), getattr(torch.backends.mkldnn, "matmul", None))
-    backends: list[Any] = [b for b in found if hasattr(b, "fp32_precision")]
-    own = [b.fp32_precision for b in backends]
+    known = (getattr(torch.backends.cuda, "matmul", None), getattr(torch.backends.mkldnn, "matmul", None))
+    backends: list[Any] = [backend for backend in known if hasattr(backend, "fp32_precision")]
+    own = [backend.fp32_precision for backend in backends]
+    old: str | None
     try:
-        precision = torch.get_float32_matmul_precision()
+        old = torch.get_float32_matmul_precision()
     except RuntimeError:
-        precision = None
-    try:
-        if precision is None:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
-        else:
+        old = None
+
+    def use_exact() -> None:
+        if old is not None:
             torch.set_float32_matmul_precision("highest")
-        yield
-    finally:
-        if precision is not None:
-            torch.set_float32_matmul_precision(precision)
+            return
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+
+    def restore() -> None:
+        if old is not None:
+            torch.set_float32_matmul_precision(old)
         for backend, value in zip(backends, own, strict=True):
             if backend.fp32_precision != value:
                 backend.fp32_precision = value
+
+    return use_exact, restore
 
 
 @contextmanager
@@ -165,7 +180,7 @@ def _entries_replaced(places: Sequence[tuple[dict[str, Any], str, Any]]) -> Iter
         for holder, key, value in held:
             holder[key] = value
 
-    with _put_back_by(restore):
+    with put_back_by(restore):
         for holder, key, value in places:
             holder[key] = value
         yield
@@ -189,7 +204,7 @@ def parameters_at(parameters: Mapping[str, nn.Parameter], values: Mapping[str, T
     if missing:
         raise ValueError(f"expected one value per parameter, found a difference in {missing[:10]}")
     old = {name: _copy(p, values[name].device) for name, p in parameters.items()}
-    with _put_back_by(lambda: _assign(parameters, old)):
+    with put_back_by(lambda: _assign(parameters, old)):
         _assign(parameters, values)
         yield
 
@@ -209,14 +224,14 @@ def preserved(
     """
     everything: dict[int, Tensor] = {id(p): p for p in parameters.values()}
     everything |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    values = [(p, _copy(p, device), p.grad, _save(p.grad, device)) for p in everything.values()]
-    groups = [_save({k: v for k, v in g.items() if k != "params"}, device) for g in optimizer.param_groups]
-    state = {key: (entries, _save(entries, device)) for key, entries in optimizer.state.items()}
+    values = [(p, _copy(p, device), _Saved(p.grad, device)) for p in everything.values()]
+    groups = [_Saved({k: v for k, v in g.items() if k != "params"}, device) for g in optimizer.param_groups]
+    state = {key: (entries, _Saved(entries, device)) for key, entries in optimizer.state.items()}
 
     def restore() -> None:
-        for p, value, grad, saved_grad in values:
+        for p, value, grad in values:
             _write(p, value)
-            p.grad = grad if saved_grad is None else saved_grad.restore()
+            p.grad = grad.restore()
         for group, saved in zip(optimizer.param_groups, groups, strict=True):
             kept = saved.restore()
             for added in set(group) - set(kept) - {"params"}:
@@ -228,7 +243,7 @@ def preserved(
             saved.restore()
             optimizer.state[key] = entries
 
-    with _put_back_by(restore):
+    with put_back_by(restore):
         yield
 
 
@@ -259,11 +274,6 @@ class _Saved:
             for entry in self._content:
                 entry.restore()
         return self._value
-
-
-def _save(value: Any, device: torch.device | str) -> Any:
-    """A deep snapshot of `value`; None stays None."""
-    return None if value is None else _Saved(value, device)
 
 
 def copied(tensors: Mapping[str, Tensor], device: torch.device | str | None = None) -> dict[str, Tensor]:

@@ -61,6 +61,22 @@ class CumulativeSum:
         return self.total, math.sqrt(self.sampling + max(self.scattering, 0.0))
 
 
+def level_change(level: float, se: float, first: tuple[float, float] | None) -> tuple[float, float]:
+    """A level minus the first one, nats, with its standard error.
+
+    Args:
+        level: now, nats.
+        se: its standard error, nats, independent of the first one's.
+        first: the first level and its standard error; None where this one is it.
+
+    >>> level_change(2.0, 0.3, first=(1.5, 0.4)), level_change(2.0, 0.3, first=None)
+    ((0.5, 0.5), (0.0, 0.0))
+    """
+    if first is None:
+        return 0.0, 0.0
+    return level - first[0], math.hypot(se, first[1])
+
+
 def scatter(gap: int, phi: float) -> float:
     """What a gap adds to the variance of the interpolated sum about the true one, for steps of variance 1.
 

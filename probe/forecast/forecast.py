@@ -1,4 +1,4 @@
-"""How many optimizer steps are left until the policy's entropy falls to a threshold, with an interval, and an alarm.
+"""How many optimizer steps are left until the policy's entropy falls to a threshold, with an interval.
 
 The model is a random walk with drift in `g(H) = (H^p - 1) / p` of the token entropy (`log H` for `p = 0`): `g`
 changes by `r + e_k` in step `k`. The drift `r` is constant over a window of readings. In RL runs entropy falls
@@ -45,7 +45,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -137,6 +137,27 @@ def forecast(
         >>> round(forecast(fall, threshold=2.0 * 0.99**105, shape=0.0).steps, 6)
         100.0
     """
+    _check(threshold, window, momentum, shape)
+    used = since_change(usable_readings(readings)[-window:], momentum)
+    if len(used) < LEAST_READINGS:
+        return None
+    powers = SHAPES if shape is None else (shape,)
+    by_shape = {power: _of_shape(used, threshold, momentum, power) for power in powers}
+    main = by_shape[MIDDLE_SHAPE if shape is None else shape]
+    relative = by_shape[0.0] if 0.0 in by_shape else _of_shape(used, threshold, momentum, 0.0)
+    return replace(
+        main,
+        low=min(
+            main.steps, *(x.low for x in by_shape.values())
+        ),  # without noise the three differ by rounding
+        high=max(main.steps, *(x.high for x in by_shape.values())),
+        rate=relative.rate,
+        rate_se=relative.rate_se,
+    )
+
+
+def _check(threshold: float, window: int, momentum: float, shape: float | None) -> None:
+    """Refuse what no forecast can be made from; see `forecast`."""
     if not (threshold > 0 and math.isfinite(threshold)):
         raise ValueError(f"threshold must be a positive entropy in nats per token, not {threshold}")
     if window < LEAST_READINGS:
@@ -145,25 +166,6 @@ def forecast(
         raise ValueError(f"momentum must be in [0, 1), not {momentum}")
     if shape is not None and not 0 <= shape <= 1:
         raise ValueError(f"shape must be in [0, 1] or None, not {shape}")
-    used = since_change(usable_readings(readings)[-window:], momentum)
-    n = len(used)
-    if n < LEAST_READINGS:
-        return None
-    powers = SHAPES if shape is None else (shape,)
-    found = {power: _of_shape(used, threshold, momentum, power) for power in powers}
-    main = found[MIDDLE_SHAPE if shape is None else shape]
-    relative = found[0.0] if 0.0 in found else _of_shape(used, threshold, momentum, 0.0)
-    steps = main.steps
-    return Forecast(
-        steps=steps,
-        low=min(steps, *(x.low for x in found.values())),  # without noise the three differ by rounding
-        high=max(steps, *(x.high for x in found.values())),
-        rate=relative.rate,
-        rate_se=relative.rate_se,
-        H=main.H,
-        threshold=threshold,
-        readings_used=n,
-    )
 
 
 def _of_shape(used: Sequence[EntropyReading], threshold: float, momentum: float, power: float) -> Forecast:

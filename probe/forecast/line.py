@@ -57,19 +57,9 @@ def fit_line(
         by_level: `(n,)`, derivative of the measured increment by the measured `level`.
         noise: of the steps.
     """
-    n, phi = len(step), noise.phi
+    n = len(step)
     left = (step[-1] + 1 - step).astype(np.float64)  # steps from a reading's to now
-    apart = np.abs(step[:, None] - step[None, :])
-    tail = np.minimum(left[:, None], left[None, :])
-    # covariances of e[step_i], and of the sums from step_i to now, in units of the noise's variance
-    of_steps = np.power(phi, apart)
-    of_sums = _sum_variance(tail, phi) + _adjacent_sums(apart, tail, phi)
-    inside = left[:, None] <= left[None, :]  # step_i lies in the sum from step_j
-    before = np.power(phi, apart) * _geometric(left[None, :], phi)
-    both = _geometric(left[:, None], phi) + _geometric(apart + 1, phi) - 1
-    mixed = np.where(inside, both, before)
-
-    V = np.block([[of_steps, -mixed], [-mixed.T, of_sums]]) * noise.variance
+    V = _noise_covariance(step, left, noise.phi) * noise.variance
     shared = by_level * level_variance
     V += np.block(
         [[np.diag(increment_variance), np.diag(shared)], [np.diag(shared), np.diag(level_variance)]]
@@ -90,6 +80,26 @@ def fit_line(
         level_variance=float(covariance[1, 1]),
         covariance=float(covariance[0, 1]),
     )
+
+
+def _noise_covariance(step: NDArray[np.int64], left: Array, phi: float) -> Array:
+    """Covariance of the readings' `(increments, levels)` by the noise of the steps, `(2n, 2n)`, for a variance of 1.
+
+    Args:
+        step: `(n,)`.
+        left: `(n,)`, steps from each reading's to now.
+        phi: autocorrelation of the noise.
+    """
+    apart = np.abs(step[:, None] - step[None, :])
+    tail = np.minimum(left[:, None], left[None, :])
+    # covariances of e[step_i], and of the sums from step_i to now
+    of_steps = np.power(phi, apart)
+    of_sums = _sum_variance(tail, phi) + _adjacent_sums(apart, tail, phi)
+    inside = left[:, None] <= left[None, :]  # step_i lies in the sum from step_j
+    outside_it = np.power(phi, apart) * _geometric(left[None, :], phi)
+    inside_it = _geometric(left[:, None], phi) + _geometric(apart + 1, phi) - 1
+    mixed = np.where(inside, inside_it, outside_it)
+    return np.block([[of_steps, -mixed], [-mixed.T, of_sums]])
 
 
 def _geometric(n: Array, phi: float) -> Array:

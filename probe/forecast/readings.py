@@ -12,12 +12,28 @@ from numpy.typing import NDArray
 
 LEAST_READINGS = 3
 """Fewest readings that a forecast is made from: two for the rate, one more for its error."""
+
+
 LEAST_SINCE_CHANGE = 4
 """Fewest readings that show that the drift has changed."""
+
+
 CHANGED = 4.0
 """Standard errors by which it must have."""
+
+
+WINDOW_HORIZONS, LEAST_WINDOW = 4, 5
+"""Older readings do not enter the forecast, unless there are fewer than so many: rates change in a run's course."""
+
+
+SMALLEST_ENTROPY = 1e-9
+"""Nats per token that a policy without any choice left is taken to have, for the logarithm's sake."""
+
+
 LARGEST_FALL = 0.99
 """Largest share of the entropy that one step can take: a noisy reading may claim it all, and log(0) is no rate."""
+
+
 Array = NDArray[np.float64]
 
 
@@ -43,6 +59,30 @@ class EntropyReading:
     def is_finite(self) -> bool:
         """Whether all numbers are finite; a reading from a single prompt has an infinite error."""
         return all(math.isfinite(x) for x in (self.H, self.H_se, self.change, self.change_se))
+
+
+def recent_readings(readings: Sequence[EntropyReading], horizon: int, window: int) -> list[EntropyReading]:
+    """The last `window` readings as far as they lie within four horizons of the last one; at least five in any case.
+
+    Args:
+        readings: in the order of their steps.
+        horizon: optimizer steps.
+        window: number of readings.
+
+    >>> readings = [EntropyReading(step, 1.0, 0.0, 0.0, 0.0) for step in range(0, 100, 10)]
+    >>> [one.step for one in recent_readings(readings, horizon=15, window=20)]
+    [30, 40, 50, 60, 70, 80, 90]
+    >>> [one.step for one in recent_readings(readings, horizon=1, window=20)]
+    [50, 60, 70, 80, 90]
+    """
+    oldest = readings[-1].step - WINDOW_HORIZONS * horizon
+    recent = [one for one in readings[:-LEAST_WINDOW] if one.step >= oldest]
+    return [*recent, *readings[-LEAST_WINDOW:]][-window:]
+
+
+def above_zero(H: float) -> float:
+    """A level in nats per token that has a logarithm: a policy without any choice left has none."""
+    return max(H, SMALLEST_ENTROPY)
 
 
 def since_change(readings: Sequence[EntropyReading], momentum: float) -> Sequence[EntropyReading]:

@@ -29,9 +29,9 @@ class ActiveAdapters:
         self._chosen: list[tuple[nn.Module, dict[str, Any]]] = []
         for module in model.modules():
             own = vars(module)
-            found = {name: _copied(own[name]) for name in _CHOICES if name in own}
-            if found:
-                self._chosen.append((module, found))
+            choice = {name: _copied(own[name]) for name in _CHOICES if name in own}
+            if choice:
+                self._chosen.append((module, choice))
         self._said = False
 
     def use(self) -> None:
@@ -41,7 +41,7 @@ class ActiveAdapters:
             ConfigError: an adapter of then is gone.
         """
         config = getattr(self._model, "peft_config", None)
-        names = sorted({name for _, found in self._chosen for name in _names(found)})
+        names = sorted({name for _, choice in self._chosen for name in _names(choice)})
         gone = [name for name in names if isinstance(config, dict) and name not in config]
         if gone:
             raise ConfigError(
@@ -49,9 +49,9 @@ class ActiveAdapters:
                 "deleted; attach the probe again, with the trained adapter active"
             )
         other = False
-        for module, found in self._chosen:
+        for module, choice in self._chosen:
             own = vars(module)
-            for name, value in found.items():
+            for name, value in choice.items():
                 if own.get(name) != value:
                     other = True
                     own[name] = _copied(value)
@@ -68,10 +68,10 @@ def _copied(value: Any) -> Any:
     return list(value) if isinstance(value, list) else value
 
 
-def _names(found: dict[str, Any]) -> list[str]:
+def _names(choice: dict[str, Any]) -> list[str]:
     """Names of adapters in a module's attributes."""
     names: list[str] = []
     for name in ("_active_adapter", "active_adapter"):
-        value = found.get(name, [])
+        value = choice.get(name, [])
         names += [value] if isinstance(value, str) else list(value or [])
     return names

@@ -1,4 +1,4 @@
-"""What a user's function gets when a collapse is forecast, and what it can do about it."""
+"""A collapse that is forecast: when an alarm starts, what a user's function gets, and what it can do about it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import nn
 
 from probe.errors.exceptions import ConfigError
 from probe.forecast.forecast import Forecast
+from probe.live.lines import alarm_line
+from probe.live.say import say
 
 GROUP_RATES, SCHEDULER_RATES = {"lr", "initial_lr", "max_lr", "min_lr"}, {"base_lrs", "max_lrs"}
 """Learning rates in an optimizer's groups, and lists of them in a scheduler."""
@@ -63,15 +65,16 @@ class Alarm:
 
 def single_schedulers(schedulers: Iterable[Any]) -> list[Any]:
     """Learning-rate schedulers, those inside of SequentialLR, ChainedScheduler and Accelerate's wrapper, each once."""
-    found: dict[int, Any] = {}
+    singles: dict[int, Any] = {}
     for one in schedulers:
         inside = getattr(one, "_schedulers", None) or [getattr(one, "scheduler", None)]
         parts = [one, *single_schedulers(part for part in inside if part is not None)]
-        found |= {id(part): part for part in parts}
-    return list(found.values())
+        singles |= {id(part): part for part in parts}
+    return list(singles.values())
 
 
 OnAlarm = Callable[[Alarm], None]
+"""What a user wants done."""
 
 
 def check_on_alarm(value: Any) -> None:
@@ -140,3 +143,65 @@ class CollapseAlarm:
         self.calm_readings = self.calm_readings + 1 if far and not collapsed else 0
         self.armed = self.calm_readings >= CALM_READINGS
         return False
+
+
+class Alarms:
+    """The alarms of one training, and what is done when one is raised.
+
+    Attributes:
+        state: whether one can start.
+        should_stop: whether an alarm asked for the end of training.
+        schedulers: learning-rate schedulers that an alarm is told of.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        horizon: int,
+        on_alarm: OnAlarm | str | None,
+    ) -> None:
+        """Check what is to be done.
+
+        Args:
+            model: the policy.
+            optimizers: those that are watched.
+            horizon: optimizer steps.
+            on_alarm: a function of the alarm, or `"stop"`.
+
+        Raises:
+            ConfigError: `on_alarm` cannot be called.
+        """
+        check_on_alarm(on_alarm)
+        self.state, self._horizon = CollapseAlarm(horizon), horizon
+        self.should_stop = False
+        self.schedulers: Sequence[Any] = ()
+        self._model, self._optimizers, self._on_alarm = model, optimizers, on_alarm
+
+    def raised(self, forecast: Forecast | None, entry: dict[str, Any]) -> Alarm | None:
+        """A new alarm, with its warning and its mark in the history's `entry`; None where there is none."""
+        if forecast is None or not self.state.update(forecast, entry["step"]):
+            return None
+        message = alarm_line(entry, forecast.threshold, self._horizon)
+        entry["alarm"] = True
+        say(message, warn=True)
+        return Alarm(
+            entry["step"],
+            message,
+            forecast,
+            entry,
+            self._model,
+            self._optimizers,
+            self._request_stop,
+            self.schedulers,
+        )
+
+    def act_on(self, alarm: Alarm) -> None:
+        """Do what the user wants done; exceptions of a user's function are the user's."""
+        if self._on_alarm == "stop":
+            alarm.stop()
+        elif callable(self._on_alarm):
+            self._on_alarm(alarm)
+
+    def _request_stop(self) -> None:
+        self.should_stop = True

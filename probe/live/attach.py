@@ -2,32 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
-from typing import Any, Protocol, runtime_checkable
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from probe.data.batch import PromptExample
-from probe.data.prompts import check_messages
-from probe.data.rendering import Rendering, render_messages
-from probe.errors.exceptions import ConfigError, DataError
-from probe.live.optimizers import LISTED, moved_parameters
+from probe.errors.exceptions import ConfigError
+from probe.live.optimizers import LISTED, moved_parameters, unwrapped_optimizers
+from probe.live.prompts import prompt_examples, prompts_with_room
+from probe.live.say import say
+from probe.live.settings import WatchSettings
+from probe.live.words import in_own_words
 from probe.loading.quantization import find_4bit_layers
-from probe.rollouts.draw import stream_seed
 
-Prompt = str | Sequence[Mapping[str, Any]] | PromptExample
-"""A text, a list of messages (TRL's conversational format, put through the chat template), or a ready example."""
-
-MOST_PROMPTS = 1024
-"""Prompts kept of a larger data set."""
+_FULL_BYTES = 4
+"""Bytes of a float32 number."""
 
 
-@runtime_checkable
-class _Indexed(Protocol):
-    """What has items by position."""
+@dataclass(frozen=True)
+class Attachment:
+    """What a watch is attached to, all of it checked.
 
-    def __getitem__(self, index: int, /) -> Any: ...
+    Attributes:
+        model: the policy, unwrapped.
+        optimizers: those that make an update together, unwrapped.
+        parameters: the trainable parameters that they move, by name.
+        left_out: names of the trainable parameters that they do not.
+        tokenizer: the probe's own copy, since encoding sets its padding and truncation.
+        prompts: what E's prompts are drawn from.
+    """
+
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    parameters: dict[str, nn.Parameter]
+    left_out: list[str]
+    tokenizer: Any
+    prompts: list[PromptExample]
+
+
+def checked_attachment(
+    model: Any, optimizer: Any, prompts: Iterable[Any], tokenizer: Any, settings: WatchSettings
+) -> Attachment:
+    """What a watch can be attached to; see `watch` for the arguments.
+
+    Raises:
+        ConfigError: model, optimizer or tokenizer cannot be used.
+        DataError: the prompts cannot be used.
+        RolloutError: no prompt leaves room for a response.
+    """
+    model, optimizers = unwrapped_model(model), unwrapped_optimizers(optimizer)
+    parameters, left_out = watched_parameters(model, optimizers)
+    check_tokenizer(tokenizer, model)
+    own_tokenizer = copy.deepcopy(tokenizer)
+    with in_own_words():
+        examples = prompt_examples(prompts, own_tokenizer, settings.seed)
+        examples = prompts_with_room(examples, model, own_tokenizer, settings.max_new_tokens)
+    return Attachment(model, optimizers, parameters, left_out, own_tokenizer, examples)
+
+
+def say_attached(attachment: Attachment, mode: str, reason: str) -> None:
+    """Say what is watched, and what of it is not as one might expect.
+
+    Args:
+        attachment: of the watch.
+        mode: how deltaH1 is differentiated.
+        reason: why in this way.
+    """
+    parameters, left_out = attachment.parameters, attachment.left_out
+    count = sum(p.numel() for p in parameters.values())
+    say(f"watching {len(parameters)} trainable tensors ({count:,} numbers); deltaH1 by {mode}: {reason}")
+    if left_out:
+        say(
+            f"{len(left_out)} trainable tensors are in no watched optimizer and taken as constant "
+            f"({', '.join(left_out[:LISTED])}{', ...' if len(left_out) > LISTED else ''})",
+            warn=True,
+        )
+    half = [name for name, p in parameters.items() if p.element_size() < _FULL_BYTES]
+    if half:
+        say(
+            f"{len(half)} of {len(parameters)} trainable tensors are in 16 bits: steps below their resolution are "
+            "rounded away in training itself; what is predicted and measured is the step that remains"
+        )
 
 
 def unwrapped_model(model: Any) -> nn.Module:
@@ -48,6 +107,7 @@ def unwrapped_model(model: Any) -> nn.Module:
             break
         model = inner
     _refuse_sharded(model)
+    _refuse_repacked(model)
     _refuse_no_policy(model)
     return model
 
@@ -109,6 +169,10 @@ def _refuse_sharded(model: nn.Module) -> None:
         raise ConfigError(
             f"model: expected all parameters on one device, found {', '.join(devices)}; {shards}"
         )
+
+
+def _refuse_repacked(model: nn.Module) -> None:
+    """Weights in 4 bits must be as they were quantised."""
     for name, layer in find_4bit_layers(model).items():
         if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ConfigError(
@@ -133,66 +197,15 @@ def watched_parameters(
             "model: expected trainable parameters, found none with requires_grad=True; attach the probe after the "
             "adapter is added"
         )
-    found = {name: p for name, p in trainable.items() if id(p) in moved}
-    left_out = [name for name in trainable if name not in found]
-    if not found:
+    watched = {name: p for name, p in trainable.items() if id(p) in moved}
+    left_out = [name for name in trainable if name not in watched]
+    if not watched:
         raise ConfigError(
             f"optimizer: expected the model's {len(trainable)} trainable parameters in it, found none of them "
             f"({', '.join(left_out[:LISTED])}, ...); build the optimizer from this model's parameters, after peft has "
             "wrapped it"
         )
-    return found, left_out
-
-
-def prompt_examples(prompts: Iterable[Any], tokenizer: Any, seed: int = 0) -> list[PromptExample]:
-    """The prompts that E is drawn from: all of them, or 1,024 drawn at random where there are more.
-
-    Args:
-        prompts: texts, lists of messages, examples, or the rows of a data set with a column `prompt`.
-        tokenizer: renders chat templates.
-        seed: of the draw.
-
-    Raises:
-        DataError: there are none, or one cannot be used.
-    """
-    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
-        raise DataError(
-            f"prompts: expected a list of texts or of message lists, found {type(prompts).__name__}; put a single one "
-            "into a list"
-        )
-    prompts = few_of(prompts, seed)
-    found = []
-    for index, prompt in enumerate(prompts):
-        where, row = f"prompts[{index}]", {}
-        if isinstance(prompt, PromptExample):
-            found.append(prompt)
-            continue
-        if isinstance(prompt, Mapping):
-            if "prompt" not in prompt:
-                raise DataError(f"{where}: expected a column `prompt`, found {', '.join(map(str, prompt))}")
-            row = dict(prompt)
-            prompt = prompt["prompt"]
-        if isinstance(prompt, str):
-            if not prompt.strip():
-                raise DataError(f"{where}: expected a prompt, found an empty text")
-            found.append(PromptExample(prompt, row, index))
-        else:
-            messages = check_messages(prompt, where)
-            text = render_messages(tokenizer, messages, where, Rendering().of_row(row, where))
-            found.append(PromptExample(text, row, index, False))
-    if not found:
-        raise DataError("prompts: expected at least one, found an empty list")
-    return found
-
-
-def check_first_step(value: Any) -> None:
-    """Refuse what steps cannot be counted from.
-
-    Raises:
-        ConfigError: it is no integer of at least 0.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"first_step: expected an integer of at least 0, found {value!r}")
+    return watched, left_out
 
 
 def backward_hooks(parameters: Mapping[str, nn.Parameter]) -> list[str]:
@@ -221,17 +234,3 @@ def check_tokenizer(tokenizer: Any, model: nn.Module) -> None:
             f"tokenizer: expected tokens of the model's vocabulary of {vocabulary}, found EOS with the id "
             f"{tokenizer.eos_token_id}; give the tokenizer that belongs to the model"
         )
-
-
-def few_of(prompts: Iterable[Any], seed: int = 0) -> Iterable[Any]:
-    """The prompts, or 1,024 of them drawn at random where there are more: rendering a whole data set takes long.
-
-    Args:
-        prompts: what has a length and items by position; anything else is left as it is.
-        seed: of the draw.
-    """
-    if isinstance(prompts, Sized) and isinstance(prompts, _Indexed) and len(prompts) > MOST_PROMPTS:
-        generator = torch.Generator().manual_seed(stream_seed(seed, "prompts kept"))
-        kept = torch.randperm(len(prompts), generator=generator)[:MOST_PROMPTS].sort().values.tolist()
-        return [prompts[i] for i in kept]
-    return prompts

@@ -1,4 +1,4 @@
-"""What the drop-in probe reports: the names of its numbers, the lines it prints, and where they go."""
+"""The lines that the drop-in probe prints."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ IN_SIGHT, FEW_PROBES = 10, 50
 """Horizons within which a collapse is in sight; steps between probes from which on a hint says how to get more."""
 
 
-# ---------------------------------------------------------------- lines
-
-
 def probe_line(entry: Mapping[str, Any]) -> str:
     """One probe in a line."""
     change = [_with_error(entry, name) for name in ("deltaH1_tok", "deltaH_true_tok")]
@@ -30,20 +27,20 @@ def probe_line(entry: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def outlook(found: Forecast | None, horizon: int) -> str:
+def outlook(ahead: Forecast | None, horizon: int) -> str:
     """What a forecast comes to, in words; empty where there is none.
 
     Args:
-        found: the forecast.
-        horizon: of the alarm. Ten of them ahead nothing is in sight.
+        ahead: the forecast.
+        horizon: of the alarm, optimizer steps. Ten of them ahead nothing is in sight.
     """
-    if found is None:
+    if ahead is None:
         return ""
-    if found.threshold >= found.H:
+    if ahead.threshold >= ahead.H:
         return "collapsed"
-    if not found.expected or found.steps > IN_SIGHT * horizon:
+    if not ahead.expected or ahead.steps > IN_SIGHT * horizon:
         return "no collapse in sight"
-    return f"collapse in {forecast_words(found.steps, found.low, found.high)}"
+    return f"collapse in {forecast_words(ahead.steps, ahead.low, ahead.high)}"
 
 
 def forecast_words(steps: float, low: float, high: float) -> str:

@@ -1,4 +1,4 @@
-"""What a host's optimizers say."""
+"""What a host's optimizers say: which parameters they move, how fast, and with how much momentum."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from probe.errors.exceptions import ConfigError
 TRANSPARENT = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
 """Packages whose optimizer classes only wrap another optimizer."""
 LISTED = 3
+"""Names that a message lists."""
 
 
 def unwrapped_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
@@ -26,7 +27,7 @@ def unwrapped_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     given = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     if not given:
         raise ConfigError("optimizer: expected at least one, found an empty list")
-    found = []
+    unwrapped: list[torch.optim.Optimizer] = []
     for one in given:
         # only wrappers that do nothing of their own are looked through: Lookahead, say, moves parameters too
         while type(one).__module__.partition(".")[0] in TRANSPARENT:
@@ -38,13 +39,29 @@ def unwrapped_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
             raise ConfigError(
                 f"optimizer: expected a torch.optim.Optimizer, whose steps can be hooked, found {type(one).__name__}"
             )
-        found.append(one)
-    return found
+        unwrapped.append(one)
+    return unwrapped
 
 
 def moved_parameters(optimizers: Sequence[torch.optim.Optimizer]) -> set[int]:
     """The identities of the parameters in the optimizers' groups."""
-    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return {id(p) for group in _groups(optimizers) for p in group["params"]}
+
+
+def highest_learning_rate(optimizers: Sequence[torch.optim.Optimizer]) -> float:
+    """The largest learning rate of all groups; 0 where none names one."""
+    return max((learning_rate(group.get("lr")) or 0.0 for group in _groups(optimizers)), default=0.0)
+
+
+def momentum(optimizers: Sequence[torch.optim.Optimizer]) -> float:
+    """The largest decay of a gradient average, in [0, 1): what correlates the updates of neighbouring steps."""
+    given = [g["betas"][0] if g.get("betas") else g.get("momentum") for g in _groups(optimizers)]
+    decays = [learning_rate(decay) or 0.0 for decay in given]
+    return max(decay for decay in [*decays, 0.0] if decay < 1.0)
+
+
+def _groups(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def learning_rate(rate: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""Where numbers go: loggers of several makers, and the charts of TensorBoard."""
+"""Where numbers and lines go: the console, loggers of several makers, and the charts of TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,13 +6,30 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from probe.errors.exceptions import ConfigError
-from probe.live.names import PREFIX
+from probe.live.lines import cost_line, probe_line
+from probe.live.names import PREFIX, scalars
+from probe.live.outcome import Outcome
 from probe.live.say import say
+from probe.live.schedule import Schedule
 from probe.snapshot import isolated_rng
 from probe.text import error_text
 
 Log = Callable[[Mapping[str, float], int], None]
 """Called with numbers by name (`entropy_probe/...`) and the optimizer step they belong to."""
+
+
+OWN_LOG_FAILED = (
+    "{name} failed at step {step} and is not used any more ({error}); the numbers are still in `history`"
+)
+HOSTS_LOG_FAILED = (
+    "{name} failed and gets nothing from the probe any more ({error}); the numbers are still in "
+    "`watch.history`"
+)
+"""What is said of a log that was given to the probe alone, and of one that a trainer writes to as well."""
+STILL_STEPS = 3
+"""Probed steps of exactly 0 after which there is a warning."""
+
+
 LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     "Entropy: predicted and realised": {
         "nats per token": (
@@ -100,27 +117,83 @@ def as_log(target: Any) -> Log | None:
     )
 
 
-def log_or_say(write: Callable[[], object], name: str, strict: bool) -> bool:
-    """Give numbers to a host's log; what fails there is said and ends no training.
+class Outlet:
+    """One log of the host's. What fails there is said and ends no training; after that it gets nothing any more."""
 
-    Args:
-        write: writes them.
-        name: of the log, for the message.
-        strict: raise what `write` raises.
+    def __init__(self, write: Log, name: str, strict: bool, failure: str = HOSTS_LOG_FAILED) -> None:
+        """Nothing is written yet.
 
-    Returns:
-        Whether it worked; a log that failed is to get nothing any more.
-    """
-    try:
-        with isolated_rng():  # loggers draw names for files and runs
-            write()
-    except Exception as error:
-        if strict:
-            raise
-        say(
-            f"{name} failed and gets nothing from the probe any more ({error_text(error)}); the numbers are still in "
-            "`watch.history`",
-            warn=True,
-        )
-        return False
-    return True
+        Args:
+            write: writes numbers by name, at a step.
+            name: of the log.
+            strict: raise what `write` raises.
+            failure: what is said, with `{name}`, `{step}` and `{error}`.
+        """
+        self._write, self._name, self._strict, self._failure = write, name, strict, failure
+        self._failed = False
+
+    def send(self, numbers: Mapping[str, float], step: int) -> None:
+        """Write, unless it has failed before."""
+        if self._failed:
+            return
+        try:
+            with isolated_rng():  # loggers draw names for files and runs
+                self._write(numbers, step)
+        except Exception as error:
+            if self._strict:
+                raise
+            self._failed = True
+            say(self._failure.format(name=self._name, step=step, error=error_text(error)), warn=True)
+
+
+class Outlets:
+    """Where the entries of one watch go: a line for each, the log, and what is worth a line only sometimes."""
+
+    def __init__(self, log: Log | None, schedule: Schedule, strict: bool) -> None:
+        """Args: `log` or None, the `schedule` whose cost is said, and whether errors of the log are raised."""
+        self._log = None if log is None else Outlet(log, "the log", strict, OWN_LOG_FAILED)
+        self._schedule = schedule
+        self._verdict_said = ""
+        self._still = 0
+        self._cost_of: tuple[int, float, Mapping[str, float]] | None = None
+        self._cost_said = False
+
+    def publish(self, entry: Mapping[str, Any], outcome: Outcome) -> None:
+        """Say and log one entry.
+
+        Args:
+            entry: of the history.
+            outcome: what it was made from.
+        """
+        self._say_probe(entry)
+        timing = dict(outcome.values["timing"])
+        timing["other"] = max(entry["seconds"] - sum(timing.values()), 0.0)
+        self._cost_of = (outcome.values["B_E"], outcome.values["avg_generation_length"], timing)
+        if self._log is not None:
+            self._log.send(scalars(entry), entry["step"])
+        self._watch_for_standstill(outcome.moved)
+
+    def say_cost(self) -> None:
+        """The cost model, once, when a probe and a training step have been timed."""
+        if self._cost_of is not None and not self._cost_said:
+            self._cost_said = True
+            say(cost_line(self._schedule, *self._cost_of))
+
+    def _say_probe(self, entry: Mapping[str, Any]) -> None:
+        """One line per probe; with the first reason where the verdict has changed for the worse."""
+        line = probe_line(entry)
+        if entry["verdict"] not in ("trustworthy", self._verdict_said):
+            line += f" [{entry['verdict_reasons'][0]}]"
+        self._verdict_said = entry["verdict"]
+        say(line)
+
+    def _watch_for_standstill(self, moved: bool) -> None:
+        """Warn where the parameters seem to move outside of `optimizer.step`."""
+        self._still = 0 if moved else self._still + 1
+        if self._still == STILL_STEPS:
+            say(
+                f"{STILL_STEPS} probed steps in a row have changed nothing: a learning rate of 0, gradients of 0, "
+                "steps below the resolution of 16-bit weights, or an optimizer that moves parameters outside of its "
+                "step (in gradient hooks, say), which the probe does not see",
+                warn=True,
+            )

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 
 from probe.distributed.ranks import rank_and_size
 from probe.live.alarm import GROUP_RATES, SCHEDULER_RATES, single_schedulers
 
-if TYPE_CHECKING:
-    from probe.live.watch import Watch
+
+class Steered(Protocol):
+    """What of a training an alarm can change, as a `Watch` has it.
+
+    Attributes:
+        should_stop: whether an alarm asked for the end of training.
+    """
+
+    should_stop: bool
+
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """Those that are watched."""
+
+    @property
+    def schedulers(self) -> Sequence[Any]:
+        """Their learning-rate schedulers."""
 
 
-def follow_first_rank(watch: Watch) -> None:
+def follow_first_rank(watch: Steered) -> None:
     """Give every rank what an alarm may have changed on the first one: the request to stop, and learning rates.
 
     Otherwise the others would wait for it for ever, or take other steps than it does. Call it on all ranks after the
@@ -37,13 +53,13 @@ def follow_first_rank(watch: Watch) -> None:
                 holder[key] = rate
 
 
-def _holders(watch: Watch) -> list[dict[str, Any]]:
+def _holders(watch: Steered) -> list[dict[str, Any]]:
     """What learning rates are kept in: the optimizers' groups and the schedulers' attributes."""
     groups = [group for optimizer in watch.optimizers for group in optimizer.param_groups]
     return [*groups, *(vars(scheduler) for scheduler in single_schedulers(watch.schedulers))]
 
 
-def _learning_rates(watch: Watch) -> list[dict[str, Any]]:
+def _learning_rates(watch: Steered) -> list[dict[str, Any]]:
     """The rates in each holder, as numbers that can be sent."""
     keys = GROUP_RATES | SCHEDULER_RATES
     return [{key: _number(holder[key]) for key in keys & set(holder)} for holder in _holders(watch)]

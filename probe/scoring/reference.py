@@ -10,6 +10,7 @@ from torch import nn
 
 from probe.errors.exceptions import ConfigError
 from probe.loading.checkpoint import REFERENCE_ADAPTER
+from probe.snapshot import put_back_by
 
 
 def no_reference() -> ConfigError:
@@ -39,15 +40,17 @@ def as_reference(model: nn.Module) -> Iterator[None]:
     policy: Any = model
     flags = {p: p.requires_grad for p in policy.parameters()}
     own = policy.active_adapter
-    try:
+
+    def restore() -> None:
+        if REFERENCE_ADAPTER in adapters:
+            policy.set_adapter(own)
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+
+    with put_back_by(restore):
         if REFERENCE_ADAPTER in adapters:
             policy.set_adapter(REFERENCE_ADAPTER)
             yield
         else:
             with policy.disable_adapter():
                 yield
-    finally:
-        if REFERENCE_ADAPTER in adapters:
-            policy.set_adapter(own)
-        for p, flag in flags.items():
-            p.requires_grad_(flag)

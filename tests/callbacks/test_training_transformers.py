@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from probe.callbacks.training_transformers import EntropyProbeTrainerCallback
 from probe.errors.exceptions import ConfigError
 from probe.live import Alarm
+from probe.live.hosts.transformers import default_prompts
 from probe.loading import quiet_libraries
 from tests.support.helpers import char_tokenizer
 from tests.support.tiny_models import VOCABULARY, add_lora, tiny_model
@@ -536,9 +537,8 @@ def test_a_streamed_data_set_has_no_length(tmp_path):
     stream = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]).to_iterable_dataset()
     trainer = language_model(tmp_path)
     trainer.train_dataset = stream  # GRPO itself refuses one
-    callback = EntropyProbeTrainerCallback(trainer, **PROBE)
     with pytest.raises(ConfigError, match="prompts: expected the trainer's data set to have a length"):
-        callback._default_prompts()
+        default_prompts(trainer)
 
 
 def test_there_must_be_a_tokenizer(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -14,7 +13,6 @@ from probe.forecast.forecast import Forecast, forecast
 from probe.forecast.line import fit_line
 from probe.forecast.noise import Noise, student_quantile
 from probe.forecast.readings import EntropyReading
-from probe.live.alarm import CollapseAlarm
 
 RATE = -0.004
 
@@ -413,50 +411,3 @@ def test_linear_decay_is_forecast_too_late_far_from_the_threshold_and_in_time_cl
         expected = ratio * math.log(ratio) / (ratio - 1)
         # the levels of the three readings, slightly bent for an exponential, have a say too
         assert found(readings, 1.0).steps / ((ratio - 1) / c) == pytest.approx(expected, rel=0.05)
-
-
-def outlook(steps: float, resolved: bool = True, H: float = 1.0) -> Forecast:
-    return Forecast(steps, 0.0, 1e6, -0.01, 0.001 if resolved else 0.01, H, 0.5, 10)
-
-
-def test_alarm_starts_once_and_is_armed_again_after_three_calm_readings():
-    alarm = CollapseAlarm(horizon=100)
-    assert not alarm.update(None, 0)
-    assert not alarm.update(outlook(101), 1)
-    assert not alarm.update(outlook(50, resolved=False), 2)
-    assert alarm.update(outlook(100), 3)
-    assert (alarm.armed, alarm.last_alarm) == (False, 3)
-    assert not alarm.update(outlook(10), 4)
-    for step, steps in enumerate(
-        [201, 201, 150, 201, 201], start=5
-    ):  # the third is not calm: counted from the start
-        assert not alarm.update(outlook(steps), step)
-    assert not alarm.armed
-    assert not alarm.update(None, 10)
-    assert not alarm.update(outlook(50, resolved=False), 11)
-    assert alarm.armed
-    assert alarm.update(outlook(99), 12)
-
-
-def test_alarm_at_or_below_the_threshold():
-    alarm = CollapseAlarm(horizon=100)
-    below = outlook(0.0, resolved=False, H=0.5)
-    assert alarm.update(below, 1)
-    # not resolved, so not expected, but no relief
-    assert not any(alarm.update(below, step) for step in range(2, 10))
-    assert alarm.calm_readings == 0
-
-
-def test_alarm_state_survives_saving():
-    alarm = CollapseAlarm(horizon=100)
-    alarm.update(outlook(50), 1)
-    alarm.update(outlook(500), 2)
-    restored = CollapseAlarm(**json.loads(json.dumps(dataclasses.asdict(alarm))))
-    assert restored == alarm
-    assert (restored.armed, restored.calm_readings, restored.last_alarm) == (False, 1, 1)
-
-
-def test_alarm_wants_a_positive_horizon():
-    for horizon in (0, -1, math.nan):
-        with pytest.raises(ValueError, match="horizon"):
-            CollapseAlarm(horizon=horizon)

@@ -14,7 +14,7 @@ from torch import nn
 from probe.errors.exceptions import ConfigError, DataError, NumericalError
 from probe.live.neutral import undisturbed
 from probe.loading import quiet_libraries
-from tests.support.helpers import char_tokenizer
+from tests.support.helpers import char_tokenizer, said
 from tests.support.live_loops import (
     SMALL,
     Loop,
@@ -28,11 +28,6 @@ from tests.support.live_loops import (
     trainable,
 )
 from tests.support.tiny_models import tiny_model
-
-
-def said(caplog: pytest.LogCaptureFixture) -> str:
-    return "\n".join(record.getMessage() for record in caplog.records)
-
 
 # ---------------------------------------------------------------- Ctrl-C
 
@@ -60,13 +55,17 @@ def objects(model: nn.Module) -> Any:
     return modules, flags, values, switches, signal.getsignal(signal.SIGINT)
 
 
+PUTTING_BACK = ("live/neutral.py", "live/held_model.py", "live/interrupts.py", "probe/snapshot.py")
+"""Where what a probe changes is put back."""
+
+
 def interrupted(model: nn.Module, strikes: tuple[int, ...]) -> int:
     """Disturb a model inside of `undisturbed`, interrupted at the n-th lines of its code; the number of lines."""
     count = 0
 
     def tracer(frame: Any, event: str, arg: Any) -> Any:
         nonlocal count
-        if not frame.f_code.co_filename.endswith("neutral.py"):
+        if not frame.f_code.co_filename.endswith(PUTTING_BACK):
             return None
         if event == "line":
             count += 1
@@ -133,6 +132,27 @@ def test_a_signal_while_things_are_put_back_waits_and_reaches_the_hosts_handler(
         assert got == [True]
         assert signal.getsignal(signal.SIGINT) is handler
     finally:
+        signal.signal(signal.SIGINT, own)
+
+
+def test_what_the_hosts_handler_of_a_signal_does_stays(monkeypatch):
+    def handler(*_: Any) -> None:
+        torch.set_grad_enabled(False)
+        raise KeyboardInterrupt
+
+    model, own, put_back = tiny_model(**SMALL), signal.signal(signal.SIGINT, handler), torch.set_rng_state
+
+    def struck(state: torch.Tensor) -> None:
+        signal.raise_signal(signal.SIGINT)
+        put_back(state)
+
+    try:
+        with pytest.raises(KeyboardInterrupt), undisturbed(model):
+            monkeypatch.setattr(torch, "set_rng_state", struck)
+        assert not torch.is_grad_enabled()
+        assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        torch.set_grad_enabled(True)
         signal.signal(signal.SIGINT, own)
 
 
@@ -252,7 +272,7 @@ def test_a_state_that_is_none_is_refused_and_changes_nothing(spoil):
 def test_a_state_does_not_grow_with_the_history():
     model = lora_model()
     watch = attach(model, adamw(model))
-    watch._run.history += [{"step": k, "H_orig": 1.0, "H_orig_tok": 0.5} for k in range(1, 500)]
+    watch.history.extend([{"step": k, "H_orig": 1.0, "H_orig_tok": 0.5} for k in range(1, 500)])
     kept = watch.state_dict()["run"]["history"]
     assert [entry["step"] for entry in kept] == [1, *range(480, 500)]
     assert len(watch.history) == 499

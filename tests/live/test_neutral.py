@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import sys
 import weakref
 from contextlib import nullcontext
 from typing import Any
@@ -229,9 +228,7 @@ def test_the_comparison_can_fail(monkeypatch):
     """One random number drawn from the global stream is enough to be seen."""
     without, _ = host_after(lora_adamw, probed=False)
     own = probe.live.step.sample_rollouts
-    monkeypatch.setattr(
-        sys.modules["probe.live.watch"], "undisturbed", lambda model: nullcontext(model.eval())
-    )
+    monkeypatch.setattr("probe.live.updates.undisturbed", lambda model: nullcontext(model.eval()))
     monkeypatch.setattr(
         probe.live.step, "sample_rollouts", lambda *args, **kw: (torch.rand(1), own(*args, **kw))[1]
     )
@@ -383,7 +380,7 @@ def test_buffers_are_put_back_and_large_ones_are_watched(monkeypatch):
     assert model.odd is own
     assert differences(saved, own) == []
 
-    monkeypatch.setattr("probe.live.neutral.SMALL_BUFFER", 4)
+    monkeypatch.setattr("probe.live.held_model.SMALL_BUFFER", 4)
     with undisturbed(model):
         pass
     with (

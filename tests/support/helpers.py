@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Literal
 
+import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -43,6 +44,11 @@ def char_tokenizer(
     if chat_template:
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def said(caplog: pytest.LogCaptureFixture) -> str:
+    """All that was logged, a line each."""
+    return "\n".join(record.getMessage() for record in caplog.records)
 
 
 def name_of_ended_process() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ PROMPTS = ["3+4=", "ab", "what?", "7"]
 PLAIN = (bool, int, float, str, type(None))
 IDS = {"_torchdynamo_wrapper_id"}
 SMALL = {"hidden": 16, "layers": 1}
+TIMES = {"seconds", "cost_share", "every"}
+"""Numbers of a history that are not the same in every run."""
 
 Step = Callable[["Loop", int], float]
 
@@ -312,3 +315,29 @@ def host_after(
         if probed and loop.fixed:
             assert not [a for a, b in zip(identities(loop), before, strict=True) if a != b]
         return loop.everything(), found
+
+
+def small_loop(**options: Any) -> Loop:
+    model = lora_model()
+    return Loop(model, [adamw(model)], **options)
+
+
+def two_optimizers() -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    model = lora_model()
+    A = [p for n, p in model.named_parameters() if "lora_A" in n]
+    B = [p for n, p in model.named_parameters() if "lora_B" in n]
+    return model, [torch.optim.AdamW(A, lr=1e-2), torch.optim.AdamW(B, lr=1e-2)]
+
+
+def gradients(model: nn.Module, k: int) -> None:
+    ids = torch.randint(4, 100, (2, 6), generator=torch.Generator().manual_seed(k))
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def moved(values: dict[str, torch.Tensor], model: nn.Module) -> float:
+    return math.sqrt(sum(float((p.detach() - values[n]).double().square().sum()) for n, p in named(model)))
+
+
+def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(n, p) for n, p in model.named_parameters() if p.requires_grad]

@@ -8,7 +8,7 @@ from typing import Any
 from probe.data.batch import PromptExample
 from probe.errors.exceptions import DataError
 from probe.from_checkpoint.sampling_options import NEUTRAL_SAMPLING, changed_ends, changed_sampling
-from probe.live.attach import few_of, prompt_examples
+from probe.live.prompts import few_of, prompt_examples
 from probe.live.say import say
 from probe.live.words import in_own_words
 from probe.text import error_text
@@ -36,11 +36,10 @@ def sampling_changes(trainer: Any) -> dict[str, Any]:
     effective = {} if config is None else {name: getattr(config, name, None) for name in NEUTRAL_SAMPLING}
     # GRPO's own options and its keyword arguments are in the configuration already, unless another engine samples
     merged = {**given, **{name: x for name, x in effective.items() if x is not None}, **kwargs}
-    found = changed_sampling(merged)
-    found |= changed_ends(kwargs, getattr(args, "max_completion_length", None))
+    changes = changed_sampling(merged) | changed_ends(kwargs, getattr(args, "max_completion_length", None))
     if "temperature" in kwargs and kwargs["temperature"] != getattr(args, "temperature", None):
-        found["temperature"] = kwargs["temperature"]
-    return found
+        changes["temperature"] = kwargs["temperature"]
+    return changes
 
 
 def trainer_prompts(trainer: Any, prompts: Iterable[Any], tokenizer: Any, seed: int) -> list[PromptExample]:
@@ -62,31 +61,31 @@ def trainer_prompts(trainer: Any, prompts: Iterable[Any], tokenizer: Any, seed: 
     encode = getattr(trainer, "_tokenize_prompts", None)
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
         return prompt_examples(prompts, tokenizer, seed)  # which says what is wrong
-    found: list[PromptExample] = []
+    examples: list[PromptExample] = []
     failed: list[str] = []
     for index, prompt in enumerate(few_of(prompts, seed)):
         try:
             with in_own_words():
                 if isinstance(prompt, PromptExample) or not callable(encode):
-                    found += prompt_examples([prompt], tokenizer, seed)
+                    examples += prompt_examples([prompt], tokenizer, seed)
                 else:
-                    found.append(_encoded(trainer, encode, prompt, tokenizer, index))
+                    examples.append(_encoded(trainer, encode, prompt, tokenizer, index))
         except Exception as error:  # chat templates are programs: they raise what they like
             failed.append(f"prompts[{index}]: {error_text(error)}")
-    if not found:
+    if not examples:
         reason = failed[0] if failed else "there are none"
         raise DataError(
             f"prompts: expected at least one that can be given to the policy as text, found none ({reason}); give "
             "the probe prompts of its own: EntropyProbeTrainerCallback(trainer, prompts=[...])"
         )
     if failed:
-        say(f"{len(failed)} of {len(failed) + len(found)} prompts are left out ({failed[0]})", warn=True)
+        say(f"{len(failed)} of {len(failed) + len(examples)} prompts are left out ({failed[0]})", warn=True)
     if getattr(trainer, "tools", None):
         say(
             "the trainer's rollouts call tools; responses of E end where the first call would be answered",
             warn=True,
         )
-    return found
+    return examples
 
 
 def _encoded(trainer: Any, encode: Any, prompt: Any, tokenizer: Any, index: int) -> PromptExample:

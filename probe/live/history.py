@@ -1,0 +1,218 @@
+"""What a watch has seen: one entry per probe, cumulative sums, and the readings that the forecast is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from probe.errors.exceptions import ConfigError
+from probe.forecast.curves import CumulativeSum, level_change
+from probe.forecast.forecast import Forecast, forecast
+from probe.forecast.readings import EntropyReading, above_zero, recent_readings
+from probe.live.alarm import CollapseAlarm
+from probe.live.lines import outlook
+from probe.live.names import STEPS, flat_values
+from probe.live.outcome import Outcome
+from probe.live.settings import WatchSettings
+from probe.text import error_text
+from probe.verdict.words import WORDS
+
+STATE_FORMAT = "entropy-probe/watch/1"
+KEPT_ENTRIES = 20
+"""Entries of the history, beside the first one, that a state holds."""
+READING = ("H_orig_tok", "H_orig_tok_se", "deltaH_true_tok", "deltaH_true_tok_se")
+"""Names of what the forecast takes from a probe."""
+ESTIMANDS = ("", "_tok")
+"""Endings of names: per response, per token."""
+
+
+@dataclass
+class Run:
+    """What a watch has seen so far; plain values, so that it can go into a checkpoint.
+
+    Attributes:
+        step: optimizer steps.
+        history: one entry per probe.
+        readings: what the forecast is made from.
+        threshold: entropy that counts as collapse, nats per token; None before the first probe.
+        sums: cumulative sums by the name of what is summed up.
+    """
+
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    readings: list[EntropyReading] = field(default_factory=list)
+    threshold: float | None = None
+    sums: dict[str, CumulativeSum] = field(default_factory=dict)
+
+
+class History:
+    """Takes in one probe after the other, and looks ahead.
+
+    Attributes:
+        run: what was seen so far.
+    """
+
+    def __init__(self, settings: WatchSettings, first_step: int = 0) -> None:
+        """Nothing is seen yet.
+
+        Args:
+            settings: of the forecast.
+            first_step: optimizer steps taken before.
+
+        Raises:
+            ConfigError: `first_step` is no integer of at least 0.
+        """
+        check_first_step(first_step)
+        self.run = Run(step=first_step)
+        self._settings = settings
+
+    def add(self, outcome: Outcome, momentum: float) -> tuple[dict[str, Any], Forecast | None]:
+        """Take in what this step did.
+
+        Args:
+            outcome: of the probe.
+            momentum: what correlates the updates of neighbouring steps, in [0, 1).
+
+        Returns:
+            The entry, which is in the history now, and the forecast; None with fewer than three probes that moved.
+        """
+        entry = {"step": self.run.step, **flat_values(outcome.values), **self._cumulative(outcome, momentum)}
+        ahead = self._forecast(outcome, momentum)
+        steps = (None, None, None) if ahead is None else (ahead.steps, ahead.low, ahead.high)
+        entry |= {
+            "collapse_entropy": self.run.threshold,
+            **dict(zip(STEPS, steps, strict=True)),
+            "entropy_rate": None if ahead is None else ahead.rate,
+            "outlook": outlook(ahead, self._settings.horizon),
+        }
+        self.run.history.append(entry)
+        return entry, ahead
+
+    def replay(self, entries: Iterable[Mapping[str, Any]], momentum: float) -> None:
+        """Go on from what an earlier training has logged; see `Watch.replay`."""
+        for given in entries:
+            entry = dict(given)
+            if "verdict_code" in entry:
+                entry.setdefault("verdict", WORDS[int(entry["verdict_code"])])
+            for name in (
+                f"{quantity}{ending}" for quantity in ("deltaH1", "deltaH_true") for ending in ESTIMANDS
+            ):
+                change, se = entry.get(name), entry.get(f"{name}_se")
+                if change is not None and se is not None:
+                    self._sum(name).advance(entry["step"], change, se, momentum)
+            if entry.get("collapse_entropy") is not None:
+                self.run.threshold = entry["collapse_entropy"]
+            needed = [entry[name] for name in READING if entry.get(name) is not None]
+            if len(needed) == len(READING):
+                self._add_reading(EntropyReading(entry["step"], *needed))
+            self.run.history.append(entry)
+
+    def _cumulative(self, outcome: Outcome, momentum: float) -> dict[str, float]:
+        """Predicted and measured change since the first probe, and the change of the level, nats."""
+        values: dict[str, float] = {}
+        for which, ending in enumerate(ESTIMANDS):
+            H, first = outcome.H[which], self._first_level(ending)
+            start = H.value if first is None else first[0]
+            for name, level, change in (
+                ("deltaH1", "H_predicted", outcome.deltaH1[which]),
+                ("deltaH_true", "H_tracked", outcome.deltaH_true[which]),
+            ):
+                total, se = self._sum(f"{name}{ending}").advance(
+                    self.run.step, change.value, change.se, momentum
+                )
+                values |= {f"cumulative_{name}{ending}": total, f"cumulative_{name}{ending}_se": se}
+                values[f"{level}{ending}"] = start + total
+            change_of_level, se = level_change(H.value, H.se, first)
+            values |= {f"cumulative_H{ending}": change_of_level, f"cumulative_H{ending}_se": se}
+        return values
+
+    def _first_level(self, ending: str) -> tuple[float, float] | None:
+        """Entropy at the first probe with its error, nats; None before it. An older log may lack the error."""
+        if not self.run.history:
+            return None
+        first = self.run.history[0]
+        return first[f"H_orig{ending}"], first.get(f"H_orig{ending}_se", 0.0)
+
+    def _sum(self, name: str) -> CumulativeSum:
+        """The cumulative sum of a quantity."""
+        return self.run.sums.setdefault(name, CumulativeSum())
+
+    def _forecast(self, outcome: Outcome, momentum: float) -> Forecast | None:
+        """The forecast after this probe."""
+        settings, H, change = self._settings, outcome.H[1], outcome.deltaH_true[1]
+        level = above_zero(H.value)
+        if self.run.threshold is None:
+            given = settings.collapse_entropy
+            self.run.threshold = settings.collapse_fraction * level if given is None else given
+        if outcome.moved:
+            self._add_reading(EntropyReading(self.run.step, level, H.se, change.value, change.se))
+        return forecast(self.run.readings, self.run.threshold, settings.window, momentum=momentum)
+
+    def _add_reading(self, reading: EntropyReading) -> None:
+        """Keep what the forecast is made from."""
+        readings = [*self.run.readings, reading]
+        self.run.readings = recent_readings(readings, self._settings.horizon, self._settings.window)
+
+
+def check_first_step(value: Any) -> None:
+    """Refuse what steps cannot be counted from.
+
+    Raises:
+        ConfigError: it is no integer of at least 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"first_step: expected an integer of at least 0, found {value!r}")
+
+
+def saved_state(run: Run, alarm: CollapseAlarm) -> dict[str, Any]:
+    """What a resumed training needs to go on with curves and forecast; see `Watch.state_dict`."""
+    kept = [*run.history[:1], *run.history[1:][-KEPT_ENTRIES:]]
+    return {"format": STATE_FORMAT, "run": asdict(replace(run, history=kept)), "alarm": asdict(alarm)}
+
+
+def read_state(state: Any) -> tuple[Run, CollapseAlarm]:
+    """What `saved_state` was given.
+
+    Raises:
+        ConfigError: it is no such state.
+    """
+    if not isinstance(state, Mapping) or state.get("format") != STATE_FORMAT:
+        other = state.get("format") if isinstance(state, Mapping) else type(state).__name__
+        raise ConfigError(f"state: expected one of the format {STATE_FORMAT}, found {other!r}")
+    try:
+        return _read_run(state["run"]), CollapseAlarm(**state["alarm"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"state: expected what `state_dict` returned, found something else ({error_text(error)})"
+        ) from error
+
+
+def _read_run(state: Mapping[str, Any]) -> Run:
+    """What a watch had seen.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it is not what was saved.
+    """
+    run = Run(
+        **{
+            **state,
+            "history": [dict(entry) for entry in state["history"]],
+            "readings": [EntropyReading(**reading) for reading in state["readings"]],
+            "sums": {name: CumulativeSum(**values) for name, values in state["sums"].items()},
+        }
+    )
+    for entry in run.history:
+        _require_numbers(entry["step"], entry["H_orig"], entry["H_orig_tok"])
+    for reading in run.readings:
+        _require_numbers(*asdict(reading).values())
+    check_first_step(run.step)
+    if run.threshold is not None:
+        _require_numbers(run.threshold)
+    return run
+
+
+def _require_numbers(*values: Any) -> None:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"expected a number, found {value!r}")

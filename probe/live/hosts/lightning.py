@@ -1,0 +1,130 @@
+"""What Lightning's Trainer tells the probe, and its loggers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from probe.errors.exceptions import ConfigError
+from probe.live.alarm import OnAlarm
+from probe.live.optimizers import moved_parameters
+from probe.live.outlets import Log, Outlet, tensorboard_layout
+from probe.live.settings import WatchSettings
+from probe.live.watch import Watch
+
+
+def attached(
+    trainer: Trainer,
+    policy: nn.Module,
+    prompts: Iterable[Any],
+    tokenizer: Any,
+    settings: WatchSettings,
+    log: Log,
+    on_alarm: OnAlarm | str | None,
+) -> Watch:
+    """A watch on those of a trainer's optimizers that move the policy; see `watch` for the other arguments.
+
+    Raises:
+        ConfigError: trainer, policy, optimizers or tokenizer cannot be used.
+        DataError: the prompts cannot be used.
+        ProbeError: a small rehearsal failed.
+    """
+    refuse_sharded(trainer)
+    optimizers = policy_optimizers(trainer, policy)
+    made = Watch(policy, optimizers, prompts, tokenizer, settings, log, on_alarm, counted_steps(trainer))
+    made.schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    return made
+
+
+def refuse_sharded(trainer: Trainer) -> None:
+    """Sharded training would fail on the first probed step.
+
+    Raises:
+        ConfigError: it is.
+    """
+    kind = type(trainer.strategy).__name__
+    if any(word in kind for word in ("FSDP", "DeepSpeed", "ModelParallel")):
+        raise ConfigError(
+            f"trainer: expected whole parameters on every device, found {kind}; sharded training is not supported "
+            "yet, probe its checkpoints with `entropy-probe run`"
+        )
+
+
+def find_policy(module: LightningModule, path: str | None) -> nn.Module:
+    """The policy inside of a LightningModule.
+
+    Args:
+        module: the user's.
+        path: name of the attribute, dots allowed; None where there is only one transformers model that is trained.
+
+    Raises:
+        ConfigError: it cannot be told which it is.
+    """
+    if path is not None:
+        named: Any = module
+        for name in path.split("."):
+            if not hasattr(named, name):
+                raise ConfigError(
+                    f"policy: expected an attribute of {type(module).__name__}, found no {path!r}"
+                )
+            named = getattr(named, name)
+        return named  # type: ignore[no-any-return]
+    candidates: dict[str, nn.Module] = {}
+    for name, part in module.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in candidates)
+        if not inside and callable(getattr(part, "generate", None)) and hasattr(part, "config"):
+            candidates[name] = part
+    trained = {n: m for n, m in candidates.items() if any(p.requires_grad for p in m.parameters())}
+    if len(trained) != 1:
+        names = ", ".join(trained) or "none"
+        raise ConfigError(
+            f"policy: expected {type(module).__name__} to hold one trainable transformers model, found {names}; "
+            "name its attribute: EntropyProbeCallback(..., policy='model')"
+        )
+    return next(iter(trained.values()))
+
+
+def policy_optimizers(trainer: Trainer, policy: nn.Module) -> list[torch.optim.Optimizer]:
+    """The optimizers that move the policy; all of them where none does, for the message about it."""
+    own = {id(p) for p in policy.parameters() if p.requires_grad}
+    moving = [one for one in trainer.optimizers if not own.isdisjoint(moved_parameters([one]))]
+    return moving or list(trainer.optimizers)
+
+
+def counted_steps(trainer: Trainer) -> int:
+    """The step under which Lightning's own callbacks log; `global_step` counts every optimizer."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+class LoggerOutlets:
+    """The trainer's loggers; one that fails gets nothing any more, unless `strict`."""
+
+    def __init__(self, strict: bool) -> None:
+        """Args: `strict`, whether errors of loggers are raised."""
+        self._strict = strict
+        self._outlets: dict[int, Outlet] = {}
+
+    def start(self, loggers: Iterable[Any]) -> None:
+        """A training begins: no logger has failed yet, and TensorBoard gets the layout of the probe's charts."""
+        self._outlets = {}
+        for logger in loggers:
+            with contextlib.suppress(Exception):  # it will be said when there is something to log
+                writer: Any = getattr(logger, "experiment", None)
+                if hasattr(writer, "add_custom_scalars"):
+                    writer.add_custom_scalars(tensorboard_layout())
+
+    def send(self, loggers: Iterable[Any], numbers: Mapping[str, float], step: int) -> None:
+        """Log numbers to all of them."""
+        for logger in loggers:
+            if id(logger) not in self._outlets:
+                self._outlets[id(logger)] = _outlet(logger, self._strict)
+            self._outlets[id(logger)].send(numbers, step)
+
+
+def _outlet(logger: Any, strict: bool) -> Outlet:
+    return Outlet(lambda numbers, step: logger.log_metrics(numbers, step=step), type(logger).__name__, strict)

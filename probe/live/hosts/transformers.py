@@ -1,0 +1,173 @@
+"""What transformers' Trainer and TRL's trainers tell the probe."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from transformers import Trainer, TrainerState, TrainingArguments
+
+from probe.errors.exceptions import ConfigError, DataError, ProbeError, RolloutError
+from probe.from_checkpoint.options import READ
+from probe.live.alarm import OnAlarm
+from probe.live.hosts.trl import sampling_changes, trainer_prompts
+from probe.live.names import PREFIX
+from probe.live.outlets import Log, tensorboard_layout
+from probe.live.say import say
+from probe.live.settings import WatchSettings
+from probe.live.watch import Watch, watch
+from probe.text import error_text
+
+HOST_PREFIX = "train/"
+"""What transformers' reporting callbacks put before names."""
+
+
+def refuse_sharded(trainer: Trainer) -> None:
+    """Sharded training would fail on the first probed step.
+
+    Raises:
+        ConfigError: it is.
+    """
+    for name in ("is_deepspeed_enabled", "is_fsdp_enabled"):
+        if getattr(trainer, name, False):
+            kind = name.removeprefix("is_").removesuffix("_enabled")
+            raise ConfigError(
+                f"trainer: expected whole parameters on every device, found {kind}; sharded training is not "
+                "supported yet, probe its checkpoints with `entropy-probe run`"
+            )
+
+
+def attached(
+    trainer: Trainer,
+    args: TrainingArguments,
+    state: TrainerState,
+    prompts: Iterable[Any] | None,
+    given: Mapping[str, Any],
+    log: Log,
+    on_alarm: OnAlarm | str | None,
+) -> Watch | None:
+    """A watch on a trainer's optimizer, which goes on from what the trainer has logged before.
+
+    Args:
+        trainer: about to train.
+        args: its arguments.
+        state: its state, with the log.
+        prompts: what E's prompts are drawn from; None takes those of the trainer's data.
+        given: settings of the probe that the user has given.
+        log: where the numbers go.
+        on_alarm: see `watch`.
+
+    Returns:
+        The watch; None where the prompts allow none, which is said, unless `strict` is set.
+
+    Raises:
+        ConfigError: model, data set, tokenizer or optimizer cannot be used.
+    """
+    asked, tokenizer = WatchSettings.of(given), trainer_tokenizer(trainer)
+    prompts = default_prompts(trainer) if prompts is None else prompts
+    try:
+        examples = trainer_prompts(trainer, prompts, tokenizer, asked.seed)
+    except DataError as error:
+        if asked.strict:
+            raise
+        _say_not_attached(error)
+        return None
+    try:
+        made = watch(
+            trainer.accelerator.unwrap_model(trainer.model),
+            trainer.optimizer,
+            examples,
+            tokenizer,
+            log=log,
+            on_alarm=on_alarm,
+            first_step=state.global_step,
+            **merged_settings(trainer, args, given),
+        )
+    except RolloutError as error:  # no prompt fits
+        if asked.strict:
+            raise
+        _say_not_attached(error)
+        return None
+    made.schedulers = [trainer.lr_scheduler]
+    made.replay(logged_entries(state))
+    for callback in trainer.callback_handler.callbacks:
+        writer = getattr(callback, "tb_writer", None)
+        if writer is not None and hasattr(writer, "add_custom_scalars"):
+            writer.add_custom_scalars(tensorboard_layout(HOST_PREFIX))
+    return made
+
+
+def _say_not_attached(error: ProbeError) -> None:
+    say(f"not attached, training goes on without it: {error_text(error)}", warn=True)
+
+
+def merged_settings(trainer: Trainer, args: TrainingArguments, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings given, and for the others temperature and length of the trainer's own rollouts, where it has any."""
+    settings: dict[str, Any] = {}
+    for name in ("temperature", "max_completion_length"):
+        if getattr(args, name, None) is not None:
+            settings[READ[name].key.removeprefix("generation.")] = getattr(args, name)
+    settings |= given
+    changes = sampling_changes(trainer)
+    if changes:
+        say(
+            f"the trainer samples with {', '.join(f'{name} {value}' for name, value in changes.items())}; the "
+            f"entropies here are those of the whole distribution at temperature "
+            f"{WatchSettings.of(settings).temperature}",
+            warn=True,
+        )
+    return settings
+
+
+def trainer_tokenizer(trainer: Trainer) -> Any:
+    """The trainer's tokenizer, with what TRL gives to its chat template."""
+    processor: Any = trainer.processing_class
+    tokenizer = getattr(processor, "tokenizer", processor)
+    options = getattr(trainer, "chat_template_kwargs", None)
+    if options and tokenizer is not None:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **options)
+    return tokenizer
+
+
+def default_prompts(trainer: Trainer) -> Any:
+    """The prompts of the trainer's own data: those of evaluation, else those of training.
+
+    Raises:
+        ConfigError: there is no data set with a column `prompt`.
+    """
+    evaluation = trainer.eval_dataset
+    data: Any = trainer.train_dataset if evaluation is None else evaluation
+    columns = getattr(data, "column_names", None)
+    if isinstance(data, Mapping) or not columns or "prompt" not in columns or not hasattr(data, "__len__"):
+        raise ConfigError(
+            "prompts: expected the trainer's data set to have a length and a column `prompt`, found none; give the "
+            "probe its prompts: EntropyProbeTrainerCallback(trainer, prompts=[...])"
+        )
+    return data
+
+
+def log_through(trainer: Trainer, numbers: Mapping[str, float], step: int) -> None:
+    """Log where a trainer reports.
+
+    Args:
+        trainer: whose log it is.
+        numbers: by name.
+        step: not needed: the trainer notes the step that it has counted.
+    """
+    # not `trainer.log`: TRL's empties the averages of its own metrics there, which would change its logs
+    Trainer.log(trainer, dict(numbers))
+
+
+def logged_entries(state: TrainerState) -> list[dict[str, Any]]:
+    """The probe's entries in a trainer's log, by the names of the history."""
+    entries = []
+    for logs in state.log_history:
+        own = {
+            name.removeprefix(f"{PREFIX}/"): x for name, x in logs.items() if name.startswith(f"{PREFIX}/")
+        }
+        if "H_orig_tok" in own:
+            entries.append({"step": logs["step"], **own})
+    return entries

@@ -1,0 +1,86 @@
+"""The history of a watch, and what goes on from a checkpoint or from a log."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from probe.live.names import scalars
+from tests.support.live_loops import TIMES, adamw, attach, full_model, seeded, small_loop
+
+
+def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in entry.items() if k not in TIMES} for entry in history]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_resumed_watch_gives_the_history_of_an_uninterrupted_one(every):
+    settings = {"every": every, "collapse_fraction": 0.99, "horizon": 5}
+    with seeded():
+        loop = small_loop(steps=10)
+        whole = attach(loop.model, loop.optimizers[0], **settings)
+        loop.run()
+    with seeded():
+        loop = small_loop(steps=10)
+        first = attach(loop.model, loop.optimizers[0], **settings)
+        loop.run(4)
+        saved = json.loads(json.dumps(first.state_dict()))
+        first.detach()
+        second = attach(loop.model, loop.optimizers[0], **settings)
+        second.load_state_dict(saved)
+        assert second.step == 4
+        assert second.history == first.history
+        assert second.history[0] is not saved["run"]["history"][0]
+        loop.run()
+    assert without_times(second.history) == without_times(whole.history)
+    again, uninterrupted = second.state_dict(), whole.state_dict()
+    for name in ("readings", "threshold", "sums", "step"):
+        assert again["run"][name] == uninterrupted["run"][name]
+    assert again["alarm"] == uninterrupted["alarm"]
+
+
+def test_a_state_of_something_else_is_refused():
+    model = full_model()
+    watch = attach(model, adamw(model))
+    with pytest.raises(
+        ValueError, match="state: expected one of the format entropy-probe/watch/1, found None"
+    ):
+        watch.load_state_dict({"run": {}})
+
+
+def test_a_first_step_that_is_not_1():
+    with seeded():
+        loop = small_loop(steps=5)
+        watch = attach(loop.model, loop.optimizers[0], every=2, first_step=100)
+        loop.run()
+    assert [entry["step"] for entry in watch.history] == [101, 103, 105]
+    assert watch.step == 105
+
+
+def test_replaying_a_log_goes_on_as_if_nothing_had_happened():
+    settings = {"control_variates": False}  # what they learned is not in the log
+    with seeded():
+        one = small_loop(steps=6)
+        whole = attach(one.model, one.optimizers[0], **settings)
+        one.run()
+    with seeded():
+        two = small_loop(steps=6)
+        first = attach(two.model, two.optimizers[0], **settings)
+        two.run(4)
+        first.detach()
+        names = [{k.partition("/")[2]: v for k, v in scalars(e).items()} for e in first.history]
+        second = attach(two.model, two.optimizers[0], first_step=4, **settings)
+        second.replay({"step": e["step"], **own} for e, own in zip(first.history, names, strict=True))
+        two.run()
+    assert [e["step"] for e in second.history] == [1, 2, 3, 4, 5, 6]
+    for name in (
+        "cumulative_deltaH1_tok",
+        "cumulative_deltaH_true_se",
+        "cumulative_H_tok",
+        "H_predicted_tok",
+    ):
+        assert second.last[name] == pytest.approx(whole.last[name], rel=1e-9), name
+    assert second.last["steps_to_collapse"] == pytest.approx(whole.last["steps_to_collapse"], rel=1e-9)
+    assert second.last["collapse_entropy"] == whole.last["collapse_entropy"]
