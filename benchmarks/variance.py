@@ -25,6 +25,7 @@ from probe.estimators.ground_truth import measure
 from probe.estimators.prediction import token_first_order
 from probe.module import EntropyProbe
 from probe.phases.state import ProbeState
+from probe.runner import TrainerSection
 from probe.scoring.forward_mode import forward_tangents
 from probe.scoring.scores import TokenScores, TokenTangents
 from probe.snapshot import evaluation_mode, one_thread
@@ -45,7 +46,8 @@ class Scored:
                 "batch_config": {**config["batch_config"], **batch},
                 "probe_rework": rework,
                 "seed_everything": seed,
-            }
+            },
+            TrainerSection,
         )
         module, state = EntropyProbe(resolved.probe, resolved.seed, resolved.given), ProbeState()
         module.load(torch.device("cpu"))

@@ -68,7 +68,7 @@ class TensorBoardDiagnostics(ProbeCallback):
                 if folder is not None and of_disk is not None:
                     failure = write_error(folder, of_disk)
                     if (
-                        runner.default_logger
+                        runner.logger is True
                     ):  # the folder is this run's own, and holds half of an events file
                         shutil.rmtree(folder, ignore_errors=True)
                 failure.__cause__ = error

@@ -13,6 +13,7 @@ from probe.estimators.forward_mode_check import forward_mode_check
 from probe.loading import use_exact_4bit_layers
 from probe.loading.quantization import find_4bit_layers
 from probe.module import EntropyProbe
+from probe.runner import TrainerSection
 from probe.scoring import Policy, score_tokens
 from probe.scoring.differences import choose_scale, difference_pair
 from probe.scoring.features import feature_basis
@@ -306,7 +307,7 @@ def test_auto_falls_back_to_backward(monkeypatch, kind):
         layer = policy.model.get_base_model().model.layers[0].self_attn.v_proj
         layer.register_forward_hook(lambda module, args, output: kind.apply(output))
     for wanted in ("auto", "jvp", "reverse", "finite_difference"):
-        config = parse_config({"probe_rework": {"derivative_mode": wanted}}).probe
+        config = parse_config({"probe_rework": {"derivative_mode": wanted}}, TrainerSection).probe
         module = EntropyProbe(config)
         module.model = policy.model
         if wanted == "jvp" and kind is not None:
