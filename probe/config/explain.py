@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import get_args
 
@@ -10,6 +9,7 @@ from jsonargparse import ArgumentParser
 
 from probe.config.files import one_line
 from probe.config.schema import SECTIONS
+from probe.errors.exceptions import closest, did_you_mean
 from probe.imports import why_no_class
 
 
@@ -82,11 +82,11 @@ def _unknown_key(key: str, parser: ArgumentParser) -> str:
     leaves = {k.rsplit(".", 1)[-1]: k for k in keys}
     leaf = key.rsplit(".", 1)[-1]
     same = {name.lower(): k for name, k in leaves.items()}.get(leaf.lower())
-    near = [same] if same is not None else difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if not near:  # a misspelt name in the wrong section
-        near = [leaves[n] for n in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.6)]
-    hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join([*SECTIONS, 'trainer'])}"
-    return f"{key}: unknown configuration key; {hint}"
+    near = (
+        same or closest(key, keys) or leaves.get(closest(leaf, leaves) or "")
+    )  # the last: in the wrong section
+    sections = f"the sections are {', '.join([*SECTIONS, 'trainer'])}"
+    return f"{key}: unknown configuration key{did_you_mean(near, sections)}"
 
 
 def _plain_type(name: str) -> str:

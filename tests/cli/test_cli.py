@@ -310,7 +310,7 @@ def test_python_dash_m(files):
             "needs a package that is missing: No module named 'no_such_package'",
         ),
         ("1 / 0", "my_part.Part", "failed with ZeroDivisionError: division by zero"),
-        ("class Patr: pass", "my_part.Part", "has no class 'Part' (nearest: Patr)"),
+        ("class Patr: pass", "my_part.Part", "has no class 'Part'; did you mean Patr?"),
         ("class Part: pass", "my_part.Part", "expected my_part.Part to be derived from"),
         (None, "my_part.Part", "module 'my_part' was not found; start in the folder that holds it"),
     ],
