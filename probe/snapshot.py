@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def _put_back_by(restore: Callable[[], object]) -> Iterator[None]:
+def put_back_by(restore: Callable[[], object]) -> Iterator[None]:
     """Call `restore` in the end, wherever an interrupt strikes on the way: what was cut off is done again.
 
     Args:
@@ -53,7 +53,7 @@ def isolated_rng() -> Iterator[None]:
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
 
-    with _put_back_by(restore):
+    with put_back_by(restore):
         yield
 
 
@@ -70,7 +70,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         for module, training in flags.items():
             module.training = training
 
-    with _put_back_by(restore):
+    with put_back_by(restore):
         for module in flags:
             module.training = False
         yield
@@ -80,11 +80,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def one_thread() -> Iterator[None]:
     """Run torch's operators on one thread."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with put_back_by(lambda: torch.set_num_threads(threads)):
+        torch.set_num_threads(1)
         yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -101,19 +99,21 @@ def exact_float32() -> Iterator[None]:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:
         precision = None
-    try:
+
+    def restore() -> None:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        for backend, value in zip(backends, own, strict=True):
+            if backend.fp32_precision != value:
+                backend.fp32_precision = value
+
+    with put_back_by(restore):
         if precision is None:
             for backend in backends:
                 backend.fp32_precision = "ieee"
         else:
             torch.set_float32_matmul_precision("highest")
         yield
-    finally:
-        if precision is not None:
-            torch.set_float32_matmul_precision(precision)
-        for backend, value in zip(backends, own, strict=True):
-            if backend.fp32_precision != value:
-                backend.fp32_precision = value
 
 
 @contextmanager
@@ -165,7 +165,7 @@ def _entries_replaced(places: Sequence[tuple[dict[str, Any], str, Any]]) -> Iter
         for holder, key, value in held:
             holder[key] = value
 
-    with _put_back_by(restore):
+    with put_back_by(restore):
         for holder, key, value in places:
             holder[key] = value
         yield
@@ -189,7 +189,7 @@ def parameters_at(parameters: Mapping[str, nn.Parameter], values: Mapping[str, T
     if missing:
         raise ValueError(f"expected one value per parameter, found a difference in {missing[:10]}")
     old = {name: _copy(p, values[name].device) for name, p in parameters.items()}
-    with _put_back_by(lambda: _assign(parameters, old)):
+    with put_back_by(lambda: _assign(parameters, old)):
         _assign(parameters, values)
         yield
 
@@ -228,7 +228,7 @@ def preserved(
             saved.restore()
             optimizer.state[key] = entries
 
-    with _put_back_by(restore):
+    with put_back_by(restore):
         yield
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 
 from probe.errors.exceptions import ConfigError
 from probe.loading.checkpoint import REFERENCE_ADAPTER
+from probe.snapshot import put_back_by
 
 
 def no_reference() -> ConfigError:
@@ -39,15 +40,16 @@ def as_reference(model: nn.Module) -> Iterator[None]:
     policy: Any = model
     flags = {p: p.requires_grad for p in policy.parameters()}
     own = policy.active_adapter
-    try:
-        if REFERENCE_ADAPTER in adapters:
-            policy.set_adapter(REFERENCE_ADAPTER)
-            yield
-        else:
-            with policy.disable_adapter():
-                yield
-    finally:
-        if REFERENCE_ADAPTER in adapters:
+    has_own = REFERENCE_ADAPTER in adapters
+
+    def restore() -> None:
+        if has_own:
             policy.set_adapter(own)
         for p, flag in flags.items():
             p.requires_grad_(flag)
+
+    with put_back_by(restore):
+        if has_own:
+            policy.set_adapter(REFERENCE_ADAPTER)
+        with nullcontext() if has_own else policy.disable_adapter():
+            yield
