@@ -21,6 +21,7 @@ from probe.errors.exceptions import NumericalError
 from probe.estimators.entropy_gradient import entropy_gradient
 from probe.estimators.prediction import first_order, token_first_order
 from probe.module import EntropyProbe
+from probe.runner import TrainerSection
 from probe.scoring.differences import choose_scale, difference_pair
 from probe.scoring.forward_mode import forward_tangents, second_order_tangents
 from probe.scoring.score import score_tokens
@@ -35,7 +36,8 @@ def compare(config: dict[str, Any], dtype: str, learning_rate: float, rounds: in
             "checkpoint": {**config["checkpoint"], "dtype": dtype},
             "batch_config": {**config["batch_config"], "B_E": 256},
             "probe_rework": {"learning_rate": learning_rate},
-        }
+        },
+        TrainerSection,
     )
     module = EntropyProbe(resolved.probe, resolved.seed, resolved.given)
     module.load(torch.device("cpu"))

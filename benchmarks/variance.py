@@ -24,6 +24,7 @@ from probe.estimators.estimate import Estimate
 from probe.estimators.ground_truth import reweighted_change
 from probe.estimators.prediction import token_first_order
 from probe.module import EntropyProbe
+from probe.runner import TrainerSection
 from probe.scoring.forward_mode import forward_tangents
 from probe.scoring.scores import TokenScores, TokenTangents
 from probe.snapshot import evaluation_mode, one_thread
@@ -44,7 +45,8 @@ class Scored:
                 "batch_config": {**config["batch_config"], **batch},
                 "probe_rework": rework,
                 "seed_everything": seed,
-            }
+            },
+            TrainerSection,
         )
         module = EntropyProbe(resolved.probe, resolved.seed, resolved.given)
         module.load(torch.device("cpu"))

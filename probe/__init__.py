@@ -7,11 +7,13 @@
 
 from __future__ import annotations
 
-import importlib
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from probe.imports import at_first_use
 
 if TYPE_CHECKING:
+    from probe.callbacks.defaults import default_callbacks
     from probe.callbacks.rollout_recorder import RolloutRecorderCallback
     from probe.callbacks.training_lightning import EntropyProbeCallback
     from probe.callbacks.training_transformers import EntropyProbeTrainerCallback
@@ -39,7 +41,8 @@ _HOME = {
     "ProbeResult": "probe.results",
     "ProbeRunner": "probe.runner",
     "RolloutRecorderCallback": "probe.callbacks.rollout_recorder",
-    "load_log": "probe.logs",
+    "default_callbacks": "probe.callbacks.defaults",
+    "load_log": "probe.files.log_files",
     "watch": "probe.live.watch",
 }
 
@@ -53,13 +56,10 @@ __all__ = [
     "ProbeResult",
     "ProbeRunner",
     "RolloutRecorderCallback",
+    "default_callbacks",
     "load_log",
     "watch",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import public names on first use: `import probe` alone does not load transformers and Lightning."""
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = at_first_use(__name__, _HOME)
+"""`import probe` alone does not load transformers and Lightning."""

@@ -1,12 +1,13 @@
-"""Modules of the user's, found in the folder in which a command is started."""
+"""Imports at first use, and of modules of the user's, which lie in the folder in which a command is started."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import ModuleType
+from typing import Any
 
 from probe.errors.exceptions import nearest
 from probe.text import error_text
@@ -71,3 +72,19 @@ def current_directory_importable() -> Iterator[None]:
     finally:
         with suppress(ValueError):  # the imported module may have changed the path itself
             sys.path.remove("")
+
+
+def at_first_use(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a package whose names are imported when they are asked for.
+
+    Args:
+        package: its `__name__`.
+        homes: the modules of the names.
+    """
+
+    def get(name: str) -> Any:
+        if name in homes:
+            return getattr(importlib.import_module(homes[name]), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return get

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from probe.callbacks.defaults import default_callbacks
 from probe.config.files import read_config_file
 from probe.config.parsing import ResolvedConfig, parse_config
 from probe.module import EntropyProbe
 from probe.results.result import ProbeResult
-from probe.runner import ProbeRunner
+from probe.runner import ProbeRunner, TrainerSection
 
 
 class OfflineEntropyProbe:
@@ -38,7 +39,7 @@ class OfflineEntropyProbe:
             ConfigError: an unknown key, a wrong type or an impossible value.
         """
         self._given = copy.deepcopy(dict(config))
-        self._resolved: ResolvedConfig = parse_config(self._given)
+        self._resolved: ResolvedConfig = parse_config(self._given, TrainerSection)
         self.config: dict[str, Any] = self._resolved.mapping
         self.runner = ProbeRunner(**self._resolved.trainer)
         self._module: EntropyProbe | None = None
@@ -71,11 +72,11 @@ class OfflineEntropyProbe:
         if checkpoint_path is not None:
             given = copy.deepcopy(self._given)
             given["checkpoint"] = {**(given.get("checkpoint") or {}), "checkpoint_path": str(checkpoint_path)}
-            self._use(parse_config(given))
+            self._use(parse_config(given, TrainerSection))
         if self._module is None:
             self._module = EntropyProbe(self._resolved.probe, self._resolved.seed, self._resolved.given)
-        self.runner.resolved = self._resolved.mapping
-        return dict(self.runner.run(self._module).values)
+        callbacks = default_callbacks(self._module.config)
+        return dict(self.runner.run(self._module, callbacks, self._resolved.mapping).values)
 
     @property
     def result(self) -> ProbeResult | None:

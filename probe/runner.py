@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -21,9 +18,11 @@ from lightning.fabric.loggers import Logger
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 
+import probe
 from probe.callbacks.base import ProbeCallback
 from probe.config.checkpoint import DEMO
 from probe.config.schema import ProbeConfig
+from probe.config.trainer import Precision, TrainerConfig
 from probe.errors.exceptions import ConfigError, ProbeError
 from probe.estimators.ground_truth import GroundTruth
 from probe.module import EntropyProbe
@@ -34,11 +33,8 @@ from probe.phases.state import Phase, ProbeState
 from probe.phases.update import Update
 from probe.results.result import ProbeResult, build_values
 from probe.scoring.collector import MakeProgress, Progress
-from probe.snapshot import evaluation_mode, exact_float32, isolated_rng, one_thread
-from probe.sweep.settings import SweepConfig
+from probe.snapshot import evaluation_mode, exact_float32, isolated_rng
 
-Precision = Literal["32-true", "bf16-mixed"]
-"""Fabric's name of the precision of forward passes. Trainable weights, moments and steps stay as loaded."""
 Result = TypeVar("Result", Sample, Derivative, Update, Predicted, GroundTruth)
 HOOKS: dict[Phase, tuple[str, str]] = {
     "sample": ("on_sample_start", "on_sample_end"),
@@ -49,77 +45,50 @@ HOOKS: dict[Phase, tuple[str, str]] = {
     "report": ("on_report_start", "on_report_end"),
 }
 """The hooks of `ProbeCallback` before and after each phase."""
-
-NEXT_STEPS = """
-Next:
-  {bin}tensorboard --logdir lightning_logs
-      look at the diagnostics
-  {bin}entropy-probe demo --probe_rework.learning_rate 5e-3
-      a larger step: where does first order end?
-  {bin}entropy-probe run --checkpoint FOLDER --batch_config.dataset_name prompts.jsonl --batch_config.split train \\
-      --batch_config.reward my_rewards:accuracy
-      your own checkpoint, prompts and reward; every option: {bin}entropy-probe run --help"""
+TrainerSection = TrainerConfig[ProbeCallback, Logger]
+"""What `trainer:` gives, with the classes that callbacks and loggers are derived from."""
 
 
-class ProbeRunner:
+@dataclass(eq=False)
+class ProbeRunner(TrainerSection):
     """Owns the devices, calls the phases of an `EntropyProbe` in order and the callbacks around each.
+
+    It is made with the keys of `trainer:`, see `TrainerConfig`.
 
     Attributes:
         fabric: devices, precision, loggers and callbacks.
         state: what the phases of the current (or last) run produced.
         result: the last run's result.
         errors: what went wrong while publishing a result; raised when everything else is published.
-        default_logger: whether each run has a TensorBoard logger with a folder of its own.
-        publish: whether the built-in callbacks publish a result (report, log files, TensorBoard); a sweep, which has a
-            table of its own, switches them off.
+        extra_callbacks: those of `trainer.callbacks`, called after the built-in ones.
     """
 
-    def __init__(
-        self,
-        accelerator: str = "auto",
-        devices: list[int] | str | int = 1,
-        num_nodes: int = 1,
-        strategy: str = "auto",
-        precision: Precision = "32-true",
-        callbacks: list[ProbeCallback] | ProbeCallback | None = None,
-        logger: Logger | list[Logger] | bool | None = True,
-    ) -> None:
+    def __post_init__(self) -> None:
         """Set the devices up.
-
-        Args:
-            accelerator: `cpu`, `gpu` or `auto`.
-            devices: how many devices, or which.
-            num_nodes: number of machines.
-            strategy: how processes work together.
-            precision: precision of forward passes.
-            callbacks: further callbacks, called after the built-in ones.
-            logger: a Lightning logger or several; true is a TensorBoardLogger in
-                `detailed_logging.output_directory`, false is none.
 
         Raises:
             ConfigError: the devices or the precision cannot be had.
         """
-        if precision not in ("32-true", "bf16-mixed"):
+        if self.precision not in get_args(Precision):
             raise ConfigError(
-                f"trainer.precision: expected 32-true or bf16-mixed, found {precision!r}; the trainable weights stay "
-                "in float32 (checkpoint.dtype sets the type of the frozen ones, and float64 that of all)"
+                f"trainer.precision: expected 32-true or bf16-mixed, found {self.precision!r}; the trainable weights "
+                "stay in float32 (checkpoint.dtype sets the type of the frozen ones, and float64 that of all)"
             )
-        self.extra_callbacks = [callbacks] if isinstance(callbacks, ProbeCallback) else list(callbacks or [])
-        self.default_logger = logger is True
+        own = self.callbacks
+        self.extra_callbacks = [own] if isinstance(own, ProbeCallback) else list(own or [])
         self.state = ProbeState()
         self.result: ProbeResult | None = None
         self.errors: list[ProbeError] = []
-        self.publish = True
         self.config = ProbeConfig()
-        self.resolved: dict[str, Any] = {}
+        self._resolved: Mapping[str, Any] | None = None
         try:
             self.fabric = Fabric(
-                accelerator=accelerator,
-                devices=devices,
-                num_nodes=num_nodes,
-                strategy=strategy,
-                precision=precision,
-                loggers=_loggers(logger),
+                accelerator=self.accelerator,
+                devices=self.devices,
+                num_nodes=self.num_nodes,
+                strategy=self.strategy,
+                precision=self.precision,
+                loggers=_loggers(self.logger),
             )
         except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
             raise ConfigError(f"trainer: the devices cannot be set up: {_first_line(error)}") from error
@@ -129,11 +98,19 @@ class ProbeRunner:
                 "not supported by this version"
             )
 
-    def run(self, module: EntropyProbe) -> ProbeResult:
+    def run(
+        self,
+        module: EntropyProbe,
+        callbacks: Sequence[ProbeCallback] | None = None,
+        resolved: Mapping[str, Any] | None = None,
+    ) -> ProbeResult:
         """Probe a checkpoint: load it, draw E and U, predict, measure, report.
 
         Args:
             module: the policy to probe.
+            callbacks: what computes and publishes; the runner's own come after them. By default those that the
+                module's configuration asks for.
+            resolved: the configuration that describes the run, where there is more to it than the module's own.
 
         Returns:
             The result. Global random state, and the module's parameters, optimizer and flags, are as before.
@@ -142,16 +119,18 @@ class ProbeRunner:
             ProbeError: see the phases; publishing errors come last and carry the mapping as `.results`.
         """
         self.config, self.state, self.errors, self.result = module.config, ProbeState(), [], None
+        self._resolved = resolved
         started = datetime.now().astimezone()
-        callbacks = [*default_callbacks(module.config, self.publish), *self.extra_callbacks]
-        self.fabric._callbacks = callbacks
-        if self.default_logger:  # one run, one version folder: TensorBoard ties hyper-parameters to it
+        asked = probe.default_callbacks(module.config) if callbacks is None else callbacks
+        called = [*asked, *self.extra_callbacks]
+        self.fabric._callbacks = called
+        if self.logger is True:  # one run, one version folder: TensorBoard ties hyper-parameters to it
             self.fabric._loggers = _loggers(True, Path(self.config.detailed_logging.output_directory))
         self.fabric.launch()
         try:
             with isolated_rng(), exact_float32():
                 _seed_globals(module.seed)
-                result = self._phases(module, callbacks, started)
+                result = self._phases(module, called, started)
         except BaseException as error:
             self.fabric.call("on_exception", self, module, error)
             raise
@@ -160,32 +139,6 @@ class ProbeRunner:
             unpublished.results = dict(result.values)
             raise unpublished
         return result
-
-    def demo(self, module: EntropyProbe) -> ProbeResult:
-        """Probe the built-in demo policy (made when absent) and say what to try next.
-
-        Args:
-            module: as configured by `configs/quickstart.yaml`.
-        """
-        with one_thread():  # the model is so small that threads would mostly wait for each other
-            result = self.run(module)
-        on_path = shutil.which("entropy-probe") is not None
-        print(NEXT_STEPS.format(bin="" if on_path else f"{os.path.relpath(Path(sys.executable).parent)}/"))
-        return result
-
-    def sweep(self, module: EntropyProbe, sweep: SweepConfig) -> None:
-        """Probe a grid of learning rates, batch sizes, seeds and checkpoints; can be stopped and continued.
-
-        Args:
-            module: the configuration that all points share.
-            sweep: what is varied. On the command line `--sweep.B_E` can be written `--B_E`.
-
-        Raises:
-            IncompleteSweepError: some points failed; everything else is done.
-        """
-        from probe.sweep.loop import execute, refuse_failures
-
-        refuse_failures(execute(self, module, sweep))
 
     def phase(self, name: Phase, module: EntropyProbe, compute: Callable[[MakeProgress], Result]) -> Result:
         """Run a phase: the hooks around it, its seconds, its result kept in `state`.
@@ -238,44 +191,13 @@ class ProbeRunner:
 
     def _config_mapping(self, module: EntropyProbe) -> dict[str, Any]:
         """The configuration that counted, as it is saved with a result: it can be run again as it is."""
-        return module.sources.applied_to(self.resolved) if self.resolved else asdict(module.config)
+        return asdict(module.config) if self._resolved is None else module.sources.applied_to(self._resolved)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.state.timing[phase] = time.perf_counter() - start
-
-
-def default_callbacks(config: ProbeConfig, publish: bool = True) -> list[ProbeCallback]:
-    """The built-in callbacks that the sections of a configuration ask for; without `publish` those that measure."""
-    from probe.callbacks import (
-        ConsoleReport,
-        DeltaH1,
-        DetailedLogging,
-        FitMemoryFile,
-        GroundTruth,
-        ProgressBars,
-        ResultsFile,
-        TensorBoardDiagnostics,
-    )
-
-    callbacks: list[ProbeCallback] = [ProgressBars()] if publish else []
-    if config.probe_rework.compute_delta_h1:
-        callbacks.append(DeltaH1())
-    if config.probe_rework.compute_delta_h1 and config.probe_rework.control_variates_path is not None:
-        callbacks.append(FitMemoryFile(config.probe_rework.control_variates_path))
-    if config.importance.enabled:
-        callbacks.append(GroundTruth())
-    if not publish:
-        return callbacks
-    callbacks.append(ConsoleReport())
-    if config.output.results_path is not None:
-        callbacks.append(ResultsFile(config.output.results_path))
-    if config.detailed_logging.enabled:
-        callbacks.append(DetailedLogging(config.detailed_logging))
-    callbacks.append(TensorBoardDiagnostics())
-    return callbacks
 
 
 def _seed_globals(seed: int) -> None:

@@ -20,11 +20,12 @@ from lightning import LightningModule
 
 import probe
 from probe.cli.main import main
-from probe.cli.texts import DESCRIPTION, DESCRIPTIONS
+from probe.cli.parser import Command
+from probe.cli.texts import DESCRIPTION, DESCRIPTIONS, NEXT_STEPS
 from probe.config.files import read_config_file
 from probe.config.schema import SECTIONS
 from probe.loading import quiet_libraries
-from probe.runner import NEXT_STEPS, ProbeRunner
+from probe.module import EntropyProbe
 from probe.sweep.settings import SweepConfig
 from tests.support.helpers import char_tokenizer
 from tests.support.tiny_models import VOCABULARY, add_lora, lora_checkpoint, save_base, tiny_model
@@ -176,17 +177,11 @@ def started(monkeypatch) -> list[tuple[str, Any]]:
     """Commands are parsed and their objects built; instead of the work their name and module are noted."""
     calls: list[tuple[str, Any]] = []
 
-    def run(self: ProbeRunner, module: Any) -> None:
-        calls.append(("run", module))
+    def note(command: Command) -> None:
+        resolved = command.resolved
+        calls.append((command.name, EntropyProbe(resolved.probe, resolved.seed, resolved.given)))
 
-    def demo(self: ProbeRunner, module: Any) -> None:
-        calls.append(("demo", module))
-
-    def sweep(self: ProbeRunner, module: Any, sweep: SweepConfig) -> None:
-        calls.append(("sweep", module))
-
-    for method in (run, demo, sweep):
-        monkeypatch.setattr(ProbeRunner, method.__name__, method)
+    monkeypatch.setattr("probe.cli.commands.carry_out", note)
     for name in ("my.yaml", "run.yaml"):  # the reader's own
         Path(name).write_text("batch_config: {B_E: 8}\n")
     return calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import signal
 import sys
@@ -10,12 +11,10 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-
-import torch
+from types import ModuleType
 
 from probe import __version__
-from probe.__main__ import INTERRUPTED
-from probe.cli.parser import ProbeCLI
+from probe.cli.parser import parse
 from probe.cli.shorthands import shorthands
 from probe.errors.exceptions import ProbeError
 from probe.sweep.settings import IncompleteSweepError
@@ -25,6 +24,11 @@ USAGE_ERROR = 2
 INTERNAL_ERROR = 1
 INCOMPLETE = 3
 """Some points of a sweep failed; the others are there."""
+
+
+INTERRUPTED = 130
+
+
 TERMINATED = 143
 MEMORY_REMEDY = (
     "lower memory_config.microbatch_size, memory_config.head_chunk_tokens or generation.batch_size, or take "
@@ -46,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = [a for a in args if a != "--debug"]
     try:
         with terminated_like_interrupted(), quiet_console():
-            ProbeCLI(shorthands(args) or ["--help"])
+            command = parse(shorthands(args) or ["--help"], lambda: _commands().TrainerSection)
+            _commands().carry_out(command)
     except IncompleteSweepError as error:
         return _fail(error, text_of(error), INCOMPLETE, debug)
     except ProbeError as error:
@@ -60,6 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"unexpected {error_text(error)} (--debug shows where)"
         return _fail(error, message, INTERNAL_ERROR, debug)
     return 0
+
+
+def _commands() -> ModuleType:
+    """What does the work, with all libraries; a command line that is wrong is refused without them."""
+    try:
+        return importlib.import_module("probe.cli.commands")
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("interrupted while starting") from error
 
 
 class Terminated(KeyboardInterrupt):
@@ -92,7 +105,8 @@ def _was_terminated(error: BaseException | None) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, of a device or of the machine, did not suffice."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # torch has one of its own
+    if kinds & {"MemoryError", "OutOfMemoryError"}:
         return True
     signs = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
     return isinstance(error, (RuntimeError, OSError)) and any(s in text_of(error).lower() for s in signs)

@@ -1,128 +1,153 @@
-"""The command line: `entropy-probe run`, `demo` and `sweep`, each with `--config FILE`, and `python -m probe`."""
+"""The parser of the command line: `entropy-probe run`, `demo` and `sweep`, each with `--config FILE`.
+
+It works as that of a LightningCLI does: `--help`, `--print_config`, `--config FILE`, `--section.key VALUE`, and
+`class_path` with `init_args` for callbacks and loggers. Nothing here imports a library that computes.
+"""
 
 from __future__ import annotations
 
+import re
+from abc import ABC, abstractmethod
 from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
-from jsonargparse import ArgumentError, DefaultHelpFormatter
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
+from probe.callbacks.base import ProbeCallback
 from probe.cli.shorthands import SWEEP_LISTS, name_list
-from probe.cli.texts import DESCRIPTION, DESCRIPTIONS, USAGE
+from probe.cli.texts import DESCRIPTION, DESCRIPTIONS, SUMMARIES, USAGE
 from probe.config.explain import explain
 from probe.config.files import SHIPPED_CONFIGS, read_config_file, shipped_names
-from probe.config.parsing import add_probe_arguments, resolve
+from probe.config.parsing import ResolvedConfig, add_probe_arguments, resolve
+from probe.config.trainer import TrainerConfig
 from probe.errors.exceptions import ConfigError
 from probe.imports import current_directory_importable
-from probe.module import EntropyProbe
-from probe.runner import ProbeRunner
 from probe.sweep.settings import SweepConfig, sweep_config
 
 QUICKSTART = SHIPPED_CONFIGS / "quickstart.yaml"
+
+
+class Logger(ABC):
+    """Stands for Lightning's class of this name as long as no logger is given: importing that one takes seconds."""
+
+    @abstractmethod
+    def log_metrics(self) -> None:
+        """Without it jsonargparse would take this class itself for a logger to choose."""
+
+
+NO_LIBRARIES = TrainerConfig[ProbeCallback, Logger]
+"""What `trainer:` gives, as far as it can be read without Lightning."""
+
+
+class _NeedsClassesError(Exception):
+    """Something under `trainer.callbacks` or `trainer.logger` can only be told with the real classes."""
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Keeps the lines of the descriptions."""
 
 
-class ProbeCLI(LightningCLI):
-    """LightningCLI over `ProbeRunner`'s methods and the sections of the probe's configuration.
+@dataclass(frozen=True)
+class Command:
+    """A command line that was understood.
 
-    `--help`, `--print_config`, `--config FILE`, `--section.key VALUE` and `class_path` / `init_args` for callbacks
-    and loggers work as in any Lightning CLI.
+    Attributes:
+        name: `run`, `demo` or `sweep`.
+        resolved: the configuration.
+        sweep: what is swept; None for the others.
     """
 
-    def __init__(self, args: ArgsType = None) -> None:
-        """Parse `args`, build the objects and run the subcommand."""
-        demo = {"default_config_files": [str(QUICKSTART)]}
-        super().__init__(
-            model_class=EntropyProbe,
-            trainer_class=ProbeRunner,  # type: ignore[arg-type]
-            save_config_callback=None,  # the resolved configuration is saved with the log files
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            parser_kwargs={
-                "prog": "entropy-probe",
-                "description": DESCRIPTION.format(configs=", ".join(shipped_names())),
-                "usage": "entropy-probe {run,demo,sweep} [--config NAME_OR_FILE] ...",
-                "formatter_class": _HelpFormatter,
-                "exit_on_error": False,
-                "run": {"exit_on_error": False},
-                "demo": {"exit_on_error": False, **demo},
-                "sweep": {"exit_on_error": False},
-            },
-            args=args,
-        )
+    name: str
+    resolved: ResolvedConfig
+    sweep: SweepConfig | None
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Methods of `ProbeRunner`, and the arguments that are not options."""
-        return {"run": {"module"}, "demo": {"module"}, "sweep": {"module", "sweep"}}
 
-    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Nothing: `seed_everything` is part of the probe's schema."""
+def parse(args: list[str], classes: Callable[[], type]) -> Command:
+    """Parse a command line whose shorthands are written out.
 
-    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the sections of the configuration."""
-        add_probe_arguments(parser)
-        parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    Args:
+        args: the arguments.
+        classes: gives `TrainerConfig` of the real classes of callbacks and loggers; called where they are needed.
 
-    def _prepare_subcommand_parser(
-        self, klass: type, subcommand: str, **kwargs: Any
-    ) -> LightningArgumentParser:
-        """The parser of a subcommand; that of `sweep` has a section of its own."""
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "sweep":
-            (parser.groups or {}).pop(
-                "sweep", None
-            )  # that of the method's own options, of which there are none
-            parser.add_class_arguments(SweepConfig, "sweep")
-        parser.usage = f"entropy-probe {subcommand} {USAGE[subcommand]}"
-        lists = " ".join(f"--{option}" for option in (*SWEEP_LISTS, "checkpoints"))
-        parser.description = DESCRIPTIONS[subcommand].format(configs=", ".join(shipped_names()), lists=lists)
-        for action in parser._actions:
-            if action.option_strings == ["--checkpoint"]:
-                action.help, action.metavar = (
-                    "Folder of the checkpoint, or a YAML file with this section.",
-                    "FOLDER",
-                )
-        return parser
+    Raises:
+        ConfigError: an unknown option or key, a wrong type or an impossible value.
+        SystemExit: the help or the configuration was asked for, and is printed.
+    """
+    try:
+        return _parse(args, NO_LIBRARIES)
+    except _NeedsClassesError:
+        return _parse(args, classes())
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the command line.
 
-        Raises:
-            ConfigError: an unknown option or key, or a wrong type.
-        """
-        try:
-            with current_directory_importable():
-                self.config = parser.parse_args(args)  # type: ignore[arg-type]
-                self.given = parser.parse_args(args, defaults=False)  # type: ignore[arg-type]
-        except (ArgumentError, TypeError, ValueError) as error:
-            asked = args[0] if isinstance(args, list) and args and args[0] in self.subcommands() else "run"
-            message = explain(str(error), self._subcommand_parsers[asked])
-            raise ConfigError(name_list(message)) from error
+def _parse(args: list[str], trainer: type) -> Command:
+    """See `parse`."""
+    parsers = {name: _subcommand_parser(name, trainer) for name in SUMMARIES}
+    parser = _main_parser(parsers)
+    try:
+        with current_directory_importable():
+            config, own = parser.parse_args(args), parser.parse_args(args, defaults=False)
+    except (ArgumentError, TypeError, ValueError) as error:
+        if trainer is NO_LIBRARIES and re.search(r"trainer\.(callbacks|logger)", str(error)):
+            raise _NeedsClassesError from error
+        asked = args[0] if args and args[0] in parsers else "run"
+        raise ConfigError(name_list(explain(str(error), parsers[asked]))) from error
+    name = config.subcommand
+    resolved = resolve(parsers[name], config[name], _given(name, own[name]))
+    resolved.mapping.pop("sweep", None)  # what the points have in common is the rest
+    sweep = sweep_config(vars(config.sweep.sweep)) if name == "sweep" else None
+    return Command(name, resolved, sweep)
 
-    def _set_seed(self) -> None:
-        """Nothing: a run seeds the global generators itself and puts them back."""
 
-    def instantiate_classes(self) -> None:
-        """Build the module and the runner from the parsed configuration."""
-        given = self.given[str(self.subcommand)].as_dict()
-        if self.subcommand == "demo":  # its defaults are a configuration, too
-            for name, keys in read_config_file(QUICKSTART).items():
-                if isinstance(keys, dict):
-                    given[name] = {**keys, **(given.get(name) or {})}
-        resolved = resolve(self._parser(self.subcommand), self.config[self.subcommand], given)
-        resolved.mapping.pop("sweep", None)  # what the points have in common is the rest
-        self.model = EntropyProbe(resolved.probe, resolved.seed, resolved.given)
-        self.runner = ProbeRunner(**resolved.trainer)
-        self.runner.resolved = resolved.mapping
+def _given(subcommand: str, own: Namespace) -> dict[str, Any]:
+    """The sections with the keys that are given; what makes `demo` the demo counts as given."""
+    given = own.as_dict()
+    if subcommand == "demo":
+        for name, keys in read_config_file(QUICKSTART).items():
+            if isinstance(keys, dict):
+                given[name] = {**keys, **(given.get(name) or {})}
+    return given
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Call the runner's method."""
-        if subcommand == "sweep":
-            self.runner.sweep(self.model, sweep_config(vars(self.config["sweep"]["sweep"])))
-        else:
-            getattr(self.runner, subcommand)(self.model)
+
+def _main_parser(parsers: dict[str, ArgumentParser]) -> ArgumentParser:
+    """The parser of everything before and after the subcommand."""
+    parser = _new_parser(
+        prog="entropy-probe",
+        description=DESCRIPTION.format(configs=", ".join(shipped_names())),
+        usage="entropy-probe {run,demo,sweep} [--config NAME_OR_FILE] ...",
+        formatter_class=_HelpFormatter,
+    )
+    subcommands = parser.add_subcommands()
+    for name, subparser in parsers.items():
+        subcommands.add_subcommand(name, subparser, help=SUMMARIES[name])
+    return parser
+
+
+def _subcommand_parser(name: str, trainer: type) -> ArgumentParser:
+    """The parser of a subcommand; that of `sweep` has a section of its own."""
+    lists = " ".join(f"--{option}" for option in (*SWEEP_LISTS, "checkpoints"))
+    parser = _new_parser(
+        description=DESCRIPTIONS[name].format(configs=", ".join(shipped_names()), lists=lists),
+        usage=f"entropy-probe {name} {USAGE[name]}",
+        default_config_files=[str(QUICKSTART)] if name == "demo" else None,
+    )
+    add_probe_arguments(parser, trainer)
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    if name == "sweep":
+        parser.add_class_arguments(SweepConfig, "sweep")
+    (checkpoint,) = (action for action in parser._actions if action.option_strings == ["--checkpoint"])
+    checkpoint.help = "Folder of the checkpoint, or a YAML file with this section."
+    checkpoint.metavar = "FOLDER"
+    return parser
+
+
+def _new_parser(**options: Any) -> ArgumentParser:
+    """A parser with `--config`, whose errors are raised."""
+    header = [f"lightning.pytorch=={version('lightning')}"]
+    parser = ArgumentParser(exit_on_error=False, dump_header=header, **options)
+    parser.add_argument(
+        "-c", "--config", action=ActionConfigFile, help="Path to a configuration file in json or yaml format."
+    )
+    return parser

@@ -8,6 +8,16 @@ USAGE = {
     "sweep": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--LIST VALUES ...] [--section.key VALUE ...]",
 }
 """What the help of a subcommand begins with."""
+
+
+SUMMARIES = {
+    "run": "Probe a checkpoint: load it, draw E and U, predict, measure, report.",
+    "demo": "Probe the built-in demo policy (made when absent) and say what to try next.",
+    "sweep": "Probe a grid of learning rates, batch sizes, seeds and checkpoints; can be stopped and continued.",
+}
+"""What the help says of each subcommand."""
+
+
 DESCRIPTION = """Predict and measure what the next update does to a policy's entropy.
 
 examples:
@@ -51,3 +61,14 @@ lists: {lists}; --output_folder FOLDER keeps the points, --overwrite starts anew
 --checkpoint takes the folder of a checkpoint; it is short for --checkpoint.checkpoint_path. The options below are the
 keys of a YAML file.""",
 }
+
+
+NEXT_STEPS = """
+Next:
+  {bin}tensorboard --logdir lightning_logs
+      look at the diagnostics
+  {bin}entropy-probe demo --probe_rework.learning_rate 5e-3
+      a larger step: where does first order end?
+  {bin}entropy-probe run --checkpoint FOLDER --batch_config.dataset_name prompts.jsonl --batch_config.split train \\
+      --batch_config.reward my_rewards:accuracy
+      your own checkpoint, prompts and reward; every option: {bin}entropy-probe run --help"""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import re
+from typing import get_args
 
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser
 
 from probe.config.files import one_line
 from probe.config.schema import SECTIONS
+from probe.errors.exceptions import closest, did_you_mean
 from probe.imports import why_no_class
 
 
-def explain(message: str, parser: LightningArgumentParser) -> str:
+def explain(message: str, parser: ArgumentParser) -> str:
     """One line from jsonargparse's message: `key: expected ..., found ...`, or the nearest key to an unknown one."""
     text = one_line(message)
-    of_class = _class_path_problem(text)
+    of_class = _class_path_problem(text, parser)
     if of_class is not None:
         return of_class
     in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
@@ -43,7 +44,7 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
     return f"{key}: expected {' or '.join(expected)}, found {found.group(1)!r}"
 
 
-def _class_path_problem(text: str) -> str | None:
+def _class_path_problem(text: str, parser: ArgumentParser) -> str | None:
     """What is wrong with a class under `trainer.callbacks` or `trainer.logger`; None where it is something else."""
     raised = re.match(r"Does not validate against any of the Union subtypes .*?Errors: - (.*?) - ", text)
     if raised is not None:  # by the class's own `__init__`
@@ -55,7 +56,7 @@ def _class_path_problem(text: str) -> str | None:
     named = re.findall(r"'class_path': '([^']*)'", rest)
     named += re.findall(r"Given value: ([A-Za-z_]\w*(?:\.\w+)*)$", rest)
     for path in dict.fromkeys(named):
-        reason = why_no_class(path, _base_class(key))
+        reason = why_no_class(path, _base_class(key, parser))
         if reason is not None:
             return f"{key}: {reason}"
     argument = re.search(r"Problem with given class_path '([\w.]+)': (.*?)(?: - |$)", rest)
@@ -68,26 +69,24 @@ def _class_path_problem(text: str) -> str | None:
     return f"{key}: {argument.group(1)}: {': '.join(found.groups()) if found else argument.group(2)}"
 
 
-def _base_class(key: str) -> type:
-    """The class from which what stands under `trainer.callbacks` or `trainer.logger` is derived."""
-    from lightning.fabric.loggers import Logger
-
-    from probe.callbacks.base import ProbeCallback
-
-    return ProbeCallback if key == "trainer.callbacks" else Logger
+def _base_class(key: str, parser: ArgumentParser) -> type:
+    """The class from which what stands under `trainer.callbacks` or `trainer.logger` is derived: in the key's type."""
+    (hint,) = (action._typehint for action in parser._actions if action.dest == key)  # type: ignore[attr-defined]
+    parts = [part for one in get_args(hint) for part in (one, *get_args(one))]
+    return next(part for part in parts if isinstance(part, type) and part not in (bool, list, type(None)))
 
 
-def _unknown_key(key: str, parser: LightningArgumentParser) -> str:
+def _unknown_key(key: str, parser: ArgumentParser) -> str:
     """Name the nearest valid key."""
     keys = [k for k in vars(parser.get_defaults().as_flat()) if "." in k or k == "seed_everything"]
     leaves = {k.rsplit(".", 1)[-1]: k for k in keys}
     leaf = key.rsplit(".", 1)[-1]
     same = {name.lower(): k for name, k in leaves.items()}.get(leaf.lower())
-    near = [same] if same is not None else difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if not near:  # a misspelt name in the wrong section
-        near = [leaves[n] for n in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.6)]
-    hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join([*SECTIONS, 'trainer'])}"
-    return f"{key}: unknown configuration key; {hint}"
+    near = (
+        same or closest(key, keys) or leaves.get(closest(leaf, leaves) or "")
+    )  # the last: in the wrong section
+    sections = f"the sections are {', '.join([*SECTIONS, 'trainer'])}"
+    return f"{key}: unknown configuration key{did_you_mean(near, sections)}"
 
 
 def _plain_type(name: str) -> str:

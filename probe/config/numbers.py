@@ -34,13 +34,13 @@ def check_numbers(settings: Any, prefix: str, unbounded: tuple[str, ...] = ()) -
                 require(value <= most, f"{prefix}{setting.name}", f"an integer of at most {most}", found)
 
 
-def is_finite(value: float) -> bool:
-    """Whether a number is one in floating point; whole numbers can be too large for that.
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite number, and no truth value; whole numbers can be too large for floating point.
 
-    >>> is_finite(1.0), is_finite(float("nan")), is_finite(10**400)
-    (True, False, False)
+    >>> is_finite(1), is_finite(float("nan")), is_finite(10**400), is_finite(True), is_finite("1")
+    (True, False, False, False, False)
     """
     try:
-        return math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
         return False

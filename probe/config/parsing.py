@@ -8,8 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, Namespace, get_loader, set_loader, set_parsing_settings
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import (
+    ArgumentError,
+    ArgumentParser,
+    Namespace,
+    get_loader,
+    set_loader,
+    set_parsing_settings,
+)
 
 from probe.config.explain import explain
 from probe.config.files import with_words
@@ -46,10 +52,13 @@ class ResolvedConfig:
     given: frozenset[str]
 
 
-def add_probe_arguments(parser: LightningArgumentParser) -> None:
-    """Add every section of the schema, `trainer` and `seed_everything` to a parser."""
-    from probe.runner import ProbeRunner  # imports the module, which needs this package's configuration first
+def add_probe_arguments(parser: ArgumentParser, trainer: type) -> None:
+    """Add every section of the schema, `trainer` and `seed_everything` to a parser.
 
+    Args:
+        parser: what they are added to.
+        trainer: `TrainerConfig` of the classes that callbacks and loggers are derived from.
+    """
     parser.add_argument(
         "--seed_everything",
         type=bool | int,
@@ -58,14 +67,15 @@ def add_probe_arguments(parser: LightningArgumentParser) -> None:
     )
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
-    parser.add_class_arguments(ProbeRunner, "trainer", instantiate=False, sub_configs=True)
+    parser.add_class_arguments(trainer, "trainer", instantiate=False, sub_configs=True)
 
 
-def parse_config(config: Mapping[str, Any]) -> ResolvedConfig:
+def parse_config(config: Mapping[str, Any], trainer: type) -> ResolvedConfig:
     """Check a configuration given as mappings.
 
     Args:
         config: sections as mappings; a missing section or key has its default.
+        trainer: see `add_probe_arguments`.
 
     Raises:
         ConfigError: an unknown key (with the nearest valid one), a wrong type or an impossible value.
@@ -77,8 +87,8 @@ def parse_config(config: Mapping[str, Any]) -> ResolvedConfig:
     for name in [*SECTIONS, "trainer"]:
         if not isinstance(config.get(name) or {}, Mapping):
             raise ConfigError(f"{name}: expected a mapping of keys, found {type(config[name]).__name__}")
-    parser = LightningArgumentParser(exit_on_error=False)
-    add_probe_arguments(parser)
+    parser = ArgumentParser(exit_on_error=False)
+    add_probe_arguments(parser, trainer)
     given = with_words({key: value for key, value in config.items() if value is not None})
     try:
         with current_directory_importable():
@@ -88,9 +98,7 @@ def parse_config(config: Mapping[str, Any]) -> ResolvedConfig:
     return resolve(parser, namespace, given)
 
 
-def resolve(
-    parser: LightningArgumentParser, namespace: Namespace, given: Mapping[str, Any]
-) -> ResolvedConfig:
+def resolve(parser: ArgumentParser, namespace: Namespace, given: Mapping[str, Any]) -> ResolvedConfig:
     """Build the objects of a parsed configuration.
 
     Args:
@@ -115,11 +123,7 @@ def resolve(
             raise error.__cause__ from None
         raise ConfigError(explain(str(error), parser)) from error
     probe = ProbeConfig(**{name: objects[name] for name in SECTIONS})
-    trainer = (
-        dict(objects["trainer"].items())
-        if isinstance(objects["trainer"], Namespace)
-        else dict(objects["trainer"])
-    )
+    trainer = dict(objects["trainer"].items())
     keys = given_keys(given, SECTIONS)
     return ResolvedConfig(probe=probe, trainer=trainer, seed=seed, mapping=mapping, given=keys)
 

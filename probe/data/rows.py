@@ -176,9 +176,9 @@ def _load_hub(config: BatchConfig, named: NamedDataset) -> Mapping[str, Any]:
     except Exception as error:
         hint = "" if config.dataset_name in NAMED_DATASETS else nearest(config.dataset_name, NAMED_DATASETS)
         raise DataError(
-            f"batch_config.dataset_name: cannot load {config.dataset_name!r}{hint} from the hub: "
+            f"batch_config.dataset_name: cannot load {config.dataset_name!r} from the hub: "
             f"{_reason(error)}; check the name and dataset_config, or set batch_config.dataset_path to a "
-            "local copy"
+            f"local copy{hint}"
         ) from error
 
 

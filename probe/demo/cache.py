@@ -8,6 +8,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from probe.demo.build import build_demo
 from probe.demo.recipe import DemoRecipe
 from probe.errors.exceptions import CheckpointError, LogError
 from probe.files.atomic import ensure_writable, remove_leftovers, temporary_name
@@ -91,9 +92,6 @@ def _default_cache_dir() -> Path:
 
 def _make(root: Path, seed: int, recipe: DemoRecipe, progress: bool) -> None:
     """Build the demo in a folder beside `root` and move it there in one step."""
-    # Loads transformers and peft, which reusing a cache does not need.
-    from probe.demo.build import build_demo
-
     root.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(root.parent, f".{root.name}")
     temporary = root.with_name(temporary_name(f".{root.name}"))

@@ -53,13 +53,23 @@ def require(condition: bool, key: str, expected: str, found: Any) -> None:
         raise ConfigError(f"{key}: expected {expected}, found {shown(found, 200)}")
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of an error message that points to the most similar of `names`, or nothing.
+def nearest(name: str, names: Iterable[str], otherwise: str = "") -> str:
+    """The end of an error message that points to the most similar of `names`, else says something else or nothing.
 
     >>> nearest("exact_numbr", ["exact_number", "gsm8k"])
-    ' (nearest: exact_number)'
-    >>> nearest("x", ["exact_number", "gsm8k"])
-    ''
+    '; did you mean exact_number?'
+    >>> nearest("x", ["exact_number", "gsm8k"], "there are two")
+    '; there are two'
     """
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f" (nearest: {close[0]})" if close else ""
+    return did_you_mean(closest(name, names), otherwise)
+
+
+def closest(name: str, names: Iterable[str]) -> str | None:
+    """The most similar of `names`; None where none is similar."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1)), None)
+
+
+def did_you_mean(name: str | None, otherwise: str = "") -> str:
+    """The end of an error message that asks whether `name` was meant; where that is None, see `nearest`."""
+    hint = otherwise if name is None else f"did you mean {name}?"
+    return f"; {hint}" if hint else ""

@@ -26,7 +26,7 @@ class Read:
 
 def number(value: Any) -> float:
     """A finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_finite(value):
+    if not is_finite(value):
         raise ValueError("a finite number")
     return float(value)
 

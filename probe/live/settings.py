@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import NoneType, UnionType
@@ -12,7 +11,7 @@ import torch
 
 from probe.config.batches import GenerationConfig
 from probe.config.numbers import check_numbers
-from probe.errors.exceptions import ConfigError
+from probe.errors.exceptions import ConfigError, nearest
 
 UNBOUNDED = ("every", "horizon", "window")
 """Numbers of steps and probes, of which a large one is none at all."""
@@ -122,8 +121,7 @@ class WatchSettings:
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
+                hint = nearest(name, known, f"there are {', '.join(known)}")
                 raise ConfigError(f"{name}: expected a setting of the probe, found an unknown one{hint}")
         return cls(**values)
 

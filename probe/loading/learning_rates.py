@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
+from probe.config.numbers import is_finite
 from probe.errors.exceptions import OptimizerStateError
 from probe.loading.checkpoint import read_trainer_state
 
@@ -15,7 +15,7 @@ def learning_rates(
 ) -> tuple[list[float], int, tuple[str, ...]]:
     """The learning rate of every group, the reference group, and notes."""
     saved = [float(group["lr"]) for group in groups]
-    if not all(math.isfinite(rate) and rate >= 0 for rate in saved):
+    if not all(is_finite(rate) and rate >= 0 for rate in saved):
         raise OptimizerStateError(f"{file}: expected finite learning rates of at least 0, found {saved}")
     reference = next((index for index, rate in enumerate(saved) if rate > 0), None)
     if reference is None:
@@ -69,5 +69,4 @@ def _last_logged_rate(trainer_state: Path | None) -> float | None:
 
 def _positive(value: Any) -> float | None:
     """A finite number above 0, or None."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if number and math.isfinite(value) and value > 0 else None
+    return float(value) if is_finite(value) and value > 0 else None

@@ -21,7 +21,7 @@ from probe.loading.checkpoint import CheckpointFiles
 from probe.loading.foreign import some
 from probe.loading.learning_rates import learning_rates
 from probe.loading.matching import idle_parameters, match_parameters
-from probe.loading.moments import Moments, moment_shape, read_moments
+from probe.loading.moments import Moments, SavedKey, moment_shape, read_moments
 from probe.loading.optimizer_file import (
     check_optimizer_settings,
     largest_file,
@@ -101,43 +101,22 @@ def load_optimizer(
             has non-finite moments, or has a learning rate of 0, none is given and no earlier one is known.
     """
     file, trainer_state = optimizer_files(files_or_path)
-    payload, notes = read_state_dict(file, largest_file(model))
-    groups, states = well_formed(file, payload)
-    family = optimizer_family(file, groups, states)
-    groups = [{**group, **plain_numbers(file, index, group)} for index, group in enumerate(groups)]
-    check_optimizer_settings(file, groups)
-    trainable = trainable_parameters(model)
-    # a pass through the model, only where there is something to explain
-    idle = (
-        idle_parameters(model) if len(states) < len(trainable) and _is_language_model(model) else frozenset()
-    )
-    matching = match_parameters(
-        model, groups, {key: moment_shape(key, state) for key, state in states.items()}, idle
-    )
-    notes += _freeze_idle(trainable, idle - set(matching.names.values()))
-    rule, rule_notes = _rule(file, groups, family, config)
-    # Groups of parameters that were never trained (frozen ones) have nothing to step.
-    members = [[matching.names[key] for key in group["params"] if key in states] for group in groups]
-    groups = [group for group, names in zip(groups, members, strict=True) if names]
-    members = [names for names in members if names]
+    saved = _read(file, largest_file(model))
+    names, match_notes = _match(model, saved)
+    rule, rule_notes = _rule(file, saved.groups, saved.family, config)
+    groups, members = _groups_to_step(saved, names)
     moments = read_moments(
-        {matching.names[key]: state for key, state in states.items()},
+        {names[key]: state for key, state in saved.states.items()},
         amsgrad={
-            name: bool(group.get("amsgrad"))
-            for group, names in zip(groups, members, strict=True)
-            for name in names
+            name: bool(g.get("amsgrad")) for g, own in zip(groups, members, strict=True) for name in own
         },
     )
     parameters = trainable_parameters(model)
     rates, reference, rate_notes = learning_rates(file, groups, learning_rate, trainer_state)
     optimizer = _build(rule, groups, members, parameters, rates)
-    notes += matching.notes + rule_notes + rate_notes + _place(optimizer, moments, parameters)
-    if family == "bitsandbytes":
-        notes += (
-            "the moments are bitsandbytes' (8-bit ones dequantised); the step is torch's AdamW from them",
-        )
+    notes = saved.notes + match_notes + rule_notes + rate_notes + _place(optimizer, moments, parameters)
     rounded = _rounded_types(moments, parameters)
-    notes += _rounding_notes(rounded, family, parameters)
+    notes += _family_notes(saved.family) + _rounding_notes(rounded, saved.family, parameters)
     for note in notes:
         logger.info("optimizer: %s", note)
     return LoadedOptimizer(
@@ -151,6 +130,62 @@ def load_optimizer(
         fused=all(group.get("fused") is True for group in groups),
         schedule_at_zero=learning_rate is None and not any(float(group["lr"]) for group in groups),
     )
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a file holds: groups and states of an Adam, whose library wrote them, and notes on the reading."""
+
+    groups: list[dict[str, Any]]
+    states: dict[SavedKey, dict[str, Any]]
+    family: str
+    notes: tuple[str, ...]
+
+
+def _read(file: Path, most: int) -> _Saved:
+    """The content of a file of at most `most` bytes, checked.
+
+    Raises:
+        OptimizerStateError: it cannot be read safely, or is of another optimizer.
+    """
+    payload, notes = read_state_dict(file, most)
+    groups, states = well_formed(file, payload)
+    family = optimizer_family(file, groups, states)
+    groups = [{**group, **plain_numbers(file, index, group)} for index, group in enumerate(groups)]
+    check_optimizer_settings(file, groups)
+    return _Saved(groups, states, family, notes)
+
+
+def _match(model: nn.Module, saved: _Saved) -> tuple[Mapping[SavedKey, str], tuple[str, ...]]:
+    """The parameter of every state, by its key in the file; freezes parameters that no text reaches. And notes.
+
+    Raises:
+        OptimizerStateError: the states do not fit the model.
+    """
+    trainable, states = trainable_parameters(model), saved.states
+    # a pass through the model, only where there is something to explain
+    explain = len(states) < len(trainable) and _is_language_model(model)
+    idle = idle_parameters(model) if explain else frozenset()
+    shapes = {key: moment_shape(key, state) for key, state in states.items()}
+    matching = match_parameters(model, saved.groups, shapes, idle)
+    notes = _freeze_idle(trainable, idle - set(matching.names.values()))
+    return matching.names, notes + matching.notes
+
+
+def _groups_to_step(
+    saved: _Saved, names: Mapping[SavedKey, str]
+) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """The groups and their parameters; groups of those that were never trained (frozen ones) have nothing to step."""
+    members = [[names[key] for key in group["params"] if key in saved.states] for group in saved.groups]
+    found = [(group, own) for group, own in zip(saved.groups, members, strict=True) if own]
+    return [group for group, _ in found], [own for _, own in found]
+
+
+def _family_notes(family: str) -> tuple[str, ...]:
+    """That another library's moments are stepped by torch."""
+    if family != "bitsandbytes":
+        return ()
+    return ("the moments are bitsandbytes' (8-bit ones dequantised); the step is torch's AdamW from them",)
 
 
 def _rounded_types(

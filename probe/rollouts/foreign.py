@@ -67,9 +67,9 @@ def _not_found(table: RolloutTable, prompt: str | None, response: str | None) ->
         name = "prompt" if prompt is None else "completion"
         missing, near = f"a column {name!r}", nearest(name, table.columns)
     return DataError(
-        f"{table.path}: expected {missing}, found {', '.join(table.columns)}{near}; prompts may also be called "
+        f"{table.path}: expected {missing}, found {', '.join(table.columns)}; prompts may also be called "
         f"{' or '.join(PROMPTS[1:])}, responses {' or '.join(RESPONSES[1:])}, or be token ids in prompt_ids and "
-        f"completion_ids, or in {' with '.join(MASKED)}"
+        f"completion_ids, or in {' with '.join(MASKED)}{near}"
     )
 
 

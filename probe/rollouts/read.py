@@ -5,7 +5,7 @@ The columns of a file:
 - `prompt_ids`, `completion_ids`: token ids, taken as they are: what was sampled. They need no texts beside them.
 - `prompt`, `completion`: texts, or lists of messages. Without ids they are tokenised again, which need not give the
   tokens that were sampled; `chat_template_kwargs` and `tools` are used where messages are rendered.
-- rewards: see `read_rollouts`. Optional.
+- rewards, see below. Optional.
 - `old_logprobs`: log-probs of the response's tokens under the policy that sampled.
 - `sampling_logprobs`: those that the engine which sampled gave, null for a token that it gave none for.
 - `loss_tokens`: the number of tokens that the update's loss was divided by, the same in all rows (of losses that are a
@@ -15,13 +15,30 @@ The columns of a file:
 - `step`: the update that the rows were used for; it has to be the one after the checkpoint's, where that is known.
 - `row`: the data set's row, `bias_flags` and `doubts`: those of the batch; written by `write_rollouts`.
 
+The column `advantage`, which TRL logs and `write_rollouts` writes, is what the update was made with, whatever weights
+and scales its rewards had. Rewards beside it are described and nothing more, and only where they explain it.
+
+The reward is the sum of `batch_config.reward_columns`; without it the first column of `TOTALS`; without that the one
+column of numbers that may be a reward, and of several of these none is chosen. Beside a column `advantage` it is the
+sum of them all, as TRL logs one column for each reward function. In a sum, None and NaN mean that a function did not
+apply, and are left out.
+
+Without `completion_ids` the completion's text is tokenised, and the batch is marked `retokenized`. How a response
+ended is read from the file, else it follows from `stop_strings` and `max_new_tokens`; EOS is added only where one of
+these says that it was sampled. Where neither does, the batch is marked `ended_without_eos`; `doubts` says of every
+response what is not certain about it. Responses longer than `max_new_tokens` of whose ends the file says nothing show
+that it was made with another cap: the batch is marked `unknown_cap`.
+
+Groups are those of the explicit column, else runs of rows with the same prompt. A prompt that was drawn twice in a
+row makes one run of two groups: where there are advantages, which add up to 0 in every group, runs are cut into
+groups of one size, `batch_config.G` if that fits, else the smallest that does.
+
 Tables of other trainers are brought into these columns by `probe.rollouts.foreign`.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,15 +52,13 @@ from probe.data.prompts import check_messages, check_prompt_tokens
 from probe.data.rendering import Rendering, render_messages, rendering_of
 from probe.errors.exceptions import DataError
 from probe.rollouts.cells import padded, read_ids
-from probe.rollouts.ends import EndRules
+from probe.rollouts.ends import EndRules, Response
 from probe.rollouts.foreign import own_columns
 from probe.rollouts.responses import read_logprobs, read_loss_tokens, read_responses
 from probe.rollouts.reward_columns import LAYOUT, read_advantages, read_rewards
 from probe.rollouts.row_groups import read_group, read_places
 from probe.rollouts.tables import Part, RolloutTable, read_table
 from probe.text import all_well_formed
-
-logger = logging.getLogger(__name__)
 
 
 def read_rollouts(
@@ -60,24 +75,7 @@ def read_rollouts(
 ) -> RolloutBatch:
     """Read a rollout file (`.jsonl` or `.parquet`; the columns stand at the top of this module), or a log of a run.
 
-    The column `advantage`, which TRL logs and `write_rollouts` writes, is what the update was made with, whatever
-    weights and scales its rewards had. Rewards beside it are described and nothing more, and only where they
-    explain it.
-
-    The reward is the sum of `config.reward_columns`; without it the first column of `TOTALS`; without that the one
-    column of numbers that may be a reward, and of several of these none is chosen. Beside a column `advantage` it is
-    the sum of them all, as TRL logs one column for each reward function. In a sum, None and NaN mean that a function
-    did not apply, and are left out.
-
-    Without `completion_ids` the completion's text is tokenised, and the batch is marked `retokenized`. How a response
-    ended is read from the file, else it follows from `stop_strings` and `max_new_tokens`; EOS is added only where one
-    of these says that it was sampled. Where neither does, the batch is marked `ended_without_eos`; `doubts` says of
-    every response what is not certain about it. Responses longer than `max_new_tokens` of whose ends the file says
-    nothing show that it was made with another cap: the batch is marked `unknown_cap`.
-
-    Groups are those of the explicit column, else runs of rows with the same prompt. A prompt that was drawn twice in
-    a row makes one run of two groups: where there are advantages, which add up to 0 in every group, runs are cut into
-    groups of one size, `config.G` if that fits, else the smallest that does.
+    How rewards, tokens, ends and groups are found is said at the top of this module.
 
     Args:
         path: the file.
@@ -100,9 +98,8 @@ def read_rollouts(
     """
     table = own_columns(read_table(path, update, part))
     vocabulary = len(tokenizer) if vocabulary is None else vocabulary
-    own = tokenizer.eos_token_id
-    known = [*(() if own is None else (own,)), *(() if eos_ids is None else eos_ids)]
-    rules = EndRules(tuple(dict.fromkeys(known)), tuple(stop_strings), max_new_tokens)
+    own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    rules = EndRules(tuple(dict.fromkeys([*own, *(eos_ids or ())])), tuple(stop_strings), max_new_tokens)
     prompts = _read_prompts(table, tokenizer, vocabulary, rendering_of(config))
     if config.max_prompt_tokens is not None:
         check_prompt_tokens([len(ids) for ids in prompts.ids], config.max_prompt_tokens)
@@ -111,13 +108,6 @@ def read_rollouts(
     completion_ids, mask = padded(ids, torch.int64)
     advantages = read_advantages(table)
     group = read_group(table, advantages, config.G)
-    doubts = [
-        tuple(dict.fromkeys([*before, *response.doubts, *(["prompt"] if open_ else [])]))
-        for before, response, open_ in zip(
-            _read_texts(table, "doubts"), responses, prompts.unsure, strict=True
-        )
-    ]
-    unsure = ["prompt_uncertain"] if any(prompts.unsure) else []
     return RolloutBatch(
         prompts=tuple(prompts.texts),
         completions=tuple(response.text for response in responses),
@@ -133,10 +123,8 @@ def read_rollouts(
         loss_tokens=read_loss_tokens(table),
         rows=_read_rows(table, prompts.messages),
         source=table.path,
-        bias_flags=tuple(
-            dict.fromkeys([*(f for own in _read_texts(table, "bias_flags") for f in own), *flags, *unsure])
-        ),
-        doubts=tuple(doubts) if any(doubts) else (),
+        bias_flags=_bias_flags(table, flags, prompts.unsure),
+        doubts=_doubts(table, responses, prompts.unsure),
         places=read_places(table, prompts.ids),
     )
 
@@ -188,6 +176,23 @@ def _read_prompts(
         found.messages.append(messages)
         found.unsure.append(unsure)
     return found
+
+
+def _bias_flags(table: RolloutTable, found: Sequence[str], unsure: Sequence[bool]) -> tuple[str, ...]:
+    """The flags that the rows name, those of the responses, and that of prompts which are not certain."""
+    named = [flag for own in _read_texts(table, "bias_flags") for flag in own]
+    return tuple(dict.fromkeys([*named, *found, *(["prompt_uncertain"] if any(unsure) else [])]))
+
+
+def _doubts(
+    table: RolloutTable, responses: Sequence[Response], unsure: Sequence[bool]
+) -> tuple[tuple[str, ...], ...]:
+    """What is not certain about each response; empty where all are."""
+    doubts = [
+        tuple(dict.fromkeys([*before, *response.doubts, *(["prompt"] if open_ else [])]))
+        for before, response, open_ in zip(_read_texts(table, "doubts"), responses, unsure, strict=True)
+    ]
+    return tuple(doubts) if any(doubts) else ()
 
 
 def _read_rows(

@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 
 from probe.errors.exceptions import DataError, LogError, nearest
 from probe.files.atomic import atomic_write_bytes
+from probe.files.log_files import load_log
+from probe.rollouts.logged import logged_rollouts
 from probe.text import all_well_formed
 
 logger = logging.getLogger(__name__)
@@ -146,9 +148,6 @@ def _read_log(file: Path, part: Part | None) -> list[dict[str, Any]]:
     Raises:
         DataError: it is no log, or has no token ids.
     """
-    from probe.files.log_files import load_log
-    from probe.rollouts.logged import logged_rollouts
-
     if part is None:
         raise DataError(f"{file}: expected to be told whether E or U is wanted of a log, found neither")
     try:

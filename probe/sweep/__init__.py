@@ -1,7 +1,7 @@
 """Sweeps: a probe over a grid of learning rates, batch sizes, seeds and checkpoints, resumable, with plots.
 
-Files: `grid` (what is swept), `run` (the loop), `store` (the folder), `table` (one row per point), `fits` (slopes),
-`plots` with `figures_eta`, `figures_batch` and `figures_checkpoints`.
+Files: `settings` and `grid` (what is swept), `loop`, `store` (the folder), `table` (one row per point), `curves` and
+`fits` (errors and slopes), `plots`.
 
 >>> from probe.sweep import run_sweep
 >>> table = run_sweep("quickstart", eta_factors=[0.25, 1, 4], output_folder="sweeps/eta")  # doctest: +SKIP
@@ -9,24 +9,21 @@ Files: `grid` (what is swept), `run` (the loop), `store` (the folder), `table` (
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from probe.imports import at_first_use
 
 if TYPE_CHECKING:
     from probe.sweep.loop import run_sweep
     from probe.sweep.settings import IncompleteSweepError, SweepConfig
 
 _HOME = {
-    "SweepConfig": "probe.sweep.grid",
-    "IncompleteSweepError": "probe.sweep.grid",
+    "SweepConfig": "probe.sweep.settings",
+    "IncompleteSweepError": "probe.sweep.settings",
     "run_sweep": "probe.sweep.loop",
 }
 
 __all__ = ["IncompleteSweepError", "SweepConfig", "run_sweep"]
 
-
-def __getattr__(name: str) -> Any:
-    """Import public names on first use: the command line needs only the grid, without pandas and matplotlib."""
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = at_first_use(__name__, _HOME)
+"""The command line needs only the settings, without pandas and matplotlib."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from probe.callbacks.console import say
+from probe.callbacks.defaults import measuring_callbacks
 from probe.config.files import read_config_file
 from probe.config.parsing import parse_config
 from probe.errors.exceptions import (
@@ -24,6 +25,9 @@ from probe.errors.exceptions import (
     OptimizerStateError,
     ProbeError,
 )
+from probe.module import EntropyProbe
+from probe.results.result import ProbeResult
+from probe.runner import ProbeRunner, TrainerSection
 from probe.snapshot import one_thread
 from probe.sweep.grid import DEMO, Combination, Grid, Point, build_grid, keys_given
 from probe.sweep.plots.write import write_plots
@@ -33,11 +37,6 @@ from probe.sweep.settings import IncompleteSweepError, SweepConfig, sweep_config
 from probe.sweep.store import Record, SweepFolder, shared_settings
 from probe.sweep.summary import write_summary
 from probe.sweep.table import build_table, write_table
-
-if TYPE_CHECKING:
-    from probe.module import EntropyProbe
-    from probe.results.result import ProbeResult
-    from probe.runner import ProbeRunner
 
 
 def run_sweep(config: Mapping[str, Any] | str | Path, **sweep: Any) -> pd.DataFrame:
@@ -55,14 +54,10 @@ def run_sweep(config: Mapping[str, Any] | str | Path, **sweep: Any) -> pd.DataFr
         ConfigError: an unknown key, a wrong value, or a folder that holds a different sweep.
         ProbeError: an error that would hit every point.
     """
-    from probe.module import EntropyProbe
-    from probe.runner import ProbeRunner  # has the sweep as one of its methods
-
     given = dict(read_config_file(config) if isinstance(config, (str, Path)) else config)
     options = sweep_config({**(given.pop("sweep", None) or {}), **sweep})
-    resolved = parse_config(given)
+    resolved = parse_config(given, TrainerSection)
     runner = ProbeRunner(**resolved.trainer)
-    runner.resolved = resolved.mapping
     return execute(runner, EntropyProbe(resolved.probe, resolved.seed, resolved.given), options)
 
 
@@ -86,12 +81,10 @@ def execute(runner: ProbeRunner, module: EntropyProbe, sweep: SweepConfig) -> pd
     folder = SweepFolder(sweep.output_folder)
     threads = one_thread if module.configured.checkpoint.checkpoint_path == DEMO else nullcontext
     with folder.locked(), threads():
-        precision = (runner.resolved.get("trainer") or {}).get("precision")
-        shared = shared_settings(module.configured, precision, module.given)
+        shared = shared_settings(module.configured, runner.precision, module.given)
         records = folder.open(grid, shared, sweep.overwrite)
         loop = _Sweep(runner, module, sweep, grid, folder, records)
-        with _measuring_only(runner):
-            loop.run()
+        loop.run()
         write_summary(loop.table(), folder.path)
         plots = write_plots(loop.table(), folder)
     say(runner, loop.tally.closing(folder.path, len(plots)) + "\n")
@@ -186,7 +179,7 @@ class _Sweep:
         try:
             config = combination.configure(self.base, self.sweep)
             module.reconfigure(config, combination.first.seed, self.given)
-            result = self.runner.run(module)
+            result = self.runner.run(module, measuring_callbacks(module.config))
         except Exception as error:
             if isinstance(error, (CheckpointError, OptimizerStateError)) or self._hits_every_point(error):
                 raise
@@ -253,14 +246,3 @@ class _Sweep:
         self.pending.discard(point.id)
         write_table(self.table(), self.folder.path)
         say(self.runner, point_line(point, record, self.grid, self.tally) + "\n")
-
-
-@contextmanager
-def _measuring_only(runner: ProbeRunner) -> Iterator[None]:
-    """Leave the callbacks out that publish single runs: report, log files, TensorBoard, progress bars."""
-    publish, resolved = runner.publish, runner.resolved
-    runner.publish, runner.resolved = False, {}  # which describes none of the points
-    try:
-        yield
-    finally:
-        runner.publish, runner.resolved = publish, resolved

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from probe.config.numbers import is_finite
-from probe.errors.exceptions import ConfigError, ProbeError
+from probe.errors.exceptions import ConfigError, ProbeError, closest, did_you_mean, require
 from probe.limits import LARGEST_COUNT, LARGEST_SEED
 
 DEFAULT_FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -60,8 +59,7 @@ class SweepConfig:
             _check_list(key, getattr(self, key), partial(_is_count, least, most), what)
         if isinstance(self.checkpoints, list):
             _check_list("checkpoints", self.checkpoints, bool, "checkpoint folders")
-        if not self.output_folder:
-            raise ConfigError("sweep.output_folder: expected the name of a folder, found ''")
+        require(self.output_folder != "", "sweep.output_folder", "the name of a folder", self.output_folder)
 
     @property
     def axes_given(self) -> bool:
@@ -79,9 +77,9 @@ def sweep_config(given: Mapping[str, Any]) -> SweepConfig:
     known = [field.name for field in fields(SweepConfig)]
     for key in given:
         if key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f"did you mean sweep.{near[0]}?" if near else f"the keys are {', '.join(known)}"
-            raise ConfigError(f"sweep.{key}: unknown configuration key; {hint}")
+            near = closest(key, known)
+            hint = did_you_mean(near and f"sweep.{near}", f"the keys are {', '.join(known)}")
+            raise ConfigError(f"sweep.{key}: unknown configuration key{hint}")
     lists = [key for key in known if key not in ("output_folder", "overwrite")]
     return SweepConfig(**{key: _plain(key, value) if key in lists else value for key, value in given.items()})
 
@@ -93,15 +91,14 @@ def _check_list(key: str, values: list[Any] | None, allowed: Callable[[Any], boo
     if not values:
         raise ConfigError(f"sweep.{key}: expected a list of {what}, found an empty one; leave it out")
     for i, value in enumerate(values):
-        if not allowed(value):
-            raise ConfigError(f"sweep.{key}: expected {what}, found {value!r}")
+        require(allowed(value), f"sweep.{key}", what, value)
         if value in values[:i]:
             raise ConfigError(f"sweep.{key}: expected different values, found {value!r} twice")
 
 
 def _is_rate(value: Any) -> bool:
     """Whether a value can be a learning rate or a factor of one."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 and is_finite(value)
+    return is_finite(value) and value > 0
 
 
 def _is_count(least: int, most: int, value: Any) -> bool:

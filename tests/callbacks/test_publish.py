@@ -601,7 +601,7 @@ def test_a_full_disk_under_tensorboard_is_one_line_and_no_traceback(
     monkeypatch.setattr(RecordWriter, "write", write)
     logger = PyTorchTensorBoardLogger(str(tmp_path), name="entropy_probe")
     runner = make_runner(state, (logger,))
-    runner.default_logger = True
+    runner.logger = True
     before = threading.excepthook
     publish(TensorBoardDiagnostics(), state, make_result(state), runner)
     assert threading.excepthook is before

@@ -310,7 +310,7 @@ def test_python_dash_m(files):
             "needs a package that is missing: No module named 'no_such_package'",
         ),
         ("1 / 0", "my_part.Part", "failed with ZeroDivisionError: division by zero"),
-        ("class Patr: pass", "my_part.Part", "has no class 'Part' (nearest: Patr)"),
+        ("class Patr: pass", "my_part.Part", "has no class 'Part'; did you mean Patr?"),
         ("class Part: pass", "my_part.Part", "expected my_part.Part to be derived from"),
         (None, "my_part.Part", "module 'my_part' was not found; start in the folder that holds it"),
     ],
@@ -388,3 +388,63 @@ def test_the_installed_script_finds_a_class_in_the_working_folder(tmp_path):
     )
     assert done.returncode == 2
     assert "Checkpoint not found" in done.stderr
+
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "lightning",
+    "peft",
+    "datasets",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "matplotlib",
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--version"], 0),
+        (["--help"], 0),
+        (["run", "--help"], 0),
+        (["sweep", "--help"], 0),
+        (["run", "--print_config", "--trainer.logger", "false"], 0),
+        (["run", "--batch_config.B_EE", "5"], 2),
+        (["run", "--batch_config.B_E", "x"], 2),
+        (["run", "--trainer.precision", "16"], 2),
+        (["run", "--batch_config.B_E", "1"], 2),
+        (["sweep", "--B_U", "0"], 2),
+    ],
+)
+def test_what_needs_no_library_imports_none(arguments, code):
+    program = (
+        "import sys\nfrom probe.cli.main import main\n"
+        f"try:\n    code = main({arguments!r})\nexcept SystemExit as stop:\n    code = stop.code or 0\n"
+        f"print(code, sorted(set(sys.modules) & set({LIBRARIES!r})), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == f"{code} []"
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "path"),
+    [
+        ("callbacks", "ProgressBars", "probe.callbacks.ProgressBars"),
+        ("logger", "WandbLogger", "lightning.pytorch.loggers.WandbLogger"),
+        ("logger", "lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.CSVLogger"),
+    ],
+)
+def test_classes_of_the_libraries_are_found(call, key, name, path):
+    extra = ["--trainer.logger.save_dir=x"] if key == "logger" else []
+    code, out, err = call("run", f"--trainer.{key}", name, *extra, "--print_config")
+    assert code == 0, err
+    assert yaml.safe_load(out)["trainer"][key]["class_path"] == path
+
+
+def test_a_misspelt_logger_is_looked_for_in_its_module(call):
+    code, _, err = call("run", "--trainer.logger", "lightning.pytorch.loggers.CSVLoggr")
+    assert code == 2
+    assert "trainer.logger: module 'lightning.pytorch.loggers'" in err
+    assert "CSVLogger" in err

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def test_out_of_memory_says_what_to_lower(error, monkeypatch, capsys):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(cli, "ProbeCLI", fail)
+    monkeypatch.setattr(cli, "parse", fail)
     assert cli.main(["run"]) == cli.USAGE_ERROR
     assert "out of memory" in (err := capsys.readouterr().err)
     assert "lower memory_config.microbatch_size" in err
@@ -157,7 +158,7 @@ def test_an_error_without_a_text_ends_in_a_line(monkeypatch, capsys):
     def fail(*_, **__):
         raise _NoTextError
 
-    monkeypatch.setattr(cli, "ProbeCLI", fail)
+    monkeypatch.setattr(cli, "parse", fail)
     assert cli.main(["run"]) == cli.INTERNAL_ERROR
     assert "unexpected _NoTextError: (without a text" in capsys.readouterr().err
 
@@ -169,7 +170,7 @@ def test_sigterm_ends_like_ctrl_c(monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(30)
 
-    monkeypatch.setattr(cli, "ProbeCLI", wait)
+    monkeypatch.setattr(cli, "parse", wait)
     assert cli.main(["run"]) == cli.TERMINATED
     assert "interrupted; everything is restored" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is own
@@ -177,9 +178,9 @@ def test_sigterm_ends_like_ctrl_c(monkeypatch, capsys):
 
 def test_ctrl_c_while_libraries_are_imported(tmp_path):
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
-    root = os.path.dirname(os.path.dirname(cli.__file__))
+    root = Path(cli.__file__).parents[2]
     run = subprocess.run(
-        [sys.executable, "-c", "from probe.__main__ import main; import sys; sys.exit(main())"],
+        [sys.executable, "-c", "from probe.__main__ import main; import sys; sys.exit(main(['demo']))"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"},
         capture_output=True,

@@ -13,6 +13,7 @@ from probe.config.files import find_config_file, read_config_file
 from probe.config.parsing import parse_config
 from probe.config.schema import SECTIONS, ProbeConfig
 from probe.errors.exceptions import ConfigError
+from probe.runner import TrainerSection
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -24,23 +25,23 @@ def test_the_folder_of_configurations_is_found():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configurations_are_valid_and_reproduce_themselves(path):
-    resolved = parse_config(read_config_file(path))
-    again = parse_config(resolved.mapping)
+    resolved = parse_config(read_config_file(path), TrainerSection)
+    again = parse_config(resolved.mapping, TrainerSection)
     assert again.probe == resolved.probe
     assert again.mapping == resolved.mapping
 
 
 def test_the_detailed_example_shows_every_option():
     given = read_config_file("detailed_logging_example")
-    resolved = parse_config({}).mapping
+    resolved = parse_config({}, TrainerSection).mapping
     for section in [*SECTIONS, "trainer"]:
         assert list(given[section]) == list(resolved[section]), section
     assert set(given) == set(resolved)
 
 
 def test_defaults():
-    assert parse_config({}).probe == ProbeConfig()
-    assert parse_config({"batch_config": None}).seed == 42
+    assert parse_config({}, TrainerSection).probe == ProbeConfig()
+    assert parse_config({"batch_config": None}, TrainerSection).seed == 42
 
 
 MISTAKES = [
@@ -119,7 +120,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("config", "message"), MISTAKES)
 def test_mistakes_are_named(config, message):
     with pytest.raises(ConfigError, match=message):
-        parse_config(config)
+        parse_config(config, TrainerSection)
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -138,20 +139,22 @@ def test_every_number_has_limits(section):
 
 
 def test_truncated_sampling_can_be_asked_for():
-    config = parse_config({"generation": {"top_p": 0.9, "allow_truncated_support": True}}).probe
+    config = parse_config(
+        {"generation": {"top_p": 0.9, "allow_truncated_support": True}}, TrainerSection
+    ).probe
     assert config.generation.truncates_support
     assert not ProbeConfig().generation.truncates_support
 
 
 def test_a_random_seed_is_written_down():
-    resolved = parse_config({"seed_everything": True})
+    resolved = parse_config({"seed_everything": True}, TrainerSection)
     assert resolved.mapping["seed_everything"] == resolved.seed
-    assert parse_config(resolved.mapping).seed == resolved.seed
+    assert parse_config(resolved.mapping, TrainerSection).seed == resolved.seed
 
 
 def test_not_a_mapping():
     with pytest.raises(ConfigError, match="expected a mapping with sections"):
-        parse_config([1])
+        parse_config([1], TrainerSection)
 
 
 def test_files(tmp_path, monkeypatch):

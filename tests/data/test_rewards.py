@@ -283,7 +283,7 @@ def test_unknown_name():
         DataError, match=r"expected one of exact_number, gsm8k, tag_format, or module:function"
     ):
         resolve_rewards("accuracy")
-    with pytest.raises(DataError, match=r"found 'exact_numbr' \(nearest: exact_number\)"):
+    with pytest.raises(DataError, match=r"found 'exact_numbr'; did you mean exact_number\?"):
         resolve_rewards(["gsm8k", "exact_numbr"])
 
 
@@ -314,7 +314,7 @@ def test_module_whose_own_import_is_missing(tmp_path, monkeypatch):
 
 
 def test_missing_function_names_the_nearest():
-    with pytest.raises(DataError, match=r"has no function 'gsm8' \(nearest: gsm8k\)"):
+    with pytest.raises(DataError, match=r"has no function 'gsm8'; did you mean gsm8k\?"):
         resolve_rewards("probe.data.rewards:gsm8")
 
 

@@ -86,7 +86,7 @@ def builds(monkeypatch):
         )
         (folder / "demo.json").write_text(json.dumps({"version": version}))
 
-    monkeypatch.setattr(build, "build_demo", fake)
+    monkeypatch.setattr(cache, "build_demo", fake)
     return seeds
 
 
@@ -289,7 +289,7 @@ def test_what_a_killed_build_left_goes(tmp_path, builds):
 
 
 def test_loser_of_a_race_takes_the_winners_demo(tmp_path, builds, monkeypatch):
-    fake = build.build_demo
+    fake = cache.build_demo
 
     def overtaken(folder, base_path, *args):
         fake(folder, base_path, *args)
@@ -297,7 +297,7 @@ def test_loser_of_a_race_takes_the_winners_demo(tmp_path, builds, monkeypatch):
             make(tmp_path)
             (base_path.parent / "winner").touch()
 
-    monkeypatch.setattr(build, "build_demo", overtaken)
+    monkeypatch.setattr(cache, "build_demo", overtaken)
     make(tmp_path)
     assert len(builds) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["demo-v1-seed0"]

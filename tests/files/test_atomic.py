@@ -13,7 +13,6 @@ from probe.files.atomic import (
     LEFTOVER_AGE,
     atomic_create_bytes,
     atomic_write_bytes,
-    atomic_write_text,
     ensure_replaceable,
     ensure_writable,
     remove_leftovers,
@@ -31,7 +30,7 @@ def failing(code):
 
 def test_a_file_is_written_with_its_folders(tmp_path):
     path = tmp_path / "a" / "b" / "x.json"
-    assert atomic_write_text(path, "grün\r\n") == path
+    assert atomic_write_bytes(path, "grün\r\n".encode()) == path
     assert path.read_bytes() == "grün\r\n".encode()
     assert [entry.name for entry in path.parent.iterdir()] == ["x.json"]
 

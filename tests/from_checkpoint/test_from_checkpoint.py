@@ -35,7 +35,7 @@ from probe.from_checkpoint.sources import KEYS
 from probe.loading import locate_checkpoint, quiet_libraries
 from probe.loading.training_args import read_training_args
 from probe.report.terminal import report
-from probe.runner import ProbeRunner
+from probe.runner import ProbeRunner, TrainerSection
 from probe.sweep.grid import build_grid
 from probe.sweep.loop import run_sweep
 from probe.sweep.settings import SweepConfig
@@ -340,7 +340,9 @@ def test_enums_by_their_name(tmp_path):
 
 def test_the_configuration_counts_before_the_file(tmp_path):
     file = saved(tmp_path, grpo_args(loss_type="cispo", beta=0.1))
-    resolved = parse_config({"probe_rework": {"loss": "dapo"}, "generation": {"temperature": 1.0}})
+    resolved = parse_config(
+        {"probe_rework": {"loss": "dapo"}, "generation": {"temperature": 1.0}}, TrainerSection
+    )
     found, sources = fill_settings(resolved.probe, resolved.given, file)
     assert (found.probe_rework.loss, found.probe_rework.kl_coef) == ("dapo", 0.1)
     assert sources.configuration == {"probe_rework.loss": "dapo", "generation.temperature": 1.0}
@@ -350,7 +352,7 @@ def test_the_configuration_counts_before_the_file(tmp_path):
 
 def test_off_leaves_the_file_unread(tmp_path):
     (tmp_path / "training_args.bin").write_bytes(b"nonsense")
-    config = parse_config({"probe_rework": {"from_checkpoint": "off"}}).probe
+    config = parse_config({"probe_rework": {"from_checkpoint": "off"}}, TrainerSection).probe
     found, sources = filled(tmp_path / "training_args.bin", config)
     assert found == config
     assert "from_checkpoint: off" in sources.note
@@ -366,7 +368,7 @@ def test_off_needs_no_quotes_in_yaml(tmp_path, word, monkeypatch):
     resolved = OfflineEntropyProbe.from_config_file(file)._resolved
     assert resolved.probe.probe_rework.from_checkpoint == "off"
     seen = []
-    monkeypatch.setattr(ProbeRunner, "run", lambda self, module: seen.append(module))
+    monkeypatch.setattr(ProbeRunner, "run", lambda self, module, *_: seen.append(module))
     main(["run", "--config", str(file), "--probe_rework.loss", "grpo"])
     (module,) = seen
     rework = module.config.probe_rework
@@ -377,8 +379,7 @@ def test_the_command_line_knows_what_is_given(tmp_path, monkeypatch):
     file = tmp_path / "my.yaml"
     file.write_text("probe_rework:\n  delta: null\ngeneration:\n  temperature: 1.0\n")
     seen = []
-    monkeypatch.setattr(ProbeRunner, "run", lambda self, module: seen.append(module.given))
-    monkeypatch.setattr(ProbeRunner, "demo", lambda self, module: seen.append(module.given))
+    monkeypatch.setattr(ProbeRunner, "run", lambda self, module, *_: seen.append(module.given))
     assert main(["run", "--config", str(file), "--batch_config.B_U=16", "--probe_rework.loss", "dapo"]) == 0
     assert seen.pop() == {
         "probe_rework.delta",
@@ -891,7 +892,7 @@ def test_a_sweep_over_checkpoints_with_different_files(config, tmp_path):
 
 def test_the_grid_has_the_sizes_that_count(config, tmp_path):
     saved(tmp_path / "run" / "checkpoint-60", grpo_args(**SMALL))
-    resolved = parse_config({**config, "batch_config": {**config["batch_config"], "G": 8}})
+    resolved = parse_config({**config, "batch_config": {**config["batch_config"], "G": 8}}, TrainerSection)
     grid = build_grid(SweepConfig(), resolved.probe, 1, resolved.given)
     assert {(point.B_U, point.G) for point in grid.points} == {(2, 8)}
     grid = build_grid(SweepConfig(B_U=[1, 5]), resolved.probe, 1, resolved.given)

@@ -273,7 +273,7 @@ def test_named_reward_columns(tmp_path):
     path = write(tmp_path / "a.jsonl", rows)
     assert read(path, config=BatchConfig(reward_columns=["x", "id"])).rewards.tolist() == [4.0]
     with pytest.raises(
-        DataError, match=r"reward_columns: expected a column 'rewards' in .*\(nearest: reward\)"
+        DataError, match=r"reward_columns: expected a column 'rewards' in .*; did you mean reward\?"
     ):
         read(path, config=BatchConfig(reward_columns=["rewards"]))
 
@@ -492,7 +492,9 @@ def test_padding_beyond_the_longest_response_is_dropped(tmp_path):
 def test_missing_columns(tmp_path, missing):
     row = {"prompt": "a", "completion": "b", f"{missing}s": "c"}
     del row[missing]
-    with pytest.raises(DataError, match=rf"expected a column '{missing}', found .*\(nearest: {missing}s\)"):
+    with pytest.raises(
+        DataError, match=rf"expected a column '{missing}', found .*; did you mean {missing}s\?"
+    ):
         read(write(tmp_path / "a.jsonl", [row]))
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from probe.callbacks import ProbeCallback
 from probe.config.checkpoint import CheckpointConfig
 from probe.config.schema import ProbeConfig
 from probe.results.result import ProbeResult
@@ -33,6 +34,7 @@ class FakeRunner:
     """What a sweep uses of `ProbeRunner`.
 
     Attributes:
+        callbacks: what each run was asked to call.
         runs: the configurations and seeds of the runs made.
         rates: the learning rates measured after them.
         before: called with the module and the learning rate before a result is given; may raise.
@@ -40,13 +42,14 @@ class FakeRunner:
 
     def __init__(self, noise: float = 1.0, own_rate: Callable[[str], float] = lambda path: OWN_RATE) -> None:
         self.noise, self.own_rate = noise, own_rate
-        self.publish, self.resolved, self.errors = True, {"trainer": {"precision": "32-true"}}, []
+        self.precision, self.errors = "32-true", []
+        self.callbacks: list[Sequence[ProbeCallback]] = []
         self.runs: list[tuple[ProbeConfig, int]] = []
         self.rates: list[float] = []
         self.before: Callable[[FakeModule, float], None] = lambda module, eta: None
 
-    def run(self, module: FakeModule) -> ProbeResult:
-        assert not self.publish
+    def run(self, module: FakeModule, callbacks: Sequence[ProbeCallback]) -> ProbeResult:
+        self.callbacks.append(callbacks)
         eta = self.own_rate(module.config.checkpoint.checkpoint_path or "")
         self.runs.append((module.config, module.seed))
         self.before(module, eta)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from probe.callbacks import DeltaH1, GroundTruth
 from probe.errors.exceptions import (
     CheckpointError,
     ConfigError,
@@ -71,17 +72,13 @@ def test_absolute_rates_are_measured_too_and_their_factor_is_known(folder):
 
 def test_sizes_and_seeds_reach_the_runs_which_publish_nothing(folder):
     runner = FakeRunner()
-    runner.before = lambda module, eta: (
-        pytest.fail("publishes") if runner.publish or runner.resolved else None
-    )
     sweep(runner, folder, B_E=[8, 16], B_U=[2], G=[4])
+    assert [type(c) for run in runner.callbacks for c in run] == [DeltaH1, GroundTruth] * 2
     assert [(c.batch_config.B_E, c.batch_config.B_U, c.batch_config.G) for c, _ in runner.runs] == [
         (8, 2, 4),
         (16, 2, 4),
     ]
     assert not any(c.detailed_logging.enabled for c, _ in runner.runs)
-    assert runner.publish
-    assert runner.resolved == {"trainer": {"precision": "32-true"}}
 
 
 def test_checkpoints_have_a_module_each_that_is_used_for_all_its_points(folder, tmp_path):
@@ -117,7 +114,6 @@ def test_a_sweep_that_was_stopped_continues_where_it_was(folder, capsys):
     with pytest.raises(KeyboardInterrupt, match=r"4 of 9 points are kept in .*, the same command continues"):
         sweep(runner, folder, **axes)
     assert len(pd.read_csv(folder / "sweep.csv")) == 4
-    assert runner.publish
     again = FakeRunner()
     table = sweep(again, folder, **axes)
     assert "4 of them finished before" in capsys.readouterr().out
@@ -204,7 +200,7 @@ def test_another_sweep_in_the_folder_is_refused(folder, axes, change, message):
 def test_precision_is_part_of_the_configuration(folder):
     sweep(FakeRunner(), folder, seeds=[1])
     runner = FakeRunner()
-    runner.resolved = {"trainer": {"precision": "bf16-mixed"}}
+    runner.precision = "bf16-mixed"
     with pytest.raises(ConfigError, match=r"trainer.precision is '32-true' there and 'bf16-mixed' here"):
         sweep(runner, folder, seeds=[1])
 
@@ -354,7 +350,6 @@ def test_an_error_that_would_hit_every_point_stops_at_once(folder, error):
     with pytest.raises(type(error), match=str(error)):
         sweep(runner, folder, seeds=[1, 2])
     assert len(runner.runs) == 1
-    assert runner.publish
 
 
 def test_an_impossible_size_fails_alone_where_sizes_are_swept(folder):
