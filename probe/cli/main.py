@@ -24,11 +24,7 @@ USAGE_ERROR = 2
 INTERNAL_ERROR = 1
 INCOMPLETE = 3
 """Some points of a sweep failed; the others are there."""
-
-
 INTERRUPTED = 130
-
-
 TERMINATED = 143
 MEMORY_REMEDY = (
     "lower memory_config.microbatch_size, memory_config.head_chunk_tokens or generation.batch_size, or take "

@@ -8,16 +8,12 @@ USAGE = {
     "sweep": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--LIST VALUES ...] [--section.key VALUE ...]",
 }
 """What the help of a subcommand begins with."""
-
-
 SUMMARIES = {
     "run": "Probe a checkpoint: load it, draw E and U, predict, measure, report.",
     "demo": "Probe the built-in demo policy (made when absent) and say what to try next.",
     "sweep": "Probe a grid of learning rates, batch sizes, seeds and checkpoints; can be stopped and continued.",
 }
 """What the help says of each subcommand."""
-
-
 DESCRIPTION = """Predict and measure what the next update does to a policy's entropy.
 
 examples:
@@ -61,8 +57,6 @@ lists: {lists}; --output_folder FOLDER keeps the points, --overwrite starts anew
 --checkpoint takes the folder of a checkpoint; it is short for --checkpoint.checkpoint_path. The options below are the
 keys of a YAML file.""",
 }
-
-
 NEXT_STEPS = """
 Next:
   {bin}tensorboard --logdir lightning_logs

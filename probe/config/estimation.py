@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from probe.config.losses import Loss, RatioLevel, SamplerMode
 from probe.config.numbers import check_numbers
 from probe.errors.exceptions import require
 
@@ -24,7 +25,7 @@ class ProbeReworkConfig:
     from_checkpoint: Literal["auto", "off"] = "auto"
     """`auto` takes settings of the update that are not given here from the `training_args.bin` of transformers or TRL
     beside the checkpoint, where there is one; `off` leaves that file unread."""
-    loss: Literal["grpo", "dr_grpo", "dapo", "reinforce", "bnpo", "cispo", "sapo", "vespo", "luspo"] = "dapo"
+    loss: Loss = "dapo"
     """The policy-gradient loss of the update, by TRL's names and with TRL's default; `reinforce` sums over tokens."""
     advantage: Literal["auto", "grpo", "dr_grpo", "batch"] = "auto"
     """Group advantages: normalised by the group's standard deviation (`grpo`), only centred (`dr_grpo`), or centred and
@@ -37,7 +38,7 @@ class ProbeReworkConfig:
     """Lower PPO clip range of the ratio, used where a rollout file gives old log-probs."""
     clip_range_high: float | None = None
     """Upper PPO clip range; by default `clip_range`. The largest weight of `cispo`."""
-    importance_sampling_level: Literal["token", "sequence"] = "token"
+    importance_sampling_level: RatioLevel = "token"
     """Whose ratio is clipped: a token's, or a whole response's geometric mean (GSPO)."""
     delta: float | None = None
     """Upper bound of the ratio where the advantage is negative too (two-sided clipping); null is none."""
@@ -62,9 +63,7 @@ class ProbeReworkConfig:
     the mean of sampled minus present log-prob is larger than this many nats; null leaves none out."""
     vllm_importance_sampling_correction: bool = True
     """Correct for the engine that sampled, where a rollout file gives its log-probs (`sampling_logprobs`)."""
-    vllm_importance_sampling_mode: Literal[
-        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
-    ] = "sequence_mask"
+    vllm_importance_sampling_mode: SamplerMode = "sequence_mask"
     """How: the ratio of each token or of the whole response, clamped to a range or 0 outside of it."""
     vllm_importance_sampling_clip_min: float | None = None
     """Lower end of that range; null is none."""

@@ -8,8 +8,9 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from probe.config.losses import SamplerMode
 from probe.data.batch import RolloutBatch
-from probe.estimators.loss_settings import LossSettings, SamplerMode
+from probe.estimators.loss_settings import LossSettings
 
 SMALLEST_RATIO, LARGEST_LOG_RATIO, SMALLEST_LAMBDA = 1e-8, 20.0, 1e-4
 """Clamps of `vespo`'s ratio of a response, and of its `lambda`, as in TRL."""

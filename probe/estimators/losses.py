@@ -28,7 +28,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from probe.estimators.loss_settings import TOKEN_MEANS, WINDOW_MEANS, Loss, LossSettings
+from probe.config.losses import TOKEN_MEANS, WINDOW_MEANS, Loss
+from probe.estimators.loss_settings import LossSettings
 from probe.estimators.loss_terms import high_entropy, loss_terms, sampler_ratio
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from probe.config.losses import TOKEN_MEANS
 from probe.config.schema import ProbeConfig
 from probe.errors.exceptions import CheckpointError
-from probe.estimators.loss_settings import TOKEN_MEANS
 from probe.from_checkpoint.options import READ, SAMPLING, UNSUPPORTED, known_options
 from probe.from_checkpoint.sampling_options import (
     ENDS,

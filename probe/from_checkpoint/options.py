@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from probe.estimators.loss_settings import LOSS_OPTIONS, Loss, RatioLevel, SamplerMode
+from probe.config.losses import LOSS_OPTIONS, Loss, RatioLevel, SamplerMode
 from probe.from_checkpoint.values import (
     Read,
     advantage_kind,

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from probe.config.losses import LOSS_OPTIONS
 from probe.config.schema import ProbeConfig
 from probe.errors.exceptions import CheckpointError, ConfigError
-from probe.estimators.loss_settings import LOSS_OPTIONS
 from probe.from_checkpoint.options import PROMPTS_KEY, READ, STOP_STRINGS
 from probe.loading.training_args import SWITCH_OFF
 

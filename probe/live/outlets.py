@@ -16,8 +16,6 @@ from probe.text import error_text
 
 Log = Callable[[Mapping[str, float], int], None]
 """Called with numbers by name (`entropy_probe/...`) and the optimizer step they belong to."""
-
-
 OWN_LOG_FAILED = (
     "{name} failed at step {step} and is not used any more ({error}); the numbers are still in `history`"
 )
@@ -28,8 +26,6 @@ HOSTS_LOG_FAILED = (
 """What is said of a log that was given to the probe alone, and of one that a trainer writes to as well."""
 STILL_STEPS = 3
 """Probed steps of exactly 0 after which there is a warning."""
-
-
 LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     "Entropy: predicted and realised": {
         "nats per token": (

@@ -8,11 +8,11 @@ import torch
 
 from probe.attribution.update_spread import preconditioned, prompt_contributions, spread
 from probe.config.estimation import ProbeReworkConfig
+from probe.config.losses import TOKEN_MEANS
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import NumericalError
 from probe.estimators.entropy_gradient import EntropyGradient
 from probe.estimators.groups import index_groups, sum_per_group
-from probe.estimators.loss_settings import TOKEN_MEANS
 from probe.loading.optimizer import LoadedOptimizer
 from probe.parameters import norm
 from probe.phases.passes import Way, few_responses

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from probe.config.losses import LOSS_OPTIONS
 from probe.config.schema import ProbeConfig
 from probe.errors.exceptions import NumericalError
 from probe.estimators.adam import ClosedFormStep, adam_closed_form, preconditioned_direction
 from probe.estimators.advantages import count_zero_advantage_groups
-from probe.estimators.loss_settings import LOSS_OPTIONS, LossSettings
+from probe.estimators.loss_settings import LossSettings
 from probe.estimators.rounding import Rounding, rounded_step
 from probe.estimators.router_loss import router_coefficient
 from probe.estimators.update import loss_gradient

@@ -11,7 +11,8 @@ import pytest
 import torch
 from trl import GRPOConfig
 
-from probe.estimators.loss_settings import LOSS_OPTIONS, WINDOW_MEANS, Loss, LossSettings
+from probe.config.losses import LOSS_OPTIONS, WINDOW_MEANS, Loss
+from probe.estimators.loss_settings import LossSettings
 from probe.estimators.loss_terms import needs_scores
 from probe.estimators.losses import LossInputs, loss_weights, policy_loss, token_normaliser
 
