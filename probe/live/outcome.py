@@ -14,7 +14,6 @@ from probe.estimators.entropy_change import entropy
 from probe.estimators.estimate import Estimate, estimate
 from probe.estimators.prediction import Prediction
 from probe.estimators.step_parts import StepParts
-from probe.live.words import own_words
 from probe.results.changes import with_error
 from probe.rollouts.sampling import SampledTokens
 from probe.scoring.scores import TokenScores
@@ -60,11 +59,11 @@ class Outcome:
 
 
 def judged(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with their verdict, its reasons in the words of the drop-in probe's settings."""
+    """The values with their verdict, its reasons in the words of a training."""
     found = verdict(values)
     return {
         "verdict": found.word,
-        "verdict_reasons": [own_words(reason) for reason in found.reasons],
+        "verdict_reasons": list(found.in_words_of("training")),
         **values,
     }
 

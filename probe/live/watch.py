@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from probe.distributed.ranks import rank_and_size
-from probe.errors.exceptions import ConfigError
+from probe.errors.exceptions import ConfigError, in_words_of
 from probe.forecast.curves import CumulativeSum
 from probe.forecast.forecast import Forecast, forecast
 from probe.forecast.readings import EntropyReading
@@ -43,7 +43,6 @@ from probe.live.say import say
 from probe.live.schedule import Schedule
 from probe.live.settings import WatchSettings
 from probe.live.step import UpdateProbe
-from probe.live.words import in_own_words
 from probe.rollouts.generation import encode_prompts
 from probe.scoring.room import check_prompts, fitting_prompts
 from probe.snapshot import isolated_rng
@@ -125,7 +124,7 @@ class Watch:
         parameters, left_out = watched_parameters(self.model, self.optimizers)
         check_tokenizer(tokenizer, self.model)
         own_tokenizer = copy.deepcopy(tokenizer)  # encoding sets its padding and truncation
-        with in_own_words():
+        with in_words_of("training"):
             examples = prompt_examples(prompts, own_tokenizer, settings.seed)
             encoded = encode_prompts(own_tokenizer, examples)
             fitting = fitting_prompts(self.model, encoded, settings.max_new_tokens) or range(len(examples))
@@ -166,7 +165,7 @@ class Watch:
             return  # parameters are the same on all ranks of data parallelism: the first one probes
         if any(isinstance(getattr(h, "__self__", None), Watch) for h in self._present_hooks()):
             say("this optimizer is watched already; every probe will be made and logged twice", warn=True)
-        with undisturbed(self.model), in_own_words():
+        with undisturbed(self.model), in_words_of("training"):
             self._probe.rehearse()
         self._register()
         self._seen_versions = self._versions()
@@ -471,7 +470,7 @@ class Watch:
     def _guarded(self, part: Callable[[], Any]) -> Any:
         """Run a part of the probe; an error ends the probe, not the training."""
         try:
-            with in_own_words():
+            with in_words_of("training"):
                 return part()
         except Exception as error:
             self.detach()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from probe.errors.remedies import Audience, Message, Remedy
+
 Word = Literal["trustworthy", "caution", "unresolved", "invalid"]
 
 
@@ -17,10 +19,39 @@ MATERIAL = 0.1
 difference between prediction and measurement, the noise floor, responses cut off by the token limit."""
 
 
-UNITS = {"_tok": "nats per token", "": "nats per response"}
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        word: how bad it is.
+        message: what was found, against which limit, and what to do.
+        minor: whether it is about the estimand beside the headline one, and stands behind others of its word.
+    """
+
+    word: Word
+    message: Message
+    minor: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Position of the word in `WORDS`."""
+        return WORDS.index(self.word)
 
 
-PER = {"_tok": "per token", "": "per response"}
+def caution(*parts: str | Remedy) -> Finding:
+    """Something that limits what may be concluded."""
+    return Finding("caution", Message(parts))
+
+
+def unresolved(*parts: str | Remedy) -> Finding:
+    """A change that is not told from zero."""
+    return Finding("unresolved", Message(parts))
+
+
+def invalid(*parts: str | Remedy) -> Finding:
+    """A number that is wrong, or may be wrong by nobody knows how much."""
+    return Finding("invalid", Message(parts))
 
 
 @dataclass(frozen=True)
@@ -29,29 +60,18 @@ class Verdict:
 
     Attributes:
         word: one of `WORDS`.
-        reasons: sentences with the numbers found and, where there is one, the remedy; those of the worst word
+        messages: sentences with the numbers found and, where there is one, the remedy; those of the worst word
             first. Never empty.
     """
 
     word: Word
-    reasons: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found.
-
-    Attributes:
-        word: how bad it is.
-        sentence: what was found, against which limit, and what to do.
-        minor: whether it is about the estimand beside the headline one, and stands behind others of its word.
-    """
-
-    word: Word
-    sentence: str
-    minor: bool = False
+    messages: tuple[Message, ...]
 
     @property
-    def rank(self) -> int:
-        """Position of the word in `WORDS`."""
-        return WORDS.index(self.word)
+    def reasons(self) -> tuple[str, ...]:
+        """The sentences in the words of a run."""
+        return self.in_words_of("run")
+
+    def in_words_of(self, audience: Audience) -> tuple[str, ...]:
+        """The sentences for those who read them."""
+        return tuple(message.words(audience) for message in self.messages)
