@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T", covariant=True)
 S = TypeVar("S")
+O = TypeVar("O")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ class PerEstimand(Generic[T]):
         """A function of each of the two values."""
         return PerEstimand(function(self.sequence), function(self.token))
 
+    def with_other(self, function: Callable[[T, O], S], other: PerEstimand[O]) -> PerEstimand[S]:
+        """A function of each of the two values and that of another pair."""
+        return PerEstimand(function(self.sequence, other.sequence), function(self.token, other.token))
+
 
 @dataclass(frozen=True)
 class Number:
@@ -79,12 +84,14 @@ class Number:
         value: null where it was computed and could not be resolved.
         se: its standard error; None where it has none.
         ci95: the ends of its 95 % interval; None where it has none.
-        null_error: whether it has an error that is null, as one is in a file that was not finite.
+        sd_U: its standard deviation over update batches; None where it has none.
+        null_error: whether it has a standard error that is null, as one is in a file that was not finite.
     """
 
     value: float | None
     se: float | None = None
     ci95: tuple[float, float] | None = None
+    sd_U: float | None = None
     null_error: bool = False
 
 
@@ -92,34 +99,40 @@ Numbers = PerEstimand[Number | None]
 """A number for each estimand; None where the result does not have it."""
 
 
-def as_mapping(name: str, numbers: Numbers) -> dict[str, Any]:
-    """A quantity under its keys, response before token.
+def as_mapping(quantities: Mapping[str, Numbers]) -> dict[str, Any]:
+    """Quantities under their keys, those per response first.
 
-    >>> as_mapping("deltaH1", PerEstimand(Number(-0.1, 0.02), None))
-    {'deltaH1': -0.1, 'deltaH1_se': 0.02}
+    >>> as_mapping({"deltaH1": PerEstimand(Number(-0.1, 0.02), Number(-0.001))})
+    {'deltaH1': -0.1, 'deltaH1_se': 0.02, 'deltaH1_tok': -0.001}
     """
     values: dict[str, Any] = {}
     for estimand in (SEQUENCE, TOKEN):
-        number = numbers[estimand]
-        if number is None:
-            continue
-        values[estimand.key(name)] = number.value
-        if number.se is not None or number.null_error:
-            values[estimand.key(name, "_se")] = number.se
-        if number.ci95 is not None:
-            values[estimand.key(name, "_ci95")] = list(number.ci95)
+        for name, numbers in quantities.items():
+            number = numbers[estimand]
+            if number is None:
+                continue
+            values[estimand.key(name)] = number.value
+            for part in ("se", "ci95", "sd_U"):
+                found = getattr(number, part)
+                if found is not None:
+                    values[estimand.key(name, f"_{part}")] = list(found) if part == "ci95" else found
     return values
 
 
 def from_mapping(values: Mapping[str, Any], name: str) -> Numbers:
-    """The inverse of `as_mapping`; what is not in the mapping is None."""
+    """A quantity as `as_mapping` wrote it, a training or an older version; what is not there is None."""
 
     def read(estimand: Estimand) -> Number | None:
-        key, error = estimand.key(name), estimand.key(name, "_se")
+        key = estimand.key(name)
         if key not in values:
             return None
-        ends = values.get(estimand.key(name, "_ci95"))
-        se = values.get(error)
-        return Number(values[key], se, None if ends is None else tuple(ends), error in values and se is None)
+        error, ends = estimand.key(name, "_se"), values.get(estimand.key(name, "_ci95"))
+        return Number(
+            values[key],
+            values.get(error),
+            None if ends is None else tuple(ends),
+            values.get(estimand.key(name, "_sd_U")),
+            null_error=error in values and values[error] is None,
+        )
 
     return PerEstimand(read(SEQUENCE), read(TOKEN))

@@ -27,7 +27,8 @@ from probe.config.schema import ProbeConfig
 from probe.errors.exceptions import ConfigError, ProbeError
 from probe.module import EntropyProbe
 from probe.phases.state import ProbeState
-from probe.results.result import ProbeResult, build_values
+from probe.results.build import findings
+from probe.results.result import ProbeResult
 from probe.scoring.collector import Progress
 from probe.snapshot import evaluation_mode, exact_float32, isolated_rng, one_thread
 from probe.sweep.settings import SweepConfig
@@ -169,7 +170,7 @@ class ProbeRunner:
             state.timing = {"ground_truth": time.perf_counter() - start}
             state.timing["total"] = state.timing["ground_truth"]
             return ProbeResult(
-                values=build_values(state, module),
+                findings=findings(state, module),
                 config=self._config_mapping(module),
                 checkpoint_name=module.files.name if module.files is not None else "policy",
                 started_at=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -231,7 +232,7 @@ class ProbeRunner:
         self.fabric.call("on_report_start", self, module)
         self.state.timing["total"] = sum(self.state.timing.values())
         result = ProbeResult(
-            values=build_values(self.state, module),
+            findings=findings(self.state, module),
             config=self._config_mapping(module),
             checkpoint_name=module.files.name if module.files is not None else "policy",
             started_at=started.isoformat(timespec="seconds"),

@@ -44,7 +44,7 @@ class Outcome:
     """What one probed step did.
 
     Attributes:
-        values: names and meanings as in `probe.results.keys.RESULT_KEYS` and `probe.live.names.LIVE_KEYS`.
+        values: names and meanings as in `probe.results.RESULT_KEYS` and `probe.live.names.LIVE_KEYS`.
         H: entropy before the step, `(sequence, token)`, nats.
         deltaH1: as reported, `(sequence, token)`; exactly 0 without error where the step was 0.
         deltaH_true: likewise.

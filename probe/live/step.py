@@ -46,7 +46,7 @@ from probe.live.say import say
 from probe.live.settings import WatchSettings
 from probe.parameters import norm
 from probe.phases.fit_memory import FitMemory
-from probe.results.changes import change_values
+from probe.results.changes import changes
 from probe.results.diagnostics import batch_diagnostics, derivative_diagnostics, ground_truth_diagnostics
 from probe.rollouts.draw import draw_prompts, stream_seed
 from probe.rollouts.sampling import check_sampling, sample_rollouts
@@ -419,7 +419,7 @@ class UpdateProbe:
         E = before.E
         flags = [*E.bias_flags, *(["half_precision"] if self.policy.half_precision else [])]
         return {
-            **change_values(prediction, truth),
+            **changes(prediction, truth).as_mapping(),
             **levels(entropies(scores, E)),
             "learning_rate": self._learning_rate(optimizers),
             "B_E": len(E),

@@ -39,7 +39,7 @@ from probe.verdict.words import Finding, Verdict
 
 
 def verdict(values: Mapping[str, Any]) -> Verdict:
-    """Judge a result mapping (`probe.results.keys.RESULT_KEYS`; `verdict` and `verdict_reasons` are not read).
+    """Judge a result mapping (`probe.results.RESULT_KEYS`; `verdict` and `verdict_reasons` are not read).
 
     A key that is absent (a phase that did not run, a result of an older version) gives no reason; one that is
     null was computed and could not be resolved.
