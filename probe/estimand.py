@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -66,6 +66,10 @@ class PerEstimand(Generic[T]):
     def __getitem__(self, estimand: Estimand) -> T:
         """The value of an estimand."""
         return self.token if estimand is TOKEN else self.sequence
+
+    def __iter__(self) -> Iterator[T]:
+        """The two values, that per response first."""
+        return iter((self.sequence, self.token))
 
     def map(self, function: Callable[[T], S]) -> PerEstimand[S]:
         """A function of each of the two values."""
