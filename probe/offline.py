@@ -63,7 +63,7 @@ class OfflineEntropyProbe:
             checkpoint_path: probe this checkpoint instead of `checkpoint.checkpoint_path`.
 
         Returns:
-            The result mapping, see `probe.results.keys.RESULT_KEYS`; plain Python types throughout.
+            The result mapping, see `probe.results.RESULT_KEYS`; plain Python types throughout.
 
         Raises:
             ProbeError: whatever went wrong, in one line. A result that could not be written is on the exception as

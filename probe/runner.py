@@ -31,7 +31,8 @@ from probe.phases.prediction import Predicted
 from probe.phases.sample import Sample
 from probe.phases.state import Phase, ProbeState
 from probe.phases.update import Update
-from probe.results.result import ProbeResult, build_values
+from probe.results.build import findings
+from probe.results.result import ProbeResult
 from probe.scoring.collector import MakeProgress, Progress
 from probe.snapshot import evaluation_mode, exact_float32, isolated_rng
 
@@ -179,7 +180,7 @@ class ProbeRunner(TrainerSection):
         self.fabric.call("on_report_start", self, module)
         self.state.timing["total"] = sum(self.state.timing.values())
         result = ProbeResult(
-            values=build_values(self.state, module),
+            findings=findings(self.state, module),
             config=self._config_mapping(module),
             checkpoint_name=module.files.name if module.files is not None else "policy",
             started_at=started.isoformat(timespec="seconds"),

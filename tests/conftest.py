@@ -40,6 +40,7 @@ SET_BY_LIBRARIES = (
     "TORCH",
     "TRITON",
     "ACCELERATE_",
+    "FSDP_",
     "CUBLAS_",
     "PL_",
     "POSSIBLE_USER_WARNINGS",

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from probe.config.batches import BatchConfig
 from probe.errors.exceptions import DataError
+from probe.errors.remedies import Remedy
 from probe.imports import UserImportError, import_module
 from probe.limits import TEMPLATE_SECONDS, time_limit
 from probe.text import all_well_formed, error_text, shown
@@ -114,14 +115,15 @@ def render_messages(
     rendering = Rendering() if rendering is None else rendering
     if tokenizer.chat_template is None:
         raise DataError(
-            f"{where}: expected a tokenizer with a chat template, found none; use a chat model's tokenizer "
-            "(checkpoint.tokenizer_path), or give the prompts as texts (use_chat_template: false, and a "
-            "prompt_template)"
+            f"{where}: expected a tokenizer with a chat template, found none; ",
+            Remedy.PROMPTS_AS_TEXTS,
         )
     prefilled = messages[-1]["role"] == "assistant" and rendering.continue_final_message is not False
     endless = DataError(
         f"{where}: expected a chat template that is done within {TEMPLATE_SECONDS:g} seconds, found one that is not; "
-        "use another tokenizer (checkpoint.tokenizer_path), or set use_chat_template: false"
+        "use another tokenizer (",
+        Remedy.TOKENIZER,
+        "), or set use_chat_template: false",
     )
     try:
         with time_limit(TEMPLATE_SECONDS, endless):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from probe.errors.remedies import Audience, Message, Remedy
 from probe.text import shown
 
 
@@ -14,9 +16,19 @@ class ProbeError(Exception):
 
     Attributes:
         results: the result mapping where a run came to its end but could not be published, else None.
+        message: what is said; its text has the words of a run.
     """
 
     results: dict[str, Any] | None = None
+
+    def __init__(self, *parts: str | Remedy) -> None:
+        """Args: `parts` of the message, remedies among them."""
+        self.message = Message(parts)
+        super().__init__(str(self.message))
+
+    def say_to(self, audience: Audience) -> None:
+        """Put the message into the words of those who read it."""
+        self.args = (self.message.words(audience),)
 
 
 class ConfigError(ProbeError, ValueError):
@@ -45,6 +57,16 @@ class NumericalError(ProbeError):
 
 class LogError(ProbeError):
     """A log or result file cannot be written or read."""
+
+
+@contextmanager
+def in_words_of(audience: Audience) -> Iterator[None]:
+    """Errors of the package that pass here in the words of those who read them."""
+    try:
+        yield
+    except ProbeError as error:
+        error.say_to(audience)
+        raise
 
 
 def require(condition: bool, key: str, expected: str, found: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from probe.errors.exceptions import NumericalError
+from probe.errors.remedies import Remedy
 
 PARETO_K_LIMIT = 0.7
 """No Pareto k above this is good, whatever the sample size (Vehtari et al. 2024, arXiv:1507.02646)."""
@@ -64,7 +65,9 @@ def weight_diagnostics(log_weights: Tensor) -> WeightDiagnostics:
     if not bool(finite.all()):
         raise NumericalError(
             f"expected finite log-weights, found {int((~finite).sum())} that are not; the update is too large for "
-            "importance sampling (lower probe_rework.learning_rate)"
+            "importance sampling (",
+            Remedy.SMALLER_STEP_CAN_BE_MEASURED,
+            ")",
         )
     weights = (log_weights - log_weights.max()).exp()
     weights = weights / weights.mean()

@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from probe.data.batch import PromptExample
-from probe.errors.exceptions import ConfigError
+from probe.errors.exceptions import ConfigError, in_words_of
 from probe.live.optimizers import LISTED, moved_parameters, unwrapped_optimizers
 from probe.live.prompts import prompt_examples, prompts_with_room
 from probe.live.say import say
 from probe.live.settings import WatchSettings
-from probe.live.words import in_own_words
 from probe.loading.quantization import find_4bit_layers
 
 _FULL_BYTES = 4
@@ -58,7 +57,7 @@ def checked_attachment(
     parameters, left_out = watched_parameters(model, optimizers)
     check_tokenizer(tokenizer, model)
     own_tokenizer = copy.deepcopy(tokenizer)
-    with in_own_words():
+    with in_words_of("training"):
         examples = prompt_examples(prompts, own_tokenizer, settings.seed)
         examples = prompts_with_room(examples, model, own_tokenizer, settings.max_new_tokens)
     return Attachment(model, optimizers, parameters, left_out, own_tokenizer, examples)

@@ -15,8 +15,7 @@ from probe.estimators.entropy_change import entropy
 from probe.estimators.estimate import Both, Estimate, both, estimate
 from probe.estimators.ground_truth import GroundTruth
 from probe.estimators.prediction import Prediction
-from probe.live.words import own_words
-from probe.results.changes import change_values, with_error
+from probe.results.changes import changes, with_error
 from probe.results.diagnostics import batch_diagnostics, derivative_diagnostics, ground_truth_diagnostics
 from probe.rollouts.sampling import SampledTokens
 from probe.scoring.scores import TokenScores
@@ -143,7 +142,7 @@ def outcome_of_step(
     """
     E, H = before.E, entropies(scores, before.E)
     values = {
-        **change_values(prediction, truth),
+        **changes(prediction, truth).as_mapping(),
         **_levels(H),
         **_batch_values(E, rate),
         "diagnostics": {
@@ -155,7 +154,7 @@ def outcome_of_step(
         **further,
     }
     judged = verdict(values)
-    words = {"verdict": judged.word, "verdict_reasons": [own_words(reason) for reason in judged.reasons]}
+    words = {"verdict": judged.word, "verdict_reasons": list(judged.in_words_of("training"))}
     sequence, token = prediction.estimates[prediction.reported]
     return Outcome(
         values={**words, **values},

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from probe.errors.exceptions import ConfigError
+from probe.errors.exceptions import ConfigError, in_words_of
 from probe.live.adapters import ActiveAdapters
 from probe.live.alarm import Alarm, Alarms
 from probe.live.history import History
@@ -26,7 +26,6 @@ from probe.live.outlets import Outlets
 from probe.live.say import say
 from probe.live.schedule import Schedule
 from probe.live.step import UpdateProbe
-from probe.live.words import in_own_words
 from probe.live.writes import OutsideWrites
 from probe.text import error_text
 
@@ -69,7 +68,7 @@ class ProbedUpdates:
         Raises:
             ProbeError: something that every probe needs does not work with this model.
         """
-        with undisturbed(self.probe.model), in_own_words():
+        with undisturbed(self.probe.model), in_words_of("training"):
             self.probe.rehearse()
         self._writes.note(self.probe.parameters)
 
@@ -192,7 +191,7 @@ class ProbedUpdates:
     def _guarded(self, part: Callable[[], Result]) -> Result | None:
         """Run a part of the probe; an error ends the probe, not the training."""
         try:
-            with in_own_words():
+            with in_words_of("training"):
                 return part()
         except Exception as error:
             self.error = error

@@ -9,35 +9,21 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping
 from importlib import metadata
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from probe.config.output import LOG_LEVELS, LogLevel
 from probe.errors.exceptions import LogError
+from probe.estimand import ESTIMANDS, SEQUENCE
 from probe.files.log_files import LOG_SCHEMA, SCHEMA_VERSION, SUMMARY_SCHEMA
 from probe.files.strict_json import to_plain
 from probe.logs import distributions, parameters, records
+from probe.results import diagnostic_keys, keys
 
 if TYPE_CHECKING:
     from probe.phases.state import ProbeState
     from probe.results.result import ProbeResult
 
-
-CORE_KEYS = (
-    *("verdict", "verdict_reasons"),
-    *(
-        f"{name}{suffix}{ending}"
-        for suffix in ("_tok", "")
-        for name, endings in (
-            *((name, ("",)) for name in ("H_orig", "H_upd", "bars_dot")),
-            *((name, ("", "_se", "_ci95")) for name in ("deltaH1", "deltaH_true", "residual")),
-            *((name, ("",)) for name in ("deltaH2", "eta_10")),
-        )
-        for ending in endings
-    ),
-    *("learning_rate", "B_E", "B_U", "G", "settings", "timing"),
-)
-"""The keys of the result that `minimal` and the summary have, where they are in the result."""
-CORE_DIAGNOSTICS = ("ESS", "pareto_k", "noise_floor", "noise_floor_tok", "bias_flags")
 
 RAW_VECTOR_LIMIT = 200_000
 """X, gradient and step go into a debug log when they have at most this many numbers together."""
@@ -145,13 +131,27 @@ def _header(schema: str, result: ProbeResult, level: LogLevel) -> dict[str, Any]
     }
 
 
+def core_keys() -> list[str]:
+    """The keys of the result that `minimal` and the summary have, where they are in the result."""
+    core = [one for one in keys.QUANTITIES if one.core]
+    found = []
+    for per_token, block in groupby(core, key=lambda one: one.per_token):
+        together = list(block)
+        for estimand in ESTIMANDS if per_token else (SEQUENCE,):
+            for one in together:
+                endings = ["", *(part.ending for part in one.parts if part.core)]
+                found += [estimand.key(one.key, ending) for ending in endings]
+    return found
+
+
 def _core(values: Mapping[str, Any]) -> dict[str, Any]:
     """The core metrics of a result."""
-    core = {key: values[key] for key in CORE_KEYS if key in values}
+    core = {key: values[key] for key in core_keys() if key in values}
     if "settings" in core:  # the defaults are all that is not listed
         core["settings"] = {key: x for key, x in core["settings"].items() if key != "default"}
     diagnostics = values.get("diagnostics", {})
-    found = {key: diagnostics[key] for key in CORE_DIAGNOSTICS if key in diagnostics}
+    wanted = [e.key(one.key) for one in diagnostic_keys.DIAGNOSTICS if one.core for e in one.estimands]
+    found = {key: diagnostics[key] for key in wanted if key in diagnostics}
     return to_plain(core | ({"diagnostics": found} if found else {}), "results")
 
 

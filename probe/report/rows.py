@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from probe.estimand import ESTIMANDS, SEQUENCE, TOKEN, Estimand, Number, Numbers, PerEstimand, from_mapping
 from probe.report.numbers import (
     NOT_RESOLVED,
     finite,
@@ -16,6 +17,8 @@ from probe.report.numbers import (
     plain_words,
     with_error,
 )
+from probe.results import diagnostic_keys, keys
+from probe.results.quantity import Form, Shown
 
 if TYPE_CHECKING:
     from probe.results.result import ProbeResult
@@ -69,30 +72,36 @@ def headline(result: ProbeResult) -> str:
 
 def entropy_rows(values: Mapping[str, Any]) -> list[Row]:
     """The entropies and their changes, as far as they were computed; changes with their 95 % intervals."""
-    difference = "predicted minus measured"
-    if "residual_se" in values or "residual_tok_se" in values:
-        difference = "same E: predicted (matched) minus measured (snis); curvature only, no sampling error"
-    lines = (
-        ("H before", "H_orig{}", _level, "entropy of the policy as it is"),
-        ("H after", "H_upd{}", _level, "entropy after the update, on the same E reweighted"),
-        ("deltaH1", "deltaH1{}", _change, "change predicted: entropy gradient times optimizer step"),
-        (
-            "  spread over U",
-            "deltaH1{}_sd_U",
-            _plain,
-            "another U of this size would move deltaH1 by this much",
-        ),
-        ("deltaH_true", "deltaH_true{}", _change, "change measured: H after minus H before"),
-        ("difference", "residual{}", _change, difference),
-        ("deltaH2", "deltaH2{}", _change, "second order: what the prediction leaves out"),
-        ("eta_10", "eta_10{}", _plain, "learning rate at which deltaH2 is a tenth of deltaH1"),
-    )
     rows = []
-    for label, key, show, meaning in lines:
-        keys = (key.format("_tok"), key.format(""))
-        if any(name in values for name in keys):
-            rows.append(Row(label, tuple(show(values, name) for name in keys), meaning))
+    for quantity in keys.QUANTITIES:
+        numbers = from_mapping(values, quantity.key)
+        if quantity.per_token and (numbers.token or numbers.sequence):
+            if quantity.row is not None:
+                rows.append(_pair_row(values, quantity.row, numbers))
+            for part in quantity.parts:
+                found = _part(values, quantity.key, part.ending)
+                if part.row is not None and (found.token or found.sequence):
+                    rows.append(_pair_row(values, part.row, found))
     return rows
+
+
+def _part(values: Mapping[str, Any], key: str, ending: str) -> Numbers:
+    """A part of a quantity as numbers of their own."""
+
+    def read(estimand: Estimand) -> Number | None:
+        name = estimand.key(key, ending)
+        return Number(values[name]) if name in values else None
+
+    return PerEstimand(read(SEQUENCE), read(TOKEN))
+
+
+def _pair_row(values: Mapping[str, Any], shown: Shown, numbers: Numbers) -> Row:
+    """The row of a quantity that both estimands have."""
+    with_errors = any(one is not None and (one.se is not None or one.null_error) for one in numbers)
+    meaning = shown.meaning if with_errors or not shown.without_error else shown.without_error
+    digits = from_mapping(values, "deltaH_true") if shown.form == "level" else numbers
+    cells = [_cell(shown.form, numbers[estimand], digits[estimand]) for estimand in ESTIMANDS]
+    return Row(shown.label, tuple(cells), meaning)
 
 
 def estimator_rows(values: Mapping[str, Any]) -> list[Row]:
@@ -107,7 +116,7 @@ def estimator_rows(values: Mapping[str, Any]) -> list[Row]:
             for entry in found
             if (entry["quantity"], entry["estimator"]) == (quantity, estimator)
         }
-        pair = [entries.get(estimand) for estimand in ("token", "sequence")]
+        pair = [entries.get(estimand.name) for estimand in ESTIMANDS]
         cells = [with_error(entry.get("value"), entry.get("se")) if entry else "-" for entry in pair]
         gains = [_gain(entry.get("variance_ratio")) if entry else "-" for entry in pair]
         meaning = ESTIMATORS.get(estimator, "")
@@ -119,96 +128,70 @@ def estimator_rows(values: Mapping[str, Any]) -> list[Row]:
 
 def trust_rows(values: Mapping[str, Any]) -> list[Row]:
     """What says whether the measurement is any good."""
-    return [*_weight_rows(values), *_arithmetic_rows(values), *_batch_rows(values)]
-
-
-def _weight_rows(values: Mapping[str, Any]) -> list[Row]:
-    """The importance weights."""
-    found, rows = values.get("diagnostics", {}), []
-    if "ESS" in found:
-        size = (
-            f"{number_text(found['ESS'])} of {values['B_E']}"
-            if "B_E" in values
-            else number_text(found["ESS"])
-        )
-        rows.append(
-            Row("ESS of E", (size,), "reweighted, E is worth this many responses; close to all is good")
-        )
-    if "pareto_k" in found:
-        k, limit = found["pareto_k"], found.get("pareto_k_limit")
-        fitted = "not fitted" if k is None or not math.isfinite(k) else f"{k:.2f}"
-        below = "" if limit is None else f" (limit {limit:.2f})"
-        rows.append(Row("Pareto k", (fitted + below,), "tail of the weights; below the limit is good"))
-    if "w_min" in found and "w_max" in found:
-        weights = f"{number_text(found['w_min'])} to {number_text(found['w_max'])}"
-        rows.append(Row("weights", (weights,), "smallest and largest importance weight; close to 1 is good"))
-    if found.get("clipped_fraction") is not None:
-        clipped = percent(found["clipped_fraction"])
-        rows.append(Row("clipped", (clipped,), "weights clipped in the row snis_clipped; in no other"))
+    found = values.get("diagnostics", {})
+    rows = []
+    for one in diagnostic_keys.DIAGNOSTICS:
+        if one.row is not None and any(estimand.key(one.key) in found for estimand in one.estimands):
+            cell = _FORMS[one.row.form](found, one.key, _of(values, one.row.of))
+            if cell is not None:
+                rows.append(Row(one.row.label, (cell,), _meaning(found, one.key, one.row)))
     return rows
 
 
-def _arithmetic_rows(values: Mapping[str, Any]) -> list[Row]:
-    """Rounding, derivatives and error bars."""
-    found, rows = values.get("diagnostics", {}), []
-    floors = [("_tok", "nats per token"), ("", "nats per response")]
-    floor = [
-        f"{number_text(found[f'noise_floor{s}'])} {unit}" for s, unit in floors if f"noise_floor{s}" in found
-    ]
-    if floor:
-        rows.append(
-            Row("noise floor", ("\n".join(floor),), "rounding: a smaller deltaH_true is not resolved")
-        )
-    if "derivative_mode" in found:
-        reason = found.get("derivative_reason") or "how deltaH1 was differentiated"
-        rows.append(Row("derivative", (plain_words(found["derivative_mode"]),), reason))
-    if found.get("derivative_agreement") is not None:
-        off = f"{found['derivative_agreement']:.1e}"
-        rows.append(
-            Row("  agreement", (off,), "relative difference of deltaH1 by two methods; close to 0 is good")
-        )
-    if found.get("step_difference") is not None:
-        off = f"{found['step_difference']:.1e}"
-        rows.append(
-            Row("  forwards", (off,), "relative difference from differences of forwards along the step")
-        )
-    if found.get("difference_error") is not None:
-        off = f"{found['difference_error']:.1e}"
-        rows.append(Row("  differences", (off,), "estimated relative error of the finite differences"))
-    if "second_order_mode" in found:
-        rows.append(
-            Row("second order", (plain_words(found["second_order_mode"]),), "how deltaH2 was differentiated")
-        )
-    if found.get("is_mode") is not None:
-        rows.append(Row("measured by", (found["is_mode"],), ESTIMATORS.get(found["is_mode"], "")))
-    if found.get("se_method") is not None:
-        rows.append(
-            Row("error bars", (found["se_method"],), "how standard errors were computed, prompt by prompt")
-        )
-    if found.get("control_variates"):
-        state, _, why = found["control_variates"].partition(":")
-        rows.append(Row("controls", (state.strip(),), why.strip() or "control variates"))
-    return rows
+def _of(values: Mapping[str, Any], key: str) -> str:
+    """` of WHOLE` where a value is a part of something that is known."""
+    return f" of {values[key]}" if key in values else ""
 
 
-def _batch_rows(values: Mapping[str, Any]) -> list[Row]:
-    """What E and U are made of."""
-    found, rows = values.get("diagnostics", {}), []
-    if found.get("truncated_fraction") is not None:
-        cut = percent(found["truncated_fraction"])
-        rows.append(Row("truncated", (cut,), "responses that the token limit cut off"))
-    if found.get("distinct_responses") is not None:
-        distinct = str(found["distinct_responses"])
-        distinct += f" of {values['B_E']}" if "B_E" in values else ""
-        rows.append(Row("distinct", (distinct,), "responses of E that differ from each other"))
-    if found.get("zero_advantage_groups") is not None:
-        groups = str(found["zero_advantage_groups"])
-        groups += f" of {values['B_U']}" if "B_U" in values else ""
-        rows.append(Row("no signal", (groups,), "prompts of U with equal rewards throughout: no gradient"))
-    if "bias_flags" in found:
-        flags = ",\n".join(found["bias_flags"]) or "none"
-        rows.append(Row("bias flags", (flags,), "known reasons why these numbers are biased"))
-    return rows
+def _meaning(found: Mapping[str, Any], key: str, shown: Shown) -> str:
+    """What a row means, where its value does not say more itself."""
+    if shown.form == "derivative":
+        return found.get("derivative_reason") or shown.meaning
+    if shown.form == "estimator":
+        return ESTIMATORS.get(found[key], "")
+    if shown.form == "switch":
+        return found[key].partition(":")[2].strip() or shown.meaning
+    return shown.meaning
+
+
+def _pareto(found: Mapping[str, Any], key: str, of: str) -> str:
+    k, limit = found[key], found.get("pareto_k_limit")
+    fitted = "not fitted" if k is None or not math.isfinite(k) else f"{k:.2f}"
+    return fitted + ("" if limit is None else f" (limit {limit:.2f})")
+
+
+def _weights(found: Mapping[str, Any], key: str, of: str) -> str | None:
+    if "w_max" not in found:
+        return None
+    return f"{number_text(found['w_min'])} to {number_text(found['w_max'])}"
+
+
+def _floor(found: Mapping[str, Any], key: str, of: str) -> str:
+    floors = [(found[e.key(key)], e.unit) for e in ESTIMANDS if e.key(key) in found]
+    return "\n".join(f"{number_text(floor)} {unit}" for floor, unit in floors)
+
+
+def _if_there(text: Callable[[Any], str]) -> Callable[[Mapping[str, Any], str, str], str | None]:
+    """The form of a value that has no row where it is null."""
+    return lambda found, key, of: None if found[key] is None else text(found[key]) + of
+
+
+_FORMS: Mapping[str, Callable[[Mapping[str, Any], str, str], str | None]] = {
+    "number": lambda found, key, of: number_text(found[key]) + of,
+    "count": _if_there(str),
+    "share": _if_there(percent),
+    "difference": _if_there("{:.1e}".format),
+    "name": _if_there(str),
+    "words": lambda found, key, of: plain_words(found[key]),
+    "derivative": lambda found, key, of: plain_words(found[key]),
+    "estimator": _if_there(str),
+    "switch": lambda found, key, of: found[key].partition(":")[0].strip() if found[key] else None,
+    "flags": lambda found, key, of: ",\n".join(found[key]) or "none",
+    "pareto": _pareto,
+    "weights": _weights,
+    "floor": _floor,
+}
+"""How a diagnostic is shown, by form: from the diagnostics, its key and what it is a part of; None for no row."""
 
 
 def settings_rows(values: Mapping[str, Any]) -> list[Row]:
@@ -254,32 +237,27 @@ def time_rows(values: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def _level(values: Mapping[str, Any], key: str) -> str:
-    """An entropy, with the digits that its change needs."""
-    if key not in values:
+def _cell(form: Form, number: Number | None, digits: Number | None) -> str:
+    """A number of an estimand; `-` where the result does not have it.
+
+    Args:
+        form: `level`, an entropy; `change`, with its standard error, and its 95 % interval below, where there are any;
+            or `plain`, without an error of its own.
+        number: what is shown.
+        digits: whose error says how many digits an entropy needs.
+    """
+    if number is None:
         return "-"
-    value = values[key]
-    if value is None or not math.isfinite(value):
+    if not finite(number.value) or number.value is None:
         return NOT_RESOLVED
-    suffix = "_tok" if key.endswith("_tok") else ""
-    error = values.get(f"deltaH_true{suffix}_se")
-    decimals = 4 if error is None or not 0 < error < math.inf else 1 - math.floor(math.log10(error))
-    return f"{value:.{min(max(decimals, 3), 8)}f}"
-
-
-def _change(values: Mapping[str, Any], key: str) -> str:
-    """A change of entropy with its standard error, and its 95 % interval below, where there are any."""
-    if key not in values:
-        return "-"
-    value, error = values[key], values.get(f"{key}_se")
-    shown = with_error(value, error)
-    below = "" if shown == NOT_RESOLVED else interval_text(values.get(f"{key}_ci95"))
-    return f"{shown}\n{below}" if below else shown
-
-
-def _plain(values: Mapping[str, Any], key: str) -> str:
-    """A number without an error of its own."""
-    return f"{values[key]:.3g}" if finite(values.get(key)) else (NOT_RESOLVED if key in values else "-")
+    if form == "plain":
+        return f"{number.value:.3g}"
+    if form == "level":
+        error = None if digits is None else digits.se
+        decimals = 4 if error is None or not 0 < error < math.inf else 1 - math.floor(math.log10(error))
+        return f"{number.value:.{min(max(decimals, 3), 8)}f}"
+    below = interval_text(number.ci95)
+    return with_error(number.value, number.se) + (f"\n{below}" if below else "")
 
 
 def _gain(ratio: float | None) -> str:

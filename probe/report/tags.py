@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from probe.estimand import ESTIMANDS, SEQUENCE, TOKEN
 from probe.logs.distributions import samples
+from probe.results import diagnostic_keys, keys
+from probe.results.quantity import Quantity
 from probe.verdict.words import WORDS
 
 if TYPE_CHECKING:
@@ -16,21 +19,18 @@ if TYPE_CHECKING:
     from probe.results.result import ProbeResult
 
 PREFIX = "entropy_probe"
+
+
 VERDICT_CODE = "verdict_code"
 """The verdict as a number, its position in `probe.verdict.WORDS`: 0 trustworthy, 1 caution, 2 unresolved, 3 invalid."""
-HEADLINE = ("deltaH1", "deltaH_true", "residual", "H_orig", "H_upd", "learning_rate")
-"""Results (with their `_tok` forms) that stand together at the top, under the names of the result mapping."""
-METRICS = (
-    *(VERDICT_CODE, "deltaH1_tok", "deltaH_true_tok", "residual_tok", "H_orig_tok"),
-    *("deltaH1", "deltaH_true", "residual", "H_orig", "diagnostics/ESS", "diagnostics/pareto_k"),
-)
-"""Results shown for each run in the HPARAMS tab."""
+
+
 SECTIONS = ("checkpoint", "batch_config", "generation", "probe_rework", "importance", "trainer")
 """Sections of the configuration shown in the HPARAMS tab: those that can change a number."""
+
+
 SHOWN_AS_RESULTS = ("batch_config/B_E", "batch_config/B_U", "batch_config/G", "probe_rework/learning_rate")
 """Settings of which the HPARAMS tab shows the value that was used."""
-GROUND_TRUTH = ("H_orig", "H_upd", "deltaH_true", "residual")
-BATCH = ("B_E", "B_U", "G", "avg_generation_length", "avg_reward")
 
 
 def training_step(result: ProbeResult) -> int:
@@ -67,23 +67,32 @@ def scalar_tags(values: Mapping[str, Any]) -> dict[str, float]:
 def interval_charts(scalars: Mapping[str, float]) -> dict[str, dict[str, list[Any]]]:
     """The layout of the tab CUSTOM SCALARS: each change over training steps, its 95 % interval as a band."""
     layout: dict[str, dict[str, list[Any]]] = {}
-    for suffix, unit in (("_tok", "per token"), ("", "per response")):
+    for estimand in ESTIMANDS:
         charts: dict[str, list[Any]] = {}
-        for name in ("deltaH1", "deltaH_true", "residual"):
-            key = f"{name}{suffix}"
-            ends = [f"{PREFIX}{_group(f'{key}_ci95')}/{key}_ci95_{end}" for end in ("low", "high")]
-            tags = [f"{PREFIX}/{key}", *ends]
+        for name in (one.key for one in keys.QUANTITIES if any(part.ending == "_ci95" for part in one.parts)):
+            interval = estimand.key(name, "_ci95")
+            ends = [f"{PREFIX}{_group(interval)}/{interval}_{end}" for end in ("low", "high")]
+            tags = [f"{PREFIX}/{estimand.key(name)}", *ends]
             if all(tag in scalars for tag in tags):
-                charts[f"{name}, nats {unit}"] = ["Margin", tags]
+                charts[f"{name}, {estimand.unit}"] = ["Margin", tags]
         if charts:
-            layout[f"entropy change {unit}, with 95 % interval"] = charts
+            layout[f"entropy change {estimand.per}, with 95 % interval"] = charts
     return layout
 
 
 def hyperparameter_metrics(scalars: Mapping[str, float]) -> dict[str, float]:
     """The scalars that the HPARAMS tab shows, as far as they are there."""
-    tags = [f"{PREFIX}_{name}" if "/" in name else f"{PREFIX}/{name}" for name in METRICS]
+    found = _by_metric(keys.QUANTITIES)
+    changes = [estimand.key(one.key) for estimand in ESTIMANDS for one in found if estimand in one.estimands]
+    tags = [f"{PREFIX}/{name}" for name in (VERDICT_CODE, *changes)]
+    tags += [f"{PREFIX}_diagnostics/{one.key}" for one in _by_metric(diagnostic_keys.DIAGNOSTICS)]
     return {tag: scalars[tag] for tag in tags if tag in scalars}
+
+
+def _by_metric(quantities: Iterable[Quantity]) -> list[Quantity]:
+    """Those that the HPARAMS tab shows, in its order."""
+    shown = [(one.metric, one) for one in quantities if one.metric is not None]
+    return [one for _, one in sorted(shown, key=lambda pair: pair[0])]
 
 
 def hyperparameters(result: ProbeResult) -> dict[str, int | float | str]:
@@ -118,21 +127,24 @@ def _estimate_tags(estimates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """
     tags: dict[str, float] = {}
     for entry in estimates:
-        suffix = "_tok" if entry["estimand"] == "token" else ""
+        estimand = TOKEN if entry["estimand"] == TOKEN.name else SEQUENCE
         # TensorBoard's tags have no plus sign.
-        tag = f"{PREFIX}_estimates/{entry['quantity']}{suffix}/{entry['estimator'].replace('+', '_')}"
+        name = f"{estimand.key(entry['quantity'])}/{entry['estimator'].replace('+', '_')}"
+        tag = f"{PREFIX}_estimates/{name}"
         for ending, key in (("", "value"), ("_se", "se"), ("_variance_ratio", "variance_ratio")):
             _add(tags, tag + ending, entry.get(key))
     return tags
 
 
 def _group(key: str) -> str:
-    """The group of a result's number, as the ending of `PREFIX`."""
-    if key.removesuffix("_tok") in HEADLINE:
-        return ""
-    if key in BATCH:
-        return "_batch"
-    return "_ground_truth" if key.startswith(GROUND_TRUTH) else "_prediction"
+    """The group of a result's number, as the ending of `PREFIX`; what no table knows stands with the prediction."""
+    for one in (*keys.QUANTITIES, *keys.STATISTICS):
+        for estimand in one.estimands:
+            if key == estimand.key(one.key):
+                return "" if one.headline else f"_{one.group}"
+            if key in {estimand.key(one.key, part.ending) for part in one.parts}:
+                return f"_{one.group}"
+    return "_prediction"
 
 
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:

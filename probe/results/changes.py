@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from probe.estimand import SEQUENCE, TOKEN, Number, Numbers, PerEstimand, as_mapping
 from probe.estimators.curvature import eta_10
 from probe.estimators.estimate import Estimate
 
@@ -13,38 +15,67 @@ if TYPE_CHECKING:
     from probe.estimators.prediction import Prediction
 
 
-def change_values(
+@dataclass(frozen=True)
+class Changes:
+    """What prediction and measurement say, by quantity, both estimands; empty where one did not run.
+
+    Attributes:
+        prediction: deltaH1, its parts, errors, curvature and spread over U.
+        measurement: deltaH_true and the entropies before and after.
+        difference: of the two, on the same E.
+        estimates: every estimate that was made, see `estimate_rows`.
+    """
+
+    prediction: Mapping[str, Numbers] = field(default_factory=dict)
+    measurement: Mapping[str, Numbers] = field(default_factory=dict)
+    difference: Mapping[str, Numbers] = field(default_factory=dict)
+    estimates: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def numbers(self) -> dict[str, Numbers]:
+        """All of them."""
+        return {**self.prediction, **self.measurement, **self.difference}
+
+    def as_mapping(self) -> dict[str, Any]:
+        """The keys of the result mapping."""
+        parts = (self.prediction, self.measurement, self.difference)
+        values = {key: value for part in parts for key, value in as_mapping(part).items()}
+        return {**values, "estimates": list(self.estimates)}
+
+
+def changes(
     prediction: Prediction | None,
     truth: GroundTruth | None,
-    suffixes: Sequence[str] = ("", "_tok"),
+    per_token: bool = True,
     same_step: bool = True,
     rounded: bool = False,
-) -> dict[str, Any]:
+) -> Changes:
     """What prediction and measurement say, and their same-E difference.
 
     Args:
         prediction: deltaH1, or None.
         truth: deltaH_true, or None.
-        suffixes: of the estimands that the measurement is reported for.
+        per_token: whether the measurement is reported per token too.
         same_step: whether they are about one step, so that their difference means something.
         rounded: whether the measured step is one that the training rounds away.
     """
-    values: dict[str, Any] = {}
-    if prediction is not None:
-        values |= _prediction_values(prediction)
-    if truth is not None:
-        for which, suffix in enumerate(suffixes):
-            values |= _ground_truth_values(truth, which, suffix, rounded)
+    difference: dict[str, Numbers] = {}
     if prediction is not None and truth is not None and prediction.estimates and same_step:
-        for which, suffix in enumerate(suffixes):
-            residual = prediction.estimates["matched"][which] - truth.estimates["snis"][which]
-            values |= with_error(f"residual{suffix}", residual)
-    values["estimates"] = estimate_rows(prediction, truth, estimands=len(suffixes))
-    return values
+        snis = PerEstimand.of(truth.estimates["snis"])
+        residual: Numbers = PerEstimand.of(prediction.estimates["matched"]).with_other(
+            lambda predicted, measured: reported(predicted - measured), snis
+        )
+        difference["residual"] = residual if per_token else _of_responses(residual)
+    return Changes(
+        prediction={} if prediction is None else _predicted(prediction),
+        measurement={} if truth is None else _measured(truth, per_token, rounded),
+        difference=difference,
+        estimates=tuple(estimate_rows(prediction, truth, per_token)),
+    )
 
 
 def estimate_rows(
-    prediction: Prediction | None, truth: GroundTruth | None, estimands: int = 2
+    prediction: Prediction | None, truth: GroundTruth | None, per_token: bool = True
 ) -> list[dict[str, Any]]:
     """Every estimate that was made, one row per quantity, estimator and estimand (`sequence`, then `token`)."""
     rows = []
@@ -55,68 +86,87 @@ def estimate_rows(
         sources.append(("deltaH_true", truth, "snis"))
     for quantity, source, plain in sources:
         for name, both in source.estimates.items():
-            for which, estimand in enumerate(("sequence", "token")[:estimands]):
-                found, reference = both[which], source.estimates[plain][which]
+            found, reference = PerEstimand.of(both), PerEstimand.of(source.estimates[plain])
+            for estimand in (SEQUENCE, TOKEN) if per_token else (SEQUENCE,):
+                own = found[estimand]
                 rows.append(
                     {
                         "quantity": quantity,
-                        "estimand": estimand,
+                        "estimand": estimand.name,
                         "estimator": name,
-                        "value": found.value,
-                        "se": found.se,
-                        "ci95": list(found.ci95),
-                        "variance_ratio": (reference.se / found.se) ** 2 if found.se > 0 else None,
+                        "value": own.value,
+                        "se": own.se,
+                        "ci95": list(own.ci95),
+                        "variance_ratio": (reference[estimand].se / own.se) ** 2 if own.se > 0 else None,
                         "reported": name == source.reported,
                     }
                 )
     return rows
 
 
+def reported(found: Estimate) -> Number:
+    """An estimate as a result gives it."""
+    return Number(found.value, found.se, found.ci95)
+
+
 def with_error(name: str, found: Estimate) -> dict[str, Any]:
     """A value with its error keys."""
-    return {name: found.value, f"{name}_se": found.se, f"{name}_ci95": list(found.ci95)}
+    return as_mapping({name: PerEstimand(reported(found), None)})
 
 
-def _prediction_values(found: Prediction) -> dict[str, Any]:
-    """DeltaH1 and its parts, errors, curvature and spread over U, both estimands."""
-    values: dict[str, Any] = {}
-    for which, suffix in enumerate(("", "_tok")):
-        for name in ("bars_dot", "deltaH1", "pathwise", "score"):
-            values[name + suffix] = getattr(found, name + suffix)
-        name, value = f"deltaH1{suffix}", values[f"deltaH1{suffix}"]
-        if found.estimates:
-            error = found.estimates[found.reported][which]
-            values |= with_error(name, Estimate(value, error.influence))
-        if found.sd_U is not None:
-            values[f"{name}_sd_U"] = found.sd_U[which]
-        if found.deltaH2 is not None:
-            second = found.deltaH2[which]
-            values |= {
-                f"deltaH2{suffix}": second.value,
-                f"deltaH2{suffix}_se": second.se,
-                f"eta_10{suffix}": _eta_10(found, which, value),
-            }
-    return values
+def _predicted(found: Prediction) -> dict[str, Numbers]:
+    """DeltaH1 and its parts, errors, curvature and spread over U."""
+    numbers: dict[str, Numbers] = {
+        name: PerEstimand(Number(getattr(found, name)), Number(getattr(found, TOKEN.key(name))))
+        for name in ("bars_dot", "deltaH1", "pathwise", "score")
+    }
+    spread: PerEstimand[float | None] = PerEstimand.of(found.sd_U or (None, None))
+    if found.estimates:
+        numbers["deltaH1"] = _totals(found).with_other(_with_spread, spread)
+    if found.deltaH2 is not None:
+        second = PerEstimand.of(found.deltaH2)
+        numbers["deltaH2"] = second.map(lambda one: Number(one.value, one.se))
+        numbers["eta_10"] = _totals(found).with_other(
+            lambda total, one: Number(_eta_10(found.learning_rate, total, one)), second
+        )
+    return numbers
 
 
-def _eta_10(found: Prediction, which: int, deltaH1: float) -> float | None:
+def _totals(found: Prediction) -> PerEstimand[Estimate]:
+    """DeltaH1 as it is reported, with the errors of the reported estimate."""
+    sequence, token = found.estimates[found.reported]
+    return PerEstimand(
+        Estimate(found.deltaH1, sequence.influence), Estimate(found.deltaH1_tok, token.influence)
+    )
+
+
+def _with_spread(total: Estimate, sd_U: float | None) -> Number:
+    return replace(reported(total), sd_U=sd_U)
+
+
+def _eta_10(learning_rate: float, total: Estimate, second: Estimate) -> float | None:
     """See `eta_10`; null where deltaH1 cannot be told from 0 either."""
-    error = Estimate(deltaH1, found.estimates[found.reported][which].influence)
-    resolved = error.ci95[0] > 0 or error.ci95[1] < 0
-    second = found.deltaH2
-    if second is None or not resolved:
-        return None
-    return eta_10(found.learning_rate, deltaH1, second[which])
+    low, high = total.ci95
+    return eta_10(learning_rate, total.value, second) if low > 0 or high < 0 else None
 
 
-def _ground_truth_values(truth: GroundTruth, which: int, suffix: str, rounded: bool) -> dict[str, Any]:
-    """One estimand of the measured change; null where it is below the noise floor.
+def _measured(truth: GroundTruth, per_token: bool, rounded: bool) -> dict[str, Numbers]:
+    """The measured change; null where it is below the noise floor.
 
     Of a step that the training rounds away it stays: how little is left of it is what there is to know.
     """
-    found, before = (truth.sequence, truth.token)[which], truth.H_orig[which]
-    values = with_error(f"deltaH_true{suffix}", found)
-    values |= {f"H_orig{suffix}": before, f"H_upd{suffix}": before + found.value}
-    if not rounded and truth.noise_floor is not None and abs(found.value) < truth.noise_floor[which]:
-        values |= {f"deltaH_true{suffix}": None, f"H_upd{suffix}": None}
-    return values
+    change, before = PerEstimand(truth.sequence, truth.token), PerEstimand.of(truth.H_orig)
+    floor = PerEstimand.of((0.0, 0.0) if rounded or truth.noise_floor is None else truth.noise_floor)
+    seen = change.with_other(lambda found, least: None if abs(found.value) < least else found.value, floor)
+    after = seen.with_other(lambda value, H: Number(None if value is None else H + value), before)
+    numbers: dict[str, Numbers] = {
+        "deltaH_true": change.with_other(lambda found, value: replace(reported(found), value=value), seen),
+        "H_orig": before.map(Number),
+        "H_upd": after,
+    }
+    return numbers if per_token else {name: _of_responses(found) for name, found in numbers.items()}
+
+
+def _of_responses(numbers: Numbers) -> Numbers:
+    """Without the estimand per token."""
+    return PerEstimand(numbers.sequence, None)

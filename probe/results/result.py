@@ -3,53 +3,98 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
-from probe.results.changes import change_values
-from probe.results.diagnostics import batch_sizes, batch_statistics, diagnostics
-from probe.verdict.verdict import verdict
+from probe.results.changes import Changes
+from probe.verdict.facts import Facts
+from probe.verdict.verdict import judge
+from probe.verdict.words import Verdict
 
-if TYPE_CHECKING:
-    from probe.module import EntropyProbe
-    from probe.phases.state import ProbeState
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """How many sequences the batches have.
+
+    Attributes:
+        B_E: sequences of E.
+        B_U: groups of U.
+        G: responses per group; None where they are of several sizes.
+    """
+
+    B_E: int
+    B_U: int
+    G: int | None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a run found.
+
+    Attributes:
+        changes: entropies and their changes with errors, both estimands.
+        sizes: of the batches.
+        diagnostics: how good the estimates are, see `DIAGNOSTIC_KEYS`.
+        batch_statistics: lengths, rewards and advantages.
+        settings: where the settings of the update come from.
+        timing: seconds per phase.
+        learning_rate: that the step was taken with; None where none was.
+        checkpoint_path: the checkpoint that was probed.
+        training_step: its training step; None where nothing says.
+    """
+
+    changes: Changes
+    sizes: BatchSizes
+    diagnostics: Mapping[str, Any]
+    batch_statistics: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    timing: Mapping[str, float] = field(default_factory=dict)
+    learning_rate: float | None = None
+    checkpoint_path: str | None = None
+    training_step: int | None = None
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """How far the changes can be believed."""
+        return judge(Facts(self.changes.numbers, self.diagnostics, self.sizes.B_E, self.learning_rate))
+
+    def as_mapping(self) -> dict[str, Any]:
+        """The result mapping, see `RESULT_KEYS`."""
+        return {
+            "verdict": self.verdict.word,
+            "verdict_reasons": list(self.verdict.reasons),
+            **self.changes.as_mapping(),
+            **({} if self.learning_rate is None else {"learning_rate": self.learning_rate}),
+            "B_E": self.sizes.B_E,
+            "B_U": self.sizes.B_U,
+            "G": self.sizes.G,
+            "checkpoint_path": self.checkpoint_path,
+            "training_step": self.training_step,
+            "settings": self.settings,
+            "diagnostics": self.diagnostics,
+            "batch_statistics": self.batch_statistics,
+            "timing": self.timing,
+        }
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What one run found. `values` has only plain Python types, so that it is JSON as it is.
+    """What one run found, and of what.
 
     Attributes:
-        values: the result mapping, see `RESULT_KEYS`.
+        findings: the numbers, typed.
         config: the resolved configuration of the run, sections as mappings (`trainer` and `seed_everything` included).
         checkpoint_name: short name of the checkpoint (`step_60`), for file names and tables.
         started_at: local date and time of the start, ISO 8601.
     """
 
-    values: Mapping[str, Any]
+    findings: Findings
     config: Mapping[str, Any]
     checkpoint_name: str
     started_at: str
 
-
-def build_values(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
-    """The result mapping of what has run, verdict included."""
-    prediction, truth = state.prediction, state.ground_truth
-    suffixes = ("", "_tok") if module.config.importance.report_per_token else ("",)
-    rounded = state.update is not None and state.update.rounding is not None
-    # the preconditioned direction is not the step that is measured, and the prediction is not of the rounded one
-    same_step = module.config.probe_rework.step != "preconditioned" and not rounded
-    values = change_values(prediction, truth, suffixes, same_step, rounded)
-    if state.update is not None:
-        values["learning_rate"] = state.update.learning_rate
-    values |= {
-        **batch_sizes(state),
-        "checkpoint_path": module.config.checkpoint.checkpoint_path,
-        "training_step": None if module.files is None else module.files.step,
-        "settings": module.sources.as_mapping(),
-        "diagnostics": diagnostics(state, module),
-        "batch_statistics": batch_statistics(state),
-        "timing": dict(state.timing),
-    }
-    found = verdict(values)
-    return {"verdict": found.word, "verdict_reasons": list(found.reasons), **values}
+    @cached_property
+    def values(self) -> Mapping[str, Any]:
+        """The result mapping, see `RESULT_KEYS`: only plain Python types, so that it is JSON as it is."""
+        return self.findings.as_mapping()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from probe.errors.exceptions import DataError
+from probe.errors.remedies import Remedy
 
 _U_STREAM = 0
 _E_STREAM = 1
@@ -69,7 +70,7 @@ def _check_sizes(num_prompts: int, B_E: int, B_U: int, disjoint: bool, seed: int
             f"are all different), found {B_U}; lower B_U or take a larger split"
         )
     if B_E > 0 and num_prompts == 0:
-        raise DataError(f"batch_config.B_E: expected at least 1 prompt to draw from, found 0 for B_E = {B_E}")
+        raise DataError(Remedy.B_E, f": expected at least 1 prompt to draw from, found 0 for B_E = {B_E}")
     if disjoint and B_E > 0 and num_prompts == B_U:
         raise DataError(
             f"batch_config.disjoint: expected at least {B_U + 1} prompts (B_U = {B_U}, and 1 for E), found "

@@ -12,6 +12,7 @@ from transformers.generation import MinPLogitsWarper, StopStringCriteria, TopKLo
 
 from probe.config.batches import GenerationConfig
 from probe.errors.exceptions import RolloutError
+from probe.errors.remedies import Remedy
 
 
 def uniforms(seed: int, indices: Sequence[int], steps: int) -> Tensor:
@@ -54,7 +55,8 @@ class InverseCdfSampler(LogitsProcessor):
         logits = scores.to(dtype) / self._temperature
         if not bool(torch.isfinite(logits).all()):
             raise RolloutError(
-                "expected finite logits while sampling, found NaN or infinity; check the weights and checkpoint.dtype"
+                "expected finite logits while sampling, found NaN or infinity; check the weights and ",
+                Remedy.WEIGHT_TYPE,
             )
         logp = torch.log_softmax(logits, dim=-1)
         entropy = -(logp.exp() * logp).sum(-1)

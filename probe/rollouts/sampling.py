@@ -19,6 +19,7 @@ from torch import Tensor
 from probe.config.batches import GenerationConfig
 from probe.data.batch import PromptExample, RolloutBatch
 from probe.errors.exceptions import RolloutError
+from probe.errors.remedies import Remedy
 from probe.finite import require_finite_weights
 from probe.rollouts.generation import (
     encode_prompts,
@@ -117,7 +118,9 @@ def check_sampling(policy: Policy, seen: SampledTokens, scores: TokenScores) -> 
         raise RolloutError(
             f"expected sampling and scoring to see the same policy, found log-probs that differ by {gap:.2g} nats "
             f"per token (root mean square, at most {limit} expected); the model's cached decoding changes its output "
-            "(try checkpoint.attn_implementation: eager)"
+            "(try ",
+            Remedy.ATTENTION,
+            ": eager)",
         )
     return gap
 

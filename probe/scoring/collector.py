@@ -9,6 +9,7 @@ from torch import Tensor
 
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import NumericalError, RolloutError
+from probe.errors.remedies import Remedy
 from probe.scoring.scores import TokenScores
 
 Progress = Callable[[int, int], None]
@@ -63,7 +64,8 @@ class Collector:
                 i, t = (int(x) for x in bad.nonzero()[0])
                 raise NumericalError(
                     f"expected finite scores, found a {name} of {values[i, t]} at sequence {i}, token {t} "
-                    f"({int(bad.sum())} in all); check the weights and checkpoint.dtype"
+                    f"({int(bad.sum())} in all); check the weights and ",
+                    Remedy.WEIGHT_TYPE,
                 )
         return self._arrays
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import NumericalError
+from probe.errors.remedies import Remedy
 from probe.scoring.collector import Progress
 from probe.scoring.features import FeatureBasis
 from probe.scoring.policy import Policy
@@ -146,7 +147,10 @@ def choose_scale(policy: Policy, batch: RolloutBatch, direction: Mapping[str, Te
     if not error(best) < 1.0:
         raise NumericalError(
             f"expected a step size at which central differences settle, found a relative error of {error(best):.2g} "
-            "at the best of them; the arithmetic is too coarse for this update (use checkpoint.dtype: float32, or "
-            "probe_rework.derivative_mode: jvp or reverse)"
+            "at the best of them; the arithmetic is too coarse for this update (use ",
+            Remedy.FLOAT32,
+            ", or ",
+            Remedy.NO_DIFFERENCES,
+            ")",
         )
     return 4.0**best, error(best)

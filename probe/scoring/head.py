@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from probe.errors.exceptions import NumericalError
+from probe.errors.remedies import Remedy
 from probe.snapshot import standing_in
 
 
@@ -130,8 +131,9 @@ class OutputHead:
         own = model_logits.detach().to(torch.float64)
         if not bool(torch.isfinite(own).all()):
             raise NumericalError(
-                "expected finite logits, found NaN or infinity in the model's output; check the weights and "
-                "checkpoint.dtype (float16 overflows in many models, use bfloat16 or float32)"
+                "expected finite logits, found NaN or infinity in the model's output; check the weights and ",
+                Remedy.WEIGHT_TYPE,
+                " (float16 overflows in many models, use bfloat16 or float32)",
             )
         with torch.no_grad():
             last = hidden[:, -1:].detach()

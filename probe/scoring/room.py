@@ -12,6 +12,7 @@ from typing import Any
 
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import DataError, RolloutError
+from probe.errors.remedies import Remedy
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ def check_prompts(model: Any, prompts: Sequence[Sequence[int]], new: int) -> Non
         )
     if room.positions is not None and longest + new > room.positions:
         raise RolloutError(
-            f"generation.max_new_tokens: expected at most {max(room.positions - longest, 0)} (the model has "
-            f"{room.positions} positions and the longest prompt {longest} tokens), found {new}"
+            Remedy.MAX_NEW_TOKENS,
+            f": expected at most {max(room.positions - longest, 0)} (the model has "
+            f"{room.positions} positions and the longest prompt {longest} tokens), found {new}",
         )
 
 
@@ -108,6 +110,7 @@ def _check_tokens(room: Room, ids: Sequence[int], where: str) -> None:
     if wrong is not None:
         raise DataError(
             f"tokenizer: expected tokens of the model's vocabulary of {room.tokens}, found the id {wrong} in {where}; "
-            "give the tokenizer that belongs to the model (checkpoint.tokenizer_path), or call "
-            "model.resize_token_embeddings after adding tokens"
+            "give the tokenizer that belongs to the model (",
+            Remedy.TOKENIZER,
+            "), or call model.resize_token_embeddings after adding tokens",
         )

@@ -31,8 +31,7 @@ def estimands(rows: pd.DataFrame) -> list[Estimand]:
         e
         for e in ESTIMANDS
         if any(
-            rows.get(f"{name}{e.suffix}", pd.Series(dtype=float)).notna().any()
-            for name in ("deltaH1", "deltaH_true")
+            rows.get(e.key(name), pd.Series(dtype=float)).notna().any() for name in ("deltaH1", "deltaH_true")
         )
     ]
 
@@ -53,22 +52,22 @@ def interval(rows: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def noise_floor(rows: pd.DataFrame, estimand: Estimand) -> float | None:
     """The largest noise floor of the rows, nats."""
-    floors = numbers(rows, f"noise_floor{estimand.suffix}")
+    floors = numbers(rows, estimand.key("noise_floor"))
     return float(np.nanmax(floors)) if np.isfinite(floors).any() else None
 
 
 def resolved(rows: pd.DataFrame, name: str, estimand: Estimand) -> np.ndarray:
     """Where a change is above the noise floor and its interval does not include 0, `(n,)`."""
-    value = numbers(rows, name + estimand.suffix)
-    low, high = interval(rows, name + estimand.suffix)
-    floor = np.nan_to_num(numbers(rows, f"noise_floor{estimand.suffix}"), nan=0.0)
+    value = numbers(rows, estimand.key(name))
+    low, high = interval(rows, estimand.key(name))
+    floor = np.nan_to_num(numbers(rows, estimand.key("noise_floor")), nan=0.0)
     known = np.isfinite(value) & (np.abs(value) > floor)
     return known & ~((low <= 0) & (high >= 0))
 
 
 def eta_10(rows: pd.DataFrame, estimand: Estimand) -> float | None:
     """The learning rate at which curvature is a tenth of first order; the median over repetitions."""
-    found = numbers(rows, f"eta_10{estimand.suffix}")
+    found = numbers(rows, estimand.key("eta_10"))
     return float(np.nanmedian(found)) if np.isfinite(found).any() else None
 
 
@@ -89,10 +88,10 @@ def eta_slope(rows: pd.DataFrame, name: str, estimand: Estimand) -> PowerLaw | N
             usable = below
             break
     used = rows[usable]
-    errors = numbers(used, f"{name}{estimand.suffix}_se")
+    errors = numbers(used, estimand.key(name, "_se"))
     return fit_power_law(
         numbers(used, "learning_rate"),
-        numbers(used, name + estimand.suffix),
+        numbers(used, estimand.key(name)),
         errors if np.all(errors > 0) else None,
         [int(seed) for seed in used["seed"]],
     )
@@ -153,17 +152,21 @@ class ErrorMeasure:
         name: its name in the summary.
         label: its name in legends.
         marker: its marker.
+        of: the quantity whose part it is; empty where it is worked out from several.
+        part: ending of the part's key.
     """
 
     name: str
     label: str
     marker: str
+    of: str = ""
+    part: str = ""
 
 
 MEASURES = (
-    ErrorMeasure("deltaH_true_se", "se of $\\Delta H_\\mathrm{true}$ over E", "o"),
-    ErrorMeasure("deltaH1_se", "se of $\\Delta H_1$ over E", "s"),
-    ErrorMeasure("deltaH1_sd_U", "sd of $\\Delta H_1$ over U", "^"),
+    ErrorMeasure("deltaH_true_se", "se of $\\Delta H_\\mathrm{true}$ over E", "o", "deltaH_true", "_se"),
+    ErrorMeasure("deltaH1_se", "se of $\\Delta H_1$ over E", "s", "deltaH1", "_se"),
+    ErrorMeasure("deltaH1_sd_U", "sd of $\\Delta H_1$ over U", "^", "deltaH1", "_sd_U"),
     ErrorMeasure("difference", "$|\\Delta H_1 - \\Delta H_\\mathrm{true}|$", "x"),
     ErrorMeasure("spread", "sd of $\\Delta H_1$ over seeds", "D"),
 )
@@ -196,13 +199,10 @@ def other_sizes(axis_name: str) -> tuple[str, ...]:
 
 def _error(group: pd.DataFrame, measure: ErrorMeasure, estimand: Estimand) -> float:
     """A measure of error over repetitions."""
-    predicted = numbers(group, f"deltaH1{estimand.suffix}")
+    predicted = numbers(group, estimand.key("deltaH1"))
     if measure.name == "difference":
-        return root_mean_square(predicted - numbers(group, f"deltaH_true{estimand.suffix}"))
+        return root_mean_square(predicted - numbers(group, estimand.key("deltaH_true")))
     if measure.name == "spread":
         known = predicted[np.isfinite(predicted)]
         return float(known.std(ddof=1)) if len(known) >= REPETITIONS else float("nan")
-    kind, _, ending = measure.name.partition("_")
-    if measure.name.startswith("deltaH_true"):
-        kind, ending = "deltaH_true", "se"
-    return root_mean_square(numbers(group, f"{kind}{estimand.suffix}_{ending}"))
+    return root_mean_square(numbers(group, estimand.key(measure.of, measure.part)))

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from probe.estimand import SEQUENCE, TOKEN, from_mapping
 from probe.report.numbers import with_error
 from probe.sweep.grid import Grid, Point
 from probe.sweep.store import TABLES, Record
@@ -79,16 +80,15 @@ def point_line(point: Point, record: Record, grid: Grid, tally: Tally) -> str:
     if record["status"] == "failed":
         return f"{head} failed: {record['error']}"
     values = record["values"]
-    suffix, unit = ("_tok", "nats per token") if "deltaH_true_tok" in values else ("", "nats per response")
-    if "deltaH_true" not in values:
-        suffix, unit = "_tok", "nats per token"
+    responses_only = "deltaH_true" in values and TOKEN.key("deltaH_true") not in values
+    estimand = SEQUENCE if responses_only else TOKEN
     changes = [
-        f"{name} {with_error(values[name + suffix], values.get(f'{name}{suffix}_se'))}"
+        f"{name} {with_error(number.value, number.se)}"
         for name in ("deltaH1", "deltaH_true")
-        if name + suffix in values
+        if (number := from_mapping(values, name)[estimand]) is not None
     ]
     verdict = f" {values['verdict']};" if values.get("verdict") else ""
-    return f"{head}{verdict} {', '.join(changes)} {unit}; {_time(record, tally)}"
+    return f"{head}{verdict} {', '.join(changes)} {estimand.unit}; {_time(record, tally)}"
 
 
 def describe(point: Point, record: Record, grid: Grid) -> str:

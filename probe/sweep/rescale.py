@@ -12,7 +12,8 @@ from probe.phases.ground_truth import ground_truth
 from probe.phases.prediction import Predicted
 from probe.phases.state import ProbeState
 from probe.phases.update import take_step
-from probe.results.result import ProbeResult, build_values
+from probe.results.build import findings
+from probe.results.result import ProbeResult
 from probe.runner import ProbeRunner
 from probe.snapshot import evaluation_mode, exact_float32, isolated_rng
 
@@ -43,7 +44,7 @@ def measure_at(runner: ProbeRunner, module: EntropyProbe, learning_rate: float) 
         seconds = time.perf_counter() - start
         state.timing = {"ground_truth": seconds, "total": seconds}
         return ProbeResult(
-            values=build_values(state, module),
+            findings=findings(state, module),
             config=runner._config_mapping(module),
             checkpoint_name=module.files.name if module.files is not None else "policy",
             started_at=datetime.now().astimezone().isoformat(timespec="seconds"),

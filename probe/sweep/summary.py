@@ -77,7 +77,7 @@ def _eta_slopes(table: pd.DataFrame) -> list[dict[str, Any]]:
         for shared, rows in eta_curves(table)
         for estimand in estimands(rows)
         for name, expected in EXPECTED.items()
-        if f"{name}{estimand.suffix}" in rows
+        if estimand.key(name) in rows
     ]
 
 

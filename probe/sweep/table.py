@@ -10,6 +10,8 @@ from typing import Any
 import pandas as pd
 
 from probe.files.atomic import atomic_write_bytes
+from probe.results import diagnostic_keys, keys
+from probe.results.quantity import Quantity
 from probe.sweep.store import TABLES, Record
 
 LEADING = (
@@ -19,9 +21,6 @@ LEADING = (
 """The columns that stand first: which point, and whether it is any good."""
 TRAILING = ("seconds", "finished_at", "verdict_reasons", "error")
 """The columns that stand last."""
-BATCH_STATISTICS = ("avg_generation_length", "avg_reward")
-"""Entries of `batch_statistics` that are columns."""
-_INTEGERS = ("training_step", "seed", "B_E", "B_U", "G", "distinct_responses", "zero_advantage_groups")
 _TEXTS = (
     *("point", "status", "verdict", "checkpoint", "checkpoint_name", "finished_at"),
     *("verdict_reasons", "error"),
@@ -98,7 +97,7 @@ def _quality(values: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any
         for key, value in diagnostics.items()
         if key == "bias_flags" or value is None or isinstance(value, (bool, int, float, str))
     }
-    found |= {key: statistics[key] for key in BATCH_STATISTICS if key in statistics}
+    found |= {one.key: statistics[one.key] for one in keys.STATISTICS if one.key in statistics}
     return {(f"diagnostics_{key}" if key in row else key): value for key, value in found.items()}
 
 
@@ -109,9 +108,16 @@ def _column(name: str, values: list[Any]) -> pd.Series:
         return pd.Series([None if v is None else _one_line(v) for v in values], dtype="string")
     if there and all(isinstance(value, bool) for value in there):
         return pd.Series(values, dtype="boolean")
-    if name in _INTEGERS:
+    if name == "seed" or any(
+        one.integer for one in (*keys.QUANTITIES, *diagnostic_keys.DIAGNOSTICS) if one.key == name
+    ):
         return pd.Series(values, dtype="Int64")
     return pd.Series([None if v is None else float(v) for v in values], dtype="float64")
+
+
+def _result_columns() -> tuple[Quantity, ...]:
+    """The quantities that columns come from."""
+    return (*keys.QUANTITIES, *diagnostic_keys.DIAGNOSTICS, *keys.STATISTICS)
 
 
 def _one_line(value: Any) -> str:

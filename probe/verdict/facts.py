@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from probe.estimand import ESTIMANDS, Estimand, Number, Numbers, from_mapping
 from probe.estimators.estimate import NORMAL_975
 from probe.estimators.importance_weights import PARETO_K_LIMIT, pareto_k_limit
-from probe.verdict.words import UNITS
+
+JUDGED = ("deltaH1", "deltaH_true", "residual", "deltaH2", "eta_10")
+"""The quantities that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class Change:
     """A value with its 95 % interval `low` to `high`; None where it is null or not in the result."""
 
     name: str
-    suffix: str
+    estimand: Estimand
     value: float | None
     interval: tuple[float, float] | None
 
@@ -27,6 +30,11 @@ class Change:
         return self.interval is not None and self.interval[0] <= 0 <= self.interval[1]
 
     @property
+    def excludes_zero(self) -> bool:
+        """Whether there is an interval, and 0 lies outside of it."""
+        return self.interval is not None and not self.contains_zero
+
+    @property
     def half_width(self) -> float | None:
         """Half the width of the interval."""
         return None if self.interval is None else (self.interval[1] - self.interval[0]) / 2
@@ -34,36 +42,50 @@ class Change:
     def range(self) -> str:
         """`The 95 % interval of NAME, LOW to HIGH UNIT`."""
         low, high = self.interval if self.interval is not None else (math.nan, math.nan)
-        return f"The 95 % interval of {self.name}, {low:.3g} to {high:.3g} {UNITS[self.suffix]}"
+        return f"The 95 % interval of {self.name}, {low:.3g} to {high:.3g} {self.estimand.unit}"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A result mapping, and what is judged in it.
+    """The numbers of a result that are judged.
 
     Attributes:
-        values: the result mapping.
+        numbers: by quantity, those of `JUDGED` that the result has.
         found: its diagnostics.
-        quantity: `deltaH_true` where it was measured, else `deltaH1`.
-        suffixes: of the estimands of `quantity`, the headline one first.
+        size: sequences in E; None where it is not known.
+        learning_rate: of the step; None where it is not known.
     """
 
-    values: Mapping[str, Any]
+    numbers: Mapping[str, Numbers]
     found: Mapping[str, Any]
-    quantity: str
-    suffixes: tuple[str, ...]
+    size: float | None = None
+    learning_rate: float | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Facts:
-        """Find out what there is to judge."""
-        for quantity in ("deltaH_true", "deltaH1"):
-            suffixes = tuple(suffix for suffix in ("_tok", "") if quantity + suffix in values)
-            if suffixes:
-                return cls(values, values.get("diagnostics") or {}, quantity, suffixes)
-        raise ValueError(
-            "expected a result with deltaH1 or deltaH_true (or deltaH1_tok, deltaH_true_tok), found neither among "
-            f"{len(values)} keys; switch on probe_rework.compute_delta_h1 or importance.enabled"
-        )
+        """Read a result mapping, that of an older version or of a training too.
+
+        Raises:
+            ValueError: it has neither a prediction nor a measurement.
+        """
+        numbers = {name: from_mapping(values, name) for name in JUDGED}
+        if not any(numbers[name][e] for name in ("deltaH1", "deltaH_true") for e in ESTIMANDS):
+            raise ValueError(
+                "expected a result with deltaH1 or deltaH_true (or deltaH1_tok, deltaH_true_tok), found neither among "
+                f"{len(values)} keys; switch on probe_rework.compute_delta_h1 or importance.enabled"
+            )
+        found = values.get("diagnostics") or {}
+        return cls(numbers, found, number(values, "B_E"), number(values, "learning_rate"))
+
+    @property
+    def quantity(self) -> str:
+        """`deltaH_true` where it was measured, else `deltaH1`."""
+        return "deltaH_true" if any(self.number("deltaH_true", e) for e in ESTIMANDS) else "deltaH1"
+
+    @property
+    def estimands(self) -> tuple[Estimand, ...]:
+        """Those of `quantity`, the headline one first."""
+        return tuple(estimand for estimand in ESTIMANDS if self.number(self.quantity, estimand))
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -75,25 +97,30 @@ class Facts:
         """Whether the measurement stands on importance weights (`resample` draws a fresh E instead)."""
         return self.found.get("is_mode") != "resample"
 
-    @property
-    def size(self) -> float | None:
-        """Sequences in E."""
-        return number(self.values, "B_E")
+    def number(self, name: str, estimand: Estimand) -> Number | None:
+        """A number as the result has it."""
+        return self.numbers[name][estimand] if name in self.numbers else None
 
-    def estimate(self, name: str, suffix: str) -> Change:
-        """A result with its interval: the one it came with, else the normal one from its standard error."""
-        value, interval = number(self.values, name + suffix), self.values.get(f"{name}{suffix}_ci95")
-        error = number(self.values, f"{name}{suffix}_se")
+    def change(self, name: str, estimand: Estimand) -> Change:
+        """A number with its interval: the one it came with, else the normal one from its standard error."""
+        given = self.number(name, estimand)
+        if given is None:
+            return Change(name, estimand, None, None)
+        value = float(given.value) if given.value is not None and is_finite(given.value) else None
         ends: tuple[float, float] | None = None
-        if interval is not None and len(interval) == 2 and all(map(is_finite, interval)):
-            ends = (float(interval[0]), float(interval[1]))
-        elif value is not None and error is not None:
-            ends = (value - NORMAL_975 * error, value + NORMAL_975 * error)
-        return Change(name, suffix, value, ends)
+        if given.ci95 is not None and len(given.ci95) == 2 and all(map(is_finite, given.ci95)):
+            ends = (float(given.ci95[0]), float(given.ci95[1]))
+        elif value is not None and given.se is not None and is_finite(given.se):
+            ends = (value - NORMAL_975 * given.se, value + NORMAL_975 * given.se)
+        return Change(name, estimand, value, ends)
 
-    def primary(self, suffix: str) -> Change:
-        """The estimate that is judged."""
-        return self.estimate(self.quantity, suffix)
+    def primary(self, estimand: Estimand) -> Change:
+        """The change that is judged."""
+        return self.change(self.quantity, estimand)
+
+    def noise_floor(self, estimand: Estimand) -> float | None:
+        """The noise floor of the arithmetic, nats; None where it was not measured."""
+        return number(self.found, estimand.key("noise_floor"))
 
 
 def number(mapping: Mapping[str, Any], key: str) -> float | None:

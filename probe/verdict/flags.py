@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+from probe.errors.remedies import Remedy
+from probe.estimand import ESTIMANDS
 from probe.verdict.facts import Facts, number
 from probe.verdict.sentences import percent
-from probe.verdict.words import Finding
+from probe.verdict.words import Finding, caution, invalid
 
 
 def flag_finding(flag: str, facts: Facts) -> Finding | None:
     """What a bias flag means for the result."""
     if flag == "half_precision":
-        # With a measured floor, `_near_noise_floor` knows whether 16 bits are enough.
-        if any(number(facts.found, f"noise_floor{suffix}") is not None for suffix in ("", "_tok")):
+        # With a measured floor, `near_noise_floor` knows whether 16 bits are enough.
+        if any(facts.noise_floor(estimand) is not None for estimand in ESTIMANDS):
             return None
-        return Finding(
-            "caution",
+        return caution(
             "Forwards run in 16 bits and no noise floor was measured: changes below about 0.01 nats per response can "
-            "be rounding; set checkpoint.dtype: float32.",
+            "be rounding; set ",
+            Remedy.FLOAT32,
+            ".",
         )
     if flag == "dropout":
         p = number(facts.found, "dropout")
-        return Finding(
-            "caution",
+        return caution(
             f"The training draws dropout{'' if p is None else f' of {p:g}'} in the update's gradient, the probe takes "
             "the update without: the training's step differs by that noise (TRL: disable_dropout=True).",
         )
     if flag == "another_base":
-        return Finding(
-            "caution",
+        return caution(
             f"The adapter was trained on {facts.found.get('base_recorded', 'another base')} and is put on "
             f"{facts.found.get('base_given', 'this one')}; unless they are one model, this is not the policy that was "
             "trained: name the right base in checkpoint.backbone.",
@@ -39,8 +40,7 @@ def flag_finding(flag: str, facts: Facts) -> Finding | None:
             if moved is None or exact is None
             else f": it moves {percent(moved)} of them, not {percent(exact)}"
         )
-        return Finding(
-            "caution",
+        return caution(
             f"The training keeps weights and moments in {facts.found.get('rounded_to', '16 bits')}, where much of its "
             f"step is rounded away{share}. deltaH_true is of the rounded step, deltaH1 of the exact one; "
             "train with float32 weights for the exact step.",
@@ -48,72 +48,59 @@ def flag_finding(flag: str, facts: Facts) -> Finding | None:
     if flag == "E_not_from_this_policy":
         z = number(facts.found, "on_policy_z")
         off = "" if z is None else f": the mean of sum_t (l + h) is {z:.3g} standard errors from 0"
-        return Finding(
-            "invalid",
+        return invalid(
             f"E was not drawn from the policy that is probed{off}; sample E (leave out batch_config.E_rollouts), or "
             "give the checkpoint and generation.temperature that E was drawn with.",
         )
     if flag in _DOUBTED:
         sentence, doubts = _DOUBTED[flag]
         counted = _doubts(facts, doubts)
-        return Finding("caution", sentence.format(counted=f" ({counted})" if counted else ""))
-    return _FLAGS.get(
-        flag, Finding("caution", f"The run is flagged {flag}: its numbers are biased in a known way.")
-    )
+        return caution(sentence.format(counted=f" ({counted})" if counted else ""))
+    return _FLAGS.get(flag, caution(f"The run is flagged {flag}: its numbers are biased in a known way."))
 
 
 _FLAGS: dict[str, Finding] = {
-    "truncated_support": Finding(
-        "invalid",
+    "truncated_support": invalid(
         "Sampling cut the policy's support, so weights and score terms are undefined outside it; set "
         "generation.top_p: 1, top_k: 0 and min_p: 0.",
     ),
-    "E_shares_U": Finding(
-        "invalid",
+    "E_shares_U": invalid(
         "The rollout file of E holds responses that the update was made from (the same prompt, group and place): "
         "prediction and measurement are biased alike; give E responses of its own (leave out batch_config.E_rollouts "
         "to sample it).",
     ),
-    "unknown_cap": Finding(
-        "caution",
+    "unknown_cap": caution(
         "Responses of a rollout file are longer than generation.max_new_tokens, so which were cut off is not known; "
         "set it to the limit they were drawn with.",
     ),
-    "no_reward_signal": Finding(
-        "caution",
+    "no_reward_signal": caution(
         "Every advantage of U is 0: the step has no policy gradient, and the change is that of momentum, weight decay "
         "and the loss's KL and entropy terms; raise batch_config.B_U or G, or check the reward.",
     ),
-    "rollouts_of_several_updates": Finding(
-        "caution",
+    "rollouts_of_several_updates": caution(
         "The training makes several updates from the rollouts of one generation (steps_per_generation, "
         "num_iterations): those of the next update may be older than the checkpoint, and U is drawn from the "
         "checkpoint; take U from a file (batch_config.U_rollouts).",
     ),
-    "means_of_microbatches": Finding(
-        "caution",
+    "means_of_microbatches": caution(
         "The training works parts of its loss out over generations, or over the microbatches of several processes, the "
         "probe over those of one process: the gradients differ as far as these do.",
     ),
-    "schedule_at_zero": Finding(
-        "caution",
+    "schedule_at_zero": caution(
         "The saved learning rate is 0, so that the next step of the training would be 0: this one is at an earlier "
         "rate of its schedule; set probe_rework.learning_rate.",
     ),
-    "order_of_rows": Finding(
-        "caution",
+    "order_of_rows": caution(
         "The training makes several updates from one generation, or works parts of its loss out in microbatches, and "
         "U's file does not tell which rows these are: the gradients differ as far as the rows do; record the rollouts "
         "with RolloutRecorderCallback.",
     ),
-    "reward_weights": Finding(
-        "caution",
+    "reward_weights": caution(
         "The training weights its rewards (reward_weights) or normalises each on its own "
         "(multi_objective_aggregation), and those of the rollout file are added up: give it a column `advantage`, or "
         "one reward in batch_config.reward_columns.",
     ),
-    "preconditioned_step": Finding(
-        "caution",
+    "preconditioned_step": caution(
         "deltaH1 is for the preconditioned gradient, which is not the step that deltaH_true measures: do not compare "
         "them; set probe_rework.step: optimizer.",
     ),

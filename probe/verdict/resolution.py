@@ -2,82 +2,90 @@
 
 from __future__ import annotations
 
-import math
-
-from probe.verdict.facts import Facts, is_finite, number
+from probe.errors.remedies import Remedy
+from probe.estimand import Estimand
+from probe.verdict.facts import Facts, is_finite
 from probe.verdict.sentences import count_text, more_digits, percent, resolving_size, share_text
-from probe.verdict.words import MATERIAL, PER, UNITS, Finding
+from probe.verdict.words import MATERIAL, Finding, caution, invalid, unresolved
 
 
-def has_no_error_bar(facts: Facts, suffix: str) -> Finding | None:
+def has_no_error_bar(facts: Facts, estimand: Estimand) -> Finding | None:
     """A value that is no number, or of which nothing says how far it may be off."""
     for name in dict.fromkeys((facts.quantity, "deltaH1")):
-        key = name + suffix
-        raw, error = facts.values.get(key), facts.values.get(f"{key}_se", math.inf)
-        if raw is None:
+        given, key = facts.number(name, estimand), estimand.key(name)
+        if given is None or given.value is None:
             continue
-        if not is_finite(raw):
-            return Finding("invalid", f"{key} is {raw}, not a finite number.")
-        estimate = facts.estimate(name, suffix)
-        if f"{key}_se" in facts.values and (not is_finite(error) or (error <= 0 and raw != 0)):
-            return Finding(
-                "invalid",
-                f"{key} = {raw:.3g} {UNITS[suffix]} has the standard error {error}: its interval says nothing; "
-                f"E needs several prompts with different responses (batch_config.B_E, now {count_text(facts.size)}).",
+        if not is_finite(given.value):
+            return invalid(f"{key} is {given.value}, not a finite number.")
+        what, error = f"{key} = {given.value:.3g} {estimand.unit}", given.se
+        if given.null_error or (error is not None and not _is_error(error, given.value)):
+            return invalid(
+                f"{what} has the standard error {error}: its interval says nothing; E needs several prompts with "
+                "different responses (",
+                Remedy.B_E,
+                f", now {count_text(facts.size)}).",
             )
-        if estimate.interval is None and name == facts.quantity:
-            return Finding("caution", f"{key} = {raw:.3g} {UNITS[suffix]} comes without an error bar.")
+        if facts.change(name, estimand).interval is None and name == facts.quantity:
+            return caution(f"{what} comes without an error bar.")
     return None
 
 
-def is_null(facts: Facts, suffix: str) -> Finding | None:
+def is_null(facts: Facts, estimand: Estimand) -> Finding | None:
     """A value that the run left open, as the measurement is where it drowns in rounding."""
-    key = facts.quantity + suffix
-    if facts.values[key] is not None:
+    given = facts.number(facts.quantity, estimand)
+    if given is None or given.value is not None:
         return None
-    floor = number(facts.found, f"noise_floor{suffix}")
+    floor = facts.noise_floor(estimand)
     if facts.quantity != "deltaH_true" or floor is None:
-        return Finding("unresolved", f"{key} could not be resolved and is null.")
-    predicted = facts.estimate("deltaH1", suffix).value
+        return unresolved(f"{estimand.key(facts.quantity)} could not be resolved and is null.")
+    predicted = facts.change("deltaH1", estimand).value
     expected = "" if predicted is None else f" (deltaH1 predicts {predicted:.3g})"
-    return Finding(
-        "unresolved",
-        f"{facts.quantity} is below the noise floor of the arithmetic, {floor:.3g} {UNITS[suffix]}{expected}; "
-        f"raise probe_rework.learning_rate, or set {more_digits(facts)}.",
+    return unresolved(
+        f"{facts.quantity} is below the noise floor of the arithmetic, {floor:.3g} {estimand.unit}{expected}; ",
+        Remedy.LARGER_STEP_OR,
+        "set ",
+        more_digits(facts),
+        ".",
     )
 
 
-def contains_zero(facts: Facts, suffix: str) -> Finding | None:
+def contains_zero(facts: Facts, estimand: Estimand) -> Finding | None:
     """A change whose sign is not known."""
-    estimate = facts.primary(suffix)
-    if not estimate.contains_zero:
+    change = facts.primary(estimand)
+    if not change.contains_zero:
         return None
-    others = [s for s in facts.suffixes if s != suffix]
-    resolved = [s for s in others if (e := facts.primary(s)).interval is not None and not e.contains_zero]
-    but = f" ({PER[resolved[0]]} it excludes 0)" if resolved else ""
-    return Finding("unresolved", f"{estimate.range()}, contains 0{but}; {resolving_size(facts, estimate)}.")
+    resolved = [e for e in facts.estimands if e is not estimand and facts.primary(e).excludes_zero]
+    but = f" ({resolved[0].per} it excludes 0)" if resolved else ""
+    return unresolved(f"{change.range()}, contains 0{but}; ", *resolving_size(facts, change), ".")
 
 
-def prediction_contains_zero(facts: Facts, suffix: str) -> Finding | None:
+def prediction_contains_zero(facts: Facts, estimand: Estimand) -> Finding | None:
     """A prediction of unknown sign beside a measurement whose sign is known."""
-    if facts.quantity == "deltaH1" or facts.primary(suffix).contains_zero:
+    if facts.quantity == "deltaH1" or facts.primary(estimand).contains_zero:
         return None
-    estimate = facts.estimate("deltaH1", suffix)
-    if f"deltaH1{suffix}" in facts.values and facts.values[f"deltaH1{suffix}"] is None:
-        return Finding("caution", f"deltaH1 {PER[suffix]} could not be resolved and is null.")
-    if not estimate.contains_zero:
+    given, change = facts.number("deltaH1", estimand), facts.change("deltaH1", estimand)
+    if given is not None and given.value is None:
+        return caution(f"deltaH1 {estimand.per} could not be resolved and is null.")
+    if not change.contains_zero:
         return None
-    return Finding("caution", f"{estimate.range()}, contains 0; {resolving_size(facts, estimate)}.")
+    return caution(f"{change.range()}, contains 0; ", *resolving_size(facts, change), ".")
 
 
-def near_noise_floor(facts: Facts, suffix: str) -> Finding | None:
+def near_noise_floor(facts: Facts, estimand: Estimand) -> Finding | None:
     """A measurement of which rounding is a visible part."""
-    value = facts.estimate("deltaH_true", suffix).value
-    floor = number(facts.found, f"noise_floor{suffix}")
+    value, floor = facts.change("deltaH_true", estimand).value, facts.noise_floor(estimand)
     if value is None or floor is None or floor <= MATERIAL * abs(value):
         return None
-    return Finding(
-        "caution",
-        f"The noise floor of the arithmetic, {floor:.3g} {UNITS[suffix]}, is {share_text(floor, value)} of deltaH_true "
-        f"(limit {percent(MATERIAL)}); raise probe_rework.learning_rate, or set {more_digits(facts)}.",
+    return caution(
+        f"The noise floor of the arithmetic, {floor:.3g} {estimand.unit}, is {share_text(floor, value)} of deltaH_true "
+        f"(limit {percent(MATERIAL)}); ",
+        Remedy.LARGER_STEP_OR,
+        "set ",
+        more_digits(facts),
+        ".",
     )
+
+
+def _is_error(error: float, value: float) -> bool:
+    """Whether a standard error says something: it is finite, and 0 only beside a value of exactly 0."""
+    return is_finite(error) and (error > 0 or value == 0)

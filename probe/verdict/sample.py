@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from probe.errors.remedies import Remedy
 from probe.estimators.importance_weights import PARETO_K_LIMIT
 from probe.verdict.facts import Facts, ess_share, number, pareto_limit
-from probe.verdict.sentences import REMEDY_STEP, count_text, percent
-from probe.verdict.words import MATERIAL, Finding
+from probe.verdict.sentences import count_text, percent
+from probe.verdict.words import MATERIAL, Finding, caution, invalid
 
 EVEN_WEIGHTS = 1.5
 """Below this largest weight (their mean being 1) Pareto k gives no reason: k does not know the scale of the weights,
@@ -34,30 +35,34 @@ def heavy_tail(facts: Facts) -> Finding | None:
     if largest is not None and largest < EVEN_WEIGHTS:
         return None
     if k is None:
-        return Finding(
-            "caution",
+        return caution(
             "Pareto k of the importance weights could not be fitted: the tail of "
-            f"{count_text(size)} responses is too short; raise batch_config.B_E.",
+            f"{count_text(size)} responses is too short; raise ",
+            Remedy.B_E,
+            ".",
         )
     limit = pareto_limit(facts)
     share = ess_share(facts)
     if k >= PARETO_K_NO_MEAN:
-        return Finding(
-            "invalid",
+        return invalid(
             f"Pareto k of the importance weights is {k:.2f}: from {PARETO_K_NO_MEAN:g} on their mean is not finite "
-            f"and deltaH_true estimates nothing; {REMEDY_STEP}.",
+            f"and deltaH_true estimates nothing; ",
+            Remedy.SMALLER_STEP_OR_LARGER_E,
+            ".",
         )
     if k > PARETO_K_LIMIT and share is not None and share < ESS_LOW:
-        return Finding(
-            "invalid",
+        return invalid(
             f"Pareto k of the importance weights is {k:.2f}, above {PARETO_K_LIMIT:g}, and they leave an ESS of "
-            f"{percent(share)} of E: a few responses decide deltaH_true; {REMEDY_STEP}.",
+            f"{percent(share)} of E: a few responses decide deltaH_true; ",
+            Remedy.SMALLER_STEP_OR_LARGER_E,
+            ".",
         )
     if k > limit:
-        return Finding(
-            "caution",
+        return caution(
             f"Pareto k of the importance weights is {k:.2f}, above its limit of {limit:.2f} for {count_text(size)} "
-            f"responses: deltaH_true and its interval may be off; {REMEDY_STEP}.",
+            f"responses: deltaH_true and its interval may be off; ",
+            Remedy.SMALLER_STEP_OR_LARGER_E,
+            ".",
         )
     return None
 
@@ -70,11 +75,14 @@ def effective_sample_size(facts: Facts) -> Finding | None:
     what = f"The effective sample size of E is {facts.found['ESS']:.3g} of {count_text(facts.size)} responses"
     if share < ESS_COLLAPSE or facts.found["ESS"] < ESS_LEAST:
         least = percent(ESS_COLLAPSE) if share < ESS_COLLAPSE else f"{ESS_LEAST:g}"
-        return Finding(
-            "invalid",
-            f"{what}, below {least}: a few responses decide deltaH_true; lower probe_rework.learning_rate.",
+        return invalid(
+            f"{what}, below {least}: a few responses decide deltaH_true; ",
+            Remedy.SMALLER_STEP,
+            ".",
         )
-    return Finding("caution", f"{what}, below half: the step is large for reweighting; {REMEDY_STEP}.")
+    return caution(
+        f"{what}, below half: the step is large for reweighting; ", Remedy.SMALLER_STEP_OR_LARGER_E, "."
+    )
 
 
 def few_responses(facts: Facts) -> Finding | None:
@@ -87,18 +95,20 @@ def few_responses(facts: Facts) -> Finding | None:
     elif prompts is not None and prompts < FEW_RESPONSES:
         what = f"E has {prompts:g} prompts, which are its independent units"
     elif different is not None and different < FEW_RESPONSES:
-        return Finding(
-            "caution",
+        return caution(
             f"E has {different:g} different responses among {count_text(drawn)}: what the policy can say but did not "
-            f"is in no error bar (limit {FEW_RESPONSES}); raise batch_config.B_E, or take more varied prompts.",
+            f"is in no error bar (limit {FEW_RESPONSES}); raise ",
+            Remedy.B_E,
+            ", or take more varied prompts.",
         )
     elif effective is not None and effective < FEW_RESPONSES:
         what = f"E is worth {effective:.3g} responses after reweighting"
     else:
         return None
-    return Finding(
-        "caution",
-        f"{what}: with fewer than {FEW_RESPONSES} the 95 % intervals are too narrow; raise batch_config.B_E.",
+    return caution(
+        f"{what}: with fewer than {FEW_RESPONSES} the 95 % intervals are too narrow; raise ",
+        Remedy.B_E,
+        ".",
     )
 
 
@@ -107,8 +117,9 @@ def cut_off(facts: Facts) -> Finding | None:
     share = number(facts.found, "truncated_fraction")
     if share is None or share <= MATERIAL:
         return None
-    return Finding(
-        "caution",
+    return caution(
         f"The token limit cut off {percent(share)} of E (limit {percent(MATERIAL)}): the entropies are those of the "
-        "capped responses; raise generation.max_new_tokens.",
+        "capped responses; raise ",
+        Remedy.MAX_NEW_TOKENS,
+        ".",
     )

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 
+from probe.errors.remedies import Remedy
 from probe.verdict.facts import Change, Facts, number, pareto_limit
 
 OUT_OF_REACH = 1000
 """Where more than so many times `B_E` would be needed, a larger batch is not the remedy."""
-REMEDY_STEP = "lower probe_rework.learning_rate or raise batch_config.B_E"
 
 
 def praise(facts: Facts) -> str:
     """Why a result is trustworthy."""
-    suffix = facts.suffixes[0]
-    parts = [f"{facts.primary(suffix).range()}, excludes 0"]
+    estimand = facts.estimands[0]
+    parts = [f"{facts.primary(estimand).range()}, excludes 0"]
     ess, k = number(facts.found, "ESS"), number(facts.found, "pareto_k")
     if ess is not None and facts.size is not None and facts.reweighted:
         limit = pareto_limit(facts)
         tail = "" if k is None or k > limit else f", Pareto k {k:.2f} below {limit:.2f}"
         parts.append(f"the weights are even (ESS {ess:.4g} of {facts.size:g}{tail})")
-    first, bent = facts.estimate("deltaH1", suffix).value, facts.estimate("deltaH2", suffix)
+    first, bent = facts.change("deltaH1", estimand).value, facts.change("deltaH2", estimand)
     if first and bent.value is not None:
         resolved = bent.half_width is None or abs(bent.value) > bent.half_width
         bound = bent.value if resolved else abs(bent.value) + (bent.half_width or 0.0)
@@ -30,21 +30,23 @@ def praise(facts: Facts) -> str:
     return "; ".join(parts) + "."
 
 
-def resolving_size(facts: Facts, estimate: Change) -> str:
+def resolving_size(facts: Facts, change: Change) -> tuple[str | Remedy, ...]:
     """The remedy for an interval that contains 0: how large E must be, as its width shrinks with `sqrt(B_E)`."""
-    larger_step = "raise probe_rework.learning_rate"
     size = number(facts.found, "prompts_E") or facts.size
     if size is None:
-        return f"raise batch_config.B_E, or {larger_step}"
-    if not estimate.value or estimate.half_width is None:
-        return f"the size of the change is not known: {larger_step}"
-    factor = (estimate.half_width / estimate.value) ** 2
+        return "raise ", Remedy.B_E, ", ", Remedy.OR_LARGER_STEP
+    if not change.value or change.half_width is None:
+        return "the size of the change is not known: ", Remedy.LARGER_STEP
+    factor = (change.half_width / change.value) ** 2
     if factor > OUT_OF_REACH:
-        return f"more than {OUT_OF_REACH} times batch_config.B_E ({size:g}) would be needed: {larger_step}"
+        times = f"more than {OUT_OF_REACH} times "
+        return times, Remedy.B_E, f" ({size:g}) would be needed: ", Remedy.LARGER_STEP
     needed = round_up(max(size * factor, size + 1))
     return (
-        f"if the change is as large as it seems, batch_config.B_E of about {needed} (now {size:g}) excludes 0, "
-        f"or {larger_step}"
+        "if the change is as large as it seems, ",
+        Remedy.B_E,
+        f" of about {needed} (now {size:g}) excludes 0, ",
+        Remedy.OR_LARGER_STEP,
     )
 
 
@@ -58,9 +60,9 @@ def round_up(x: float) -> int:
     return math.ceil(x / unit) * unit
 
 
-def more_digits(facts: Facts) -> str:
+def more_digits(facts: Facts) -> Remedy:
     """The setting that makes the arithmetic finer."""
-    return "checkpoint.dtype: " + ("float32" if "half_precision" in facts.flags else "float64")
+    return Remedy.FLOAT32 if "half_precision" in facts.flags else Remedy.FLOAT64
 
 
 def percent(share: float) -> str:

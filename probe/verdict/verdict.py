@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from probe.errors.remedies import Message
+from probe.estimand import Estimand
 from probe.verdict.agreement import (
     bends,
     derivatives_disagree,
@@ -37,7 +39,7 @@ from probe.verdict.words import Finding, Verdict
 
 
 def verdict(values: Mapping[str, Any]) -> Verdict:
-    """Judge a result mapping (`probe.results.keys.RESULT_KEYS`; `verdict` and `verdict_reasons` are not read).
+    """Judge a result mapping (`probe.results.RESULT_KEYS`; `verdict` and `verdict_reasons` are not read).
 
     A key that is absent (a phase that did not run, a result of an older version) gives no reason; one that is
     null was computed and could not be resolved.
@@ -61,39 +63,37 @@ def verdict(values: Mapping[str, Any]) -> Verdict:
         The 95 % interval of deltaH1, -0.18 to 0.02 nats per response, contains 0; if the change is as large as it
         seems, batch_config.B_E of about 100 (now 64) excludes 0, or raise probe_rework.learning_rate.
     """
-    facts = Facts.of(values)
+    return judge(Facts.of(values))
+
+
+def judge(facts: Facts) -> Verdict:
+    """Judge what is known of a result."""
     findings = [found for check in _PER_ESTIMAND if (found := _worst_estimand(check, facts)) is not None]
     findings += [found for check in _OVERALL if (found := check(facts)) is not None]
     findings += [found for flag in facts.flags if (found := flag_finding(flag, facts)) is not None]
     if not findings:
-        return Verdict("trustworthy", (praise(facts),))
+        return Verdict("trustworthy", (Message((praise(facts),)),))
     # stable: equally bad ones stay in the order of the checks
     findings.sort(key=lambda found: (-found.rank, found.minor))
-    return Verdict(findings[0].word, tuple(found.sentence for found in findings))
+    return Verdict(findings[0].word, tuple(found.message for found in findings))
 
 
-# ---------------------------------------------------------------- what the checks look at
-
-
-def _worst_estimand(check: Callable[[Facts, str], Finding | None], facts: Facts) -> Finding | None:
+def _worst_estimand(check: Callable[[Facts, Estimand], Finding | None], facts: Facts) -> Finding | None:
     """The worst a check finds in any estimand, the headline one's where they are equally bad.
 
     An estimand beside the headline one that is not resolved is a reason for caution only.
     """
     findings: list[Finding] = []
-    for suffix in facts.suffixes:
-        finding = check(facts, suffix)
-        if finding is not None and finding.word == "unresolved" and suffix != facts.suffixes[0]:
-            finding = Finding("caution", finding.sentence, minor=True)
+    for estimand in facts.estimands:
+        finding = check(facts, estimand)
+        if finding is not None and finding.word == "unresolved" and estimand != facts.estimands[0]:
+            finding = Finding("caution", finding.message, minor=True)
         if finding is not None:
             findings.append(finding)
     return max(findings, key=lambda finding: finding.rank, default=None)
 
 
-# ---------------------------------------------------------------- checks of the run
-
-
-_PER_ESTIMAND: tuple[Callable[[Facts, str], Finding | None], ...] = (
+_PER_ESTIMAND: tuple[Callable[[Facts, Estimand], Finding | None], ...] = (
     has_no_error_bar,
     is_null,
     contains_zero,

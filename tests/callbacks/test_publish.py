@@ -654,7 +654,7 @@ def test_the_report_reads_well(state, capsys):
     lines = text.splitlines()
     assert (
         lines[0]
-        == "Entropy probe of step_60: E = 6 responses, U = 3 prompts x 8 responses, learning rate 1e-06"
+        == "Entropy probe of step_60: E = 6 responses, U = 3 prompts x 4 responses, learning rate 1e-06"
     )
     assert lines[2] == f"Verdict: {result.values['verdict']}"
     for label in (

@@ -17,7 +17,7 @@ from probe.live.step import UpdateProbe
 from probe.module import EntropyProbe
 from probe.phases.fit_memory import FitMemory
 from probe.phases.state import ProbeState
-from probe.results.result import build_values
+from probe.results.build import findings
 from probe.rollouts.draw import stream_seed
 from probe.snapshot import copied, evaluation_mode
 from tests.support.tiny_models import lora_checkpoint, save_base
@@ -90,7 +90,7 @@ def by_a_run(module: EntropyProbe) -> tuple[ProbeState, dict[str, Any]]:
     assert state.update is not None
     state.keep(module.prediction(state.drawn, state.derivative, state.update))
     state.keep(module.ground_truth(state.drawn, state.update, state.predicted))
-    return state, build_values(state, module)
+    return state, findings(state, module).as_mapping()
 
 
 def by_a_training(module: EntropyProbe, state: ProbeState, **settings: Any) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from probe.data.batch import PromptExample, RolloutBatch
 from probe.errors.exceptions import NumericalError, RolloutError
 from probe.live import WatchSettings
 from probe.live.step import UpdateProbe
-from probe.live.words import own_words
 from probe.rollouts.sampling import SampledTokens
 from probe.scoring import Policy
 from tests.support import tiny_models
@@ -530,11 +529,6 @@ def test_every_step_has_a_sample_of_its_own_that_the_seed_decides(monkeypatch):
     # prompts are drawn with replacement, each for itself
     assert set(one.prompts) == {"a", "b"}
     assert one.group.tolist() == list(range(32))
-
-
-def test_words():
-    text = "raise batch_config.B_E, or lower probe_rework.learning_rate; see memory_config.microbatch_size"
-    assert own_words(text) == "raise B_E, or lower the learning rate; see microbatch_size"
 
 
 # ---------------------------------------------------------------- stopped gradients

@@ -25,7 +25,7 @@ from probe.errors.exceptions import (
     RolloutError,
 )
 from probe.loading import quiet_libraries
-from probe.results.keys import DIAGNOSTIC_KEYS, RESULT_KEYS
+from probe.results import DIAGNOSTIC_KEYS, RESULT_KEYS
 from probe.rollouts.write import write_rollouts
 from probe.sweep.rescale import measure_at
 from tests.support.tiny_models import (

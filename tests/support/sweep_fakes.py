@@ -14,6 +14,7 @@ from probe.callbacks import ProbeCallback
 from probe.config.checkpoint import CheckpointConfig
 from probe.config.schema import ProbeConfig
 from probe.results.result import ProbeResult
+from tests.support.synthetic_run import as_result
 
 OWN_RATE = 1e-3
 
@@ -65,7 +66,7 @@ class FakeRunner:
         step = int(path.name.rsplit("-", 1)[-1]) if "-" in path.name else None
         values = fake_values(module.config, module.seed, eta, step or 0, self.noise)
         values |= {"training_step": step, "checkpoint_path": str(path)}
-        return ProbeResult(values, {}, path.name, "2025-01-15T14:30:25")
+        return as_result(values, path.name)
 
 
 def fake_values(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +14,9 @@ from torch import Tensor
 from probe.config.schema import ProbeConfig
 from probe.data.batch import RolloutBatch
 from probe.estimators.entropy_gradient import EntropyGradient
-from probe.estimators.ground_truth import GroundTruth, reweighted_change
-from probe.estimators.prediction import first_order
+from probe.estimators.estimate import Estimate
+from probe.estimators.ground_truth import reweighted_change
+from probe.estimators.prediction import Prediction, first_order
 from probe.estimators.weighting import ScoreWeights
 from probe.from_checkpoint.sources import SettingSources
 from probe.phases.controls import ControlSource
@@ -23,9 +26,11 @@ from probe.phases.prediction import Predicted
 from probe.phases.sample import Sample
 from probe.phases.state import ProbeState
 from probe.phases.update import Update
-from probe.results.result import ProbeResult
+from probe.results import DIAGNOSTIC_KEYS
+from probe.results.build import findings
+from probe.results.changes import Changes
+from probe.results.result import BatchSizes, Findings, ProbeResult
 from probe.scoring.scores import TokenScores
-from probe.verdict.verdict import verdict
 
 WORDS = (
     "so",
@@ -163,61 +168,74 @@ def make_state(
         ),
         derivative=Derivative(Way("reverse", ""), gradient_of_entropy),
         update=update,
-        predicted=Predicted(first_order(gradient_of_entropy, step, 1e-6), gradient_of_entropy),
-        ground_truth=reweighted_change(E_scores, nudged(generator, E_scores, 0.01), reported="snis"),
+        predicted=Predicted(
+            with_errors(first_order(gradient_of_entropy, step, 1e-6), B_E), gradient_of_entropy
+        ),
+        ground_truth=replace(
+            reweighted_change(E_scores, nudged(generator, E_scores, 0.01), reported="per_decision"),
+            noise_floor=(2e-6, 2e-8),
+        ),
         timing={
             "sample": 12.3,
             "entropy_gradient": 4.5,
             "update": 6.7,
             "prediction": 0.01,
             "ground_truth": 2.1,
+            "total": 25.61,
         },
+        diagnostics={"zero_advantage_groups": 1, "derivative_check_error": 3.4e-5, "on_policy_z": 0.12},
     )
+
+
+def with_errors(prediction: Prediction, P: int) -> Prediction:
+    """What comes with a prediction: errors and curvature that are plausible shares of it."""
+
+    def near(value: float, share: float, size: float = 1.0) -> Estimate:
+        # all prompts contribute alike, so that the standard error is the share of the value
+        return Estimate(
+            size * value, torch.full((P,), share * size * abs(value) * math.sqrt(P - 1) / P).double()
+        )
+
+    both = (prediction.deltaH1, prediction.deltaH1_tok)
+    sequence, token = both
+    return replace(
+        prediction,
+        estimates={
+            "causal": (near(sequence, 0.2), near(token, 0.2)),
+            "matched": (near(sequence, 0.4, 1.1), near(token, 0.4, 1.1)),
+        },
+        deltaH2=(near(sequence, 0.2, 0.02), near(token, 0.2, 0.02)),
+        sd_U=(abs(sequence) / 3, abs(token) / 3),
+        reason="attention kernel without forward mode",
+        agreement=3e-5,
+        curvature_mode="finite_difference",
+        control_variates="off: 64 sequences are fewer than 2048",
+    )
+
+
+@dataclass(frozen=True)
+class MadeResult(ProbeResult):
+    """A result with a mapping of the test's own."""
+
+    values: Mapping[str, Any]
 
 
 def make_result(state: ProbeState, config: ProbeConfig | None = None, **changes: Any) -> ProbeResult:
-    """The result of that run, with the keys a runner gives; `changes` replace values."""
-    assert state.E is not None
-    assert state.U is not None
-    assert state.prediction is not None
-    assert state.ground_truth is not None
-    truth, prediction = state.ground_truth, state.prediction
-    values: dict[str, Any] = {
-        "checkpoint_path": "/runs/qwen/step_60",
-        "training_step": 60,
-        "learning_rate": 1e-6,
-    }
-    values |= {"B_E": len(state.E), "B_U": len(state.U.group.unique()), "G": 8}
-    names = ("deltaH1", "bars_dot", "pathwise", "score")
-    values |= {
-        f"{name}{suffix}": getattr(prediction, name + suffix) for suffix in ("", "_tok") for name in names
-    }
-    for suffix, change, before in (
-        ("", truth.sequence, truth.H_orig[0]),
-        ("_tok", truth.token, truth.H_orig[1]),
-    ):
-        predicted = getattr(prediction, f"deltaH1{suffix}")
-        values |= {
-            f"H_orig{suffix}": before,
-            f"H_upd{suffix}": before + change.value,
-            f"deltaH_true{suffix}": change.value,
-            f"deltaH_true{suffix}_se": change.se,
-            f"deltaH_true{suffix}_ci95": list(change.ci95),
-            f"residual{suffix}": predicted - change.value,
-        }
-        values |= _errors_and_curvature(values, suffix)
-    values["estimates"] = estimate_rows(values)
-    values["diagnostics"] = _diagnostics(state, truth)
-    values["timing"] = {**state.timing, "total": sum(state.timing.values())}
-    values["batch_statistics"] = _batch_statistics(state)
-    found = verdict(values)
-    values = {"verdict": found.word, "verdict_reasons": list(found.reasons), **values}
-    return ProbeResult(
-        values=values | changes,
+    """The result of that run; `changes` replace values of its mapping."""
+    found = findings(state, make_module())
+    return MadeResult(
+        findings=found,
         config=_resolved(config or ProbeConfig()),
         checkpoint_name="step_60",
         started_at="2025-01-15T14:30:25.123456",
+        values=found.as_mapping() | changes,
     )
+
+
+def as_result(values: Mapping[str, Any], checkpoint_name: str = "step_60") -> ProbeResult:
+    """A result that is nothing but its mapping."""
+    nothing = Findings(Changes(), BatchSizes(0, 0, None), {})
+    return MadeResult(nothing, {}, checkpoint_name, "2025-01-15T14:30:25", values)
 
 
 def make_values(**changes: Any) -> dict[str, Any]:
@@ -267,7 +285,7 @@ def make_values(**changes: Any) -> dict[str, Any]:
         "bias_flags": [],
     }
     for key, value in changes.items():
-        (diagnostics if key in DIAGNOSTIC_NAMES else values)[key] = value
+        (diagnostics if key in DIAGNOSTIC_KEYS else values)[key] = value
     values = {key: value for key, value in values.items() if value is not ...}
     for name in [key.removesuffix("_se") for key in values if key.endswith("_se")]:
         interval = _interval(values.get(name), values[f"{name}_se"])
@@ -305,107 +323,26 @@ def make_runner(state: ProbeState, loggers: tuple[Any, ...] = (), config: ProbeC
     """Stands in for the runner: what the publishing callbacks use of it."""
     fabric = SimpleNamespace(loggers=list(loggers), is_global_zero=True)
     return SimpleNamespace(
-        state=state, fabric=fabric, errors=[], config=config or ProbeConfig(), logger=False
+        state=state, fabric=fabric, errors=[], config=config or ProbeConfig(), default_logger=False
     )
 
 
 def make_module() -> Any:
     """Stands in for the module."""
-    return SimpleNamespace(tokenizer=Tokenizer())
-
-
-DIAGNOSTIC_NAMES = {
-    *(
-        "rollout_doubts",
-        "ESS",
-        "w_max",
-        "w_min",
-        "pareto_k",
-        "pareto_k_good",
-        "pareto_k_limit",
-        "noise_floor",
-        "noise_floor_tok",
-    ),
-    *(
-        "derivative_mode",
-        "derivative_reason",
-        "derivative_agreement",
-        "second_order_mode",
-        "control_variates",
-    ),
-    *("se_method", "is_mode", "truncated_fraction", "distinct_responses", "zero_advantage_groups"),
-    *("bias_flags", "on_policy_z", "clipped_fraction", "difference_scale", "difference_error"),
-    *("step_difference", "step_difference_error"),
-}
-"""Which of the changes of `make_values` are diagnostics."""
+    config = ProbeConfig()
+    return SimpleNamespace(
+        tokenizer=Tokenizer(),
+        config=replace(config, checkpoint=replace(config.checkpoint, checkpoint_path="/runs/qwen/step_60")),
+        sources=SimpleNamespace(flags=(), without_dropout=False, as_mapping=dict),
+        files=SimpleNamespace(step=60),
+        policy=SimpleNamespace(half_precision=False, model=torch.nn.Identity()),
+        optimizer=None,
+        other_base=None,
+    )
 
 
 def _interval(value: float | None, se: float | None) -> list[float] | None:
     return None if value is None or se is None else [value - 1.96 * se, value + 1.96 * se]
-
-
-def _errors_and_curvature(values: dict[str, Any], suffix: str) -> dict[str, Any]:
-    """What comes with the prediction and with the difference: plausible shares of their values."""
-    found: dict[str, Any] = {}
-    for name in ("deltaH1", "residual"):
-        value = values[f"{name}{suffix}"]
-        found[f"{name}{suffix}_se"] = abs(value) / 5
-        found[f"{name}{suffix}_ci95"] = _interval(value, abs(value) / 5)
-    return found | {
-        f"deltaH1{suffix}_sd_U": abs(values[f"deltaH1{suffix}"]) / 3,
-        f"deltaH2{suffix}": 0.02 * abs(values[f"deltaH1{suffix}"]),
-        f"deltaH2{suffix}_se": 0.004 * abs(values[f"deltaH1{suffix}"]),
-        f"eta_10{suffix}": 5e-6,
-    }
-
-
-def _diagnostics(state: ProbeState, truth: GroundTruth) -> dict[str, Any]:
-    assert state.E is not None
-    return {
-        "ESS": truth.weights.ess,
-        "w_max": truth.weights.w_max,
-        "w_min": truth.weights.w_min,
-        "pareto_k": 0.31,
-        "pareto_k_good": True,
-        "pareto_k_limit": 0.446,
-        "noise_floor": 2e-6,
-        "noise_floor_tok": 2e-8,
-        "derivative_reason": "attention kernel without forward mode",
-        "derivative_agreement": 3e-5,
-        "second_order_mode": "finite_difference",
-        "control_variates": "off: 64 sequences are fewer than 2048",
-        "se_method": "jackknife",
-        "is_mode": "per_decision",
-        "distinct_responses": len(state.E),
-        "truncated_fraction": float(state.E.truncated.double().mean()),
-        "zero_advantage_groups": 1,
-        "derivative_mode": "reverse",
-        "derivative_check_error": 3.4e-5,
-        "on_policy_z": 0.12,
-        "bias_flags": [],
-    }
-
-
-def _batch_statistics(state: ProbeState) -> dict[str, Any]:
-    def stats(values: Tensor) -> dict[str, float]:
-        values = values.double()
-        numbers = {"mean": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
-        return {name: float(number) for name, number in numbers.items()}
-
-    assert state.E is not None
-    assert state.U is not None
-    assert state.U.rewards is not None
-    assert state.U.advantages is not None
-    return {
-        "avg_generation_length": float(state.E.lengths.double().mean()),
-        "avg_reward": float(state.U.rewards.mean()),
-        "E": {"length": stats(state.E.lengths)},
-        "U": {
-            "length": stats(state.U.lengths),
-            "reward": stats(state.U.rewards),
-            "advantage": stats(state.U.advantages),
-        },
-    }
 
 
 def _resolved(config: ProbeConfig) -> dict[str, Any]:

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from probe.data.batch import PromptExample
-from probe.errors.exceptions import DataError
+from probe.errors.exceptions import DataError, in_words_of
 from probe.from_checkpoint.sampling_options import NEUTRAL_SAMPLING, changed_ends, changed_sampling
 from probe.live.prompts import few_of, prompt_examples
 from probe.live.say import say
-from probe.live.words import in_own_words
 from probe.text import error_text
 
 IMAGES = ("image", "images")
@@ -65,7 +64,7 @@ def trainer_prompts(trainer: Any, prompts: Iterable[Any], tokenizer: Any, seed: 
     failed: list[str] = []
     for index, prompt in enumerate(few_of(prompts, seed)):
         try:
-            with in_own_words():
+            with in_words_of("training"):
                 if isinstance(prompt, PromptExample) or not callable(encode):
                     examples += prompt_examples([prompt], tokenizer, seed)
                 else:

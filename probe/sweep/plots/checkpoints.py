@@ -65,7 +65,7 @@ def _positions(rows: pd.DataFrame) -> np.ndarray:
 
 def _entropy(axis: Axes, rows: pd.DataFrame, estimand: Estimand, color: str, name: str) -> None:
     """The entropy before the update."""
-    x, mean, half = along(rows, f"H_orig{estimand.suffix}")
+    x, mean, half = along(rows, estimand.key("H_orig"))
     if len(x):
         _errorbar(axis, x, mean, half, "o-", color, name or "entropy $H$", "H_orig", color)
 
@@ -78,7 +78,7 @@ def _changes(axis: Axes, rows: pd.DataFrame, estimand: Estimand, index: int, nam
         (-0.006, "deltaH1", "$\\Delta H_1$ predicted", "s--"),
         (0.006, "deltaH_true", "$\\Delta H_\\mathrm{true}$ measured", "o-"),
     ):
-        x, mean, half = along(rows, f"{column}{estimand.suffix}")
+        x, mean, half = along(rows, estimand.key(column))
         color = CURVES[index % len(CURVES)]
         if lone:
             color = CURVES[1] if column == "deltaH1" else CURVES[0]

@@ -30,7 +30,7 @@ def eta_figure(rows: pd.DataFrame, title: str) -> Figure:
         title: what they have in common.
     """
     shown = estimands(rows)
-    residual = any(np.isfinite(numbers(rows, f"residual{e.suffix}")).any() for e in shown)
+    residual = any(np.isfinite(numbers(rows, e.key("residual"))).any() for e in shown)
     figure, axes = make_figure(2 if residual else 1, len(shown), title)
     for column, estimand in enumerate(shown):
         _change_panel(axes[0][column], rows, estimand)
@@ -72,10 +72,10 @@ def _prediction(axis: Axes, rows: pd.DataFrame, estimand: Estimand) -> list[Any]
     """The line of |deltaH1| with its band, one per seed."""
     handles: list[Any] = []
     for _, curve in rows.groupby("seed", sort=False):
-        eta, value = numbers(curve, "learning_rate"), numbers(curve, f"deltaH1{estimand.suffix}")
+        eta, value = numbers(curve, "learning_rate"), numbers(curve, estimand.key("deltaH1"))
         if not np.isfinite(value).any() or not np.any(value):
             continue
-        low, high = _mirrored(value, *interval(curve, f"deltaH1{estimand.suffix}"))
+        low, high = _mirrored(value, *interval(curve, estimand.key("deltaH1")))
         axis.fill_between(eta, np.maximum(low, 1e-300), high, color=PREDICTED, alpha=0.12, linewidth=0)
         (line,) = axis.plot(eta, np.abs(value), color=PREDICTED, alpha=0.85)
         line.set_gid("deltaH1")
@@ -89,8 +89,8 @@ def _measurements(
     axis: Axes, rows: pd.DataFrame, name: str, estimand: Estimand, label: str, bottom: float
 ) -> list[Any]:
     """The points of a column with their intervals; returns the entries of the legend."""
-    eta, value = _set_apart(rows), numbers(rows, name + estimand.suffix)
-    low, high = _mirrored(value, *interval(rows, name + estimand.suffix))
+    eta, value = _set_apart(rows), numbers(rows, estimand.key(name))
+    low, high = _mirrored(value, *interval(rows, estimand.key(name)))
     clear = resolved(rows, name, estimand)
     handles: list[Any] = []
     for sign, color, word in ((-1, NEGATIVE, "negative"), (1, POSITIVE, "positive")):
@@ -121,7 +121,7 @@ def _below_floor(
     axis: Axes, rows: pd.DataFrame, name: str, estimand: Estimand, value: np.ndarray, eta: np.ndarray
 ) -> list[Any]:
     """Triangles at the noise floor for values that are null because they are below it."""
-    floors = numbers(rows, f"noise_floor{estimand.suffix}")
+    floors = numbers(rows, estimand.key("noise_floor"))
     hidden = np.isnan(value) & np.isfinite(floors) & (name != "residual") & (floors > 0)
     if not hidden.any():
         return []
@@ -196,9 +196,9 @@ def _limits(rows: pd.DataFrame, names: Sequence[str], estimand: Estimand) -> tup
     sizes: list[float] = []
     tops: list[float] = []
     for name in names:
-        value = numbers(rows, name + estimand.suffix)
+        value = numbers(rows, estimand.key(name))
         sizes += list(np.abs(value[np.isfinite(value) & (value != 0)]))
-        _, high = _mirrored(value, *interval(rows, name + estimand.suffix))
+        _, high = _mirrored(value, *interval(rows, estimand.key(name)))
         tops += list(high[np.isfinite(high) & (high > 0)])
     floor = noise_floor(rows, estimand)
     if floor and (not sizes or floor > min(sizes) / 30):
