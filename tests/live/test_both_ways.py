@@ -19,6 +19,7 @@ from probe.phases.fit_memory import FitMemory
 from probe.phases.state import ProbeState
 from probe.results.build import findings
 from probe.rollouts.draw import stream_seed
+from probe.runner import TrainerSection
 from probe.snapshot import copied, evaluation_mode
 from tests.support.tiny_models import lora_checkpoint, save_base
 
@@ -74,7 +75,8 @@ def loaded(checkpoint: Any, tmp_path: Any, **rework: Any) -> EntropyProbe:
             "memory_config": {"microbatch_size": 8},
             "probe_rework": {"update_spread": False, "curvature": "off", **rework},
             "importance": {"noise_floor": True},
-        }
+        },
+        TrainerSection,
     )
     module = EntropyProbe(config.probe, 3, config.given)
     module.load(torch.device("cpu"))

@@ -151,6 +151,7 @@ def make_state(
         loss_weights=-U.advantages[:, None] * U.mask / U.mask.sum(),
         entropy_weights=torch.zeros(U.mask.shape, dtype=torch.float64),
         scores=U_scores,
+        zero_advantage_groups=1,
     )
     return ProbeState(
         sample=Sample(
@@ -162,11 +163,11 @@ def make_state(
             controls=ControlSource(None, "probe_rework.control_variates", "seed 0"),
             shared=0,
             sampling_gap=None,
-            on_policy_z=0.0,
+            on_policy_z=0.12,
             config=ProbeConfig(),
             sources=SettingSources("none"),
         ),
-        derivative=Derivative(Way("reverse", ""), gradient_of_entropy),
+        derivative=Derivative(Way("reverse", ""), gradient_of_entropy, check_error=3.4e-5),
         update=update,
         predicted=Predicted(
             with_errors(first_order(gradient_of_entropy, step, 1e-6), B_E), gradient_of_entropy
@@ -183,7 +184,6 @@ def make_state(
             "ground_truth": 2.1,
             "total": 25.61,
         },
-        diagnostics={"zero_advantage_groups": 1, "derivative_check_error": 3.4e-5, "on_policy_z": 0.12},
     )
 
 
