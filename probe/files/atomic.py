@@ -52,11 +52,6 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     return Path(path)
 
 
-def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write `text` to `path` as UTF-8, as `atomic_write_bytes` does; line ends are kept as they are."""
-    return atomic_write_bytes(path, text.encode("utf-8"))
-
-
 def atomic_create_bytes(path: str | os.PathLike[str], data: bytes) -> bool:
     """Write `data` to `path` as `atomic_write_bytes` does, but only where nothing has that name yet.
 
