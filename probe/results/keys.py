@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from probe.results.quantity import Part, Quantity, Shown
 
-CHART = ("", "_se", "_tok", "_tok_se", "_tok_ci95_low", "_tok_ci95_high")
+_WITH_INTERVAL = ("", "_se", "_tok", "_tok_se", "_tok_ci95_low", "_tok_ci95_high")
 """Endings of what a training logs of a change: per response too, and its interval per token."""
 
 
@@ -68,7 +68,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         core=True,
         row=Shown("deltaH1", "change", "change predicted: entropy gradient times optimizer step"),
         live="change predicted: entropy gradient times the optimizer's step",
-        logged=CHART,
+        logged=_WITH_INTERVAL,
     ),
     Quantity(
         "pathwise",
@@ -91,7 +91,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         core=True,
         row=Shown("deltaH_true", "change", "change measured: H after minus H before"),
         live="change measured: E rescored after the step",
-        logged=CHART,
+        logged=_WITH_INTERVAL,
     ),
     Quantity(
         "residual",
