@@ -52,7 +52,7 @@ def symmetric_curvature(
     return both(estimate(even, group))
 
 
-def eta_10(learning_rate: float, deltaH1: float, deltaH2: Estimate, noise: float = 0.0) -> float | None:
+def eta_10(learning_rate: float, deltaH1: float, deltaH2: Estimate) -> float | None:
     """The learning rate at which `|deltaH2| = 0.1 |deltaH1|`: `eta |deltaH1| / (10 |deltaH2|)`.
 
     `deltaH1` grows like `eta` and `deltaH2` like `eta^2`.
@@ -61,11 +61,10 @@ def eta_10(learning_rate: float, deltaH1: float, deltaH2: Estimate, noise: float
         learning_rate: `eta` of both.
         deltaH1: nats.
         deltaH2: nats.
-        noise: floor of the arithmetic in `deltaH2`, nats.
 
     Returns:
-        None where the 95 % interval of `deltaH2` contains 0, or `deltaH2` is below the noise.
+        None where the 95 % interval of `deltaH2` contains 0.
     """
-    if not abs(deltaH2.value) > max(NORMAL_975 * deltaH2.se, noise):
+    if not abs(deltaH2.value) > NORMAL_975 * deltaH2.se:
         return None
     return learning_rate * abs(deltaH1) / (10 * abs(deltaH2.value))

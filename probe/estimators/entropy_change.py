@@ -97,22 +97,6 @@ def entropy_change(
     )
 
 
-def first_derivative(
-    q: Tensor, scores: TokenScores, tangents: TokenTangents, estimator: Reweighting
-) -> Tensor:
-    """`d/ds [H_seq, H_tok]` of an estimator at `s = 0` along the step the tangents belong to, nats.
-
-    For `snis` this is the first-order prediction with `matched` weights, for `per_decision` the one with `causal`
-    weights and the mean over all sequences as baseline.
-    """
-
-    def moved(log_ratio: Tensor, h: Tensor) -> Tensor:
-        return reweighted_entropy(q, log_ratio, h, scores.mask, estimator)
-
-    at = (torch.zeros_like(scores.logprob), scores.entropy)
-    return torch.func.jvp(moved, at, (tangents.logprob, tangents.entropy))[1]  # type: ignore[no-any-return]
-
-
 def second_derivative(
     q: Tensor, scores: TokenScores, first: TokenTangents, second: TokenTangents, estimator: Reweighting
 ) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from probe.estimand import SEQUENCE, TOKEN
 from probe.logs.distributions import FLOAT32_DIGITS, TABLE_DIGITS, rounded
 
 if TYPE_CHECKING:
@@ -62,9 +63,11 @@ def parameter_statistics(state: ProbeState) -> dict[str, dict[str, Any]]:
         for vector, tensor in found.items():
             row[f"{vector}_norm"] = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
             row[f"{vector}_max_abs"] = float(tensor.abs().max()) if tensor.numel() else 0.0
-        for column, vector in (("contribution", "X"), ("contribution_tok", "X_tok")):
+        for estimand in (SEQUENCE, TOKEN):
+            vector = estimand.key("X")
             if "step" in found and vector in found:
-                row[column] = float((found[vector].double() * found["step"].double()).sum())
+                part = (found[vector].double() * found["step"].double()).sum()
+                row[estimand.key("contribution")] = float(part)
         table[name] = row
     return table
 
@@ -90,7 +93,8 @@ def _vectors(state: ProbeState) -> dict[str, Callable[[str], Tensor]]:
     if state.update is not None:
         found |= {"step": state.update.step.__getitem__, "gradient": state.update.gradient.__getitem__}
     if state.entropy_gradient is not None:
-        found |= {"X": state.entropy_gradient.sequence, "X_tok": state.entropy_gradient.token}
+        gradient = state.entropy_gradient
+        found |= {SEQUENCE.key("X"): gradient.sequence, TOKEN.key("X"): gradient.token}
     return found
 
 

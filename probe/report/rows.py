@@ -199,10 +199,10 @@ def settings_rows(values: Mapping[str, Any]) -> list[Row]:
     found: Mapping[str, Any] = values.get("settings") or {}
     rows = []
     for label in ("checkpoint", "configuration", "default"):
-        keys: Mapping[str, Any] = found.get(label) or {}
-        if keys:
-            listed = ", ".join(f"{key.rsplit('.', 1)[-1]} {_setting(value)}" for key, value in keys.items())
-            rows.append(Row(label, (str(len(keys)),), listed))
+        given: Mapping[str, Any] = found.get(label) or {}
+        if given:
+            listed = ", ".join(f"{key.rsplit('.', 1)[-1]} {_setting(value)}" for key, value in given.items())
+            rows.append(Row(label, (str(len(given)),), listed))
     overruled: Mapping[str, Any] = found.get("overruled") or {}
     if overruled:
         listed = ", ".join(f"{key.rsplit('.', 1)[-1]} {_setting(value)}" for key, value in overruled.items())

@@ -84,7 +84,7 @@ def hyperparameter_metrics(scalars: Mapping[str, float]) -> dict[str, float]:
     """The scalars that the HPARAMS tab shows, as far as they are there."""
     found = _by_metric(keys.QUANTITIES)
     changes = [estimand.key(one.key) for estimand in ESTIMANDS for one in found if estimand in one.estimands]
-    tags = [f"{PREFIX}/{name}" for name in (VERDICT_CODE, *changes)]
+    tags = [f"{PREFIX}/{VERDICT_CODE}", *(f"{PREFIX}{_group(name)}/{name}" for name in changes)]
     tags += [f"{PREFIX}_diagnostics/{one.key}" for one in _by_metric(diagnostic_keys.DIAGNOSTICS)]
     return {tag: scalars[tag] for tag in tags if tag in scalars}
 

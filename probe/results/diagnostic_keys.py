@@ -40,7 +40,6 @@ DIAGNOSTICS: tuple[Quantity, ...] = (
     Quantity(
         "noise_floor",
         "size that a change of 0 can seem to have by rounding, nats per response",
-        unit="nats",
         per_token=True,
         core=True,
         row=Shown("noise floor", "floor", "rounding: a smaller deltaH_true is not resolved"),

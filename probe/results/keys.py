@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from probe.results.quantity import Part, Quantity, Shown
 
-CHART = ("", "_se", "_tok", "_tok_se", "_tok_ci95_low", "_tok_ci95_high")
+_WITH_INTERVAL = ("", "_se", "_tok", "_tok_se", "_tok_ci95_low", "_tok_ci95_high")
 """Endings of what a training logs of a change: per response too, and its interval per token."""
 
 
@@ -25,7 +25,6 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity(
         "H_orig",
         "entropy of a response before the update, nats",
-        unit="nats",
         per_token=True,
         group="ground_truth",
         headline=True,
@@ -38,7 +37,6 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity(
         "H_upd",
         "entropy of a response after the update, nats: H_orig + deltaH_true",
-        unit="nats",
         per_token=True,
         group="ground_truth",
         headline=True,
@@ -48,14 +46,12 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity(
         "bars_dot",
         "deltaH1 / learning_rate = <X, Y>, nats per response and unit of learning rate",
-        unit="nats",
         per_token=True,
         core=True,
     ),
     Quantity(
         "deltaH1",
         "predicted first-order entropy change <grad H, step>, nats per response",
-        unit="nats",
         per_token=True,
         parts=(
             *_errors("deltaH1", "standard error of deltaH1 over E, for this very step, nats per response"),
@@ -72,24 +68,21 @@ QUANTITIES: tuple[Quantity, ...] = (
         core=True,
         row=Shown("deltaH1", "change", "change predicted: entropy gradient times optimizer step"),
         live="change predicted: entropy gradient times the optimizer's step",
-        logged=CHART,
+        logged=_WITH_INTERVAL,
     ),
     Quantity(
         "pathwise",
         "part of deltaH1 from the entropy of the states visited, nats per response",
-        unit="nats",
         per_token=True,
     ),
     Quantity(
         "score",
         "part of deltaH1 from which states are visited, nats per response",
-        unit="nats",
         per_token=True,
     ),
     Quantity(
         "deltaH_true",
         "measured entropy change H_upd - H_orig, nats per response; null below the noise floor",
-        unit="nats",
         per_token=True,
         parts=_errors("deltaH_true", "standard error of deltaH_true over E, nats per response"),
         group="ground_truth",
@@ -98,13 +91,12 @@ QUANTITIES: tuple[Quantity, ...] = (
         core=True,
         row=Shown("deltaH_true", "change", "change measured: H after minus H before"),
         live="change measured: E rescored after the step",
-        logged=CHART,
+        logged=_WITH_INTERVAL,
     ),
     Quantity(
         "residual",
         "same-E difference deltaH1 (matched) - deltaH_true (snis), nats per response: curvature and code error only; "
         "absent with step: preconditioned",
-        unit="nats",
         per_token=True,
         parts=_errors("residual", "standard error of the residual over E, nats per response"),
         group="ground_truth",
@@ -122,7 +114,6 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity(
         "deltaH2",
         "second-order term 1/2 step' (hess H) step, nats per response",
-        unit="nats",
         per_token=True,
         parts=(Part("_se", "standard error of deltaH2 over E, nats per response"),),
         core=True,
@@ -179,7 +170,6 @@ STATISTICS: tuple[Quantity, ...] = (
     Quantity(
         "avg_generation_length",
         "tokens per response of E and U",
-        unit="tokens",
         group="batch",
         live="tokens per response of E",
     ),
@@ -188,6 +178,6 @@ STATISTICS: tuple[Quantity, ...] = (
 """Of `batch_statistics`: its numbers that are not of E or U alone."""
 
 
-RESULT_KEYS: dict[str, str] = {key: words for one in QUANTITIES for key, words in one.keys().items()}
+RESULT_KEYS: dict[str, str] = {key: words for one in QUANTITIES for key, words in one.described().items()}
 """Keys of the result mapping. Those in nats per response exist with the suffix `_tok` in nats per token too; the
 keys of a phase that did not run are absent."""

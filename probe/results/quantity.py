@@ -58,8 +58,7 @@ class Quantity:
     Attributes:
         key: in the result mapping, or in a mapping inside of it.
         words: what it is, with its unit.
-        unit: `nats` for those that are per response and per token; empty where it has none.
-        per_token: whether it exists per token too, under the key with `_tok`.
+        per_token: whether it exists per token too, under the key with `_tok`, nats per token then.
         parts: its errors and intervals.
         group: of the charts in loggers.
         headline: whether its value stands with the results themselves there, whatever its parts do.
@@ -73,7 +72,6 @@ class Quantity:
 
     key: str
     words: str
-    unit: str = ""
     per_token: bool = False
     parts: tuple[Part, ...] = ()
     group: str = "prediction"
@@ -90,6 +88,6 @@ class Quantity:
         """Those that it has a key for."""
         return (SEQUENCE, TOKEN) if self.per_token else (SEQUENCE,)
 
-    def keys(self) -> dict[str, str]:
+    def described(self) -> dict[str, str]:
         """Its keys per response, with what they are."""
         return {self.key: self.words} | {self.key + part.ending: part.words for part in self.parts}

@@ -57,7 +57,8 @@ class Findings:
     @cached_property
     def verdict(self) -> Verdict:
         """How far the changes can be believed."""
-        return judge(Facts(self.changes.numbers, self.diagnostics, self.sizes.B_E, self.learning_rate))
+        numbers = self.changes.numbers
+        return judge(Facts(numbers, self.diagnostics, self.sizes.B_E, self.learning_rate, len(numbers)))
 
     def as_mapping(self) -> dict[str, Any]:
         """The result mapping, see `RESULT_KEYS`."""

@@ -108,9 +108,7 @@ def _column(name: str, values: list[Any]) -> pd.Series:
         return pd.Series([None if v is None else _one_line(v) for v in values], dtype="string")
     if there and all(isinstance(value, bool) for value in there):
         return pd.Series(values, dtype="boolean")
-    if name == "seed" or any(
-        one.integer for one in (*keys.QUANTITIES, *diagnostic_keys.DIAGNOSTICS) if one.key == name
-    ):
+    if name in {"seed", *(one.key for one in _result_columns() if one.integer)}:
         return pd.Series(values, dtype="Int64")
     return pd.Series([None if v is None else float(v) for v in values], dtype="float64")
 

@@ -99,13 +99,13 @@ def derivatives_disagree(facts: Facts) -> Finding | None:
 
     Their *relative* difference says nothing where `deltaH1` itself is 0 within its error, so that is never invalid.
     """
-    found = number(facts.found, "derivative_agreement")
+    found = number(facts.diagnostics, "derivative_agreement")
     half = "half_precision" in facts.flags
     low, high = DERIVATIVE_LIMITS_HALF if half else DERIVATIVE_LIMITS
     if found is None or found <= low:
         return None
     vague = any(facts.change("deltaH1", estimand).contains_zero for estimand in ESTIMANDS)
-    mode = facts.found.get("derivative_mode")
+    mode = facts.diagnostics.get("derivative_mode")
     by = f" ({mode} is reported)" if mode else ""
     judged = invalid if found > high and not vague else caution
     return judged(
@@ -122,7 +122,10 @@ def forwards_disagree(facts: Facts) -> Finding | None:
     """Derivatives that forwards along the step contradict or cannot confirm, or that are made of coarse differences."""
     half = "half_precision" in facts.flags
     high = (DERIVATIVE_LIMITS_HALF if half else DERIVATIVE_LIMITS)[1]
-    off, known = number(facts.found, "step_difference"), number(facts.found, "step_difference_error") or 0.0
+    off, known = (
+        number(facts.diagnostics, "step_difference"),
+        number(facts.diagnostics, "step_difference_error") or 0.0,
+    )
     what = (
         ""
         if off is None
@@ -143,8 +146,12 @@ def forwards_disagree(facts: Facts) -> Finding | None:
             more_digits(facts),
             ".",
         )
-    coarse = number(facts.found, "difference_error")
-    if facts.found.get("derivative_mode") == "finite_difference" and coarse is not None and coarse > high:
+    coarse = number(facts.diagnostics, "difference_error")
+    if (
+        facts.diagnostics.get("derivative_mode") == "finite_difference"
+        and coarse is not None
+        and coarse > high
+    ):
         return caution(
             f"The derivatives are differences of forwards that are known to {percent(coarse)} only (limit "
             f"{percent(high)}; rounding, or experts that the router chooses anew); set ",

@@ -51,31 +51,36 @@ class Facts:
 
     Attributes:
         numbers: by quantity, those of `JUDGED` that the result has.
-        found: its diagnostics.
+        diagnostics: how good its estimates are.
         size: sequences in E; None where it is not known.
         learning_rate: of the step; None where it is not known.
+        keys: how many the result has.
     """
 
     numbers: Mapping[str, Numbers]
-    found: Mapping[str, Any]
+    diagnostics: Mapping[str, Any]
     size: float | None = None
     learning_rate: float | None = None
+    keys: int = 0
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Facts:
-        """Read a result mapping, that of an older version or of a training too.
+        """Read a result mapping, that of an older version or of a training too."""
+        numbers = {name: from_mapping(values, name) for name in JUDGED}
+        diagnostics = values.get("diagnostics") or {}
+        return cls(numbers, diagnostics, number(values, "B_E"), number(values, "learning_rate"), len(values))
+
+    def __post_init__(self) -> None:
+        """Refuse what has nothing to judge.
 
         Raises:
-            ValueError: it has neither a prediction nor a measurement.
+            ValueError: there is neither a prediction nor a measurement.
         """
-        numbers = {name: from_mapping(values, name) for name in JUDGED}
-        if not any(numbers[name][e] for name in ("deltaH1", "deltaH_true") for e in ESTIMANDS):
+        if not self.estimands:
             raise ValueError(
                 "expected a result with deltaH1 or deltaH_true (or deltaH1_tok, deltaH_true_tok), found neither among "
-                f"{len(values)} keys; switch on probe_rework.compute_delta_h1 or importance.enabled"
+                f"{self.keys} keys; switch on probe_rework.compute_delta_h1 or importance.enabled"
             )
-        found = values.get("diagnostics") or {}
-        return cls(numbers, found, number(values, "B_E"), number(values, "learning_rate"))
 
     @property
     def quantity(self) -> str:
@@ -90,12 +95,12 @@ class Facts:
     @property
     def flags(self) -> tuple[str, ...]:
         """The bias flags."""
-        return tuple(self.found.get("bias_flags") or ())
+        return tuple(self.diagnostics.get("bias_flags") or ())
 
     @property
     def reweighted(self) -> bool:
         """Whether the measurement stands on importance weights (`resample` draws a fresh E instead)."""
-        return self.found.get("is_mode") != "resample"
+        return self.diagnostics.get("is_mode") != "resample"
 
     def number(self, name: str, estimand: Estimand) -> Number | None:
         """A number as the result has it."""
@@ -120,7 +125,7 @@ class Facts:
 
     def noise_floor(self, estimand: Estimand) -> float | None:
         """The noise floor of the arithmetic, nats; None where it was not measured."""
-        return number(self.found, estimand.key("noise_floor"))
+        return number(self.diagnostics, estimand.key("noise_floor"))
 
 
 def number(mapping: Mapping[str, Any], key: str) -> float | None:
@@ -140,13 +145,13 @@ def is_finite(value: Any) -> bool:
 
 def ess_share(facts: Facts) -> float | None:
     """ESS as a share of E."""
-    ess, size = number(facts.found, "ESS"), facts.size
+    ess, size = number(facts.diagnostics, "ESS"), facts.size
     return None if ess is None or not size else ess / size
 
 
 def pareto_limit(facts: Facts) -> float:
     """The limit of Pareto k: the one in the result, else `min(1 - 1 / log10(B_E), 0.7)`."""
-    limit, size = number(facts.found, "pareto_k_limit"), facts.size
+    limit, size = number(facts.diagnostics, "pareto_k_limit"), facts.size
     if limit is not None:
         return limit
     return PARETO_K_LIMIT if size is None or size < 2 else pareto_k_limit(size)

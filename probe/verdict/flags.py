@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from probe.errors.remedies import Remedy
 from probe.estimand import ESTIMANDS
 from probe.verdict.facts import Facts, number
@@ -11,52 +13,76 @@ from probe.verdict.words import Finding, caution, invalid
 
 def flag_finding(flag: str, facts: Facts) -> Finding | None:
     """What a bias flag means for the result."""
-    if flag == "half_precision":
-        # With a measured floor, `near_noise_floor` knows whether 16 bits are enough.
-        if any(facts.noise_floor(estimand) is not None for estimand in ESTIMANDS):
-            return None
-        return caution(
-            "Forwards run in 16 bits and no noise floor was measured: changes below about 0.01 nats per response can "
-            "be rounding; set ",
-            Remedy.FLOAT32,
-            ".",
-        )
-    if flag == "dropout":
-        p = number(facts.found, "dropout")
-        return caution(
-            f"The training draws dropout{'' if p is None else f' of {p:g}'} in the update's gradient, the probe takes "
-            "the update without: the training's step differs by that noise (TRL: disable_dropout=True).",
-        )
-    if flag == "another_base":
-        return caution(
-            f"The adapter was trained on {facts.found.get('base_recorded', 'another base')} and is put on "
-            f"{facts.found.get('base_given', 'this one')}; unless they are one model, this is not the policy that was "
-            "trained: name the right base in checkpoint.backbone.",
-        )
-    if flag == "rounded_step":
-        moved, exact = number(facts.found, "rounded_moved"), number(facts.found, "rounded_moved_exact")
-        share = (
-            ""
-            if moved is None or exact is None
-            else f": it moves {percent(moved)} of them, not {percent(exact)}"
-        )
-        return caution(
-            f"The training keeps weights and moments in {facts.found.get('rounded_to', '16 bits')}, where much of its "
-            f"step is rounded away{share}. deltaH_true is of the rounded step, deltaH1 of the exact one; "
-            "train with float32 weights for the exact step.",
-        )
-    if flag == "E_not_from_this_policy":
-        z = number(facts.found, "on_policy_z")
-        off = "" if z is None else f": the mean of sum_t (l + h) is {z:.3g} standard errors from 0"
-        return invalid(
-            f"E was not drawn from the policy that is probed{off}; sample E (leave out batch_config.E_rollouts), or "
-            "give the checkpoint and generation.temperature that E was drawn with.",
-        )
+    if flag in _FOUND:
+        return _FOUND[flag](facts)
     if flag in _DOUBTED:
         sentence, doubts = _DOUBTED[flag]
         counted = _doubts(facts, doubts)
         return caution(sentence.format(counted=f" ({counted})" if counted else ""))
     return _FLAGS.get(flag, caution(f"The run is flagged {flag}: its numbers are biased in a known way."))
+
+
+def _half_precision(facts: Facts) -> Finding | None:
+    # With a measured floor, `near_noise_floor` knows whether 16 bits are enough.
+    if any(facts.noise_floor(estimand) is not None for estimand in ESTIMANDS):
+        return None
+    return caution(
+        "Forwards run in 16 bits and no noise floor was measured: changes below about 0.01 nats per response can be "
+        "rounding; set ",
+        Remedy.FLOAT32,
+        ".",
+    )
+
+
+def _dropout(facts: Facts) -> Finding:
+    p = number(facts.diagnostics, "dropout")
+    return caution(
+        f"The training draws dropout{'' if p is None else f' of {p:g}'} in the update's gradient, the probe takes the "
+        "update without: the training's step differs by that noise (TRL: disable_dropout=True).",
+    )
+
+
+def _another_base(facts: Facts) -> Finding:
+    recorded = facts.diagnostics.get("base_recorded", "another base")
+    given = facts.diagnostics.get("base_given", "this one")
+    return caution(
+        f"The adapter was trained on {recorded} and is put on {given}; unless they are one model, this is not the "
+        "policy that was trained: name the right base in checkpoint.backbone.",
+    )
+
+
+def _rounded_step(facts: Facts) -> Finding:
+    moved, exact = (
+        number(facts.diagnostics, "rounded_moved"),
+        number(facts.diagnostics, "rounded_moved_exact"),
+    )
+    share = ""
+    if moved is not None and exact is not None:
+        share = f": it moves {percent(moved)} of them, not {percent(exact)}"
+    kept = facts.diagnostics.get("rounded_to", "16 bits")
+    return caution(
+        f"The training keeps weights and moments in {kept}, where much of its step is rounded away{share}. "
+        "deltaH_true is of the rounded step, deltaH1 of the exact one; train with float32 weights for the exact step.",
+    )
+
+
+def _another_policy(facts: Facts) -> Finding:
+    z = number(facts.diagnostics, "on_policy_z")
+    off = "" if z is None else f": the mean of sum_t (l + h) is {z:.3g} standard errors from 0"
+    return invalid(
+        f"E was not drawn from the policy that is probed{off}; sample E (leave out batch_config.E_rollouts), or give "
+        "the checkpoint and generation.temperature that E was drawn with.",
+    )
+
+
+_FOUND: dict[str, Callable[[Facts], Finding | None]] = {
+    "half_precision": _half_precision,
+    "dropout": _dropout,
+    "another_base": _another_base,
+    "rounded_step": _rounded_step,
+    "E_not_from_this_policy": _another_policy,
+}
+"""Bias flags whose meaning depends on the diagnostics."""
 
 
 _FLAGS: dict[str, Finding] = {
@@ -138,7 +164,7 @@ _DOUBTED: dict[str, tuple[str, tuple[str, ...]]] = {
 
 def _doubts(facts: Facts, doubts: tuple[str, ...]) -> str:
     """How many responses of which batch have which doubt."""
-    found = facts.found.get("rollout_doubts") or {}
+    found = facts.diagnostics.get("rollout_doubts") or {}
     parts = [
         f"{counts[doubt]} of {counts['of']} in {batch} {_DOUBT_WORDS[doubt]}"
         for batch, counts in found.items()

@@ -28,10 +28,10 @@ visibly less than 95 %: with Student's t at 30 it is 4 % wider, at 10 it is 15 %
 
 def heavy_tail(facts: Facts) -> Finding | None:
     """Weights with a tail too heavy for their mean to be estimated."""
-    if "pareto_k" not in facts.found or not facts.reweighted:
+    if "pareto_k" not in facts.diagnostics or not facts.reweighted:
         return None
-    k, size = number(facts.found, "pareto_k"), facts.size
-    largest = number(facts.found, "w_max")
+    k, size = number(facts.diagnostics, "pareto_k"), facts.size
+    largest = number(facts.diagnostics, "w_max")
     if largest is not None and largest < EVEN_WEIGHTS:
         return None
     if k is None:
@@ -72,8 +72,8 @@ def effective_sample_size(facts: Facts) -> Finding | None:
     share = ess_share(facts)
     if share is None or share >= ESS_LOW or not facts.reweighted:
         return None
-    what = f"The effective sample size of E is {facts.found['ESS']:.3g} of {count_text(facts.size)} responses"
-    if share < ESS_COLLAPSE or facts.found["ESS"] < ESS_LEAST:
+    what = f"The effective sample size of E is {facts.diagnostics['ESS']:.3g} of {count_text(facts.size)} responses"
+    if share < ESS_COLLAPSE or facts.diagnostics["ESS"] < ESS_LEAST:
         least = percent(ESS_COLLAPSE) if share < ESS_COLLAPSE else f"{ESS_LEAST:g}"
         return invalid(
             f"{what}, below {least}: a few responses decide deltaH_true; ",
@@ -87,9 +87,9 @@ def effective_sample_size(facts: Facts) -> Finding | None:
 
 def few_responses(facts: Facts) -> Finding | None:
     """Too few responses for an interval that relies on many."""
-    drawn, different = facts.size, number(facts.found, "distinct_responses")
-    prompts = number(facts.found, "prompts_E")
-    effective = number(facts.found, "ESS") if facts.reweighted else None
+    drawn, different = facts.size, number(facts.diagnostics, "distinct_responses")
+    prompts = number(facts.diagnostics, "prompts_E")
+    effective = number(facts.diagnostics, "ESS") if facts.reweighted else None
     if drawn is not None and drawn < FEW_RESPONSES:
         what = f"E has {drawn:g} responses"
     elif prompts is not None and prompts < FEW_RESPONSES:
@@ -114,7 +114,7 @@ def few_responses(facts: Facts) -> Finding | None:
 
 def cut_off(facts: Facts) -> Finding | None:
     """Many responses whose end was not seen."""
-    share = number(facts.found, "truncated_fraction")
+    share = number(facts.diagnostics, "truncated_fraction")
     if share is None or share <= MATERIAL:
         return None
     return caution(

@@ -15,7 +15,7 @@ def praise(facts: Facts) -> str:
     """Why a result is trustworthy."""
     estimand = facts.estimands[0]
     parts = [f"{facts.primary(estimand).range()}, excludes 0"]
-    ess, k = number(facts.found, "ESS"), number(facts.found, "pareto_k")
+    ess, k = number(facts.diagnostics, "ESS"), number(facts.diagnostics, "pareto_k")
     if ess is not None and facts.size is not None and facts.reweighted:
         limit = pareto_limit(facts)
         tail = "" if k is None or k > limit else f", Pareto k {k:.2f} below {limit:.2f}"
@@ -32,7 +32,7 @@ def praise(facts: Facts) -> str:
 
 def resolving_size(facts: Facts, change: Change) -> tuple[str | Remedy, ...]:
     """The remedy for an interval that contains 0: how large E must be, as its width shrinks with `sqrt(B_E)`."""
-    size = number(facts.found, "prompts_E") or facts.size
+    size = number(facts.diagnostics, "prompts_E") or facts.size
     if size is None:
         return "raise ", Remedy.B_E, ", ", Remedy.OR_LARGER_STEP
     if not change.value or change.half_width is None:

@@ -8,12 +8,12 @@ import torch
 from probe.estimators.entropy_change import (
     entropy,
     entropy_change,
-    first_derivative,
     reweighted_entropy,
     second_derivative,
 )
 from probe.scoring import TokenScores
 from probe.scoring.scores import TokenTangents
+from tests.support.exact import first_derivative
 
 NAMES = ("snis", "per_decision")
 

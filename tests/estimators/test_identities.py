@@ -9,7 +9,7 @@ import torch
 
 from probe.errors.exceptions import OptimizerStateError
 from probe.estimators.adam import adam_closed_form, preconditioned_direction
-from probe.estimators.entropy_change import entropy_change, first_derivative, reweighted_entropy
+from probe.estimators.entropy_change import entropy_change, reweighted_entropy
 from probe.estimators.entropy_gradient import entropy_gradient
 from probe.estimators.ground_truth import reweighted_change
 from probe.estimators.loss_settings import LossSettings
@@ -24,6 +24,7 @@ from probe.scoring.scores import TokenTangents
 from probe.snapshot import parameters_at
 from tests.support import tiny_models
 from tests.support.enumerable import all_sequences, as_batch, exact_entropies, naive_scores, tiny_policy
+from tests.support.exact import first_derivative
 
 NUMBERS = ("deltaH1", "pathwise", "score", "deltaH1_tok", "pathwise_tok", "score_tok")
 

@@ -458,7 +458,10 @@ def test_pruning_a_folder_that_is_not_there_does_nothing(tmp_path):
 
 
 def test_every_key_is_documented(small):
-    document = (Path(__file__).parents[2] / "docs" / "log_schema.md").read_text(encoding="utf-8")
+    docs = Path(__file__).parents[2] / "docs"
+    document = "".join(
+        (docs / page).read_text(encoding="utf-8") for page in ("log_schema.md", "quantities.md")
+    )
     log = build_log(make_result(small), small, "debug", token_text=token_text)
     keys = (
         set(log) | set(summary(make_result(small), "debug")) | set(log["distributions"]) | set(log["groups"])
@@ -467,8 +470,7 @@ def test_every_key_is_documented(small):
     keys |= set(log["raw"]["E"]) | set(log["raw"]["U"]) | set(log["raw"]["vectors"])
     for name in ("E", "U"):
         keys |= set(log["sequences"][name][0]) | set(log["tokens"][name][0])
-    results = build_log(make_result(small), small, "minimal")["results"]
-    keys |= {key.replace("_tok", "") for key in results} | set(results["diagnostics"])
+    keys |= set(log["results"]) | set(log["results"]["diagnostics"])
     keys |= set(make_result(small).values["estimates"][0])
     missing = {key for key in keys if not re.search(rf"[`.{{ ,]{re.escape(key)}[`}}, ]", document)}
     assert missing == set()

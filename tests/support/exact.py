@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from probe.data.batch import RolloutBatch
+from probe.estimators.entropy_change import Reweighting, reweighted_entropy
 from probe.scoring import Policy, TokenScores, score_tokens
 from probe.scoring.features import feature_basis
 from probe.scoring.forward_mode import forward_tangents, second_order_tangents
@@ -176,3 +177,19 @@ def enumeration(
         curvature=curvature,
         new_probability=p_new,
     )
+
+
+def first_derivative(
+    q: Tensor, scores: TokenScores, tangents: TokenTangents, estimator: Reweighting
+) -> Tensor:
+    """`d/ds [H_seq, H_tok]` of an estimator at `s = 0` along the step the tangents belong to, nats.
+
+    For `snis` this is the first-order prediction with `matched` weights, for `per_decision` the one with `causal`
+    weights and the mean over all sequences as baseline.
+    """
+
+    def moved(log_ratio: Tensor, h: Tensor) -> Tensor:
+        return reweighted_entropy(q, log_ratio, h, scores.mask, estimator)
+
+    at = (torch.zeros_like(scores.logprob), scores.entropy)
+    return torch.func.jvp(moved, at, (tangents.logprob, tangents.entropy))[1]  # type: ignore[no-any-return]
