@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from probe.loading.base_model import BACKBONES, other_base
+from probe.loading.base_name import BACKBONES, other_base
 from probe.loading.checkpoint import CheckpointFiles, locate_checkpoint
 from probe.loading.libraries import quiet_libraries
 from probe.loading.optimizer import LoadedOptimizer, load_optimizer

@@ -31,13 +31,12 @@ from probe.loading.optimizer_file import (
     read_state_dict,
     well_formed,
 )
+from probe.loading.rounded import rounded_types, rounding_notes
 from probe.parameters import trainable_parameters
 
 logger = logging.getLogger(__name__)
 
 Rule = Literal["adam", "adamw"]
-
-_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,8 @@ def load_optimizer(
     rates, reference, rate_notes = learning_rates(file, groups, learning_rate, trainer_state)
     optimizer = _build(rule, groups, members, parameters, rates)
     notes = saved.notes + match_notes + rule_notes + rate_notes + _place(optimizer, moments, parameters)
-    rounded = _rounded_types(moments, parameters)
-    notes += _family_notes(saved.family) + _rounding_notes(rounded, saved.family, parameters)
+    rounded = rounded_types(moments, parameters)
+    notes += _family_notes(saved.family) + rounding_notes(rounded, saved.family, parameters)
     for note in notes:
         logger.info("optimizer: %s", note)
     return LoadedOptimizer(
@@ -186,42 +185,6 @@ def _family_notes(family: str) -> tuple[str, ...]:
     if family != "bitsandbytes":
         return ()
     return ("the moments are bitsandbytes' (8-bit ones dequantised); the step is torch's AdamW from them",)
-
-
-def _rounded_types(
-    moments: Mapping[str, Moments], parameters: Mapping[str, nn.Parameter]
-) -> dict[str, torch.dtype]:
-    """The parameters that the training has in 16 bits: moments of such a type, and no weight with more digits."""
-    return {
-        name: moment.exp_avg.dtype
-        for name, moment in moments.items()
-        if moment.exp_avg.dtype in _HALF and _fits(parameters[name], moment.exp_avg.dtype)
-    }
-
-
-def _fits(parameter: nn.Parameter, dtype: torch.dtype) -> bool:
-    """Whether every value is a number of `dtype`."""
-    values = parameter.detach()
-    return torch.equal(values.to(dtype).to(values.dtype), values)
-
-
-def _rounding_notes(
-    rounded: Mapping[str, torch.dtype], family: str, parameters: Mapping[str, nn.Parameter]
-) -> tuple[str, ...]:
-    if rounded:
-        types = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in rounded.values()}))
-        return (
-            f"the training keeps weights and moments of {len(rounded)} parameters in {types}, which rounds most of a "
-            "small step away: the change is measured after the rounded step, and predicted for the exact one",
-        )
-    if family == "bitsandbytes" and all(
-        _fits(parameter, torch.bfloat16) for parameter in parameters.values()
-    ):
-        return (
-            "the weights are saved in bfloat16; whether the training rounds its steps to it is not in the moments of "
-            "bitsandbytes, and the step is taken without rounding",
-        )
-    return ()
 
 
 def _is_language_model(model: Any) -> bool:

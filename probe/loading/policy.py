@@ -15,7 +15,8 @@ from torch import nn
 from probe.config.checkpoint import CheckpointConfig
 from probe.errors.exceptions import CheckpointError
 from probe.loading.adapters import attach_adapter, read_adapter_config, rebuilds_base
-from probe.loading.base_model import load_base, other_base, resolve_base
+from probe.loading.base_model import load_base
+from probe.loading.base_name import other_base, resolve_base
 from probe.loading.checkpoint import CheckpointFiles
 from probe.loading.checks import check_finite_weights, check_forward, check_vocabulary
 from probe.loading.libraries import fork_torch_rng, quiet_libraries

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from probe.config.checkpoint import CheckpointConfig
 from probe.errors.exceptions import CheckpointError
 from probe.loading.adapters import read_adapter_config
-from probe.loading.base_model import full_name, is_folder, needs_no_hub, resolve_base
+from probe.loading.base_name import full_name, is_folder, needs_no_hub, resolve_base
 from probe.loading.checkpoint import CheckpointFiles
 from probe.loading.foreign import check_folder, rewritten
 from probe.loading.libraries import fork_torch_rng, quiet_libraries

@@ -49,7 +49,7 @@ from transformers import PreTrainedTokenizerBase
 from probe.config.batches import BatchConfig
 from probe.data.batch import RolloutBatch
 from probe.data.prompts import check_messages, check_prompt_tokens
-from probe.data.rendering import Rendering, render_messages, rendering_of
+from probe.data.rendering import render_messages, rendering_of
 from probe.errors.exceptions import DataError
 from probe.rollouts.cells import padded, read_ids
 from probe.rollouts.ends import EndRules, Response
@@ -73,17 +73,14 @@ def read_rollouts(
     eos_ids: Sequence[int] | None = None,
     part: Part | None = None,
 ) -> RolloutBatch:
-    """Read a rollout file (`.jsonl` or `.parquet`; the columns stand at the top of this module), or a log of a run.
-
-    How rewards, tokens, ends and groups are found is said at the top of this module.
+    """Read a rollout file (`.jsonl` or `.parquet`), or a log of a run, by the rules at the top of this module.
 
     Args:
         path: the file.
         tokenizer: of the policy.
         config: `reward_columns`, `max_prompt_tokens`, and how messages are rendered.
         max_new_tokens: the cap on tokens that the responses were sampled with.
-        vocabulary: number of tokens the model knows, for the check of exact ids; models often have more than
-            their tokenizer names, and sample them. By default the tokenizer's.
+        vocabulary: number of tokens that the model knows and samples, often more than the tokenizer's (the default).
         update: number of the update whose rows are wanted, see `read_table`.
         stop_strings: the stop strings that the responses were sampled with.
         eos_ids: the ids that end a response, as when sampling; by default the tokenizer's EOS alone.
@@ -98,11 +95,8 @@ def read_rollouts(
     """
     table = own_columns(read_table(path, update, part))
     vocabulary = len(tokenizer) if vocabulary is None else vocabulary
-    own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    rules = EndRules(tuple(dict.fromkeys([*own, *(eos_ids or ())])), tuple(stop_strings), max_new_tokens)
-    prompts = _read_prompts(table, tokenizer, vocabulary, rendering_of(config))
-    if config.max_prompt_tokens is not None:
-        check_prompt_tokens([len(ids) for ids in prompts.ids], config.max_prompt_tokens)
+    prompts = _read_prompts(table, tokenizer, vocabulary, config)
+    rules = _end_rules(tokenizer, eos_ids or (), stop_strings, max_new_tokens)
     responses, flags = read_responses(table, tokenizer, rules, vocabulary)
     ids = [response.ids for response in responses]
     completion_ids, mask = padded(ids, torch.int64)
@@ -139,10 +133,23 @@ class _Prompts:
     unsure: list[bool]
 
 
+def _end_rules(
+    tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], stop_strings: Sequence[str], cap: int
+) -> EndRules:
+    """How responses end: by the tokenizer's EOS first, then by the other ids."""
+    own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return EndRules(tuple(dict.fromkeys([*own, *eos_ids])), tuple(stop_strings), cap)
+
+
 def _read_prompts(
-    table: RolloutTable, tokenizer: PreTrainedTokenizerBase, vocabulary: int, rendering: Rendering
+    table: RolloutTable, tokenizer: PreTrainedTokenizerBase, vocabulary: int, config: BatchConfig
 ) -> _Prompts:
-    """The text, the token ids and (of conversations) the messages of each prompt."""
+    """The text, the token ids and (of conversations) the messages of each prompt.
+
+    Raises:
+        DataError: one is malformed, empty, or longer than `max_prompt_tokens`.
+    """
+    rendering = rendering_of(config)
     exact = read_ids(table, "prompt_ids", vocabulary) if "prompt_ids" in table.columns else None
     if exact is not None and "prompt" not in table.columns:
         values: list[Any] = [str(tokenizer.decode(ids)) for ids in exact]
@@ -175,6 +182,8 @@ def _read_prompts(
         found.ids.append(ids)
         found.messages.append(messages)
         found.unsure.append(unsure)
+    if config.max_prompt_tokens is not None:
+        check_prompt_tokens([len(ids) for ids in found.ids], config.max_prompt_tokens)
     return found
 
 

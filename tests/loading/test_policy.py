@@ -23,7 +23,8 @@ from probe.loading import (
     quiet_libraries,
     trainable_parameters,
 )
-from probe.loading.base_model import _check_loading_report, resolve_base
+from probe.loading.base_model import _check_loading_report
+from probe.loading.base_name import resolve_base
 from probe.loading.checks import check_forward
 from probe.loading.quantization import dequantized_weight, find_4bit_layers
 from tests.support.helpers import char_tokenizer
