@@ -21,7 +21,6 @@ from probe.errors.exceptions import NumericalError
 from probe.estimators.entropy_gradient import entropy_gradient
 from probe.estimators.prediction import first_order, token_first_order
 from probe.module import EntropyProbe
-from probe.phases.state import ProbeState
 from probe.runner import TrainerSection
 from probe.scoring.differences import choose_scale, difference_pair
 from probe.scoring.forward_mode import forward_tangents, second_order_tangents
@@ -40,11 +39,11 @@ def compare(config: dict[str, Any], dtype: str, learning_rate: float, rounds: in
         },
         TrainerSection,
     )
-    module, state = EntropyProbe(resolved.probe, resolved.seed, resolved.given), ProbeState()
+    module = EntropyProbe(resolved.probe, resolved.seed, resolved.given)
     module.load(torch.device("cpu"))
     with evaluation_mode(module):
-        module.sample(state)
-        update, policy, E, scores = module.update(state), module.policy, state.E, state.E_scores
+        sample = module.sample()
+        update, policy, E, scores = module.update(sample), module.policy, sample.E, sample.E_scores
         assert E is not None
         assert scores is not None
         exact = forward_tangents(policy, E, update.step)

@@ -21,10 +21,9 @@ from probe.config.files import read_config_file
 from probe.config.parsing import parse_config
 from probe.estimators.control_variates import FitStatistics, control_variates
 from probe.estimators.estimate import Estimate
-from probe.estimators.ground_truth import measure
+from probe.estimators.ground_truth import reweighted_change
 from probe.estimators.prediction import token_first_order
 from probe.module import EntropyProbe
-from probe.phases.state import ProbeState
 from probe.runner import TrainerSection
 from probe.scoring.forward_mode import forward_tangents
 from probe.scoring.scores import TokenScores, TokenTangents
@@ -49,22 +48,20 @@ class Scored:
             },
             TrainerSection,
         )
-        module, state = EntropyProbe(resolved.probe, resolved.seed, resolved.given), ProbeState()
+        module = EntropyProbe(resolved.probe, resolved.seed, resolved.given)
         module.load(torch.device("cpu"))
         with evaluation_mode(module):
-            module.sample(state)
-            step = module.update(state)
-            assert state.E is not None
-            assert state.E_scores is not None
-            assert state.basis is not None
-            self.group, self.old = state.E.group, state.E_scores
-            self.tangents = forward_tangents(module.policy, state.E, step.step, state.basis)
-            state.update = step
+            sample = module.sample()
+            step = module.update(sample)
+            assert sample.controls.memory is not None
+            basis = sample.controls.memory.basis
+            self.group, self.old = sample.E.group, sample.E_scores
+            self.tangents = forward_tangents(module.policy, sample.E, step.step, basis)
             from probe.scoring.score import score_tokens
 
-            self.new = score_tokens(module.policy.at(step.new_parameters), state.E)
-            self.psi = state.basis.tokens[state.E.completion_ids.clamp(0, len(state.basis.tokens) - 1)]
-        self.basis = state.basis
+            self.new = score_tokens(module.policy.at(step.new_parameters), sample.E)
+            self.psi = basis.tokens[sample.E.completion_ids.clamp(0, len(basis.tokens) - 1)]
+        self.basis = basis
 
     def estimates(
         self, rows: Tensor, earlier: list[FitStatistics]
@@ -76,7 +73,7 @@ class Scored:
         )
         tangents = TokenTangents(*(None if x is None else x[rows] for x in vars(self.tangents).values()))  # type: ignore[arg-type]
         group = self.group[rows]
-        found = dict(measure(old, new, group).estimates)
+        found = dict(reweighted_change(old, new, group).estimates)
         for name in ("matched", "causal"):
             found[name] = token_first_order(old, tangents, group, name).total  # type: ignore[arg-type]
         fitted = control_variates(old, tangents, self.psi[rows], group, earlier)

@@ -7,21 +7,24 @@ from typing import TYPE_CHECKING
 from probe.imports import at_first_use
 
 if TYPE_CHECKING:
-    from probe.callbacks.base import PHASES, ProbeCallback
+    from probe.callbacks.base import ProbeCallback
     from probe.callbacks.console import ConsoleReport
     from probe.callbacks.defaults import default_callbacks
     from probe.callbacks.delta_h1 import DeltaH1
     from probe.callbacks.detailed_logging import DetailedLogging
+    from probe.callbacks.fit_memory import FitMemoryFile
     from probe.callbacks.ground_truth import GroundTruth
     from probe.callbacks.progress import ProgressBars
     from probe.callbacks.results_file import ResultsFile
     from probe.callbacks.tensorboard import TensorBoardDiagnostics
+    from probe.phases.state import PHASES
 
 _HOME = {
-    "PHASES": "probe.callbacks.base",
+    "PHASES": "probe.phases.state",
     "ConsoleReport": "probe.callbacks.console",
     "DeltaH1": "probe.callbacks.delta_h1",
     "DetailedLogging": "probe.callbacks.detailed_logging",
+    "FitMemoryFile": "probe.callbacks.fit_memory",
     "GroundTruth": "probe.callbacks.ground_truth",
     "ProbeCallback": "probe.callbacks.base",
     "ProgressBars": "probe.callbacks.progress",
@@ -35,6 +38,7 @@ __all__ = [
     "ConsoleReport",
     "DeltaH1",
     "DetailedLogging",
+    "FitMemoryFile",
     "GroundTruth",
     "ProbeCallback",
     "ProgressBars",

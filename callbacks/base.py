@@ -6,27 +6,29 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from probe.module import EntropyProbe
+    from probe.phases.state import PhaseResult
     from probe.results.result import ProbeResult
     from probe.runner import ProbeRunner
-
-PHASES = ("sample", "entropy_gradient", "update", "prediction", "ground_truth", "report")
-"""The phases of a run, in order. `sample` and `report` always run; a phase between them runs when a callback
-asks for it in `ProbeCallback.phases`."""
 
 
 class ProbeCallback:
     """Base class of the callbacks of a probe run; every hook does nothing unless overridden.
 
     `runner.state` (a `probe.phases.state.ProbeState`) holds what the phases produced so far.
-
-    Attributes:
-        phases: the phases this callback computes; it must define `run_<phase>` for each of them.
     """
-
-    phases: tuple[str, ...] = ()
 
     def on_probe_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
         """Called when the policy is loaded and nothing is drawn yet."""
+
+    def compute(self, runner: ProbeRunner, module: EntropyProbe) -> PhaseResult | None:
+        """Called when E and U are there, in the order of the callbacks: run the phases that this callback is for.
+
+        Each through `runner.phase`, which calls the hooks around it, times it and keeps its result.
+
+        Returns:
+            The result of the last of them; None from a callback that computes nothing.
+        """
+        return None
 
     def on_sample_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
         """Called before E and U are drawn."""
@@ -37,17 +39,11 @@ class ProbeCallback:
     def on_entropy_gradient_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
         """Called before the entropy's gradient X is computed on E."""
 
-    def run_entropy_gradient(self, runner: ProbeRunner, module: EntropyProbe) -> None:
-        """Compute X."""
-
     def on_entropy_gradient_end(self, runner: ProbeRunner, module: EntropyProbe) -> None:
         """Called when X is there."""
 
     def on_update_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
         """Called before the gradient on U and the optimizer's step."""
-
-    def run_update(self, runner: ProbeRunner, module: EntropyProbe) -> None:
-        """Compute the step."""
 
     def on_update_end(self, runner: ProbeRunner, module: EntropyProbe) -> None:
         """Called when the step is there; the parameters are unchanged."""
@@ -55,17 +51,11 @@ class ProbeCallback:
     def on_prediction_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
         """Called before X and the step are put together."""
 
-    def run_prediction(self, runner: ProbeRunner, module: EntropyProbe) -> None:
-        """Compute deltaH1."""
-
     def on_prediction_end(self, runner: ProbeRunner, module: EntropyProbe) -> None:
         """Called when deltaH1 is there."""
 
     def on_ground_truth_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
         """Called before the real step is measured."""
-
-    def run_ground_truth(self, runner: ProbeRunner, module: EntropyProbe) -> None:
-        """Compute deltaH_true."""
 
     def on_ground_truth_end(self, runner: ProbeRunner, module: EntropyProbe) -> None:
         """Called when deltaH_true is there; the parameters are restored."""

@@ -6,6 +6,7 @@ from probe.callbacks.base import ProbeCallback
 from probe.callbacks.console import ConsoleReport
 from probe.callbacks.delta_h1 import DeltaH1
 from probe.callbacks.detailed_logging import DetailedLogging
+from probe.callbacks.fit_memory import FitMemoryFile
 from probe.callbacks.ground_truth import GroundTruth
 from probe.callbacks.progress import ProgressBars
 from probe.callbacks.results_file import ResultsFile
@@ -18,6 +19,8 @@ def measuring_callbacks(config: ProbeConfig) -> list[ProbeCallback]:
     callbacks: list[ProbeCallback] = []
     if config.probe_rework.compute_delta_h1:
         callbacks.append(DeltaH1())
+        if config.probe_rework.control_variates_path is not None:
+            callbacks.append(FitMemoryFile(config.probe_rework.control_variates_path))
     if config.importance.enabled:
         callbacks.append(GroundTruth())
     return callbacks

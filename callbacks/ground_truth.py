@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from probe.callbacks.base import ProbeCallback
 
 if TYPE_CHECKING:
+    from probe.estimators.ground_truth import GroundTruth as MeasuredChange
     from probe.module import EntropyProbe
     from probe.runner import ProbeRunner
 
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
 class GroundTruth(ProbeCallback):
     """Takes the optimizer's real step on a snapshot and measures the entropy change on E."""
 
-    phases = ("ground_truth",)
-
-    def run_ground_truth(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+    def compute(self, runner: ProbeRunner, module: EntropyProbe) -> MeasuredChange:
         """Compute deltaH_true, and first the step where no prediction has needed it yet."""
-        progress = runner.progress("ground_truth")
-        if runner.state.update is None:
-            runner.state.update = module.update(runner.state, progress)
-        runner.state.ground_truth = module.ground_truth(runner.state, progress)
+        sample, predicted = runner.state.drawn, runner.state.predicted
+        update = runner.state.update or runner.phase(
+            "update", module, lambda progress: module.update(sample, progress)
+        )
+        return runner.phase(
+            "ground_truth", module, lambda progress: module.ground_truth(sample, update, predicted, progress)
+        )

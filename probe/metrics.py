@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from probe.errors.exceptions import NumericalError
-from probe.estimators.ground_truth import GroundTruth, measure
+from probe.estimators.ground_truth import GroundTruth, reweighted_change
 from probe.scoring.scores import TokenScores
 
 
@@ -142,7 +142,7 @@ class EntropyChange(Metric):
             raise NumericalError("expected at least one sequence, found none; call update first")
         l_old, h_old, l_new, h_new, mask = _joined(list(self.rows)).cpu()
         on = mask.bool()
-        return measure(
+        return reweighted_change(
             TokenScores(l_old, h_old, on),
             TokenScores(l_new, h_new, on),
             torch.cat(list(self.group)).cpu(),

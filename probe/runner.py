@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -19,19 +19,34 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import probe
-from probe.callbacks.base import PHASES, ProbeCallback
+from probe.callbacks.base import ProbeCallback
 from probe.config.checkpoint import DEMO
 from probe.config.schema import ProbeConfig
 from probe.config.trainer import Precision, TrainerConfig
 from probe.errors.exceptions import ConfigError, ProbeError
+from probe.estimators.ground_truth import GroundTruth
 from probe.module import EntropyProbe
-from probe.phases.state import ProbeState
+from probe.phases.entropy_gradient import Derivative
+from probe.phases.prediction import Predicted
+from probe.phases.sample import Sample
+from probe.phases.state import Phase, ProbeState
+from probe.phases.update import Update
 from probe.results.result import ProbeResult, build_values
-from probe.scoring.collector import Progress
+from probe.scoring.collector import MakeProgress, Progress
 from probe.snapshot import evaluation_mode, exact_float32, isolated_rng
 
 TrainerSection = TrainerConfig[ProbeCallback, Logger]
 """What `trainer:` gives, with the classes that callbacks and loggers are derived from."""
+Result = TypeVar("Result", Sample, Derivative, Update, Predicted, GroundTruth)
+HOOKS: dict[Phase, tuple[str, str]] = {
+    "sample": ("on_sample_start", "on_sample_end"),
+    "entropy_gradient": ("on_entropy_gradient_start", "on_entropy_gradient_end"),
+    "update": ("on_update_start", "on_update_end"),
+    "prediction": ("on_prediction_start", "on_prediction_end"),
+    "ground_truth": ("on_ground_truth_start", "on_ground_truth_end"),
+    "report": ("on_report_start", "on_report_end"),
+}
+"""The hooks of `ProbeCallback` before and after each phase."""
 
 
 @dataclass(eq=False)
@@ -125,41 +140,25 @@ class ProbeRunner(TrainerSection):
             raise unpublished
         return result
 
-    def measure_at(self, module: EntropyProbe, learning_rate: float) -> ProbeResult:
-        """The last run's result as it would be with another learning rate; nothing is published.
-
-        E, U and the direction of the update are the same; the prediction is scaled, the ground truth measured anew at
-        `theta + step`. Parameters are never changed (except by `is_mode: resample`, which puts them back).
+    def phase(self, name: Phase, module: EntropyProbe, compute: Callable[[MakeProgress], Result]) -> Result:
+        """Run a phase: the hooks around it, its seconds, its result kept in `state`.
 
         Args:
-            module: the module of the last run.
-            learning_rate: `eta > 0`.
-
-        Raises:
-            ProbeError: as `run`.
+            name: of the phase.
+            module: the policy.
+            compute: gives the result, told how to report its progress.
         """
-        base = self.state
-        state = module.at_learning_rate(base, learning_rate)
-        with isolated_rng(), exact_float32(), evaluation_mode(module):
-            start = time.perf_counter()
-            if module.config.importance.enabled:
-                state.ground_truth = module.ground_truth(state)
-            state.timing = {"ground_truth": time.perf_counter() - start}
-            state.timing["total"] = state.timing["ground_truth"]
-            return ProbeResult(
-                values=build_values(state, module),
-                config=self._config_mapping(module),
-                checkpoint_name=module.files.name if module.files is not None else "policy",
-                started_at=datetime.now().astimezone().isoformat(timespec="seconds"),
-            )
-
-    def progress(self, phase: str) -> Callable[[str], Progress]:
-        """For a phase, a function from the name of a pass to its progress callback."""
 
         def of_pass(what: str) -> Progress:
-            return lambda done, total: self.fabric.call("on_progress", self, phase, done, total, what)
+            return lambda done, total: self.fabric.call("on_progress", self, name, done, total, what)
 
-        return of_pass
+        start, end = HOOKS[name]
+        self.fabric.call(start, self, module)
+        with self._timed(name):
+            result = compute(of_pass)
+        self.state.keep(result)
+        self.fabric.call(end, self, module)
+        return result
 
     def _phases(
         self, module: EntropyProbe, callbacks: Sequence[ProbeCallback], started: datetime
@@ -172,14 +171,11 @@ class ProbeRunner(TrainerSection):
         with self._timed("load"):
             module.autocast = self.fabric.autocast
             module.load(self.fabric.device)
-        self.config = module.config  # with what the checkpoint has filled in
         with evaluation_mode(module):
-            with self._phase("sample", module):
-                module.sample(self.state, self.progress("sample"))
-            for phase in PHASES[1:-1]:
-                if any(phase in callback.phases for callback in callbacks):
-                    with self._phase(phase, module):
-                        self.fabric.call(f"run_{phase}", self, module)
+            self.phase("sample", module, module.sample)
+            for callback in callbacks:
+                callback.compute(self, module)
+        self.config = module.config  # with what the checkpoint and U's file have filled in
         self.fabric.call("on_report_start", self, module)
         self.state.timing["total"] = sum(self.state.timing.values())
         result = ProbeResult(
@@ -189,7 +185,6 @@ class ProbeRunner(TrainerSection):
             started_at=started.isoformat(timespec="seconds"),
         )
         self.result = result
-        self.errors.extend(self.state.unwritten)
         self.fabric.call("on_report_end", self, module, result)
         self.fabric.call("on_probe_end", self, module, result)
         return result
@@ -197,14 +192,6 @@ class ProbeRunner(TrainerSection):
     def _config_mapping(self, module: EntropyProbe) -> dict[str, Any]:
         """The configuration that counted, as it is saved with a result: it can be run again as it is."""
         return asdict(module.config) if self._resolved is None else module.sources.applied_to(self._resolved)
-
-    @contextmanager
-    def _phase(self, phase: str, module: EntropyProbe) -> Iterator[None]:
-        """Call the hooks around a phase and time it."""
-        self.fabric.call(f"on_{phase}_start", self, module)
-        with self._timed(phase):
-            yield
-        self.fabric.call(f"on_{phase}_end", self, module)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

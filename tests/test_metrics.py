@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from probe.estimators.ground_truth import measure
+from probe.estimators.ground_truth import reweighted_change
 from probe.metrics import EntropyChange, PolicyEntropy
 from probe.scoring import TokenScores
 
@@ -46,7 +46,7 @@ def test_streaming_over_microbatches_is_one_call(reported):
     for rows in torch.randperm(23, generator=torch.Generator().manual_seed(1)).split([1, 6, 2, 5, 9]):
         feed(entropy, change, old, new, group, rows)
     found = numbers(entropy, change)
-    truth = measure(old, new, group, reported)
+    truth = reweighted_change(old, new, group, reported)
     assert found == pytest.approx(
         {
             "H": truth.H_orig[0],
@@ -91,7 +91,7 @@ def test_reset_forgets():
     feed(entropy, change, old, new, group, rows)
     second = numbers(entropy, change)
     assert second["deltaH"] == pytest.approx(
-        measure(part(old, rows), part(new, rows), group[rows]).sequence.value
+        reweighted_change(part(old, rows), part(new, rows), group[rows]).sequence.value
     )
     assert second["H"] != first["H"]
 
@@ -105,7 +105,7 @@ def test_calling_gives_the_batch_and_adds_to_the_whole():
         alone = entropy(a.entropy, a.mask)
         assert float(alone["H"]) == pytest.approx(float(a.sequence_entropy.mean()))
         alone = change(a, b, group[rows])
-        assert float(alone["deltaH"]) == pytest.approx(measure(a, b, group[rows]).sequence.value)
+        assert float(alone["deltaH"]) == pytest.approx(reweighted_change(a, b, group[rows]).sequence.value)
     whole = PolicyEntropy(), EntropyChange()
     feed(*whole, old, new, group, torch.arange(23))
     assert numbers(entropy, change) == pytest.approx(numbers(*whole), rel=1e-12)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from probe.estimators.update import optimizer_step
+from probe.phases.update import optimizer_step
 from probe.snapshot import (
     evaluation_mode,
     exact_float32,
@@ -126,7 +126,7 @@ def test_nested_state_is_restored():
     moment = optimizer.state[model.weight]["factors"]["left"][0]
     before = everything(model, optimizer)
     first, second = (optimizer_step(optimizer, parameters, gradient, None) for _ in range(2))
-    assert equal(first[0], second[0])
+    assert equal(first.step, second.step)
     assert equal(everything(model, optimizer), before)
     assert optimizer.state[model.weight]["factors"]["left"][0] is moment
 
@@ -146,8 +146,8 @@ def test_a_second_step_equals_the_first():
     gradient = {n: torch.ones_like(p) for n, p in parameters.items()}
     first = optimizer_step(optimizer, parameters, gradient, 1.0)
     second = optimizer_step(optimizer, parameters, gradient, 1.0)
-    assert equal(first[0], second[0])
-    assert equal(first[1], second[1])
+    assert equal(first.step, second.step)
+    assert equal(first.new_parameters, second.new_parameters)
 
 
 def test_parameters_at_restores_after_an_exception():

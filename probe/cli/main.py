@@ -21,21 +21,11 @@ from probe.sweep.settings import IncompleteSweepError
 from probe.text import error_text, printable, text_of
 
 USAGE_ERROR = 2
-
-
 INTERNAL_ERROR = 1
-
-
 INCOMPLETE = 3
 """Some points of a sweep failed; the others are there."""
-
-
 INTERRUPTED = 130
-
-
 TERMINATED = 143
-
-
 MEMORY_REMEDY = (
     "lower memory_config.microbatch_size, memory_config.head_chunk_tokens or generation.batch_size, or take "
     "checkpoint.dtype: bfloat16 or checkpoint.load_in_4bit: true"

@@ -9,8 +9,6 @@ from probe.config.files import find_config_file
 from probe.sweep.settings import SweepConfig
 
 SWEEP_OPTIONS = tuple(field.name for field in fields(SweepConfig))
-
-
 SWEEP_LISTS = {
     **{"learning_rates": "1e-4, 3e-4", "eta_factors": "0.5, 1, 2", "B_E": "256, 1024", "B_U": "16, 64"},
     **{"G": "4, 8", "seeds": "1, 2, 3"},

@@ -8,16 +8,12 @@ USAGE = {
     "sweep": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--LIST VALUES ...] [--section.key VALUE ...]",
 }
 """What the help of a subcommand begins with."""
-
-
 SUMMARIES = {
     "run": "Probe a checkpoint: load it, draw E and U, predict, measure, report.",
     "demo": "Probe the built-in demo policy (made when absent) and say what to try next.",
     "sweep": "Probe a grid of learning rates, batch sizes, seeds and checkpoints; can be stopped and continued.",
 }
 """What the help says of each subcommand."""
-
-
 DESCRIPTION = """Predict and measure what the next update does to a policy's entropy.
 
 examples:
@@ -28,8 +24,6 @@ examples:
 
 --config takes a YAML file, or the name of a configuration that comes with the package:
   {configs}"""
-
-
 DESCRIPTIONS = {
     "run": """Probe a checkpoint: predict what the next update does to the policy's entropy, and measure it.
 

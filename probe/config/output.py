@@ -9,8 +9,6 @@ from probe.config.numbers import check_numbers
 from probe.errors.exceptions import ConfigError, require
 
 LogLevel = Literal["minimal", "standard", "detailed", "debug"]
-
-
 LOG_LEVELS: tuple[LogLevel, ...] = ("minimal", "standard", "detailed", "debug")
 
 

@@ -29,8 +29,6 @@ from probe.text import shown
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 DEFAULT_SEED = 42
-
-
 _load_yaml = get_loader("yaml")
 set_loader("yaml", lambda text: with_words(_load_yaml(text)), (yaml.YAMLError,))
 

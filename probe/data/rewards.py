@@ -13,8 +13,6 @@ RewardFunction = Callable[..., Sequence[float | None]]
 """`fn(prompts=[...], completions=[...], **columns)`: one number for each completion, or None where the reward
 does not apply. Prompts and completions are texts, or lists of messages where the prompt is one (TRL's
 conversational format); every column of the data set comes as a list of the same length."""
-
-# A minus counts as a sign only where it cannot be a subtraction, a range or a hyphen.
 _SIGN = r"(?:(?<![\w.)])[-\u2212]\$?)?"
 _DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
 _EXPONENT = r"(?:[eE][-+]?\d{1,3}(?!\w))?"

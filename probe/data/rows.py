@@ -19,8 +19,6 @@ from probe.errors.exceptions import DataError, nearest
 from probe.text import all_well_formed
 
 _FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-
-
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf][\x80-\xbf]")
 """Escaped, or as three bytes, which UTF-8 does not allow."""
 

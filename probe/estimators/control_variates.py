@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from probe.estimators.estimate import Estimate, mean_by_prompt
+from probe.estimators.estimate import Both, mean_by_prompt
 from probe.estimators.weighting import prefix_features, still_to_come
 from probe.scoring.scores import TokenScores, TokenTangents
 
@@ -70,11 +70,11 @@ class ControlVariates:
     length: Tensor
     statistics: FitStatistics
 
-    def means(self, scores: TokenScores, group: Tensor) -> list[Estimate]:
-        """`[mean Z_seq, mean Z_tok]`, nats, with their errors: subtract them from an estimate of the same batch."""
+    def means(self, scores: TokenScores, group: Tensor) -> Both:
+        """`(mean Z_seq, mean Z_tok)`, nats, with their errors: subtract them from an estimate of the same batch."""
         H_tok = float(scores.sequence_entropy.mean() / scores.lengths.mean())
         token = (self.entropy - H_tok * self.length) / float(scores.lengths.mean())
-        return [mean_by_prompt(self.entropy, group), mean_by_prompt(token, group)]
+        return mean_by_prompt(self.entropy, group), mean_by_prompt(token, group)
 
 
 def control_variates(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from probe.estimators.entropy_change import Reweighting, entropy_change, second_derivative
-from probe.estimators.estimate import NORMAL_975, Estimate, estimate
+from probe.estimators.estimate import NORMAL_975, Both, Estimate, both, estimate
 from probe.scoring.differences import DifferencePair
 from probe.scoring.scores import TokenScores, TokenTangents
 
@@ -20,8 +20,8 @@ def nested_curvature(
     second: TokenTangents,
     group: Tensor,
     estimator: Reweighting = "per_decision",
-) -> list[Estimate]:
-    """`[deltaH2, deltaH2_tok]` in nats from derivatives per token; exact on the batch.
+) -> Both:
+    """`(deltaH2, deltaH2_tok)` in nats from derivatives per token; exact on the batch.
 
     Args:
         scores: scores of E at `theta`.
@@ -30,13 +30,13 @@ def nested_curvature(
         group: `(B,)` prompts.
         estimator: whose second derivative.
     """
-    return estimate(lambda q: second_derivative(q, scores, first, second, estimator) / 2, group)
+    return both(estimate(lambda q: second_derivative(q, scores, first, second, estimator) / 2, group))
 
 
 def symmetric_curvature(
     scores: TokenScores, pair: DifferencePair, group: Tensor, estimator: Reweighting = "per_decision"
-) -> list[Estimate]:
-    """`[deltaH2, deltaH2_tok]` in nats from scores on both sides; its error is of fourth order in the step.
+) -> Both:
+    """`(deltaH2, deltaH2_tok)` in nats from scores on both sides; its error is of fourth order in the step.
 
     Args:
         scores: scores of E at `theta`.
@@ -49,7 +49,7 @@ def symmetric_curvature(
         sides = [entropy_change(q, scores, side, estimator) for side in (pair.plus, pair.minus)]
         return (sides[0] + sides[1]) / (2 * pair.scale**2)
 
-    return estimate(even, group)
+    return both(estimate(even, group))
 
 
 def eta_10(learning_rate: float, deltaH1: float, deltaH2: Estimate, noise: float = 0.0) -> float | None:

@@ -8,7 +8,7 @@ estimator gives its value, its influence function and its jackknife.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +64,16 @@ class Estimate:
     def scaled(self, factor: float) -> Estimate:
         """The estimate times a constant."""
         return Estimate(self.value * factor, self.influence * factor)
+
+
+Both = tuple[Estimate, Estimate]
+"""An estimate of the `sequence` estimand (nats per response) and of the `token` estimand (nats per token)."""
+
+
+def both(found: Sequence[Estimate]) -> Both:
+    """The two estimands out of what `estimate` gives for an estimator of both."""
+    sequence, token = found
+    return sequence, token
 
 
 def error_method(group: Tensor) -> ErrorMethod:

@@ -18,8 +18,6 @@ from probe.text import error_text
 
 _MEMORY = torch.OutOfMemoryError
 """Says nothing about whether a model can be differentiated."""
-
-
 FORWARD_TOLERANCE, HALF_FORWARD_TOLERANCE = 1e-3, 0.05
 """Largest relative difference of forward mode and backward, and the same where forwards run in half precision."""
 

@@ -14,14 +14,11 @@ import torch
 from torch import Tensor
 
 from probe.estimators.entropy_change import entropy, entropy_change
-from probe.estimators.estimate import Estimate, estimate, shrinkage
+from probe.estimators.estimate import Both, Estimate, both, estimate, shrinkage
 from probe.estimators.importance_weights import WeightDiagnostics, weight_diagnostics
 from probe.scoring.scores import TokenScores
 
 GroundTruthMode = Literal["per_decision", "snis", "resample"]
-
-Both = tuple[Estimate, Estimate]
-"""An estimate of the `sequence` estimand (nats per response) and of the `token` estimand (nats per token)."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class GroundTruth:
         return self.with_estimate("per_decision+cv", (sequence, token), reported)
 
 
-def measure(
+def reweighted_change(
     old: TokenScores,
     new: TokenScores,
     group: Tensor | None = None,
@@ -101,7 +98,7 @@ def measure(
     Example:
         >>> l, h = torch.log(torch.tensor([[0.5], [0.5]])).double(), torch.tensor([[0.7], [0.7]]).double()
         >>> old = TokenScores(l, h, torch.ones(2, 1, dtype=torch.bool))
-        >>> measure(old, old).sequence.value  # no update, no change, exactly
+        >>> reweighted_change(old, old).sequence.value  # no update, no change, exactly
         0.0
     """
     if old.logprob.shape != new.logprob.shape:
@@ -111,15 +108,13 @@ def measure(
     group = torch.arange(len(old.mask)) if group is None else group
     weights = weight_diagnostics((new.logprob - old.logprob).sum(dim=1))
     estimates: dict[str, Both] = {
-        name: _both(estimate(lambda q, name=name: entropy_change(q, old, new, name), group))  # type: ignore[misc]
+        name: both(estimate(lambda q, name=name: entropy_change(q, old, new, name), group))  # type: ignore[misc]
         for name in ("snis", "per_decision")
     }
     clipped = None
     if clip is not None:
         clipped = float((weights.log_weights.abs() > clip).double().mean())
-        estimates["snis_clipped"] = _both(
-            estimate(lambda q: entropy_change(q, old, new, "snis", clip), group)
-        )
+        estimates["snis_clipped"] = both(estimate(lambda q: entropy_change(q, old, new, "snis", clip), group))
     H_seq, H_tok = entropy(torch.ones(len(group), dtype=torch.float64), old.entropy, old.mask).tolist()
     return GroundTruth(
         estimates=estimates,
@@ -150,10 +145,4 @@ def resampled_change(old: TokenScores, group: Tensor, fresh: TokenScores, fresh_
     def change(q: Tensor) -> Tensor:
         return entropy(q[B:], h[B:], mask[B:]) - entropy(q[:B], h[:B], mask[:B])
 
-    return _both(estimate(change, torch.cat([group, fresh_group])))
-
-
-def _both(found: list[Estimate]) -> Both:
-    """A pair out of a list of two."""
-    sequence, token = found
-    return sequence, token
+    return both(estimate(change, torch.cat([group, fresh_group])))

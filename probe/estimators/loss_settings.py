@@ -6,22 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "reinforce", "bnpo", "cispo", "sapo", "vespo", "luspo"]
-
-
 RatioLevel = Literal["token", "sequence"]
-
-
 SamplerMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
-
-
 TOKEN_MEANS: tuple[Loss, ...] = ("dapo", "bnpo", "cispo", "vespo")
 """Losses that are a mean over all tokens of the batch."""
-
-
 WINDOW_MEANS: tuple[Loss, ...] = ("dapo", "cispo", "vespo")
 """Those whose number of tokens is that of the whole update, however its gradients are accumulated."""
-
-
 LOSS_OPTIONS = (
     "importance_sampling_level",
     "delta",

@@ -17,17 +17,11 @@ from probe.scoring.scores import TokenScores, TokenTangents
 
 STEP_RESPONSES = 8
 """Responses that derivatives along the step are compared on with differences of forwards."""
-
-
 STEP_SCALES = range(-5, 5)
 """Their difference steps, as powers of 4 times the optimizer's step."""
-
-
 ROUNDING, HALF_ROUNDING = 2e-3, 0.05
 """Relative difference below which the comparison looks no further, and calls nothing a contradiction; the second where
 forwards run in half precision."""
-
-
 OWN_ERRORS = 3.0
 """Differences contradict a derivative when it lies more than so many of their own errors away."""
 

@@ -10,21 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from probe.data.batch import RolloutBatch
-from probe.errors.exceptions import NumericalError
 from probe.estimators.loss_settings import LossSettings
 from probe.estimators.loss_terms import needs_scores
 from probe.estimators.losses import LossInputs, loss_weights
-from probe.estimators.rounding import Rounding
 from probe.estimators.router_loss import router_gradient
 from probe.scoring.collector import Progress
 from probe.scoring.gradients import token_gradients
 from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
 from probe.scoring.scores import TokenScores
-from probe.snapshot import copied, preserved
 
 
 @dataclass(frozen=True)
@@ -44,36 +41,6 @@ class LossGradient:
     weights: Tensor
     entropy_weights: Tensor
     scores: TokenScores
-
-
-@dataclass(frozen=True)
-class Update:
-    """One optimizer step.
-
-    Attributes:
-        step: `theta_new - theta_old` by parameter name, on the snapshot device.
-        new_parameters: `theta_new`, bitwise what the optimizer left; where the training keeps its weights in 16 bits,
-            what they are rounded to there, which is not `theta_old + step` then.
-        gradient: the loss's gradient before clipping.
-        gradient_norm: its Euclidean norm over all parameters.
-        clip_factor: what clipping multiplied it by (1 when it did nothing).
-        learning_rate: `eta`, the reference learning rate of the optimizer's groups.
-        loss_weights: `d loss / d l[i, t]`, `(B, T)`.
-        entropy_weights: `d loss / d h[i, t]`, `(B, T)`.
-        scores: scores of U.
-        rounding: what rounding to the training's type leaves of the step; None where there is none.
-    """
-
-    step: Mapping[str, Tensor]
-    new_parameters: Mapping[str, Tensor]
-    gradient: Mapping[str, Tensor]
-    gradient_norm: float
-    clip_factor: float
-    learning_rate: float
-    loss_weights: Tensor
-    entropy_weights: Tensor
-    scores: TokenScores
-    rounding: Rounding | None = None
 
 
 def loss_gradient(
@@ -133,47 +100,3 @@ def loss_gradient(
         for name, of_router in router_gradient(policy, batch, cut, rows, order).items():
             gradient[name] += settings.router_aux_loss_coef * of_router
     return LossGradient(gradient=gradient, weights=kept, entropy_weights=kept_entropy, scores=scores)
-
-
-def optimizer_step(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    gradient: Mapping[str, Tensor],
-    max_grad_norm: float | None,
-    snapshot_device: torch.device | str = "cpu",
-    lr_factor: float = 1.0,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], float, float]:
-    """What `optimizer.step()` would do with `gradient`; parameters, grads and optimizer are bitwise restored.
-
-    Args:
-        optimizer: any torch optimizer over `parameters`, with its state.
-        parameters: by name.
-        gradient: by the same names.
-        max_grad_norm: clip the total norm to this first, as training does; None does not clip.
-        snapshot_device: where the snapshot and the results are kept.
-        lr_factor: multiplies the learning rate of every group.
-
-    Returns:
-        `(step, new_parameters, gradient_norm, clip_factor)`.
-
-    Raises:
-        NumericalError: the step is not finite.
-    """
-    with preserved(parameters, optimizer, snapshot_device):
-        before = copied(parameters, snapshot_device)
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * lr_factor
-        for name, p in parameters.items():
-            p.grad = gradient[name].clone()
-        norm = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
-        factor = 1.0
-        if max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(list(parameters.values()), max_grad_norm, norm)
-            factor = min(1.0, max_grad_norm / (float(norm) + 1e-6))  # torch's own formula
-        optimizer.step()
-        new = copied(parameters, snapshot_device)
-    step = {name: new[name] - before[name] for name in new}
-    for name, change in step.items():
-        if not bool(torch.isfinite(change).all()):
-            raise NumericalError(f"expected a finite optimizer step, found NaN or infinity in that of {name}")
-    return step, new, float(norm), factor

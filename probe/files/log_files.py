@@ -13,14 +13,8 @@ from probe.errors.exceptions import LogError
 
 SCHEMA_VERSION = 1
 """Version of the log's schema: it grows when a key changes its meaning or goes, not when a key is added."""
-
-
 LOG_SCHEMA = "entropy-probe/log"
-
-
 SUMMARY_SCHEMA = "entropy-probe/summary"
-
-
 CONFIG_SCHEMA = "entropy-probe/config"
 
 

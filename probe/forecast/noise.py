@@ -12,8 +12,6 @@ from probe.forecast.readings import Array
 
 CONFIDENCE = 0.95
 """Coverage of the interval."""
-
-
 MAX_AUTOCORRELATION = 0.8
 """Largest autocorrelation between readings that is believed when it was estimated from the window."""
 

@@ -12,20 +12,12 @@ from numpy.typing import NDArray
 
 LEAST_READINGS = 3
 """Fewest readings that a forecast is made from: two for the rate, one more for its error."""
-
-
 LEAST_SINCE_CHANGE = 4
 """Fewest readings that show that the drift has changed."""
-
-
 CHANGED = 4.0
 """Standard errors by which it must have."""
-
-
 LARGEST_FALL = 0.99
 """Largest share of the entropy that one step can take: a noisy reading may claim it all, and log(0) is no rate."""
-
-
 Array = NDArray[np.float64]
 
 

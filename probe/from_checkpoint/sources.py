@@ -17,23 +17,16 @@ from probe.loading.training_args import SWITCH_OFF
 
 logger = logging.getLogger(__name__)
 
-
 ADVANTAGE = READ["scale_rewards"].key
-
-
 ONLY_SAMPLED = (
     *("batch_config.G", PROMPTS_KEY, "batch_config.reward_weights"),
     "probe_rework.multi_objective_aggregation",
 )
-
-
 ONLY_FROM_FILES = (
     "probe_rework.off_policy_mask_threshold",
     *(f"probe_rework.{name}" for name in LOSS_OPTIONS if name.startswith("vllm_")),
 )
 """Keys without a part in the update where U comes from a file, and where it is sampled from the policy itself."""
-
-
 KEYS = tuple(dict.fromkeys([*(read.key for read in READ.values()), PROMPTS_KEY, STOP_STRINGS.key]))
 """The keys of the configuration that a file can fill."""
 
@@ -149,8 +142,6 @@ def sources_of(
 
 
 ENTROPY_COEF = "probe_rework.entropy_coef"
-
-
 ORDER_OF_ROWS = "order_of_rows"
 """Flag of a file whose rows need not be those of one update in the order of its microbatches, as a recorder's are."""
 

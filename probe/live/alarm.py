@@ -86,8 +86,6 @@ def check_on_alarm(value: Any) -> None:
 
 CALM_READINGS = 3
 """Readings in a row without danger after which the alarm is armed again."""
-
-
 CALM_HORIZONS = 2.0
 """A forecast of more than this many horizons is without danger."""
 

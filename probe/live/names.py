@@ -10,8 +10,6 @@ from typing import Any
 from probe.verdict.words import WORDS
 
 PREFIX = "entropy_probe"
-
-
 LIVE_KEYS: dict[str, str] = {
     "H_orig": "entropy of the policy before the step",
     "deltaH1": "change predicted: entropy gradient times the optimizer's step",
@@ -29,8 +27,6 @@ LIVE_KEYS: dict[str, str] = {
 """Quantities in nats per response, and with the suffix `_tok` in nats per token; `_se` is the standard error,
 `_ci95_low` and `_ci95_high` the ends of the 95 % interval. Errors are those of sampling E; those of cumulative sums
 count the scatter of steps between probes too."""
-
-
 LIVE_NUMBERS: dict[str, str] = {
     "momentum_share_tok": "deltaH1_momentum_tok / deltaH1_tok; absent where deltaH1_tok cannot be told from 0",
     "decay_share_tok": "deltaH1_decay_tok / deltaH1_tok; absent likewise",
@@ -53,11 +49,7 @@ LIVE_NUMBERS: dict[str, str] = {
     "every": "steps from probe to probe",
 }
 """Further numbers, without a suffix."""
-
-
 STEPS = ("steps_to_collapse", "steps_to_collapse_low", "steps_to_collapse_high")
-
-
 LIVE_TEXTS: dict[str, str] = {
     "verdict_reasons": "why the verdict is not better, a list of sentences",
     "shares_reason": "why there are no parts of momentum and decay; absent where there are",

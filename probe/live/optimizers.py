@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,6 @@ from probe.errors.exceptions import ConfigError
 
 TRANSPARENT = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
 """Packages whose optimizer classes only wrap another optimizer."""
-
-
 LISTED = 3
 
 
@@ -59,3 +57,13 @@ def learning_rate(rate: Any) -> float | None:
         return float(rate)
     except (TypeError, ValueError):
         return None
+
+
+def largest_rate(
+    optimizers: Iterable[torch.optim.Optimizer], parameters: Mapping[str, torch.nn.Parameter]
+) -> float | None:
+    """The largest learning rate of the groups that hold any of these parameters; None where they have none."""
+    mine = {id(p) for p in parameters.values()}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [learning_rate(g.get("lr")) for g in groups if any(id(p) in mine for p in g["params"])]
+    return max((rate for rate in rates if rate is not None), default=None)

@@ -1,21 +1,23 @@
-"""What one probed step did."""
+"""What one probed step did: the step itself, and its numbers by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from probe.data.batch import RolloutBatch
+from probe.errors.exceptions import NumericalError
 from probe.estimators.entropy_change import entropy
-from probe.estimators.estimate import Estimate, estimate
+from probe.estimators.estimate import Both, Estimate, both, estimate
+from probe.estimators.ground_truth import GroundTruth
 from probe.estimators.prediction import Prediction
-from probe.estimators.step_parts import StepParts
 from probe.live.words import own_words
-from probe.results.changes import with_error
+from probe.results.changes import change_values, with_error
+from probe.results.diagnostics import batch_diagnostics, derivative_diagnostics, ground_truth_diagnostics
 from probe.rollouts.sampling import SampledTokens
 from probe.scoring.scores import TokenScores
 from probe.verdict.verdict import verdict
@@ -53,49 +55,131 @@ class Outcome:
     """
 
     values: dict[str, Any]
-    H: tuple[Estimate, Estimate]
-    deltaH1: tuple[Estimate, Estimate]
-    deltaH_true: tuple[Estimate, Estimate]
+    H: Both
+    deltaH1: Both
+    deltaH_true: Both
     moved: bool
 
 
-def judged(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with their verdict, its reasons in the words of the drop-in probe's settings."""
-    found = verdict(values)
-    return {
-        "verdict": found.word,
-        "verdict_reasons": [own_words(reason) for reason in found.reasons],
-        **values,
+def step_taken(parameters: Mapping[str, nn.Parameter], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`theta_new - theta_old` by parameter name, in float32 or better, where the old parameters are kept.
+
+    Args:
+        parameters: as they are now.
+        old: as they were.
+
+    Raises:
+        NumericalError: it is not finite.
+    """
+    step = {}
+    for name, p in parameters.items():
+        wide = torch.promote_types(p.dtype, torch.float32)
+        step[name] = p.detach().to(old[name].device, wide) - old[name].to(wide)
+        if not bool(torch.isfinite(step[name]).all()):
+            raise NumericalError(f"expected a finite optimizer step, found NaN or infinity in that of {name}")
+    return step
+
+
+def refuse_merged(model: nn.Module) -> None:
+    """An adapter that is in its base's weights has no influence of its own, and would seem to change nothing.
+
+    Raises:
+        NumericalError: one is.
+    """
+    merged = [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "merged", False) is True and any(p.requires_grad for p in module.parameters())
+    ]
+    if merged:
+        raise NumericalError(
+            f"expected the adapter beside its base, found it merged into {merged[0]} ({len(merged)} layers in all) "
+            "after the optimizer's step; unmerge it (unmerge_adapter) before optimizer.step()"
+        )
+
+
+def outcome_of_no_step(before: Before, scores: TokenScores, rate: float | None) -> Outcome:
+    """The outcome of a step of exactly 0: a learning rate of 0 in a warm-up, or gradients of 0.
+
+    Args:
+        before: what was kept from before it.
+        scores: of E.
+        rate: the learning rate.
+    """
+    H = entropies(scores, before.E)
+    nothing = Estimate(0.0, torch.zeros_like(H[0].influence))
+    values = {
+        "verdict": "unresolved",
+        "verdict_reasons": ["The optimizer's step was exactly 0 (learning rate 0, or gradients of 0)."],
+        **_levels(H),
+        **{f"{name}{suffix}": 0.0 for name in ("deltaH1", "deltaH_true") for suffix in ("", "_tok")},
+        **_batch_values(before.E, rate),
+        "step_norm": 0.0,
+        "diagnostics": {**batch_diagnostics(before.E), "bias_flags": []},
+        "timing": {"sample": before.seconds},
     }
+    return Outcome(values, H, (nothing, nothing), (nothing, nothing), moved=False)
 
 
-def entropies(scores: TokenScores, E: RolloutBatch) -> tuple[Estimate, Estimate]:
-    """Entropy per response and per token, with errors over prompts."""
-    sequence, token = estimate(lambda q: entropy(q, scores.entropy, scores.mask), E.group)
-    return sequence, token
+def outcome_of_step(
+    before: Before,
+    scores: TokenScores,
+    prediction: Prediction,
+    truth: GroundTruth,
+    rate: float | None,
+    half_precision: bool,
+    further: Mapping[str, Any],
+) -> Outcome:
+    """The outcome of a step, with its verdict in the words of the drop-in probe's settings.
+
+    Args:
+        before: what was kept from before it.
+        scores: of E before it.
+        prediction: deltaH1.
+        truth: deltaH_true.
+        rate: the learning rate.
+        half_precision: whether the policy computes in 16 bits.
+        further: values by name: parts of deltaH1, size of the step, seconds.
+    """
+    E, H = before.E, entropies(scores, before.E)
+    values = {
+        **change_values(prediction, truth),
+        **_levels(H),
+        **_batch_values(E, rate),
+        "diagnostics": {
+            **batch_diagnostics(E),
+            **ground_truth_diagnostics(truth),
+            **derivative_diagnostics(prediction),
+            "bias_flags": [*E.bias_flags, *(["half_precision"] if half_precision else [])],
+        },
+        **further,
+    }
+    judged = verdict(values)
+    words = {"verdict": judged.word, "verdict_reasons": [own_words(reason) for reason in judged.reasons]}
+    sequence, token = prediction.estimates[prediction.reported]
+    return Outcome(
+        values={**words, **values},
+        H=H,
+        deltaH1=(
+            Estimate(prediction.deltaH1, sequence.influence),
+            Estimate(prediction.deltaH1_tok, token.influence),
+        ),
+        deltaH_true=(truth.sequence, truth.token),
+        moved=True,
+    )
 
 
-def levels(H: tuple[Estimate, Estimate]) -> dict[str, Any]:
+def entropies(scores: TokenScores, E: RolloutBatch) -> Both:
+    """Entropy per response and per token, nats, with errors over prompts."""
+    return both(estimate(lambda q: entropy(q, scores.entropy, scores.mask), E.group))
+
+
+def _levels(H: Both) -> dict[str, Any]:
     """`H_orig` with its error, both estimands."""
     return with_error("H_orig", H[0]) | with_error("H_orig_tok", H[1])
 
 
-def with_influence(prediction: Prediction) -> tuple[Estimate, Estimate]:
-    """DeltaH1 as reported, `(sequence, token)`."""
-    return prediction.estimates[prediction.reported]
-
-
-def directions(parts: StepParts) -> dict[str, Mapping[str, Tensor]]:
-    """The parts of a step that have a direction of their own; decay's is 0 where there is none."""
-    zero = {name: torch.zeros_like(x) for name, x in parts.momentum.items()}
-    return {"momentum": parts.momentum, "decay": parts.decay or zero}
-
-
-def part_values(name: str, of_part: Sequence[Estimate], prediction: Prediction) -> dict[str, Any]:
-    """A part of deltaH1 in nats with its error; and as a share of it, where that is told from 0."""
-    values: dict[str, Any] = {}
-    for found, total, suffix in zip(of_part, with_influence(prediction), ("", "_tok"), strict=True):
-        values |= with_error(f"deltaH1_{name}{suffix}", found)
-        low, high = total.ci95
-        values[f"{name}_share{suffix}"] = found.value / total.value if low > 0 or high < 0 else None
-    return values
+def _batch_values(E: RolloutBatch, rate: float | None) -> dict[str, Any]:
+    """Learning rate, and the size of E."""
+    length = float(E.lengths.double().mean())
+    return {"learning_rate": rate, "B_E": len(E), "avg_generation_length": length}

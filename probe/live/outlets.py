@@ -13,8 +13,6 @@ from probe.text import error_text
 
 Log = Callable[[Mapping[str, float], int], None]
 """Called with numbers by name (`entropy_probe/...`) and the optimizer step they belong to."""
-
-
 LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     "Entropy: predicted and realised": {
         "nats per token": (

@@ -59,8 +59,6 @@ STILL_STEPS = 3
 """Probed steps of exactly 0 after which there is a warning."""
 SMALLEST_ENTROPY = 1e-9
 """Nats per token that a policy without any choice left is taken to have, for the logarithm's sake."""
-
-
 _FULL_BYTES = 4
 """Bytes of a float32 number."""
 KEPT_ENTRIES = 20
@@ -172,10 +170,8 @@ class Watch:
         self._seen_versions = self._versions()
         self.schedule.probe_seconds = time.perf_counter() - start  # attaching counts too
         count = sum(p.numel() for p in parameters.values())
-        what = (
-            f"watching {len(parameters)} trainable tensors ({count:,} numbers); deltaH1 by {self._probe.mode}"
-        )
-        say(f"{what}: {self._probe.reason}")
+        what = f"watching {len(parameters)} trainable tensors ({count:,} numbers); deltaH1 by {self._probe.way.mode}"
+        say(f"{what}: {self._probe.way.reason}")
         if left_out:
             say(
                 f"{len(left_out)} trainable tensors are in no watched optimizer and taken as constant "

@@ -11,8 +11,6 @@ from probe.loading.checkpoint import ADAPTER_WEIGHTS
 from probe.loading.foreign import walk
 
 _PREFIX = "base_model.model."
-
-
 _WHOLE = ("weight", "base_layer.weight", "modules_to_save.weight", "token_adapter.base_layer.weight")
 
 

@@ -57,6 +57,11 @@ class CheckpointFiles:
     trainer_state_file: Path | None
     training_args_file: Path | None = None
 
+    @property
+    def next_update(self) -> int | None:
+        """The number of the update after the checkpoint's, which is in its weights and moments; None if not known."""
+        return None if self.step is None else self.step + 1
+
 
 def locate_checkpoint(config: CheckpointConfig) -> CheckpointFiles:
     """Find the parts of the checkpoint that `config.checkpoint_path` names. Nothing is loaded.

@@ -13,8 +13,6 @@ from probe.loading.moments import SavedKey
 from probe.parameters import trainable_parameters
 
 Group = Mapping[str, Any]
-
-
 Shape = tuple[int, ...]
 
 

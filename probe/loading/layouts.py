@@ -7,50 +7,32 @@ from pathlib import Path
 from probe.errors.exceptions import CheckpointError
 
 PICKLED_WEIGHTS = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
 SAVE_ADVICE = (
     "save the model with `save_pretrained` and the optimizer with `torch.save(optimizer.state_dict(), ...)`"
 )
-
-
 GATHER = f"gather it in one process and {SAVE_ADVICE}"
-
-
 LIGHTNING = (
     "gather it in one process where it is a folder of shards (`python -m lightning.pytorch.utilities."
     "consolidate_checkpoint`), load it in the training's own LightningModule, save its model with `save_pretrained`, "
     "and its `optimizer_states[0]` with torch.save as optimizer.pt"
 )
-
-
 _DEEPSPEED = (
     "gather it in one process: weights with its own `zero_to_fp32.py . OUT --safe_serialization`; "
     f"{SAVE_ADVICE}"
 )
-
-
 _FSDP = (
     "gather it in one process: weights with `accelerate merge-weights`, or train with state_dict_type FULL_STATE_DICT, "
     f"which writes optimizer.bin; {SAVE_ADVICE}"
 )
-
-
 _VERL = (
     "gather it in one process: weights with `python -m verl.model_merger merge --backend fsdp`; "
     f"{SAVE_ADVICE}"
 )
-
-
 _DCP = (
     "gather it in one process (`torch.distributed.checkpoint.format_utils.dcp_to_torch_save`) and "
     f"{SAVE_ADVICE}"
 )
-
-
 _TO_TRANSFORMERS = "convert the weights to transformers' format with its own export tool"
-
-
 _FOREIGN_LAYOUTS = (
     ("*.ckpt", "a Lightning checkpoint", LIGHTNING),
     ("global_step*/*optim_states.pt", "DeepSpeed optimizer shards", _DEEPSPEED),

@@ -20,14 +20,8 @@ from probe.loading.moments import SavedKey
 from probe.text import shown
 
 _SUPPORTED = "torch's Adam and AdamW, and bitsandbytes' 8-bit and 32-bit Adam and AdamW"
-
-
 _ADAM_BETAS = 2
-
-
 _ADAM_STATE = {"exp_avg", "exp_avg_sq", "step"}
-
-
 _WRAPPERS = ("optimizer", "optimizer_state_dict", "optim_state_dict")
 
 

@@ -31,11 +31,7 @@ _TEXTS = (
     "\u4f60\u597d\u4e16\u754c \u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 \U0001f600 \u200b.",
     "a" * 60 + "0" * 60 + " " * 60 + "!" * 60 + "\n" * 60 + "b",
 )
-
-
 _PARTS = ("normalizer", "pre_tokenizer", "model", "decoder", "post_processor", "added_tokens")
-
-
 _REMEDY = (
     "save the tokenizer of the training again with `save_pretrained`, into a folder that you name in "
     "checkpoint.tokenizer_path"

@@ -12,15 +12,11 @@ if TYPE_CHECKING:
     from probe.phases.state import ProbeState
 
 TABLE_DIGITS = 6
-
-
 RECORD_DIGITS = 9
 
 
 # Nine significant digits give every float32 back exactly.
 FLOAT32_DIGITS = 9
-
-
 QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
 
 

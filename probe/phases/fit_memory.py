@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ LARGEST_MEMORY = 64
 """Batches kept; the oldest go first."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class FitMemory:
     """A feature basis, and the fit statistics of batches made with it.
 
@@ -36,7 +37,7 @@ class FitMemory:
 
     basis: FeatureBasis
     policy: str
-    batches: dict[str, FitStatistics] = field(default_factory=dict)
+    batches: Mapping[str, FitStatistics] = field(default_factory=dict)
 
     def earlier_than(self, batch: RolloutBatch, draw: str = "") -> list[FitStatistics]:
         """Statistics of the batches of other draws.
@@ -48,17 +49,15 @@ class FitMemory:
         """
         return [found for name, found in self.batches.items() if not _same_draw(name, _name(batch, draw))]
 
-    def add(self, batch: RolloutBatch, statistics: FitStatistics, draw: str = "") -> None:
-        """Remember a batch; of one draw the largest is kept."""
+    def with_batch(self, batch: RolloutBatch, statistics: FitStatistics, draw: str = "") -> FitMemory:
+        """The memory with one more batch; of one draw the largest is kept."""
         name = _name(batch, draw)
         same = [other for other in self.batches if _same_draw(other, name)]
         if any(self.batches[other].tokens > statistics.tokens for other in same):
-            return
-        for other in same:
-            del self.batches[other]
-        self.batches[name] = statistics
-        while len(self.batches) > LARGEST_MEMORY:
-            del self.batches[next(iter(self.batches))]
+            return self
+        others = {other: found for other, found in self.batches.items() if other not in same}
+        kept = list({**others, name: statistics}.items())[-LARGEST_MEMORY:]
+        return replace(self, batches=dict(kept))
 
 
 def _name(batch: RolloutBatch, draw: str) -> str:

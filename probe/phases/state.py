@@ -1,64 +1,109 @@
-"""What a run has produced so far."""
+"""What a run has produced so far: one frozen result per phase."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Literal, get_args
 
-if TYPE_CHECKING:
-    from probe.data.batch import RolloutBatch
-    from probe.errors.exceptions import LogError
-    from probe.estimators.entropy_gradient import EntropyGradient
-    from probe.estimators.estimate import Estimate
-    from probe.estimators.ground_truth import GroundTruth
-    from probe.estimators.prediction import Prediction
-    from probe.estimators.update import Update
-    from probe.phases.fit_memory import FitMemory
-    from probe.rollouts.sampling import SampledTokens
-    from probe.scoring.features import FeatureBasis
-    from probe.scoring.scores import TokenScores
+from probe.data.batch import RolloutBatch
+from probe.estimators.entropy_gradient import EntropyGradient
+from probe.estimators.ground_truth import GroundTruth
+from probe.estimators.prediction import Prediction
+from probe.phases.entropy_gradient import Derivative
+from probe.phases.prediction import Predicted
+from probe.phases.sample import Sample
+from probe.phases.update import Update
+from probe.scoring.scores import TokenScores
+
+Phase = Literal["sample", "entropy_gradient", "update", "prediction", "ground_truth", "report"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+"""The phases of a run, in order. `sample` and `report` always run, one between them when a callback does it."""
+PhaseResult = Sample | Derivative | Update | Predicted | GroundTruth
 
 
 @dataclass
 class ProbeState:
-    """Filled in by the phases of one run, read by callbacks; a part that has not run is None.
+    """The results of the phases that ran; None for the others. The runner keeps them, callbacks read them.
 
     Attributes:
-        E: the evaluation batch.
-        U: the update batch, with rewards and advantages.
-        E_scores: scores of E at the checkpoint's weights.
-        basis: features of states and tokens for control variates; None without them.
-        fit_memory: what earlier batches taught the control variates.
-        shared: responses of E, from a file, that are the update's own.
-        control_variates: `[mean Z_seq, mean Z_tok]` for the update's step; None without them.
-        scores_new: scores of E after the step, where differences needed them already.
-        noise_floor: what rounding makes of a change of 0, nats per response and per token.
-        derivative: how deltaH1 is differentiated, and why.
-        seen: what sampling itself saw of E and U (those that were sampled), to check that scoring agrees.
-        entropy_gradient: X.
+        sample: E and U.
+        derivative: how to differentiate, and X.
         update: the gradient on U and the optimizer's step.
-        prediction: deltaH1 and its parts.
+        predicted: deltaH1, and what the passes for it gave.
         ground_truth: deltaH_true and its diagnostics.
         timing: seconds per phase that ran.
-        diagnostics: further numbers for the result's `diagnostics`.
-        unwritten: files that could not be written on the way; said when everything else is published.
     """
 
-    E: RolloutBatch | None = None
-    U: RolloutBatch | None = None
-    E_scores: TokenScores | None = None
-    basis: FeatureBasis | None = None
-    fit_memory: FitMemory | None = None
-    shared: int = 0
-    control_variates: list[Estimate] | None = None
-    scores_new: TokenScores | None = None
-    noise_floor: tuple[float, float] | None = None
-    derivative: tuple[str, str] | None = None
-    seen: dict[str, SampledTokens] = field(default_factory=dict)
-    entropy_gradient: EntropyGradient | None = None
+    sample: Sample | None = None
+    derivative: Derivative | None = None
     update: Update | None = None
-    prediction: Prediction | None = None
+    predicted: Predicted | None = None
     ground_truth: GroundTruth | None = None
     timing: dict[str, float] = field(default_factory=dict)
-    diagnostics: dict[str, object] = field(default_factory=dict)
-    unwritten: list[LogError] = field(default_factory=list)
+
+    def keep(self, result: PhaseResult) -> None:
+        """Keep what a phase found."""
+        match result:
+            case Sample():
+                self.sample = result
+            case Derivative():
+                self.derivative = result
+            case Update():
+                self.update = result
+            case Predicted():
+                self.predicted = result
+            case GroundTruth():
+                self.ground_truth = result
+
+    @property
+    def E(self) -> RolloutBatch | None:  # noqa: N802
+        """The evaluation batch."""
+        return None if self.sample is None else self.sample.E
+
+    @property
+    def U(self) -> RolloutBatch | None:  # noqa: N802
+        """The update batch."""
+        return None if self.sample is None else self.sample.U
+
+    @property
+    def E_scores(self) -> TokenScores | None:  # noqa: N802
+        """Scores of E at the checkpoint's weights."""
+        return None if self.sample is None else self.sample.E_scores
+
+    @property
+    def entropy_gradient(self) -> EntropyGradient | None:
+        """X; None also where the prediction's forwards contradict it."""
+        if self.predicted is not None:
+            return self.predicted.X
+        return None if self.derivative is None else self.derivative.X
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """DeltaH1."""
+        return None if self.predicted is None else self.predicted.prediction
+
+    @property
+    def drawn(self) -> Sample:
+        """E and U, which every run draws first.
+
+        Raises:
+            RuntimeError: they are not there yet.
+        """
+        if self.sample is None:
+            raise RuntimeError("expected E and U, found none; the phase `sample` comes first")
+        return self.sample
+
+    @property
+    def diagnostics(self) -> dict[str, float | int]:
+        """Numbers of single phases for the result's `diagnostics`, as far as they were computed."""
+        found: dict[str, float | int | None] = {}
+        if self.sample is not None:
+            found |= {
+                "sampling_scoring_gap": self.sample.sampling_gap,
+                "on_policy_z": self.sample.on_policy_z,
+            }
+        if self.derivative is not None:
+            found["derivative_check_error"] = self.derivative.check_error
+        if self.update is not None:
+            found["zero_advantage_groups"] = self.update.zero_advantage_groups
+        return {name: value for name, value in found.items() if value is not None}

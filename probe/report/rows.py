@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 ERRORS = "+/- standard error, [95 % interval]"
 """How the errors of changes are shown."""
-
-
 ESTIMATORS = {
     "causal": "by the entropy ahead",
     "matched": "by whole responses",

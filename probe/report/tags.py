@@ -16,34 +16,20 @@ if TYPE_CHECKING:
     from probe.results.result import ProbeResult
 
 PREFIX = "entropy_probe"
-
-
 VERDICT_CODE = "verdict_code"
 """The verdict as a number, its position in `probe.verdict.WORDS`: 0 trustworthy, 1 caution, 2 unresolved, 3 invalid."""
-
-
 HEADLINE = ("deltaH1", "deltaH_true", "residual", "H_orig", "H_upd", "learning_rate")
 """Results (with their `_tok` forms) that stand together at the top, under the names of the result mapping."""
-
-
 METRICS = (
     *(VERDICT_CODE, "deltaH1_tok", "deltaH_true_tok", "residual_tok", "H_orig_tok"),
     *("deltaH1", "deltaH_true", "residual", "H_orig", "diagnostics/ESS", "diagnostics/pareto_k"),
 )
 """Results shown for each run in the HPARAMS tab."""
-
-
 SECTIONS = ("checkpoint", "batch_config", "generation", "probe_rework", "importance", "trainer")
 """Sections of the configuration shown in the HPARAMS tab: those that can change a number."""
-
-
 SHOWN_AS_RESULTS = ("batch_config/B_E", "batch_config/B_U", "batch_config/G", "probe_rework/learning_rate")
 """Settings of which the HPARAMS tab shows the value that was used."""
-
-
 GROUND_TRUTH = ("H_orig", "H_upd", "deltaH_true", "residual")
-
-
 BATCH = ("B_E", "B_U", "G", "avg_generation_length", "avg_reward")
 
 

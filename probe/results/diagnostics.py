@@ -73,7 +73,7 @@ def diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
     if module.other_base is not None:
         flags.append("another_base")
         found["base_recorded"], found["base_given"] = module.other_base
-    if state.shared:
+    if state.drawn.shared:
         flags.append("E_shares_U")
     if abs(float(found.get("on_policy_z", 0.0))) > ON_POLICY_LIMIT:
         flags.append("E_not_from_this_policy")

@@ -40,8 +40,6 @@ RESULT_KEYS: dict[str, str] = {
 }
 """Keys of the result mapping. Those in nats per response exist with the suffix `_tok` in nats per token too; the
 keys of a phase that did not run are absent."""
-
-
 DIAGNOSTIC_KEYS: dict[str, str] = {
     "ESS": "effective sample size (sum w)^2 / sum w^2 of the importance weights, at most B_E",
     "w_max": "largest importance weight, their mean being 1",

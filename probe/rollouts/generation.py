@@ -39,12 +39,8 @@ NEUTRAL = {
     "renormalize_logits": False,
 }
 """Generation settings under which `generate` passes the model's own logits on."""
-
-
 SAMPLING_GAP_LIMIT = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Largest root mean square difference, in nats per token, between log-probs while sampling and when scored."""
-
-
 _PADDING_MATTERS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """What was found out about a model; it belongs to the architecture."""
 

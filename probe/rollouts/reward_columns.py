@@ -17,7 +17,6 @@ from probe.rollouts.stated_ends import END_COLUMNS
 from probe.rollouts.tables import Part, RolloutTable
 
 logger = logging.getLogger(__name__)
-
 # fmt: off
 LAYOUT = frozenset({
     "step", "prompt", "completion", "prompt_ids", "completion_ids", "old_logprobs",
@@ -36,8 +35,6 @@ NOT_REWARDS = LAYOUT | {
 }
 # fmt: on
 """Columns that are no reward although they may hold numbers."""
-
-
 _MEASURED = re.compile(
     r"(^|_)(len|lengths?|tokens?|turns?|seconds?|secs?|time|counts?|steps?|num|size|id)(_|$)", re.I
 )

@@ -17,8 +17,6 @@ from probe.rollouts.tables import RolloutTable
 
 GROUPS = ("group", "prompt_id")
 """Columns that name groups."""
-
-
 _UNBALANCED = 1e-3
 """Sum of a group's advantages, which is 0 but for rounding of rewards and means, relative to that of their sizes."""
 

@@ -11,19 +11,11 @@ from probe.errors.exceptions import DataError
 from probe.rollouts.tables import RolloutTable
 
 Kind = Literal["eos", "string", "finished", "length", "unknown"]
-
-
 TRUNCATED = ("truncated", "is_truncated")
 """Columns that say whether the cap on tokens ended a response."""
-
-
 REASONS = ("finish_reason", "stop_reason")
 """Columns with the reason in an engine's words."""
-
-
 END_COLUMNS = frozenset({*TRUNCATED, *REASONS, "stop_sequence"})
-
-
 _WORDS: dict[str, Kind] = {
     **dict.fromkeys(("length", "max_tokens", "max_new_tokens", "truncated"), "length"),
     **dict.fromkeys(("eos", "eos_token", "end_turn", "stop_token"), "eos"),
@@ -31,8 +23,6 @@ _WORDS: dict[str, Kind] = {
     **dict.fromkeys(("stop", "finished", "completed", "tool_calls", "tool_use", "function_call"), "finished"),
     **dict.fromkeys(("abort", "aborted", "cancelled", "error", "content_filter", "timeout"), "unknown"),
 }
-
-
 _SIGNS: dict[str, Kind] = {
     "length": "length",
     "max_": "length",

@@ -18,8 +18,6 @@ from probe.scoring.scores import TokenScores, TokenTangents
 
 LARGEST_EXPONENT = 12
 """`choose_scale` looks for the step of the central difference between `4^-12` and `4^12` times the direction."""
-
-
 GOOD_ENOUGH = 3e-3
 """Relative error of token derivatives up to which the scale 1 is kept: its upper point is the ground truth's own."""
 

@@ -16,8 +16,6 @@ from probe.sweep.fits import PowerLaw, fit_power_law
 SIZES = ("B_E", "B_U", "G")
 POLICY = ("checkpoint", *SIZES)
 """What rows of one curve over learning rates have in common; seeds are repetitions of it."""
-
-
 FEWEST = 3
 """Learning rates that a fit needs in the range of small steps, if it is to leave out those above."""
 

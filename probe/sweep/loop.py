@@ -32,6 +32,7 @@ from probe.snapshot import one_thread
 from probe.sweep.grid import DEMO, Combination, Grid, Point, build_grid, keys_given
 from probe.sweep.plots.write import write_plots
 from probe.sweep.progress import Tally, point_line
+from probe.sweep.rescale import measure_at
 from probe.sweep.settings import IncompleteSweepError, SweepConfig, sweep_config
 from probe.sweep.store import Record, SweepFolder, shared_settings
 from probe.sweep.summary import write_summary
@@ -190,7 +191,7 @@ class _Sweep:
             eta = point.eta(own)
             try:
                 same = math.isclose(eta, own, rel_tol=1e-9)
-                found = result if same else self.runner.measure_at(module, eta)
+                found = result if same else measure_at(self.runner, module, eta)
             except Exception as error:
                 self._fail([point], error)
             else:

@@ -12,8 +12,6 @@ from probe.verdict.words import MATERIAL, UNITS, Finding
 DERIVATIVE_LIMITS = (0.01, 0.05)
 """Relative difference of `deltaH1` by two methods: caution above the first, which float32 does not explain; invalid
 above the second, at which the derivative check stops a run as well."""
-
-
 DERIVATIVE_LIMITS_HALF = (0.05, 0.25)
 """The same where forwards run in 16 bits, whose rounding finite differences magnify."""
 

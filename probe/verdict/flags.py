@@ -119,8 +119,6 @@ _FLAGS: dict[str, Finding] = {
     ),
 }
 """Bias flags whose meaning does not depend on anything else."""
-
-
 _DOUBT_WORDS = {
     "tokens": "may have been sampled in other tokens",
     "text": "do not come back from their tokens",
@@ -129,8 +127,6 @@ _DOUBT_WORDS = {
     "prompt": "have prompts that may be other tokens",
 }
 """What is said of the responses with a doubt, see `RolloutBatch.doubts`."""
-
-
 _DOUBTED: dict[str, tuple[str, tuple[str, ...]]] = {
     "retokenized": (
         "A rollout file gave text without token ids: the tokens may not be those that were sampled{counted}; give it "

@@ -10,26 +10,16 @@ from probe.verdict.words import MATERIAL, Finding
 EVEN_WEIGHTS = 1.5
 """Below this largest weight (their mean being 1) Pareto k gives no reason: k does not know the scale of the weights,
 and the tail of such even ones is that of rounding and chance."""
-
-
 PARETO_K_NO_MEAN = 1.0
 """From here on the fitted tail of the weights has no finite mean: there is nothing the estimate converges to."""
-
-
 ESS_COLLAPSE = 0.1
 """Share of E that is left as effective sample size below which a few responses decide the result."""
-
-
 ESS_LEAST = 3.0
 """Effective responses below which one or two decide the result, however small E is: a tenth of eight is less than the
 one that is always left. Leaving out one response at a time then says nothing about the error."""
-
-
 ESS_LOW = 0.5
 """Below this share the measurement costs half of E: the step is large for importance sampling, and the weights of E
 say less about the responses that were not drawn."""
-
-
 FEW_RESPONSES = 30
 """Below this many (effective, or different) responses a normal 95 % interval, whose error is itself estimated, covers
 visibly less than 95 %: with Student's t at 30 it is 4 % wider, at 10 it is 15 %."""

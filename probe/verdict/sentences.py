@@ -8,8 +8,6 @@ from probe.verdict.facts import Change, Facts, number, pareto_limit
 
 OUT_OF_REACH = 1000
 """Where more than so many times `B_E` would be needed, a larger batch is not the remedy."""
-
-
 REMEDY_STEP = "lower probe_rework.learning_rate or raise batch_config.B_E"
 
 

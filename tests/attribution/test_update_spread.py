@@ -12,8 +12,9 @@ from probe.attribution.update_spread import preconditioned, prompt_contributions
 from probe.estimators.adam import adam_closed_form
 from probe.estimators.entropy_gradient import entropy_gradient
 from probe.estimators.loss_settings import LossSettings
-from probe.estimators.update import loss_gradient, optimizer_step
+from probe.estimators.update import loss_gradient
 from probe.parameters import inner_product
+from probe.phases.update import optimizer_step
 from probe.scoring import score_tokens
 from probe.scoring.forward_mode import forward_tangents
 from tests.support.enumerable import all_sequences, tiny_policy
@@ -64,7 +65,8 @@ def test_the_parts_add_up_to_the_prediction(monkeypatch, rule, loss):
     optimizer.zero_grad()
     settings = LossSettings(loss=loss, kl_coef=0.3, entropy_coef=0.2)
     update = loss_gradient(policy, U, settings, reference)
-    step, _, norm, factor = optimizer_step(optimizer, policy.parameters, update.gradient, max_grad_norm=0.02)
+    taken = optimizer_step(optimizer, policy.parameters, update.gradient, max_grad_norm=0.02)
+    step, norm, factor = taken.step, taken.gradient_norm, taken.clip_factor
     assert factor < 0.9
     parts = adam_closed_form(optimizer, policy.parameters, update.gradient, factor)
     X = entropy_gradient(policy, U, score_tokens(policy, U))

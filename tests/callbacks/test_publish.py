@@ -529,7 +529,8 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_texts_are_shown_as_they_are(state, tmp_path, text):
-    hostile = replace(state, E=replace(state.E, prompts=(text,) * 6, completions=("plain",) * 6))
+    E = replace(state.E, prompts=(text,) * 6, completions=("plain",) * 6)
+    hostile = replace(state, sample=replace(state.drawn, E=E))
     result = replace(make_result(state, verdict_reasons=[f"It is flagged {text}."]), checkpoint_name=text)
     logger = FabricTensorBoardLogger(str(tmp_path))
     assert (

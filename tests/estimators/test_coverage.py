@@ -20,7 +20,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from probe.estimators.control_variates import control_variates
 from probe.estimators.curvature import nested_curvature
 from probe.estimators.estimate import Estimate, error_method
-from probe.estimators.ground_truth import measure, resampled_change
+from probe.estimators.ground_truth import resampled_change, reweighted_change
 from probe.estimators.prediction import token_first_order
 from probe.scoring import Policy
 from tests.support.enumerable import float64_norm, tiny_model
@@ -59,7 +59,7 @@ def one_experiment(
     rows, group = sample_rows(space.probability, prompts, responses, space.batch.group, g)
     old, new = take_scores(space.old, rows), take_scores(space.new, rows)
     first, second = take_tangents(space.first, rows), take_tangents(space.second, rows)
-    truth = measure(old, new, group)
+    truth = reweighted_change(old, new, group)
     causal, matched = (
         list(token_first_order(old, first, group, kind).total) for kind in ("causal", "matched")
     )

@@ -15,7 +15,7 @@ from probe.estimators.estimate import (
     estimate,
     mean_by_prompt,
 )
-from probe.estimators.ground_truth import measure, resampled_change
+from probe.estimators.ground_truth import resampled_change, reweighted_change
 from probe.estimators.prediction import token_first_order
 from probe.scoring import TokenScores
 from probe.scoring.scores import TokenTangents
@@ -40,7 +40,7 @@ def without(old, new, tangents, keep):
 
 def estimators(old, new, tangents, group):
     """Every estimator of one batch, each with both estimands."""
-    truth = measure(old, new, group, clip=0.2)
+    truth = reweighted_change(old, new, group, clip=0.2)
     out = {name: list(both) for name, both in truth.estimates.items()}
     for weighting in ("causal", "matched"):
         parts = token_first_order(old, tangents, group, weighting)

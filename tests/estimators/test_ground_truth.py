@@ -9,7 +9,7 @@ import torch
 
 from probe.errors.exceptions import NumericalError
 from probe.estimators.entropy_change import reweighted_entropy
-from probe.estimators.ground_truth import measure, resampled_change
+from probe.estimators.ground_truth import resampled_change, reweighted_change
 from probe.estimators.noise_floor import noise_floor
 from probe.scoring import TokenScores, score_tokens
 from probe.snapshot import parameters_at
@@ -40,7 +40,7 @@ def test_sampled_estimates_centre_on_the_exact_change(monkeypatch):
     found = {(name, k): [] for name in NAMES for k in range(2)}
     for _ in range(500):
         index = torch.multinomial(exact_old[2], 256, replacement=True, generator=g)
-        truth = measure(take_scores(old, index), take_scores(new, index))
+        truth = reweighted_change(take_scores(old, index), take_scores(new, index))
         for name, k in found:
             found[name, k].append(truth.estimates[name][k])
     for (_, k), estimates in found.items():
@@ -57,9 +57,9 @@ def test_several_responses_of_a_prompt_are_not_independent(monkeypatch):
     _, _, old, new = before_and_after(monkeypatch, 0.02)
     index = torch.arange(len(old.mask))
     twice = torch.cat([index, index])
-    once = measure(old, new)
-    grouped = measure(take_scores(old, twice), take_scores(new, twice), group=twice)
-    naive = measure(take_scores(old, twice), take_scores(new, twice))
+    once = reweighted_change(old, new)
+    grouped = reweighted_change(take_scores(old, twice), take_scores(new, twice), group=twice)
+    naive = reweighted_change(take_scores(old, twice), take_scores(new, twice))
     for name in NAMES:
         for k in range(2):
             one = once.estimates[name][k]
@@ -101,7 +101,7 @@ def test_a_shift_of_all_weights_cancels(name):
 
 def test_what_is_reported(monkeypatch):
     _, _, old, new = before_and_after(monkeypatch, 0.02)
-    default, snis = measure(old, new), measure(old, new, reported="snis")
+    default, snis = reweighted_change(old, new), reweighted_change(old, new, reported="snis")
     assert default.reported == "per_decision"
     assert default.sequence.value == default.estimates["per_decision"][0].value
     assert snis.token.value == snis.estimates["snis"][1].value
@@ -120,12 +120,12 @@ def test_what_is_reported(monkeypatch):
 
 def test_clipping_is_a_row_of_its_own(monkeypatch):
     _, _, old, new = before_and_after(monkeypatch, 0.02)
-    plain = measure(old, new)
+    plain = reweighted_change(old, new)
     assert plain.clipped_fraction is None
     assert "snis_clipped" not in plain.estimates
     logw = plain.weights.log_weights
     limit = float(logw.abs().median())
-    clipped = measure(old, new, clip=limit)
+    clipped = reweighted_change(old, new, clip=limit)
     assert clipped.clipped_fraction == pytest.approx(float((logw.abs() > limit).double().mean()))
     assert 0.3 < clipped.clipped_fraction < 0.6
     w = logw.clamp(-limit, limit).exp()
@@ -133,14 +133,14 @@ def test_clipping_is_a_row_of_its_own(monkeypatch):
     assert clipped.estimates["snis_clipped"][0].value == pytest.approx(expected, rel=1e-12)
     for name in NAMES:
         assert clipped.estimates[name][0].value == plain.estimates[name][0].value
-    loose = measure(old, new, clip=100.0)
+    loose = reweighted_change(old, new, clip=100.0)
     assert loose.clipped_fraction == 0.0
     assert loose.estimates["snis_clipped"][1].value == plain.estimates["snis"][1].value
 
 
 def test_no_update_gives_exactly_zero(monkeypatch):
     _, _, old, _ = before_and_after(monkeypatch, 0.02)
-    truth = measure(old, old)
+    truth = reweighted_change(old, old)
     for both in truth.estimates.values():
         assert [e.value for e in both] == pytest.approx([0.0, 0.0], abs=1e-13)
         assert [e.se for e in both] == pytest.approx([0.0, 0.0], abs=1e-13)
@@ -162,7 +162,7 @@ def test_the_noise_floor_bounds_what_rounding_makes_of_no_change(monkeypatch):
         return TokenScores(l, h, old.mask)
 
     floors = [noise_floor(old, rounded(1e-6), rounded(1e-6), group) for _ in range(40)]
-    changes = [measure(old, rounded(1e-6)) for _ in range(40)]
+    changes = [reweighted_change(old, rounded(1e-6)) for _ in range(40)]
     for k in range(2):
         inside = sum(
             abs(c.estimates["per_decision"][k].value) <= f[k] for c, f in zip(changes, floors, strict=True)
@@ -177,10 +177,10 @@ def test_refusals():
         torch.zeros(2, 1).double(), torch.ones(2, 1).double(), torch.ones(2, 1, dtype=torch.bool)
     )
     with pytest.raises(ValueError, match="same batch"):
-        measure(one, TokenScores(one.logprob[:1], one.entropy[:1], one.mask[:1]))
+        reweighted_change(one, TokenScores(one.logprob[:1], one.entropy[:1], one.mask[:1]))
     bad = TokenScores(one.logprob - float("inf"), one.entropy, one.mask)
     with pytest.raises(NumericalError, match="finite log-weights"):
-        measure(one, bad)
+        reweighted_change(one, bad)
     q = torch.ones(2, dtype=torch.float64)
     with pytest.raises(ValueError, match="expected 'snis' or 'per_decision'"):
         reweighted_entropy(q, one.logprob, one.entropy, one.mask, "other")

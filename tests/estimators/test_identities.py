@@ -11,11 +11,12 @@ from probe.errors.exceptions import OptimizerStateError
 from probe.estimators.adam import adam_closed_form, preconditioned_direction
 from probe.estimators.entropy_change import entropy_change, first_derivative, reweighted_entropy
 from probe.estimators.entropy_gradient import entropy_gradient
-from probe.estimators.ground_truth import measure
+from probe.estimators.ground_truth import reweighted_change
 from probe.estimators.loss_settings import LossSettings
 from probe.estimators.prediction import first_order, from_tokens, token_first_order
-from probe.estimators.update import loss_gradient, optimizer_step
+from probe.estimators.update import loss_gradient
 from probe.parameters import inner_product
+from probe.phases.update import optimizer_step
 from probe.scoring import Policy, TokenScores, score_tokens
 from probe.scoring.differences import difference_pair
 from probe.scoring.forward_mode import forward_tangents
@@ -218,7 +219,7 @@ def test_predictions_are_the_derivatives_of_the_measured_change(monkeypatch, est
 
     def measured(eta):
         new = score_tokens(policy.at({n: p.detach() + eta * Y[n] for n, p in policy.parameters.items()}), E)
-        truth = measure(scores, new).estimates[estimator]
+        truth = reweighted_change(scores, new).estimates[estimator]
         return torch.tensor([e.value for e in truth], dtype=torch.float64)
 
     eta = 3e-6
@@ -328,7 +329,8 @@ def test_the_closed_form_is_the_step(monkeypatch, rule):
             p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
         optimizer.step()
     optimizer.zero_grad()
-    gradient, (step, _, norm, factor) = make_update(policy, batch, optimizer)
+    gradient, taken = make_update(policy, batch, optimizer)
+    step, norm, factor = taken.step, taken.gradient_norm, taken.clip_factor
     assert norm > 0.01 > norm * factor * 0.99  # clipping was at work
     closed = adam_closed_form(optimizer, policy.parameters, gradient, factor).total()
     torch.testing.assert_close(flat(step), flat(closed), rtol=1e-9, atol=1e-15)

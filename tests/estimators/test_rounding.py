@@ -12,8 +12,9 @@ from torch import nn
 from probe import OfflineEntropyProbe
 from probe.config.checkpoint import CheckpointConfig
 from probe.estimators.rounding import rounded_step
-from probe.estimators.update import optimizer_step
 from probe.loading import load_optimizer
+from probe.phases.update import optimizer_step
+from probe.sweep.rescale import at_learning_rate
 from tests.support.tiny_models import add_lora, load_base, save_base, save_checkpoint, take_steps, tiny_model
 
 
@@ -62,7 +63,8 @@ def test_it_is_the_step_that_the_training_takes(tmp_path, options, factor):
     assert loaded.rounded == {"large": torch.bfloat16, "small": torch.bfloat16}
     parameters, gradient = dict(model.named_parameters()), gradients(model)
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    step, new, _, clip = optimizer_step(loaded.optimizer, parameters, gradient, None, lr_factor=factor)
+    taken = optimizer_step(loaded.optimizer, parameters, gradient, None, lr_factor=factor)
+    step, new, clip = taken.step, taken.new_parameters, taken.clip_factor
     assert loaded.fused is options.get("fused", False)
     found, rounding = rounded_step(
         loaded.optimizer, parameters, gradient, loaded.rounded, new, clip, factor, loaded.fused
@@ -96,7 +98,7 @@ def test_parameters_in_more_digits_take_the_exact_step(tmp_path):
     loaded = load_optimizer(model, file, CheckpointConfig())
     assert loaded.rounded == {"large": torch.bfloat16}
     parameters, gradient = dict(model.named_parameters()), gradients(model)
-    _, new, _, _ = optimizer_step(loaded.optimizer, parameters, gradient, None)
+    new = optimizer_step(loaded.optimizer, parameters, gradient, None).new_parameters
     found, _ = rounded_step(loaded.optimizer, parameters, gradient, loaded.rounded, new)
     assert torch.equal(found["small"], new["small"])
     assert not torch.equal(found["large"], new["large"])
@@ -201,7 +203,7 @@ def test_another_learning_rate_is_rounded_anew(tmp_path, monkeypatch):
     path, _, _ = bf16_checkpoint(tmp_path / "c", 1e-6)
     _, probe = probed(tmp_path, path, monkeypatch)
     small = probe.runner.state.update
-    large = probe._module.at_learning_rate(probe.runner.state, 1e-2).update
+    large = at_learning_rate(probe._module, probe.runner.state, 1e-2).update
     assert large.rounding.moved > 0.5 > small.rounding.moved
     for value in large.new_parameters.values():
         assert torch.equal(value, value.bfloat16().float())

@@ -21,6 +21,7 @@ from probe.estimators.router_loss import router_coefficient
 from probe.estimators.update import loss_gradient
 from probe.from_checkpoint.fill import fill_settings
 from probe.module import EntropyProbe
+from probe.phases.update import loss_settings
 from probe.scoring import Policy, score_tokens
 from probe.scoring.reference import as_reference
 from tests.support.helpers import char_tokenizer
@@ -367,7 +368,7 @@ def compare(trainer):
     config, _ = fill_settings(ProbeConfig(), (), file)
     module = EntropyProbe(config)
     module.model = trainer.model
-    settings = module.loss_settings
+    settings = loss_settings(module.policy, module.config)
     model = trainer.model.eval()
     assert len(trainer.updates) == args.max_steps
     for windows, values, expected in trainer.updates:

@@ -515,7 +515,7 @@ def test_forward_mode_that_is_asked_for_and_not_there(monkeypatch):
         attach(model, adamw(model), derivative="jvp")
     assert "derivative: expected a model that allows jvp, found that the model has no" in one_line(error)
     watch = attach(model, adamw(model))
-    assert watch._probe.mode == "finite_difference"
+    assert watch._probe.way.mode == "finite_difference"
 
 
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
@@ -550,8 +550,8 @@ def test_a_model_without_a_gradient_of_its_own_is_probed_by_differences():
         layer.mlp.up_proj = Checkpointed(layer.mlp.up_proj)
     optimizer = adamw(model)
     watch = attach(model, optimizer)
-    assert watch._probe.mode == "finite_difference"
-    assert "use_reentrant=True" in watch._probe.reason
+    assert watch._probe.way.mode == "finite_difference"
+    assert "use_reentrant=True" in watch._probe.way.reason
     ids = torch.randint(4, 100, (2, 6), generator=torch.Generator().manual_seed(0))
     embedded = model.get_input_embeddings()(ids)
     model(inputs_embeds=embedded, labels=ids).loss.backward()

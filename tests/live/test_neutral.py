@@ -249,7 +249,7 @@ def fail(*_: Any, **__: Any) -> Any:
     raise ZeroDivisionError("a bug in the probe")
 
 
-PLACES = ["probe.live.step.measure", "probe.live.step.sample_rollouts", "probe.live.step.copied"]
+PLACES = ["probe.live.step.measured_change", "probe.live.step.sample_rollouts", "probe.live.step.copied"]
 
 
 @pytest.mark.parametrize("other_hook", [False, True])
@@ -544,7 +544,7 @@ def test_an_error_keeps_nothing_alive(monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(UpdateProbe, "before", before)
-    monkeypatch.setattr("probe.live.step.measure", out_of_memory)
+    monkeypatch.setattr("probe.live.step.measured_change", out_of_memory)
     loop.run(2)
     assert isinstance(watch.error, torch.OutOfMemoryError)
     assert alive

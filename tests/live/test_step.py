@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.models.qwen2 import modeling_qwen2
 
 import probe.live.step
+import probe.phases.passes as passes_module
 from probe.data.batch import PromptExample, RolloutBatch
 from probe.errors.exceptions import NumericalError, RolloutError
 from probe.live import WatchSettings
@@ -127,7 +128,7 @@ def tabulate(monkeypatch: pytest.MonkeyPatch, made: SimpleNamespace) -> None:
     with torch.no_grad():
         probability = exact(made.policy, everything)[1]
         l, h = plain_scores(made.policy, everything)
-    tangents_of, score = probe.live.step.scores_and_tangents, probe.live.step.score_tokens
+    tangents_of, score = passes_module.scores_and_tangents, probe.live.step.score_tokens
     table: dict[Any, Any] = {}
 
     def looked_up(key: Any, make_: Any) -> Any:
@@ -147,7 +148,11 @@ def tabulate(monkeypatch: pytest.MonkeyPatch, made: SimpleNamespace) -> None:
         return torch.tensor([row["number"] for row in E.rows])
 
     def forward_mode(
-        policy: Policy, E: RolloutBatch, direction: Mapping[str, Tensor], basis: Any = None
+        policy: Policy,
+        E: RolloutBatch,
+        direction: Mapping[str, Tensor],
+        basis: Any = None,
+        progress: Any = None,
     ) -> Any:
         key = (id(basis), *(float(x.sum()) for x in direction.values()))
         scores, tangents = looked_up(key, lambda: tangents_of(policy, everything, direction, basis))
@@ -158,7 +163,7 @@ def tabulate(monkeypatch: pytest.MonkeyPatch, made: SimpleNamespace) -> None:
         return take_scores(looked_up("new", lambda: score(policy, everything)), rows_of(E))
 
     monkeypatch.setattr(probe.live.step, "sample_rollouts", draw)
-    monkeypatch.setattr(probe.live.step, "scores_and_tangents", forward_mode)
+    monkeypatch.setattr(passes_module, "scores_and_tangents", forward_mode)
     monkeypatch.setattr(probe.live.step, "score_tokens", rescore)
 
 
@@ -343,7 +348,7 @@ def test_differences_of_forwards_give_the_numbers_of_forward_mode(monkeypatch, o
     for mode in ("jvp", "finite_difference"):
         made = make(monkeypatch, derivative=mode, shares=True, **options)
         made.probe.rehearse()
-        assert made.probe.mode == mode
+        assert made.probe.way.mode == mode
         for number in range(1, 3):  # the second one has control variates, where they are on
             before = made.probe.before(number)
             step(made, 1 + number)
@@ -567,7 +572,7 @@ def test_a_norm_that_is_taken_as_constant(monkeypatch, wanted, caplog):
     probe_ = UpdateProbe(model, parameters, char_tokenizer(), prompts, settings)
     model.eval()
     probe_.rehearse()
-    assert probe_.mode == ("finite_difference" if wanted == "finite_difference" else "jvp")
+    assert probe_.way.mode == ("finite_difference" if wanted == "finite_difference" else "jvp")
     ratios = []
     for number in (1, 2):
         before = probe_.before(number)
@@ -589,9 +594,9 @@ def test_a_norm_that_is_taken_as_constant(monkeypatch, wanted, caplog):
         assert any("takes a part of what it computes as a constant" in r for r in values["verdict_reasons"])
         assert any("set derivative: finite_difference" in r for r in values["verdict_reasons"])
         return
-    assert probe_.mode == "finite_difference"
+    assert probe_.way.mode == "finite_difference"
     assert ratios == pytest.approx([1.0, 1.0], rel=0.02)
     if wanted == "auto":
-        assert "DoRA" in probe_.reason
+        assert "DoRA" in probe_.way.reason
         said = caplog.text
         assert said.count("deltaH1 by finite_difference from here on") == 1

@@ -198,7 +198,7 @@ def test_large_vectors_are_left_out_and_said(small, monkeypatch):
 
 @pytest.mark.parametrize("level", ["minimal", "standard", "detailed", "debug"])
 def test_a_run_without_prediction_or_truth_can_be_logged(small, level):
-    bare = ProbeState(E=small.E, U=small.U, E_scores=small.E_scores)
+    bare = ProbeState(sample=small.sample)
     log = build_log(make_result(small), bare, level, token_text=token_text)
     assert log.get("parameter_blocks") is None
     empty = build_log(make_result(small), ProbeState(), level)
@@ -313,7 +313,8 @@ def test_the_layout_changes_no_value(value):
 
 def test_odd_texts_survive(small):
     odd = 'a "quoted" \\ \x00 \u2028 \ud800 \U0001f600 </script>'
-    state = replace(small, E=replace(small.E, completions=(odd,) * 3))
+    E = replace(small.E, completions=(odd,) * 3)
+    state = replace(small, sample=replace(small.drawn, E=E))
     data = dump_bytes(build_log(make_result(state), state, "detailed"), compress=True)
     assert json.loads(gzip.decompress(data))["sequences"]["E"][0]["completion"] == odd
 

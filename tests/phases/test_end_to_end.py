@@ -27,6 +27,7 @@ from probe.errors.exceptions import (
 from probe.loading import quiet_libraries
 from probe.results.keys import DIAGNOSTIC_KEYS, RESULT_KEYS
 from probe.rollouts.write import write_rollouts
+from probe.sweep.rescale import measure_at
 from tests.support.tiny_models import (
     SHARED_SHAPE,
     adamw,
@@ -614,7 +615,7 @@ def test_a_learning_rate_measured_afterwards_is_the_run_at_that_rate(config):
     base = probe.run_mixed_probe()
     module, eta = probe._module, 0.5 * base["learning_rate"]
     before = {n: p.detach().clone() for n, p in module.model.named_parameters()}
-    found = probe.runner.measure_at(module, eta).values
+    found = measure_at(probe.runner, module, eta).values
     assert all(torch.equal(p, before[n]) for n, p in module.model.named_parameters())
     own = run(config, checkpoint={"dtype": "float64"}, probe_rework={"learning_rate": eta})
     for key in (
@@ -821,10 +822,9 @@ def test_hooks_are_called_in_order_and_all_are_declared(config):
     for phase in PHASES:
         expected += [f"on_{phase}_start", f"on_{phase}_end"]
     assert called == [*expected, "on_probe_end"]
-    declared = {name for name in vars(ProbeCallback) if name.startswith(("on_", "run_"))}
+    declared = {name for name in vars(ProbeCallback) if name.startswith("on_")}
     for name in probe.callbacks.__all__:
         value = getattr(probe.callbacks, name)
         if isinstance(value, type):
-            hooks = {n for n in vars(value) if n.startswith(("on_", "run_"))}
+            hooks = {n for n in vars(value) if n.startswith("on_")}
             assert hooks <= declared, name
-            assert all(f"run_{phase}" in vars(value) for phase in vars(value).get("phases", ()))

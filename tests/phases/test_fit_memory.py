@@ -36,12 +36,14 @@ def test_a_batch_never_learns_from_itself():
     first, second, third = batches(3)
     memory = FitMemory(basis(), "policy")
     assert memory.earlier_than(first) == []
-    memory.add(first, statistics(1))
-    memory.add(second, statistics(2))
+    memory = memory.with_batch(first, statistics(1))
+    memory = memory.with_batch(second, statistics(2))
     assert [s.tokens for s in memory.earlier_than(first)] == [20.0]
     assert [s.tokens for s in memory.earlier_than(second)] == [10.0]
     assert [s.tokens for s in memory.earlier_than(third)] == [10.0, 20.0]
-    memory.add(first, statistics(3))  # again, with another step: it takes the place of the earlier one
+    memory = memory.with_batch(
+        first, statistics(3)
+    )  # again, with another step: it takes the place of the earlier one
     assert sorted(s.tokens for s in memory.earlier_than(third)) == [20.0, 30.0]
 
 
@@ -50,7 +52,7 @@ def test_a_larger_batch_of_the_same_draw_is_the_same_draw():
     small, large = every.subset(torch.tensor([3, 7])), every.subset(torch.tensor([3, 7, 9, 11, 2]))
     assert fingerprint(small) == fingerprint(large)
     memory = FitMemory(basis(), "policy")
-    memory.add(small, statistics(1))
+    memory = memory.with_batch(small, statistics(1))
     assert memory.earlier_than(large) == []
     for other in (
         every.subset(torch.tensor([3, 8])),
@@ -72,7 +74,7 @@ def test_a_file_gives_back_what_was_written(tmp_path):
     assert read_fit_memory(path, "policy") is None
     memory = FitMemory(basis(), "policy")
     for k, batch in enumerate(batches(3), start=1):
-        memory.add(batch, statistics(k))
+        memory = memory.with_batch(batch, statistics(k))
     write_fit_memory(path, memory)
     found = read_fit_memory(path, "policy")
     assert torch.equal(found.basis.tokens, memory.basis.tokens)
@@ -90,7 +92,7 @@ def test_the_oldest_batches_go_first(monkeypatch):
     monkeypatch.setattr(module, "LARGEST_MEMORY", 3)
     memory, some = FitMemory(basis(), "policy"), batches(5)
     for k, batch in enumerate(some, start=1):
-        memory.add(batch, statistics(k))
+        memory = memory.with_batch(batch, statistics(k))
     assert [s.tokens for s in memory.batches.values()] == [30.0, 40.0, 50.0]
 
 

@@ -7,13 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from probe.config.parsing import parse_config
 from probe.errors.exceptions import NumericalError
 from probe.estimators.forward_mode_check import forward_mode_check
 from probe.loading import use_exact_4bit_layers
 from probe.loading.quantization import find_4bit_layers
-from probe.module import EntropyProbe
-from probe.runner import TrainerSection
+from probe.phases.entropy_gradient import choose_way
 from probe.scoring import Policy, score_tokens
 from probe.scoring.differences import choose_scale, difference_pair
 from probe.scoring.features import feature_basis
@@ -307,19 +305,16 @@ def test_auto_falls_back_to_backward(monkeypatch, kind):
         layer = policy.model.get_base_model().model.layers[0].self_attn.v_proj
         layer.register_forward_hook(lambda module, args, output: kind.apply(output))
     for wanted in ("auto", "jvp", "reverse", "finite_difference"):
-        config = parse_config({"probe_rework": {"derivative_mode": wanted}}, TrainerSection).probe
-        module = EntropyProbe(config)
-        module.model = policy.model
         if wanted == "jvp" and kind is not None:
             with pytest.raises(NumericalError, match="expected a model that allows jvp"):
-                module._derivative_mode(batch)
+                choose_way(policy, batch, wanted)
             continue
-        mode, reason = module._derivative_mode(batch)
+        way = choose_way(policy, batch, wanted)
         if wanted == "auto":
-            assert mode == ("jvp" if kind is None else "reverse")
-            assert {Opaque: "no forward-mode", Dropped: "differ by", None: "agrees"}[kind] in reason
+            assert way.mode == ("jvp" if kind is None else "reverse")
+            assert {Opaque: "no forward-mode", Dropped: "differ by", None: "agrees"}[kind] in way.reason
         else:
-            assert mode == wanted
+            assert way.mode == wanted
 
 
 def test_the_upper_point_can_be_given(monkeypatch):

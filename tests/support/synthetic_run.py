@@ -12,11 +12,17 @@ from torch import Tensor
 from probe.config.schema import ProbeConfig
 from probe.data.batch import RolloutBatch
 from probe.estimators.entropy_gradient import EntropyGradient
-from probe.estimators.ground_truth import GroundTruth, measure
+from probe.estimators.ground_truth import GroundTruth, reweighted_change
 from probe.estimators.prediction import first_order
-from probe.estimators.update import Update
 from probe.estimators.weighting import ScoreWeights
+from probe.from_checkpoint.sources import SettingSources
+from probe.phases.controls import ControlSource
+from probe.phases.entropy_gradient import Derivative
+from probe.phases.passes import Way
+from probe.phases.prediction import Predicted
+from probe.phases.sample import Sample
 from probe.phases.state import ProbeState
+from probe.phases.update import Update
 from probe.results.result import ProbeResult
 from probe.scoring.scores import TokenScores
 from probe.verdict.verdict import verdict
@@ -142,13 +148,23 @@ def make_state(
         scores=U_scores,
     )
     return ProbeState(
-        E=E,
-        U=U,
-        E_scores=E_scores,
-        entropy_gradient=gradient_of_entropy,
+        sample=Sample(
+            E=E,
+            U=U,
+            E_scores=E_scores,
+            E_seen=None,
+            U_seen=None,
+            controls=ControlSource(None, "probe_rework.control_variates", "seed 0"),
+            shared=0,
+            sampling_gap=None,
+            on_policy_z=0.0,
+            config=ProbeConfig(),
+            sources=SettingSources("none"),
+        ),
+        derivative=Derivative(Way("reverse", ""), gradient_of_entropy),
         update=update,
-        prediction=first_order(gradient_of_entropy, step, 1e-6),
-        ground_truth=measure(E_scores, nudged(generator, E_scores, 0.01), reported="snis"),
+        predicted=Predicted(first_order(gradient_of_entropy, step, 1e-6), gradient_of_entropy),
+        ground_truth=reweighted_change(E_scores, nudged(generator, E_scores, 0.01), reported="snis"),
         timing={
             "sample": 12.3,
             "entropy_gradient": 4.5,

@@ -30,6 +30,9 @@ from tests.support.sweep_fakes import OWN_RATE, FakeModule, FakeRunner, fake_con
 def folder(tmp_path, monkeypatch):
     """The folder of a sweep that draws no plots."""
     monkeypatch.setattr("probe.sweep.loop.write_plots", lambda table, folder: [])
+    monkeypatch.setattr(
+        "probe.sweep.loop.measure_at", lambda runner, module, eta: runner.measure_at(module, eta)
+    )
     return tmp_path / "sweep"
 
 

@@ -1,0 +1,75 @@
+"""What momentum and weight decay contribute to the deltaH1 of a step that was taken, and its own gradient: the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probe.data.batch import RolloutBatch
+from probe.estimators.estimate import Estimate
+from probe.estimators.prediction import Prediction, token_first_order
+from probe.estimators.step_parts import StepParts
+from probe.phases.controls import fitted_controls
+from probe.phases.fit_memory import FitMemory
+from probe.phases.passes import AlongStep, tangents_along
+from probe.results.changes import with_error
+from probe.scoring.policy import Policy
+
+
+def part_changes(
+    parts: StepParts,
+    policy: Policy,
+    E: RolloutBatch,
+    step: Mapping[str, Tensor],
+    passes: AlongStep,
+    prediction: Prediction,
+    memory: FitMemory | None,
+    draw: str,
+) -> dict[str, Any]:
+    """The values of the parts, nats per response and (`_tok`) per token, with errors, and as shares of deltaH1.
+
+    Args:
+        parts: of the step.
+        policy: at the parameters before it.
+        E: the evaluation batch.
+        step: by parameter name.
+        passes: over E along the step.
+        prediction: of the whole step.
+        memory: for control variates of each part; None where the prediction has none.
+        draw: where E comes from.
+    """
+    basis = None if memory is None else memory.basis
+    total = prediction.estimates[prediction.reported]
+    rest = list(total)
+    values: dict[str, Any] = {"shares_error": parts.error}
+    for name, direction in _directions(parts).items():
+        of_part = [Estimate(0.0, torch.zeros_like(e.influence)) for e in rest]
+        if any(bool(x.any()) for x in direction.values()):
+            tangents = tangents_along(policy, E, direction, step, passes, basis)
+            along = AlongStep(passes.scores, tangents, passes.way)
+            of_part = list(token_first_order(passes.scores, tangents, E.group).total)
+            if memory is not None:
+                Z = fitted_controls(E, along, memory, draw).Z
+                of_part = [e - z for e, z in zip(of_part, Z, strict=True)]
+        rest = [all_ - part for all_, part in zip(rest, of_part, strict=True)]
+        values |= _part_values(name, of_part, total)
+    return values | _part_values("gradient", rest, total)
+
+
+def _directions(parts: StepParts) -> dict[str, Mapping[str, Tensor]]:
+    """The parts of a step that have a direction of their own; decay's is 0 where there is none."""
+    zero = {name: torch.zeros_like(x) for name, x in parts.momentum.items()}
+    return {"momentum": parts.momentum, "decay": parts.decay or zero}
+
+
+def _part_values(name: str, of_part: Sequence[Estimate], total: Sequence[Estimate]) -> dict[str, Any]:
+    """A part of deltaH1 in nats with its error; and as a share of it, where that is told from 0."""
+    values: dict[str, Any] = {}
+    for found, whole, suffix in zip(of_part, total, ("", "_tok"), strict=True):
+        values |= with_error(f"deltaH1_{name}{suffix}", found)
+        low, high = whole.ci95
+        values[f"{name}_share{suffix}"] = found.value / whole.value if low > 0 or high < 0 else None
+    return values

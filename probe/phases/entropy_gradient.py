@@ -1,0 +1,106 @@
+"""Phase 1: how to differentiate, and the entropy's gradient X on E where it is needed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from probe.config.estimation import ProbeReworkConfig
+from probe.data.batch import RolloutBatch
+from probe.errors.exceptions import NumericalError
+from probe.estimators.derivative_check import DerivativeMismatchError, derivative_check
+from probe.estimators.entropy_gradient import EntropyGradient
+from probe.estimators.entropy_gradient import entropy_gradient as gradient_of_entropy
+from probe.estimators.forward_mode_check import forward_mode_check
+from probe.phases.passes import Way, few_responses
+from probe.phases.sample import Sample
+from probe.scoring.collector import MakeProgress, no_progress
+from probe.scoring.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Derivative:
+    """How deltaH1 is differentiated in this run.
+
+    Attributes:
+        way: mode and reason.
+        X: the entropy's gradient on E; None where nothing needs it.
+        check_error: relative difference of backward and finite differences on a few responses; None where they were
+            not compared.
+    """
+
+    way: Way
+    X: EntropyGradient | None = None
+    check_error: float | None = None
+
+
+def entropy_gradient(
+    policy: Policy, sample: Sample, rework: ProbeReworkConfig, progress: MakeProgress = no_progress
+) -> Derivative:
+    """Choose how to differentiate, and X on E where it is needed: backward, and for the spread over U.
+
+    Args:
+        policy: at the checkpoint's weights.
+        sample: E with its scores.
+        rework: the section `probe_rework`.
+        progress: makes a progress callback from the name of a pass.
+
+    Raises:
+        NumericalError: the gradients cannot be trusted (see `derivative_check`), are not finite, or forward mode is
+            asked for and cannot be had.
+    """
+    scores = sample.E_scores
+    if not bool(scores.undecided.any()):
+        return Derivative(
+            Way("finite_difference", "the policy has no choice left, so that derivatives are 0")
+        )
+    few = few_responses(sample.E, policy.microbatch_size, scores)
+    way, error = _checked_way(policy, few, rework)
+    logger.info("deltaH1 by %s: %s", way.mode, way.reason)
+    if way.mode == "finite_difference" or (way.mode == "jvp" and not rework.update_spread):
+        return Derivative(way, check_error=error)
+    X = gradient_of_entropy(
+        policy, sample.E, scores, rework.weighting, rework.baseline, progress=progress("gradient on E")
+    )
+    return Derivative(way, X, error)
+
+
+def _checked_way(policy: Policy, few: RolloutBatch, rework: ProbeReworkConfig) -> tuple[Way, float | None]:
+    """The way to differentiate, and the `check_error` of backward."""
+    error = None
+    try:
+        if rework.derivative_check and rework.derivative_mode != "finite_difference":
+            error = derivative_check(policy, few).relative_error
+    except DerivativeMismatchError as mismatch:
+        # forward mode only agrees with a backward that is wrong where the model's own code stops gradients
+        if rework.derivative_mode != "auto" or not forward_mode_check(policy, few).usable:
+            raise
+        reason = f"forward mode and backward agree, and both are wrong: {mismatch}"
+        return Way("finite_difference", reason), None
+    return choose_way(policy, few, rework.derivative_mode), error
+
+
+def choose_way(policy: Policy, few: RolloutBatch, wanted: str) -> Way:
+    """The way to differentiate a model.
+
+    Args:
+        policy: the policy.
+        few: a few responses to try forward mode on.
+        wanted: `auto` or a mode.
+
+    Raises:
+        NumericalError: forward mode is asked for and cannot be had.
+    """
+    if wanted in ("reverse", "finite_difference"):
+        return Way(wanted, "as configured")  # type: ignore[arg-type]
+    check = forward_mode_check(policy, few)
+    if check.usable:
+        return Way("jvp", check.reason)
+    if wanted == "jvp":
+        raise NumericalError(
+            f"probe_rework.derivative_mode: expected a model that allows jvp, found that {check.reason}; use auto, "
+            "reverse or finite_difference, or checkpoint.attn_implementation: eager"
+        )
+    return Way("reverse", check.reason)

@@ -1,0 +1,193 @@
+"""The passes over E along one step: scores, their derivatives, and what the two are checked by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from probe.data.batch import RolloutBatch
+from probe.estimators.step_check import StepCheck, step_check, stopped_gradients
+from probe.parameters import norm
+from probe.scoring.collector import MakeProgress, no_progress
+from probe.scoring.differences import DifferencePair, choose_scale, difference_pair
+from probe.scoring.differentiable import forward_mode_kernels
+from probe.scoring.features import FeatureBasis
+from probe.scoring.forward_mode import scores_and_tangents
+from probe.scoring.microbatch import first_microbatch
+from probe.scoring.policy import Policy
+from probe.scoring.score import score_tokens
+from probe.scoring.scores import TokenScores, TokenTangents
+
+Mode = Literal["jvp", "reverse", "finite_difference"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How deltaH1 is differentiated.
+
+    Attributes:
+        mode: `jvp` (forward mode), `reverse` (backward, with differences of forwards for what is needed per token) or
+            `finite_difference`.
+        reason: why that way.
+    """
+
+    mode: Mode
+    reason: str
+
+    def kernels(self, policy: Policy) -> AbstractContextManager[None]:
+        """The kernels for all scores that are compared with each other: forward mode has rules for only some."""
+        return forward_mode_kernels(policy.model) if self.mode == "jvp" else nullcontext()
+
+
+@dataclass(frozen=True)
+class AlongStep:
+    """What the passes over E along one step gave.
+
+    Attributes:
+        scores: of E at `theta`.
+        tangents: derivatives of E's scores along the step.
+        way: by which they were taken; another one than was asked for where forwards contradicted that.
+        pair: scores on both sides, where the derivatives are differences.
+        check: the derivatives beside differences of forwards; None where these are the only way, or it is switched off.
+        new: scores of E after the step, where a difference needed them anyway.
+    """
+
+    scores: TokenScores
+    tangents: TokenTangents
+    way: Way
+    pair: DifferencePair | None = None
+    check: StepCheck | None = None
+    new: TokenScores | None = None
+
+
+def along_step(
+    policy: Policy,
+    E: RolloutBatch,
+    step: Mapping[str, Tensor],
+    way: Way,
+    scores: TokenScores | None = None,
+    after: Mapping[str, Tensor] | None = None,
+    basis: FeatureBasis | None = None,
+    *,
+    check: bool = True,
+    binding: bool = False,
+    check_scale: int = 0,
+    progress: MakeProgress = no_progress,
+) -> AlongStep:
+    """Score and differentiate E along a step.
+
+    Args:
+        policy: at `theta`.
+        E: the evaluation batch.
+        step: by parameter name.
+        way: to differentiate.
+        scores: of E at `theta`, where they are there already.
+        after: the exact parameters after the step, where the step is one that was taken.
+        basis: of the features that control variates are made of.
+        check: compare what forward mode gives with differences of forwards.
+        binding: keep to forward mode where these contradict it; otherwise they take its place.
+        check_scale: the `StepCheck.scale` of an earlier check.
+        progress: makes a progress callback from the name of a pass.
+
+    Raises:
+        NumericalError: a score is not finite, or no difference step is usable.
+        ForwardModeError: an operation of the model has no forward-mode derivative.
+    """
+    if way.mode != "jvp":
+        return _by_differences(policy, E, step, way, scores, after, basis, progress)
+    here, tangents = scores_and_tangents(policy, E, step, basis, progress("forward mode on E"))
+    found = AlongStep(here if scores is None else scores, tangents, way)
+    if not check:
+        return found
+    with way.kernels(policy):
+        checked = step_check(policy, E, found.scores, step, tangents, check_scale)
+    if binding or not checked.contradicted:
+        return replace(found, check=checked)
+    forwards = Way("finite_difference", stopped_gradients(checked))
+    return _by_differences(policy, E, step, forwards, scores, after, basis, progress)
+
+
+def _by_differences(
+    policy: Policy,
+    E: RolloutBatch,
+    step: Mapping[str, Tensor],
+    way: Way,
+    scores: TokenScores | None,
+    after: Mapping[str, Tensor] | None,
+    basis: FeatureBasis | None,
+    progress: MakeProgress,
+) -> AlongStep:
+    """See `along_step`; by central differences of forwards."""
+    scores = score_tokens(policy, E, basis=basis) if scores is None else scores
+    pair, new = pair_along(policy, E, step, scores, after, basis, progress)
+    return AlongStep(scores, pair.tangents, way, pair, new=new)
+
+
+def pair_along(
+    policy: Policy,
+    E: RolloutBatch,
+    step: Mapping[str, Tensor],
+    scores: TokenScores,
+    after: Mapping[str, Tensor] | None,
+    basis: FeatureBasis | None = None,
+    progress: MakeProgress = no_progress,
+) -> tuple[DifferencePair, TokenScores | None]:
+    """E scored on both sides; and after the step, where the upper side is the step's own end (at scale 1).
+
+    Args:
+        policy: at `theta`.
+        E: the evaluation batch.
+        step: by parameter name.
+        scores: of E.
+        after: the exact parameters after the step, or None.
+        basis: also score the expected token features.
+        progress: makes a progress callback from the name of a pass.
+
+    Raises:
+        NumericalError: no difference step is usable.
+    """
+    scale, error = choose_scale(policy, few_responses(E, policy.microbatch_size, scores), step)
+    upper = after if scale == 1.0 else None
+    pair = difference_pair(policy, E, step, scale, error, upper, basis, progress)
+    return pair, None if upper is None else pair.plus
+
+
+def tangents_along(
+    policy: Policy,
+    E: RolloutBatch,
+    direction: Mapping[str, Tensor],
+    step: Mapping[str, Tensor],
+    found: AlongStep,
+    basis: FeatureBasis | None = None,
+) -> TokenTangents:
+    """Derivatives of E's scores along another direction, by the way of the step's; differences move as far.
+
+    Args:
+        policy: at `theta`.
+        E: the evaluation batch.
+        direction: by parameter name, not 0.
+        step: by parameter name.
+        found: the passes along the step.
+        basis: also differentiate the expected token features.
+    """
+    if found.pair is None:
+        return scores_and_tangents(policy, E, direction, basis)[1]
+    scale = found.pair.scale * norm(step) / norm(direction)
+    return difference_pair(policy, E, direction, scale, basis=basis).tangents
+
+
+def few_responses(batch: RolloutBatch, count: int, scores: TokenScores | None = None) -> RolloutBatch:
+    """The first few responses that are not empty; of those with a choice in them, as far as there are.
+
+    Args:
+        batch: any.
+        count: how many.
+        scores: of the batch; without them a choice is not looked for.
+    """
+    if scores is not None and bool(scores.undecided.any()):
+        batch = batch.subset(scores.undecided.nonzero().flatten())
+    return first_microbatch(batch, count)

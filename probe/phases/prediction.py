@@ -1,0 +1,258 @@
+"""Phase 3: deltaH1 of a step, with its errors, curvature and spread over update batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from torch import Tensor
+
+from probe.config.estimation import ProbeReworkConfig
+from probe.data.batch import RolloutBatch
+from probe.errors.exceptions import NumericalError
+from probe.estimators.curvature import nested_curvature, symmetric_curvature
+from probe.estimators.entropy_gradient import EntropyGradient
+from probe.estimators.prediction import Prediction, first_order, from_tokens, token_first_order
+from probe.estimators.step_check import StepCheck, agreement_check, stopped_gradients
+from probe.estimators.weighting import Baseline, Weighting
+from probe.loading.optimizer import LoadedOptimizer
+from probe.phases.attribution import update_spread
+from probe.phases.controls import Controls, fitted_controls
+from probe.phases.entropy_gradient import Derivative
+from probe.phases.passes import AlongStep, Way, along_step, pair_along
+from probe.phases.sample import Sample
+from probe.phases.update import Update, predicted_step
+from probe.scoring.collector import MakeProgress, no_progress
+from probe.scoring.forward_mode import ForwardModeError, second_order_tangents
+from probe.scoring.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+AGREEMENT_LIMIT, HALF_AGREEMENT_LIMIT = 1e-2, 0.1
+"""Largest relative difference of deltaH1 by forward mode and by backward, and the same in half precision."""
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What phase 3 found.
+
+    Attributes:
+        prediction: deltaH1.
+        X: the entropy's gradient; None where there is none, or forwards contradict it.
+        passes: over E along the step; None where the arithmetic allows none.
+        controls: control variates of the step; None without.
+    """
+
+    prediction: Prediction
+    X: EntropyGradient | None = None
+    passes: AlongStep | None = None
+    controls: Controls | None = None
+
+
+def prediction(
+    policy: Policy,
+    sample: Sample,
+    derivative: Derivative,
+    update: Update,
+    loaded: LoadedOptimizer,
+    rework: ProbeReworkConfig,
+    progress: MakeProgress = no_progress,
+) -> Predicted:
+    """DeltaH1 of the step that `probe_rework.step` asks for.
+
+    Args:
+        policy: at the checkpoint's weights.
+        sample: E with its scores, and U.
+        derivative: how to differentiate, and X.
+        update: the optimizer's step.
+        loaded: the optimizer.
+        rework: the section `probe_rework`.
+        progress: makes a progress callback from the name of a pass.
+
+    Raises:
+        NumericalError: two ways to the derivative disagree, or no difference step is usable.
+    """
+    E, step = sample.E, predicted_step(policy, loaded, update, rework.step)
+    after = update.new_parameters if rework.step == "optimizer" and update.rounding is None else None
+    memory = sample.controls.memory
+    try:
+        passes = along_step(
+            policy,
+            E,
+            step,
+            derivative.way,
+            sample.E_scores,
+            after,
+            None if memory is None else memory.basis,
+            check=rework.derivative_check,
+            binding=rework.derivative_mode != "auto",
+            progress=progress,
+        )
+    except NumericalError as error:
+        if derivative.way.mode != "reverse" or derivative.X is None:
+            raise
+        return _without_errors(
+            derivative.X, step, update, rework, f"{derivative.way.reason}; no error bars: {error}"
+        )
+    found, X, way = _checked(policy, E, passes, derivative, step, update, rework)
+    found = replace(
+        found,
+        sd_U=update_spread(policy, sample.U, X, update, loaded, rework, way, progress),
+    )
+    controls = None
+    if memory is None:
+        found = replace(found, control_variates=f"off: {sample.controls.reason}")
+    else:
+        controls = fitted_controls(E, passes, memory, sample.controls.draw)
+        batches = f" and {controls.earlier} earlier batches" if controls.earlier else ""
+        found = found.with_control_variates(controls.Z, f"on: fitted on other prompts{batches}")
+    found, passes = _with_curvature(policy, E, step, after, found, passes, rework.curvature, progress)
+    return Predicted(found, X, passes, controls)
+
+
+def predict(
+    passes: AlongStep,
+    group: Tensor,
+    learning_rate: float,
+    weighting: Weighting = "causal",
+    baseline: Baseline = "loo_position",
+) -> Prediction:
+    """DeltaH1 from derivatives per token, by every weighting, with errors over E.
+
+    Args:
+        passes: over E along the step.
+        group: `(B,)` prompts of E.
+        learning_rate: that the step was taken with; NaN where it is not known.
+        weighting: whose value is reported.
+        baseline: of the score part.
+    """
+    by_name = {
+        name: token_first_order(passes.scores, passes.tangents, group, name, baseline)
+        for name in get_args(Weighting)
+    }
+    check, pair = passes.check, passes.pair
+    return replace(
+        from_tokens(by_name[weighting], learning_rate),
+        estimates={name: parts.total for name, parts in by_name.items()},
+        reported=weighting,
+        mode=passes.way.mode,
+        reason=passes.way.reason,
+        step_difference=None if check is None else check.difference,
+        step_difference_error=None if check is None else check.error,
+        difference_scale=None if pair is None else pair.scale,
+        difference_error=None if pair is None else pair.error,
+    )
+
+
+def _checked(
+    policy: Policy,
+    E: RolloutBatch,
+    passes: AlongStep,
+    derivative: Derivative,
+    step: Mapping[str, Tensor],
+    update: Update,
+    rework: ProbeReworkConfig,
+) -> tuple[Prediction, EntropyGradient | None, Way]:
+    """DeltaH1 by the way that holds: backward and derivatives per token agree, or forwards are believed."""
+    found = predict(passes, E.group, update.learning_rate, rework.weighting, rework.baseline)
+    if passes.way != derivative.way:  # X takes the same for a constant as what the forwards contradict
+        logger.warning("deltaH1 by %s: %s", passes.way.mode, passes.way.reason)
+        return found, None, passes.way
+    X = derivative.X
+    if X is None:
+        return found, None, passes.way
+    backward = first_order(X, step, update.learning_rate)
+    agreement = _agreement(backward, found, policy.half_precision)
+    if passes.way.mode != "reverse":
+        return replace(found, agreement=agreement), X, passes.way
+    check = None
+    if passes.pair is not None and rework.derivative_check:
+        check = _agreement_check(backward, found, passes.pair.error)
+    if check is not None and check.contradicted and rework.derivative_mode == "auto":
+        forwards = Way("finite_difference", stopped_gradients(check))
+        logger.warning("deltaH1 by %s: %s", forwards.mode, forwards.reason)
+        return replace(found, mode=forwards.mode, reason=forwards.reason), None, forwards
+    errors = ("estimates", "reported", "mode", "reason", "difference_scale", "difference_error")
+    found = replace(
+        backward,
+        **{name: getattr(found, name) for name in errors},
+        agreement=agreement,
+        step_difference=None if check is None else check.difference,
+        step_difference_error=None if check is None else check.error,
+    )
+    return found, X, passes.way
+
+
+def _agreement_check(backward: Prediction, tokens: Prediction, known: float) -> StepCheck:
+    """Backward beside differences of forwards, which are known to `known`."""
+    sizes = (
+        max(abs(tokens.pathwise), abs(tokens.score)),
+        max(abs(tokens.pathwise_tok), abs(tokens.score_tok)),
+    )
+    return agreement_check(
+        (backward.deltaH1, backward.deltaH1_tok), tokens.estimates[tokens.reported], sizes, known
+    )
+
+
+def _agreement(backward: Prediction, tokens: Prediction, half_precision: bool) -> float:
+    """Relative difference of deltaH1 by backward and by derivatives per token.
+
+    Relative to the larger of the parts that deltaH1 is the sum of, since these may nearly cancel.
+
+    Raises:
+        NumericalError: they disagree by more than the arithmetic allows.
+    """
+    size = max(abs(backward.pathwise), abs(backward.score), abs(backward.deltaH1), 1e-300)
+    off = abs(backward.deltaH1 - tokens.deltaH1) / size
+    limit = HALF_AGREEMENT_LIMIT if half_precision else AGREEMENT_LIMIT
+    if tokens.mode == "jvp" and not off <= limit:
+        raise NumericalError(
+            f"expected forward mode and backward to give one deltaH1, found {tokens.deltaH1:.6g} and "
+            f"{backward.deltaH1:.6g} nats per response (relative difference {off:.2g}, at most {limit} "
+            "expected); some layer drops derivatives (try probe_rework.derivative_mode: finite_difference)"
+        )
+    return off
+
+
+def _without_errors(
+    X: EntropyGradient, step: Mapping[str, Tensor], update: Update, rework: ProbeReworkConfig, reason: str
+) -> Predicted:
+    """DeltaH1 by backward alone, where the arithmetic gives no derivatives per token."""
+    logger.warning("deltaH1 by reverse: %s", reason)
+    found = first_order(X, step, update.learning_rate)
+    return Predicted(replace(found, reported=rework.weighting, reason=reason), X)
+
+
+def _with_curvature(
+    policy: Policy,
+    E: RolloutBatch,
+    step: Mapping[str, Tensor],
+    after: Mapping[str, Tensor] | None,
+    found: Prediction,
+    passes: AlongStep,
+    wanted: str,
+    progress: MakeProgress,
+) -> tuple[Prediction, AlongStep]:
+    """Add deltaH2 by the way that is asked for; its passes may have scored E after the step."""
+    if wanted == "off":
+        return found, passes
+    scores = passes.scores
+    if wanted == "jvp" or (wanted == "auto" and found.mode == "jvp"):
+        try:
+            first, second = second_order_tangents(policy, E, step, progress("curvature on E"))
+            return replace(
+                found, deltaH2=nested_curvature(scores, first, second, E.group), curvature_mode="jvp"
+            ), passes
+        except ForwardModeError as error:
+            if wanted == "jvp":
+                raise
+            logger.info("deltaH2 by differences: %s", error)
+    if passes.pair is None:
+        pair, new = pair_along(policy, E, step, scores, after, progress=progress)
+        passes = replace(passes, pair=pair, new=new)
+    else:
+        pair = passes.pair
+    deltaH2 = symmetric_curvature(scores, pair, E.group)
+    return replace(found, deltaH2=deltaH2, curvature_mode="finite_difference"), passes
