@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from probe.errors.exceptions import NumericalError
 from probe.errors.remedies import Remedy
+from probe.scoring.logit_tail import LogitTail, choose_tail, difference, possible_tails
 from probe.snapshot import standing_in
 
 
@@ -49,10 +50,8 @@ class OutputHead:
 
     Hidden states are captured where they enter the model's output layer, so that only response positions go
     through the vocabulary product and only a chunk of their logits exists at a time. Models differ in what they do to
-    the logits after that layer: `c tanh(s y / c)` with a scale `s` and a soft cap `c`, whose values stand in the
-    configuration under many names, multiplied here and divided there. So `check`, which sees the model's own logits at
-    the last position of every forward, chooses the one of the configuration's numbers that gives them, before the first
-    use, and refuses a tail that none gives.
+    the logits after that layer (`LogitTail`). So `check`, which sees the model's own logits at the last position of
+    every forward, chooses the tail that gives them, before the first use, and refuses one that none gives.
     """
 
     def __init__(self, model: nn.Module, values: Mapping[str, Tensor] | None = None) -> None:
@@ -70,9 +69,10 @@ class OutputHead:
             )
         self.layer: nn.Module = layer
         config: Any = model.config
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        self._scale, self._softcap = 1.0, _softcap(text)
-        self._scales, self._tail_known = _scale_candidates(text), False
+        self._tails = possible_tails(
+            config.get_text_config() if hasattr(config, "get_text_config") else config
+        )
+        self._tail: LogitTail | None = None
         self._promoted: dict[str, Tensor] | None = None
         own: dict[int, str] = {
             id(p): name for name, p in layer.named_parameters()
@@ -116,11 +116,7 @@ class OutputHead:
             }
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False), standing_in(self.layer, self._promoted):
-            return self._tail(self.layer(hidden.to(dtype)))
-
-    def _tail(self, logits: Tensor) -> Tensor:
-        """What the model does to its logits after the output layer."""
-        return _tail(logits, self._scale, self._softcap)
+            return (self._tail or self._tails[0])(self.layer(hidden.to(dtype)))
 
     def check(self, hidden: Tensor, model_logits: Tensor) -> None:
         """Compare the output layer and tail, run at the last position in the model's own type, with the model's logits.
@@ -141,67 +137,12 @@ class OutputHead:
                 output = self.layer(last)
             half = min(torch.finfo(hidden.dtype).bits, torch.finfo(model_logits.dtype).bits) < 32
             tolerance = 1e-2 if half else 1e-4  # the tail itself rounds in half precision
-            if not self._tail_known:
-                self._scale, self._softcap = self._choose_tail(output, own, tolerance)
-                self._tail_known = True
-            worst = _difference(self._tail(output), own)
+            if self._tail is None:
+                self._tail = choose_tail(self._tails, output, own, tolerance)
+            worst = difference(self._tail(output), own)
         if not worst <= tolerance:
             raise NumericalError(
                 f"expected the model's logits to be its output layer applied to the hidden states, found a relative "
                 f"difference of {worst:.2g}; the output layer of {type(self.layer).__name__} is followed by a "
                 "transformation that is neither a scale nor a soft cap of its configuration"
             )
-
-    def _choose_tail(self, output: Tensor, own: Tensor, tolerance: float) -> tuple[float, float | None]:
-        """Scale and soft cap, of those that the configuration allows, which make the layer's output the model's logits.
-
-        A declared soft cap is only left out where nothing fits with it: small logits hardly show it. Where several
-        scales fit, as all do for logits of 0, the nearest wins, and the plain one among equals.
-        """
-        for cap in dict.fromkeys((self._softcap, None)):
-            errors = [_difference(_tail(output, scale, cap), own) for scale in self._scales]
-            best = min(range(len(errors)), key=errors.__getitem__)
-            if errors[best] <= tolerance:
-                return self._scales[best], cap
-        return self._scale, self._softcap
-
-
-def _tail(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """`c tanh(s y / c)`; without soft cap `s y`."""
-    if scale != 1.0:
-        logits = logits * scale
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
-
-
-def _difference(mine: Tensor, own: Tensor) -> float:
-    """Largest difference relative to the largest logit, or to 1 where that is smaller."""
-    return float((own - mine.detach().to(own)).abs().max() / own.abs().max().clamp_min(1.0))
-
-
-def _softcap(config: Any) -> float | None:
-    """The soft cap of the logits that a configuration declares (attention has one of its own)."""
-    return next(
-        (
-            float(cap)
-            for name, cap in _numbers(config)
-            if "cap" in name and "soft" in name and "attn" not in name
-        ),
-        None,
-    )
-
-
-def _scale_candidates(config: Any) -> list[float]:
-    """1, and every number of a configuration that may scale logits, as a factor and as a divisor."""
-    named = [
-        value for name, value in _numbers(config) if any(sign in name for sign in ("scal", "mult", "mup"))
-    ]
-    return list(dict.fromkeys([1.0, *(factor for value in named for factor in (value, 1.0 / value))]))
-
-
-def _numbers(config: Any) -> list[tuple[str, float]]:
-    """The names and values of a configuration's numbers that are neither 0 nor truth values."""
-    return [
-        (name, float(value))
-        for name, value in vars(config).items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value != 0
-    ]
