@@ -181,7 +181,7 @@ def started(monkeypatch) -> list[tuple[str, Any]]:
         resolved = command.resolved
         calls.append((command.name, EntropyProbe(resolved.probe, resolved.seed, resolved.given)))
 
-    monkeypatch.setattr("probe.cli.commands.carry_out", note)
+    monkeypatch.setattr("probe.cli.commands.ProbeCLI", note)
     for name in ("my.yaml", "run.yaml"):  # the reader's own
         Path(name).write_text("batch_config: {B_E: 8}\n")
     return calls

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with terminated_like_interrupted(), quiet_console():
             command = parse(shorthands(args) or ["--help"], lambda: _commands().TrainerSection)
-            _commands().carry_out(command)
+            _commands().ProbeCLI(command)
     except IncompleteSweepError as error:
         return _fail(error, text_of(error), INCOMPLETE, debug)
     except ProbeError as error:

@@ -136,9 +136,6 @@ def sample(source: BatchSource, progress: MakeProgress = no_progress) -> Sample:
     )
 
 
-# ---------------------------------------------------------------- before anything is loaded
-
-
 def chosen_rewards(batch: BatchConfig) -> tuple[RewardFunction, ...]:
     """The rewards of the update batch.
 
@@ -156,11 +153,7 @@ def chosen_rewards(batch: BatchConfig) -> tuple[RewardFunction, ...]:
 def drawn_prompts(batch: BatchConfig, tokenizer: Any, seed: int, next_update: int | None) -> Prompts:
     """The prompts to sample E and U from.
 
-    Args:
-        batch: the section `batch_config`.
-        tokenizer: the policy's.
-        seed: master seed.
-        next_update: the number of the update after the checkpoint's.
+    `next_update` is the number of the update after the checkpoint's.
 
     Raises:
         DataError: there are too few, or they cannot be read.
@@ -174,9 +167,6 @@ def drawn_prompts(batch: BatchConfig, tokenizer: Any, seed: int, next_update: in
     examples = load_prompts(batch, tokenizer)
     E_index, U_index = draw_prompts(len(examples), B_E, B_U, batch.disjoint, seed)
     return [examples[i] for i in E_index], [examples[i] for i in U_index]
-
-
-# ---------------------------------------------------------------- E and U
 
 
 def _evaluation_batch(

@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch.cli import LightningCLI
 
 from probe.callbacks import ProbeCallback
+from probe.cli.commands import ProbeCLI
 from probe.cli.main import main
-from probe.config.files import shipped_names
+from probe.config.files import SHIPPED_CONFIGS, shipped_names
+from probe.module import EntropyProbe
+from probe.runner import ProbeRunner
 from tests.support.tiny_models import lora_checkpoint, save_base
 
 
@@ -448,3 +452,22 @@ def test_a_misspelt_logger_is_looked_for_in_its_module(call):
     assert code == 2
     assert "trainer.logger: module 'lightning.pytorch.loggers'" in err
     assert "CSVLogger" in err
+
+
+def test_it_is_a_lightning_cli(monkeypatch, tmp_path):
+    """Module and runner are its model and trainer, and a subclass can change what a command does."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    class Own(ProbeCLI):
+        def run(self):
+            seen.append((self.command.name, self.model, self.trainer))
+
+    options = ["--batch_config.B_E", "33", "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    cli = Own(["run", "--config", str(SHIPPED_CONFIGS / "quickstart.yaml"), *options])
+    assert isinstance(cli, LightningCLI)
+    ((name, module, runner),) = seen
+    assert name == "run"
+    assert isinstance(module, EntropyProbe)
+    assert isinstance(runner, ProbeRunner)
+    assert module.config.batch_config.B_E == 33
