@@ -34,6 +34,15 @@ def shown(value: object, limit: int = 60) -> str:
         return f"(a {type(value).__name__} whose __repr__ raises)"
 
 
+def percent(share: float) -> str:
+    """A share as per cent.
+
+    >>> percent(0.125)
+    '12.5 %'
+    """
+    return f"{100 * share:.3g} %"
+
+
 def printable(text: str) -> str:
     r"""A text as a terminal may show it: what is not printable (escape sequences, lone surrogates) as its escape.
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from probe.data.arithmetic import vocabulary_texts
-from probe.demo.grpo import DemoStatistics, add_adapter, measure, train_grpo
+from probe.demo.grpo import DemoStatistics, add_adapter, demo_statistics, train_grpo
 from probe.demo.pretraining import new_model, pretrain
 from probe.demo.recipe import DemoRecipe
 from probe.demo.tokenizer import build_tokenizer
@@ -49,10 +49,10 @@ def build_demo(
         with _writing():
             _save_base(base, tokenizer, folder / "base")
         model = add_adapter(base, recipe)
-        before = measure(model, tokenizer, recipe, seed)
+        before = demo_statistics(model, tokenizer, recipe, seed)
         with _bar("demo: GRPO", recipe.grpo_steps, "reward", progress) as report:
             optimizer = train_grpo(model, tokenizer, recipe, seed, report)
-        after = measure(model, tokenizer, recipe, seed)
+        after = demo_statistics(model, tokenizer, recipe, seed)
         with _writing():
             _save_checkpoint(model, tokenizer, optimizer, folder / "checkpoint", base_path)
     facts = {"version": version, "seed": seed, "seconds": round(time.perf_counter() - start, 1)}

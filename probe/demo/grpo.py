@@ -100,7 +100,7 @@ def train_grpo(
     return optimizer
 
 
-def measure(
+def demo_statistics(
     model: PeftModel, tokenizer: PreTrainedTokenizerFast, recipe: DemoRecipe, seed: int
 ) -> DemoStatistics:
     """Sample one response to each of `recipe.evaluation_prompts` test questions and summarise them."""

@@ -34,12 +34,12 @@ def rounded(values: Tensor, digits: int) -> Any:
     return [float(f"{x:.{digits}g}") for x in plain] if values.dim() else float(f"{plain:.{digits}g}")
 
 
-def describe(values: Tensor) -> dict[str, Any] | None:
+def moments_and_quantiles(values: Tensor) -> dict[str, Any] | None:
     """Count, mean, standard deviation (n - 1; NaN for one value), extremes, quantiles; None for no values.
 
     Non-finite values are counted under `non_finite`, and the other numbers are of the finite ones.
 
-    >>> describe(torch.tensor([1.0, 2.0, 3.0]))["std"]
+    >>> moments_and_quantiles(torch.tensor([1.0, 2.0, 3.0]))["std"]
     1.0
     """
     values = values.flatten().double()
@@ -107,11 +107,11 @@ def samples(state: ProbeState) -> dict[str, Tensor]:
 
 
 def distributions(state: ProbeState) -> dict[str, Any]:
-    """`describe` of every one of `samples`, with a histogram for lengths, rewards and weights."""
+    """`moments_and_quantiles` of every one of `samples`, with a histogram for lengths, rewards and weights."""
     with_histogram = ("E/length", "U/length", "U/reward", "E/importance_weight", "E/log_weight")
     tables: dict[str, Any] = {}
     for name, values in samples(state).items():
-        tables[name] = describe(values)
+        tables[name] = moments_and_quantiles(values)
         if name in with_histogram and tables[name] is not None:
             tables[name]["histogram"] = histogram(values)
     return tables

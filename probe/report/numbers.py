@@ -56,11 +56,6 @@ def finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def percent(share: float) -> str:
-    """A share as per cent."""
-    return f"{100 * share:.3g} %"
-
-
 def plain_words(name: str | None) -> str:
     """A name from the result as words."""
     return "none" if name is None else name.replace("_", " ")

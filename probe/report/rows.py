@@ -13,12 +13,12 @@ from probe.report.numbers import (
     finite,
     interval_text,
     number_text,
-    percent,
     plain_words,
     with_error,
 )
 from probe.results import diagnostic_keys, keys
 from probe.results.quantity import Form, Shown
+from probe.text import percent
 
 if TYPE_CHECKING:
     from probe.results.result import ProbeResult

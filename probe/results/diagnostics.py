@@ -111,21 +111,24 @@ def batch_statistics(E: RolloutBatch, U: RolloutBatch, E_scores: TokenScores | N
     lengths = [E.lengths.double(), U.lengths.double()]
     statistics: dict[str, Any] = {
         "avg_generation_length": (sum(float(x.sum()) for x in lengths)) / sum(len(x) for x in lengths),
-        "E": {"length": describe(lengths[0])},
-        "U": {"length": describe(lengths[1]), "truncated_fraction": float(U.truncated.double().mean())},
+        "E": {"length": mean_and_extremes(lengths[0])},
+        "U": {
+            "length": mean_and_extremes(lengths[1]),
+            "truncated_fraction": float(U.truncated.double().mean()),
+        },
     }
     if E_scores is not None:
-        statistics["E"]["entropy"] = describe(E_scores.sequence_entropy)
+        statistics["E"]["entropy"] = mean_and_extremes(E_scores.sequence_entropy)
     if U.rewards is not None:
         given = U.rewards[~U.rewards.isnan()]  # those to which a reward applies
         statistics["avg_reward"] = float(given.mean())
-        statistics["U"]["reward"] = describe(given)
+        statistics["U"]["reward"] = mean_and_extremes(given)
     if U.advantages is not None:
-        statistics["U"]["advantage"] = describe(U.advantages)
+        statistics["U"]["advantage"] = mean_and_extremes(U.advantages)
     return statistics
 
 
-def describe(values: Tensor) -> dict[str, float]:
+def mean_and_extremes(values: Tensor) -> dict[str, float]:
     """Mean, standard deviation (0 for a single value), smallest and largest of a tensor's entries."""
     x = values.double()
     std = float(x.std()) if len(x) > 1 else 0.0

@@ -76,7 +76,7 @@ class Tally:
 def point_line(point: Point, record: Record, grid: Grid, tally: Tally) -> str:
     """The line of a finished or failed point: which, its verdict, predicted and measured change, the time."""
     width = len(str(tally.total))
-    head = f"[{tally.done + tally.failed:>{width}}/{tally.total}] {describe(point, record, grid)}:"
+    head = f"[{tally.done + tally.failed:>{width}}/{tally.total}] {point_text(point, record, grid)}:"
     if record["status"] == "failed":
         return f"{head} failed: {record['error']}"
     values = record["values"]
@@ -91,7 +91,7 @@ def point_line(point: Point, record: Record, grid: Grid, tally: Tally) -> str:
     return f"{head}{verdict} {', '.join(changes)} {estimand.unit}; {_time(record, tally)}"
 
 
-def describe(point: Point, record: Record, grid: Grid) -> str:
+def point_text(point: Point, record: Record, grid: Grid) -> str:
     """The coordinates along which the grid varies, and the learning rate."""
     parts = []
     if "checkpoints" in grid.varying:

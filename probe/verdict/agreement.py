@@ -7,8 +7,9 @@ import math
 from probe.errors.remedies import Remedy
 from probe.estimand import ESTIMANDS, Estimand
 from probe.estimators.step_check import HALF_ROUNDING, OWN_ERRORS, ROUNDING
+from probe.text import percent
 from probe.verdict.facts import Change, Facts, number
-from probe.verdict.sentences import more_digits, percent, share_text
+from probe.verdict.sentences import more_digits, share_text
 from probe.verdict.words import MATERIAL, Finding, caution, invalid
 
 DERIVATIVE_LIMITS = (0.01, 0.05)

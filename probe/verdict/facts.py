@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from probe.config.numbers import is_finite
 from probe.estimand import ESTIMANDS, Estimand, Number, Numbers, from_mapping
 from probe.estimators.estimate import NORMAL_975
 from probe.estimators.importance_weights import PARETO_K_LIMIT, pareto_k_limit
@@ -136,11 +137,6 @@ def number(mapping: Mapping[str, Any], key: str) -> float | None:
     """
     value = mapping.get(key)
     return float(value) if value is not None and is_finite(value) else None
-
-
-def is_finite(value: Any) -> bool:
-    """Whether `value` is a number that is neither NaN nor infinite."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def ess_share(facts: Facts) -> float | None:

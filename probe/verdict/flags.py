@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from probe.errors.remedies import Remedy
 from probe.estimand import ESTIMANDS
+from probe.text import percent
 from probe.verdict.facts import Facts, number
-from probe.verdict.sentences import percent
 from probe.verdict.words import Finding, caution, invalid
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from probe.config.numbers import is_finite
 from probe.errors.remedies import Remedy
 from probe.estimand import Estimand
-from probe.verdict.facts import Facts, is_finite
-from probe.verdict.sentences import count_text, more_digits, percent, resolving_size, share_text
+from probe.text import percent
+from probe.verdict.facts import Facts
+from probe.verdict.sentences import count_text, more_digits, resolving_size, share_text
 from probe.verdict.words import MATERIAL, Finding, caution, invalid, unresolved
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from probe.errors.remedies import Remedy
 from probe.estimators.importance_weights import PARETO_K_LIMIT
+from probe.text import percent
 from probe.verdict.facts import Facts, ess_share, number, pareto_limit
-from probe.verdict.sentences import count_text, percent
+from probe.verdict.sentences import count_text
 from probe.verdict.words import MATERIAL, Finding, caution, invalid
 
 EVEN_WEIGHTS = 1.5

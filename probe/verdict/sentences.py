@@ -65,11 +65,6 @@ def more_digits(facts: Facts) -> Remedy:
     return Remedy.FLOAT32 if "half_precision" in facts.flags else Remedy.FLOAT64
 
 
-def percent(share: float) -> str:
-    """A share as per cent."""
-    return f"{100 * share:.3g} %"
-
-
 def share_text(part: float, whole: float) -> str:
     """The size of `part` in per cent of that of `whole`."""
     ratio = 100 * abs(part / whole) if whole else math.inf

@@ -248,7 +248,7 @@ def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch, error):
     def interrupted(*args, **options):
         raise error
 
-    monkeypatch.setattr(build, "measure", interrupted)  # after the base model is saved
+    monkeypatch.setattr(build, "demo_statistics", interrupted)  # after the base model is saved
     with pytest.raises(error):
         make(tmp_path, replace(TINY, pretrain_steps=1))
     assert list(tmp_path.iterdir()) == []

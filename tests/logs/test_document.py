@@ -17,7 +17,7 @@ from probe.config.output import DetailedLoggingConfig
 from probe.errors.exceptions import LogError
 from probe.files.log_files import LOG_SCHEMA, SCHEMA_VERSION, load_log
 from probe.files.strict_json import dump, dump_bytes, to_plain
-from probe.logs.distributions import describe, histogram
+from probe.logs.distributions import histogram, moments_and_quantiles
 from probe.logs.document import build_log, summary
 from probe.logs.parameters import parameter_blocks, parameter_statistics
 from probe.logs.records import group_table
@@ -258,7 +258,7 @@ def test_groups(small):
 
 def test_describe_against_numpy():
     values = torch.randn(101, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = describe(values)
+    found = moments_and_quantiles(values)
     assert found["count"] == 101
     assert found["std"] == pytest.approx(np.std(values.numpy(), ddof=1), rel=1e-5)
     assert found["q05"] == pytest.approx(np.quantile(values.numpy(), 0.05), rel=1e-5)
@@ -266,10 +266,10 @@ def test_describe_against_numpy():
 
 
 def test_describe_says_what_is_not_finite():
-    assert describe(torch.tensor([])) is None
-    assert describe(torch.tensor([math.nan])) == {"count": 1, "non_finite": 1}
-    assert describe(torch.tensor([1.0, math.inf, 3.0]))["mean"] == 2.0
-    assert math.isnan(describe(torch.tensor([1.0]))["std"])
+    assert moments_and_quantiles(torch.tensor([])) is None
+    assert moments_and_quantiles(torch.tensor([math.nan])) == {"count": 1, "non_finite": 1}
+    assert moments_and_quantiles(torch.tensor([1.0, math.inf, 3.0]))["mean"] == 2.0
+    assert math.isnan(moments_and_quantiles(torch.tensor([1.0]))["std"])
 
 
 def test_histograms_count_everything():
