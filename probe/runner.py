@@ -27,7 +27,7 @@ from probe.config.schema import ProbeConfig
 from probe.errors.exceptions import ConfigError, ProbeError
 from probe.module import EntropyProbe
 from probe.phases.state import ProbeState
-from probe.results.build import findings
+from probe.results.build import build_result
 from probe.results.result import ProbeResult
 from probe.scoring.collector import Progress
 from probe.snapshot import evaluation_mode, exact_float32, isolated_rng, one_thread
@@ -169,12 +169,7 @@ class ProbeRunner:
                 state.ground_truth = module.ground_truth(state)
             state.timing = {"ground_truth": time.perf_counter() - start}
             state.timing["total"] = state.timing["ground_truth"]
-            return ProbeResult(
-                findings=findings(state, module),
-                config=self._config_mapping(module),
-                checkpoint_name=module.files.name if module.files is not None else "policy",
-                started_at=datetime.now().astimezone().isoformat(timespec="seconds"),
-            )
+            return build_result(state, module, self._config_mapping(module), datetime.now().astimezone())
 
     def demo(self, module: EntropyProbe) -> ProbeResult:
         """Probe the built-in demo policy (made when absent) and say what to try next.
@@ -231,12 +226,7 @@ class ProbeRunner:
                         self.fabric.call(f"run_{phase}", self, module)
         self.fabric.call("on_report_start", self, module)
         self.state.timing["total"] = sum(self.state.timing.values())
-        result = ProbeResult(
-            findings=findings(self.state, module),
-            config=self._config_mapping(module),
-            checkpoint_name=module.files.name if module.files is not None else "policy",
-            started_at=started.isoformat(timespec="seconds"),
-        )
+        result = build_result(self.state, module, self._config_mapping(module), started)
         self.result = result
         self.errors.extend(self.state.unwritten)
         self.fabric.call("on_report_end", self, module, result)
