@@ -31,7 +31,7 @@ from probe.phases.prediction import Predicted
 from probe.phases.sample import Sample
 from probe.phases.state import Phase, ProbeState
 from probe.phases.update import Update
-from probe.results.build import findings
+from probe.results.build import build_result
 from probe.results.result import ProbeResult
 from probe.scoring.collector import MakeProgress, Progress
 from probe.snapshot import evaluation_mode, exact_float32, isolated_rng
@@ -173,18 +173,14 @@ class ProbeRunner(TrainerSection):
             module.autocast = self.fabric.autocast
             module.load(self.fabric.device)
         with evaluation_mode(module):
+            self.config = module.config  # with what the checkpoint has filled in
             self.phase("sample", module, module.sample)
+            self.config = module.config  # with what U's file has settled about its advantages
             for callback in callbacks:
                 callback.compute(self, module)
-        self.config = module.config  # with what the checkpoint and U's file have filled in
         self.fabric.call("on_report_start", self, module)
         self.state.timing["total"] = sum(self.state.timing.values())
-        result = ProbeResult(
-            findings=findings(self.state, module),
-            config=self._config_mapping(module),
-            checkpoint_name=module.files.name if module.files is not None else "policy",
-            started_at=started.isoformat(timespec="seconds"),
-        )
+        result = build_result(self.state, module, self._config_mapping(module), started)
         self.result = result
         self.fabric.call("on_report_end", self, module, result)
         self.fabric.call("on_probe_end", self, module, result)

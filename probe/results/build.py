@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from probe.estimators.on_policy import ON_POLICY_LIMIT
@@ -17,15 +19,23 @@ from probe.results.diagnostics import (
     rollout_doubts,
     update_diagnostics,
 )
-from probe.results.result import Findings
+from probe.results.result import ProbeResult
 
 if TYPE_CHECKING:
     from probe.module import EntropyProbe
     from probe.phases.state import ProbeState
 
 
-def findings(state: ProbeState, module: EntropyProbe) -> Findings:
+def build_result(
+    state: ProbeState, module: EntropyProbe, config: Mapping[str, Any], started_at: datetime
+) -> ProbeResult:
     """The result of what has run.
+
+    Args:
+        state: what the phases have produced.
+        module: the policy that was probed.
+        config: the resolved configuration.
+        started_at: start of the run, local time.
 
     Raises:
         RuntimeError: there are no batches: the phase `sample` did not run.
@@ -37,7 +47,7 @@ def findings(state: ProbeState, module: EntropyProbe) -> Findings:
     # the preconditioned direction is not the step that is measured, and the prediction is not of the rounded one
     same_step = module.config.probe_rework.step != "preconditioned" and not rounded
     per_token = module.config.importance.report_per_token
-    return Findings(
+    return ProbeResult(
         changes=changes(state.prediction, state.ground_truth, per_token, same_step, rounded),
         sizes=batch_sizes(E, U),
         diagnostics=_diagnostics(state, module) | {"rollout_doubts": rollout_doubts(E, U)},
@@ -45,8 +55,11 @@ def findings(state: ProbeState, module: EntropyProbe) -> Findings:
         settings=module.sources.as_mapping(),
         timing=dict(state.timing),
         learning_rate=None if update is None else update.learning_rate,
-        checkpoint_path=module.config.checkpoint.checkpoint_path,
         training_step=None if module.files is None else module.files.step,
+        checkpoint_path=module.config.checkpoint.checkpoint_path,
+        checkpoint_name="policy" if module.files is None else module.files.name,
+        config=config,
+        started_at=started_at.isoformat(timespec="seconds"),
     )
 
 

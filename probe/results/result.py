@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -29,8 +29,8 @@ class BatchSizes:
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What a run found.
+class ProbeResult:
+    """What one run found, and of what.
 
     Attributes:
         changes: entropies and their changes with errors, both estimands.
@@ -40,19 +40,25 @@ class Findings:
         settings: where the settings of the update come from.
         timing: seconds per phase.
         learning_rate: that the step was taken with; None where none was.
+        training_step: of the checkpoint; None where nothing says.
         checkpoint_path: the checkpoint that was probed.
-        training_step: its training step; None where nothing says.
+        checkpoint_name: its short name (`step_60`), for file names and tables.
+        config: the resolved configuration of the run, sections as mappings (`trainer` and `seed_everything` included).
+        started_at: local date and time of the start, ISO 8601.
     """
 
     changes: Changes
     sizes: BatchSizes
     diagnostics: Mapping[str, Any]
-    batch_statistics: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    timing: Mapping[str, float] = field(default_factory=dict)
-    learning_rate: float | None = None
-    checkpoint_path: str | None = None
-    training_step: int | None = None
+    batch_statistics: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    timing: Mapping[str, float]
+    learning_rate: float | None
+    training_step: int | None
+    checkpoint_path: str | None
+    checkpoint_name: str
+    config: Mapping[str, Any]
+    started_at: str
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -60,8 +66,9 @@ class Findings:
         numbers = self.changes.numbers
         return judge(Facts(numbers, self.diagnostics, self.sizes.B_E, self.learning_rate, len(numbers)))
 
-    def as_mapping(self) -> dict[str, Any]:
-        """The result mapping, see `RESULT_KEYS`."""
+    @cached_property
+    def values(self) -> Mapping[str, Any]:
+        """The result mapping, see `RESULT_KEYS`: only plain Python types, so that it is JSON as it is."""
         return {
             "verdict": self.verdict.word,
             "verdict_reasons": list(self.verdict.reasons),
@@ -77,25 +84,3 @@ class Findings:
             "batch_statistics": self.batch_statistics,
             "timing": self.timing,
         }
-
-
-@dataclass(frozen=True)
-class ProbeResult:
-    """What one run found, and of what.
-
-    Attributes:
-        findings: the numbers, typed.
-        config: the resolved configuration of the run, sections as mappings (`trainer` and `seed_everything` included).
-        checkpoint_name: short name of the checkpoint (`step_60`), for file names and tables.
-        started_at: local date and time of the start, ISO 8601.
-    """
-
-    findings: Findings
-    config: Mapping[str, Any]
-    checkpoint_name: str
-    started_at: str
-
-    @cached_property
-    def values(self) -> Mapping[str, Any]:
-        """The result mapping, see `RESULT_KEYS`: only plain Python types, so that it is JSON as it is."""
-        return self.findings.as_mapping()

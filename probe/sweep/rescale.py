@@ -12,7 +12,7 @@ from probe.phases.ground_truth import ground_truth
 from probe.phases.prediction import Predicted
 from probe.phases.state import ProbeState
 from probe.phases.update import take_step
-from probe.results.build import findings
+from probe.results.build import build_result
 from probe.results.result import ProbeResult
 from probe.runner import ProbeRunner
 from probe.snapshot import evaluation_mode, exact_float32, isolated_rng
@@ -43,12 +43,7 @@ def measure_at(runner: ProbeRunner, module: EntropyProbe, learning_rate: float) 
             state.keep(ground_truth(module.batch_source, state.drawn, state.update, state.predicted, floor))
         seconds = time.perf_counter() - start
         state.timing = {"ground_truth": seconds, "total": seconds}
-        return ProbeResult(
-            findings=findings(state, module),
-            config=runner._config_mapping(module),
-            checkpoint_name=module.files.name if module.files is not None else "policy",
-            started_at=datetime.now().astimezone().isoformat(timespec="seconds"),
-        )
+        return build_result(state, module, runner._config_mapping(module), datetime.now().astimezone())
 
 
 def at_learning_rate(module: EntropyProbe, state: ProbeState, learning_rate: float) -> ProbeState:

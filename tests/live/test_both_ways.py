@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from probe.live.step import UpdateProbe
 from probe.module import EntropyProbe
 from probe.phases.fit_memory import FitMemory
 from probe.phases.state import ProbeState
-from probe.results.build import findings
+from probe.results.build import build_result
 from probe.rollouts.draw import stream_seed
 from probe.runner import TrainerSection
 from probe.snapshot import copied, evaluation_mode
@@ -92,7 +93,7 @@ def by_a_run(module: EntropyProbe) -> tuple[ProbeState, dict[str, Any]]:
     assert state.update is not None
     state.keep(module.prediction(state.drawn, state.derivative, state.update))
     state.keep(module.ground_truth(state.drawn, state.update, state.predicted))
-    return state, findings(state, module).as_mapping()
+    return state, dict(build_result(state, module, {}, datetime.now()).values)
 
 
 def by_a_training(module: EntropyProbe, state: ProbeState, **settings: Any) -> dict[str, Any]:

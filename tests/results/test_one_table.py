@@ -17,11 +17,10 @@ from probe.logs.document import build_log, summary
 from probe.report.markdown import report_markdown
 from probe.report.terminal import report
 from probe.results import DIAGNOSTIC_KEYS, RESULT_KEYS, ProbeResult, diagnostic_keys, keys
-from probe.results.build import findings
 from probe.results.quantity import Part, Quantity, Shown
 from probe.results.reference import reference_page
 from probe.sweep.table import build_table, write_table
-from tests.support.synthetic_run import make_module, make_runner, make_state
+from tests.support.synthetic_run import make_module, make_runner, make_state, run_result
 
 PAGE = Path(__file__).parents[2] / "docs" / "quantities.md"
 
@@ -55,10 +54,9 @@ def result(state, monkeypatch) -> ProbeResult:
     """Two entries in the tables, and two values in the result of a run."""
     monkeypatch.setattr(keys, "QUANTITIES", (*keys.QUANTITIES, MADE_UP))
     monkeypatch.setattr(diagnostic_keys, "DIAGNOSTICS", (*diagnostic_keys.DIAGNOSTICS, DIAGNOSTIC))
-    found = findings(state, make_module())
+    found = run_result(state)
     changes = replace(found.changes, prediction={**found.changes.prediction, "deltaH3": NUMBERS})
-    found = replace(found, changes=changes, diagnostics={**found.diagnostics, "left_handed": 3})
-    return ProbeResult(found, {}, "step_60", "2025-01-15T14:30:25")
+    return replace(found, changes=changes, diagnostics={**found.diagnostics, "left_handed": 3})
 
 
 def test_it_is_in_the_mapping(result):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,9 +28,8 @@ from probe.phases.sample import Sample
 from probe.phases.state import ProbeState
 from probe.phases.update import Update
 from probe.results import DIAGNOSTIC_KEYS
-from probe.results.build import findings
-from probe.results.changes import Changes
-from probe.results.result import BatchSizes, Findings, ProbeResult
+from probe.results.build import build_result
+from probe.results.result import ProbeResult
 from probe.scoring.scores import TokenScores
 
 WORDS = (
@@ -222,20 +222,26 @@ class MadeResult(ProbeResult):
 
 def make_result(state: ProbeState, config: ProbeConfig | None = None, **changes: Any) -> ProbeResult:
     """The result of that run; `changes` replace values of its mapping."""
-    found = findings(state, make_module())
-    return MadeResult(
-        findings=found,
-        config=_resolved(config or ProbeConfig()),
-        checkpoint_name="step_60",
-        started_at="2025-01-15T14:30:25.123456",
-        values=found.as_mapping() | changes,
-    )
+    return replace_values(run_result(state, config), **changes)
+
+
+def run_result(state: ProbeState, config: ProbeConfig | None = None) -> ProbeResult:
+    """The result of that run as it is."""
+    started_at = datetime(2025, 1, 15, 14, 30, 25)
+    return build_result(state, make_module(), _resolved(config or ProbeConfig()), started_at)
+
+
+def replace_values(result: ProbeResult, **changes: Any) -> MadeResult:
+    """The result with other values in its mapping."""
+    parts = {field.name: getattr(result, field.name) for field in fields(ProbeResult)}
+    return MadeResult(**parts, values={**result.values, **changes})
 
 
 def as_result(values: Mapping[str, Any], checkpoint_name: str = "step_60") -> ProbeResult:
     """A result that is nothing but its mapping."""
-    nothing = Findings(Changes(), BatchSizes(0, 0, None), {})
-    return MadeResult(nothing, {}, checkpoint_name, "2025-01-15T14:30:25", values)
+    nothing = dict.fromkeys((field.name for field in fields(ProbeResult)), None)
+    made: dict[str, Any] = {**nothing, "config": {}, "started_at": "2025-01-15T14:30:25"}
+    return MadeResult(**{**made, "checkpoint_name": checkpoint_name, "values": values})
 
 
 def make_values(**changes: Any) -> dict[str, Any]:
@@ -334,7 +340,7 @@ def make_module() -> Any:
         tokenizer=Tokenizer(),
         config=replace(config, checkpoint=replace(config.checkpoint, checkpoint_path="/runs/qwen/step_60")),
         sources=SimpleNamespace(flags=(), without_dropout=False, as_mapping=dict),
-        files=SimpleNamespace(step=60),
+        files=SimpleNamespace(step=60, name="step_60"),
         policy=SimpleNamespace(half_precision=False, model=torch.nn.Identity()),
         optimizer=None,
         other_base=None,
