@@ -180,13 +180,13 @@ class ProbeRunner(TrainerSection):
                 callback.compute(self, module)
         self.fabric.call("on_report_start", self, module)
         self.state.timing["total"] = sum(self.state.timing.values())
-        result = build_result(self.state, module, self._config_mapping(module), started)
+        result = build_result(self.state, module, self.config_mapping(module), started)
         self.result = result
         self.fabric.call("on_report_end", self, module, result)
         self.fabric.call("on_probe_end", self, module, result)
         return result
 
-    def _config_mapping(self, module: EntropyProbe) -> dict[str, Any]:
+    def config_mapping(self, module: EntropyProbe) -> dict[str, Any]:
         """The configuration that counted, as it is saved with a result: it can be run again as it is."""
         return asdict(module.config) if self._resolved is None else module.sources.applied_to(self._resolved)
 

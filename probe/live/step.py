@@ -91,6 +91,11 @@ class UpdateProbe:
             head_chunk_tokens=self.settings.head_chunk_tokens,
         )
 
+    @property
+    def mode(self) -> str:
+        """How deltaH1 is differentiated: `jvp` or `finite_difference`."""
+        return self.way.mode
+
     def rehearse(self) -> None:
         """Sample and score a few tokens, and find out how this model can be differentiated.
 
