@@ -20,7 +20,7 @@ from probe.scoring.policy import Policy
 
 
 def part_changes(
-    parts: StepParts,
+    parts: StepParts | str,
     policy: Policy,
     E: RolloutBatch,
     step: Mapping[str, Tensor],
@@ -31,8 +31,10 @@ def part_changes(
 ) -> dict[str, Any]:
     """The values of the parts, nats per response and (`_tok`) per token, with errors, and as shares of deltaH1.
 
+    Where the parts are not known, `shares_reason` says why.
+
     Args:
-        parts: of the step.
+        parts: of the step, or why they are not known.
         policy: at the parameters before it.
         E: the evaluation batch.
         step: by parameter name.
@@ -41,6 +43,8 @@ def part_changes(
         memory: for control variates of each part; None where the prediction has none.
         draw: where E comes from.
     """
+    if isinstance(parts, str):
+        return {"shares_reason": parts}
     basis = None if memory is None else memory.basis
     total = prediction.estimates[prediction.reported]
     rest = list(total)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from probe.data.batch import PromptExample, RolloutBatch
 from probe.errors.exceptions import NumericalError, ProbeError, RolloutError
 from probe.estimators.forward_mode_check import forward_mode_check
-from probe.estimators.prediction import Prediction
 from probe.estimators.step_parts import step_parts
 from probe.finite import require_finite_moments
 from probe.live.optimizers import largest_rate
@@ -190,7 +189,8 @@ class UpdateProbe:
         elif self.settings.shares:
             memory = None if controls is None else self.memory
             with clock.measures("shares"), passes.way.kernels(policy):
-                shares = self._shares(before, optimizers, policy, step, passes, prediction, memory)
+                parts = step_parts(optimizers, self.parameters, before.old, step)
+                shares = part_changes(parts, policy, E, step, passes, prediction, memory, draw_name(before))
         wanted = self.settings.noise_floor
         if wanted == "on" or (wanted == "auto" and policy.half_precision):
             with clock.measures("noise_floor"), passes.way.kernels(policy):
@@ -243,22 +243,6 @@ class UpdateProbe:
         if least > self.settings.B_E:
             return None, f"off: {self.settings.B_E} prompts in E, they are used from {least} on"
         return controls, f"on: fitted on other prompts and {controls.earlier} earlier probes"
-
-    def _shares(
-        self,
-        before: Before,
-        optimizers: Sequence[torch.optim.Optimizer],
-        policy: Policy,
-        step: Mapping[str, Tensor],
-        passes: AlongStep,
-        prediction: Prediction,
-        memory: FitMemory | None,
-    ) -> dict[str, Any]:
-        """What momentum and weight decay contribute to deltaH1, or why that is not known."""
-        parts = step_parts(optimizers, self.parameters, before.old, step)
-        if isinstance(parts, str):
-            return {"shares_reason": parts}
-        return part_changes(parts, policy, before.E, step, passes, prediction, memory, draw_name(before))
 
 
 def draw_name(before: Before) -> str:
