@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # bash -e would hide which step failed behind a pipe
 SHELL := /bin/bash
 
-.PHONY: demo test setup setup-test lint clean
+.PHONY: demo test setup setup-test lint docs clean
 
 demo: setup
 	$(BIN)/entropy-probe demo
@@ -23,6 +23,9 @@ lint: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python -c "from probe.results.reference import reference_page as page; print(page(), end='')" > docs/quantities.md
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 needed, found " + sys.version) if sys.version_info < (3, 11) else None'

@@ -18,7 +18,7 @@ class ProbeCallback:
     """
 
     def on_probe_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
-        """Called when the policy is loaded and nothing is drawn yet."""
+        """Called first, before the policy is loaded: the place to try whether files can be written."""
 
     def compute(self, runner: ProbeRunner, module: EntropyProbe) -> PhaseResult | None:
         """Called when E and U are there, in the order of the callbacks: run the phases that this callback is for.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -35,6 +33,7 @@ from probe.results.build import build_result
 from probe.results.result import ProbeResult
 from probe.scoring.collector import MakeProgress, Progress
 from probe.snapshot import evaluation_mode, exact_float32, isolated_rng
+from probe.timing import Clock
 
 Result = TypeVar("Result", Sample, Derivative, Update, Predicted, GroundTruth)
 HOOKS: dict[Phase, tuple[str, str]] = {
@@ -78,6 +77,7 @@ class ProbeRunner(TrainerSection):
         own = self.callbacks
         self.extra_callbacks = [own] if isinstance(own, ProbeCallback) else list(own or [])
         self.state = ProbeState()
+        self._clock = Clock(self.state.timing)
         self.result: ProbeResult | None = None
         self.errors: list[ProbeError] = []
         self.config = ProbeConfig()
@@ -120,7 +120,7 @@ class ProbeRunner(TrainerSection):
             ProbeError: see the phases; publishing errors come last and carry the mapping as `.results`.
         """
         self.config, self.state, self.errors, self.result = module.config, ProbeState(), [], None
-        self._resolved = resolved
+        self._resolved, self._clock = resolved, Clock(self.state.timing)
         started = datetime.now().astimezone()
         asked = probe.default_callbacks(module.config) if callbacks is None else callbacks
         called = [*asked, *self.extra_callbacks]
@@ -155,7 +155,7 @@ class ProbeRunner(TrainerSection):
 
         start, end = HOOKS[name]
         self.fabric.call(start, self, module)
-        with self._timed(name):
+        with self._clock.measures(name):
             result = compute(of_pass)
         self.state.keep(result)
         self.fabric.call(end, self, module)
@@ -167,9 +167,9 @@ class ProbeRunner(TrainerSection):
         """Run the phases in order, timed."""
         self.fabric.call("on_probe_start", self, module)
         if module.model is None and module.config.checkpoint.checkpoint_path == DEMO:
-            with self._timed("make_demo"):
+            with self._clock.measures("make_demo"):
                 module.make_demo()
-        with self._timed("load"):
+        with self._clock.measures("load"):
             module.autocast = self.fabric.autocast
             module.load(self.fabric.device)
         with evaluation_mode(module):
@@ -189,12 +189,6 @@ class ProbeRunner(TrainerSection):
     def config_mapping(self, module: EntropyProbe) -> dict[str, Any]:
         """The configuration that counted, as it is saved with a result: it can be run again as it is."""
         return asdict(module.config) if self._resolved is None else module.sources.applied_to(self._resolved)
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.state.timing[phase] = time.perf_counter() - start
 
 
 def _seed_globals(seed: int) -> None:

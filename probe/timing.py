@@ -16,7 +16,7 @@ class Clock:
 
     @contextmanager
     def measures(self, name: str) -> Iterator[None]:
-        """Add the time of a block."""
+        """Note the seconds of a block, unless it raises."""
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start

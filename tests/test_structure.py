@@ -11,6 +11,8 @@ from pathlib import Path
 import networkx
 import pytest
 
+import probe
+
 REPOSITORY = Path(__file__).parents[1]
 
 FLOORS = (
@@ -32,6 +34,8 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.s
 KNOWN_TO_THE_RUNNER = {("callbacks.base", "probe.module"), ("callbacks.base", "probe.runner")}
 """The one exception: the base class of the callbacks names these two for the type checker, and the runner knows it."""
 BASE_CLASS = ("probe.runner", "callbacks.base")
+FRONT_DOOR = ("probe.runner", "callbacks.defaults")
+"""The other exception: a run that is given no callbacks takes the built-in ones, `probe.default_callbacks`."""
 HEAVY = {"probe.demo"}
 """What may be imported inside of a function, because it is needed only sometimes."""
 LONGEST_CALLBACK, LONGEST_CLASS, MOST_METHODS = 100, 200, 15
@@ -55,8 +59,9 @@ class Import:
 
     @property
     def excepted(self) -> bool:
-        """The one exception that the structure has."""
-        return self.typing and (self.of, self.what) in KNOWN_TO_THE_RUNNER
+        """The exceptions that the structure has."""
+        ends = (self.of, self.what)
+        return (self.typing and ends in KNOWN_TO_THE_RUNNER) or ends == FRONT_DOOR
 
 
 @cache
@@ -76,8 +81,10 @@ def _imported(node: ast.stmt, known: dict[str, Path]) -> set[str]:
     if isinstance(node, ast.Import):
         names = {alias.name.replace("probe.callbacks", "callbacks") for alias in node.names}
         return names & set(known)
-    if not isinstance(node, ast.ImportFrom) or node.module is None or node.level:
+    if not isinstance(node, ast.ImportFrom):
         return set()
+    assert node.level == 0, "expected an import by its whole name, found a relative one"
+    assert node.module is not None
     base = node.module.replace("probe.callbacks", "callbacks")
     found = {f"{base}.{alias.name}" for alias in node.names} & set(known)
     whole = base in known and any(f"{base}.{alias.name}" not in known for alias in node.names)
@@ -94,6 +101,22 @@ def _walk(node: ast.AST, typing: bool = False, inside: bool = False) -> Iterator
         yield from _walk(child, checked, within)
 
 
+def _through_the_front_door(path: Path) -> set[str]:
+    """The modules whose names a file takes from the package itself, `probe.NAME`, where it imports that."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "probe"
+    }
+    direct = any(
+        isinstance(node, ast.Import) and any(alias.name == "probe" for alias in node.names)
+        for node in ast.walk(tree)
+    )
+    homes = {probe._HOME[name].replace("probe.callbacks", "callbacks") for name in names & set(probe._HOME)}
+    return homes if direct else set()
+
+
 @cache
 def imports() -> tuple[Import, ...]:
     """Every import of one module by another; the front door `probe/__init__.py` hands on names of all floors."""
@@ -107,6 +130,8 @@ def imports() -> tuple[Import, ...]:
                 for what in _imported(node, known)
                 if what not in (name, "probe")
             }
+        for home in _through_the_front_door(path):
+            found.add(Import(name, home, typing=False, inside=True))
     return tuple(sorted(found, key=lambda one: (one.of, one.what)))
 
 
@@ -156,7 +181,11 @@ def test_no_import_runs_upward():
 
 def test_imports_stand_at_the_top():
     """Inside of functions only what is heavy and needed sometimes."""
-    inside = [f"{one.of} -> {one.what}" for one in imports() if one.inside and one.what not in HEAVY]
+    inside = [
+        f"{one.of} -> {one.what}"
+        for one in imports()
+        if one.inside and one.what not in HEAVY and not one.excepted
+    ]
     assert inside == []
 
 

@@ -1,4 +1,4 @@
-"""Rewards of responses: the registered ones, and any reward function written for TRL by `module:function`."""
+"""The built-in rewards of responses."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The update: the loss's gradient on U, and the step the optimizer takes with it.
-
-`step = theta_new - theta_old` is what `optimizer.step()` really does, taken on a snapshot: clipping, momentum, bias
-correction, weight decay and per-group settings included. `Y = step / eta` is the step per unit of learning rate.
-"""
+"""The gradient of the loss on U."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output files: written whole or not at all."""
+"""Files: written whole or not at all, strict JSON, and logs read back."""
 
 from probe.files.atomic import (
     atomic_create_bytes,

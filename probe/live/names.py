@@ -8,12 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from probe.estimand import TOKEN
+from probe.report.tags import PREFIX
 from probe.results import diagnostic_keys, keys
 from probe.results.quantity import Quantity
 from probe.verdict.words import WORDS
-
-PREFIX = "entropy_probe"
-
 
 OF_A_TRAINING: tuple[Quantity, ...] = (
     Quantity(

@@ -25,7 +25,6 @@ class Schedule:
         probe_seconds: time spent in probes, and in attaching.
         train_seconds: time of training without them, since the first step ended.
         probes: their number.
-        last_probe: seconds that the last one took.
     """
 
     every: int | None
@@ -33,7 +32,6 @@ class Schedule:
     probe_seconds: float = 0.0
     train_seconds: float = 0.0
     probes: int = 0
-    last_probe: float = 0.0
     _steps: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     _cost: deque[float] = field(default_factory=lambda: deque(maxlen=3))
 
@@ -57,7 +55,6 @@ class Schedule:
     def add_probe(self, seconds: float) -> None:
         """Note the time of one probe."""
         self._cost.append(seconds)
-        self.last_probe = seconds
         self.probe_seconds += seconds
         self.probes += 1
 

@@ -1,8 +1,4 @@
-"""The log of a run: a versioned JSON document, documented in `docs/log_schema.md`.
-
-`build_log` makes it, `dump` writes it as strict JSON, `load_log` reads it back, `prune` deletes the oldest
-runs.
-"""
+"""The log of a run: a versioned JSON document at one of four levels of detail, documented in `docs/log_schema.md`."""
 
 from __future__ import annotations
 

@@ -133,6 +133,14 @@ DIAGNOSTICS: tuple[Quantity, ...] = (
     Quantity(
         "dropout", "largest dropout probability of the policy in training; the probe's update is without"
     ),
+    Quantity("rounded_to", "type that the training keeps its weights in, where its step is rounded"),
+    Quantity("rounded_moved", "share of the weights in that type that the training's step moves"),
+    Quantity("rounded_moved_exact", "share that the exact step moves"),
+    Quantity("rounded_step_norm", "norm of what is left of the step in that type"),
+    Quantity(
+        "base_recorded", "base model that the adapter says it was trained on, where it is put on another one"
+    ),
+    Quantity("base_given", "the one it is put on"),
     Quantity(
         "bias_flags",
         "reasons why the results are biased",

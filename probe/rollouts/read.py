@@ -1,4 +1,4 @@
-"""Rollout batches from and to files: those that TRL logs, those of a loop of one's own, and exact ones.
+"""Rollout batches from files: those that TRL logs, those of a loop of one's own, and exact ones.
 
 The columns of a file:
 

@@ -1,7 +1,7 @@
-"""Derivatives of token scores along a direction in parameter space: forward mode, and differences of forwards.
+"""Derivatives of token scores along a direction in parameter space, by forward mode.
 
 A derivative per token is what error bars, both estimands, every weighting and control variates are made of. Forward
-mode is exact; central differences run wherever a forward runs (any attention kernel, quantised or sharded).
+mode is exact; where a model has none, `differences` takes its place.
 """
 
 from __future__ import annotations

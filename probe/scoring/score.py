@@ -1,7 +1,6 @@
-"""The model passes: scoring a batch, and gradients of weighted sums of its token scores.
+"""Scoring a batch: log-prob and exact entropy of every response token.
 
-Everything the probe reports is a cheap reduction of what these passes give. They stream over microbatches, so that
-memory does not grow with the size of the batch.
+Scores stream over microbatches, so that memory does not grow with the size of the batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a sweep varies: the configuration, and the grid of points it stands for."""
+"""The grid of points that a sweep stands for."""
 
 from __future__ import annotations
 

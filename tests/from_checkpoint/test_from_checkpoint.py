@@ -96,7 +96,9 @@ def test_the_table_has_every_option_of_the_installed_trl_once():
     counts = collections.Counter(known_options())
     assert [name for name, count in counts.items() if count > 1] == []
     missing = {f.name for f in fields(GRPOConfig)} - set(counts)
-    assert not missing, f"decide what these options are to the probe, in probe/training_options.py: {missing}"
+    assert not missing, (
+        f"decide what these options are to the probe, in probe/from_checkpoint/options.py: {missing}"
+    )
 
 
 def test_the_table_has_no_option_that_trl_does_not_have():
