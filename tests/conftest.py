@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -79,13 +82,22 @@ def threads_end() -> Iterator[None]:
     assert [thread.name for thread in left if thread.is_alive()] == []
 
 
+def _files() -> set[str]:
+    """Every file of the repository but those of tools: caches, and what stands behind a dot."""
+    found: set[str] = set()
+    for folder, folders, files in os.walk(REPOSITORY):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        found |= {os.path.join(folder, name) for name in files if not name.startswith(".")}
+    return found
+
+
 @pytest.fixture(autouse=True)
 def no_files_are_left() -> Iterator[None]:
     """Nothing is written into the repository, and the working folder is put back."""
-    before, folder = set(os.listdir(REPOSITORY)), os.getcwd()
+    before, folder = _files(), os.getcwd()
     yield
     assert os.getcwd() == folder
-    assert set(os.listdir(REPOSITORY)) - before == set()
+    assert _files() - before == set()
 
 
 @pytest.fixture(autouse=True)
@@ -100,17 +112,41 @@ def random_streams_are_put_back() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def switches_are_left_alone() -> Iterator[None]:
-    """Torch's global switches are as they were."""
+    """Switches of torch, signal handlers and the probe's loggers are as they were."""
 
-    def switches() -> tuple[object, ...]:
-        return (
-            torch.get_default_dtype(),
-            torch.is_grad_enabled(),
-            torch.get_num_threads(),
-            torch.are_deterministic_algorithms_enabled(),
-            torch.get_float32_matmul_precision(),
-        )
+    def switches() -> dict[str, object]:
+        own = logging.getLogger("probe")
+        cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+        return {
+            "default dtype": torch.get_default_dtype(),
+            "gradients": torch.is_grad_enabled(),
+            "threads": torch.get_num_threads(),
+            "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+            "matmul precision": torch.get_float32_matmul_precision(),
+            "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+            "attention": (
+                cuda.flash_sdp_enabled(),
+                cuda.mem_efficient_sdp_enabled(),
+                cuda.math_sdp_enabled(),
+            ),
+            "cudnn": (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
+            "signal handlers": [
+                signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+            ],
+            "logging": (list(own.handlers), own.level, own.propagate),
+        }
 
     before = switches()
     yield
     assert switches() == before
+
+
+@pytest.fixture(autouse=True)
+def watches_end_with_their_test() -> Iterator[None]:
+    """A watch that a test leaves attached hears nothing of the optimizers of later ones."""
+    hooks = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+    before = [set(one) for one in hooks]
+    yield
+    for one, kept in zip(hooks, before, strict=True):
+        for key in set(one) - kept:
+            del one[key]
