@@ -26,6 +26,11 @@ class Remedy(Enum):
     FLOAT64 = "checkpoint.dtype: float64", "float64 weights"
     DIFFERENCES = "probe_rework.derivative_mode: finite_difference", "derivative: finite_difference"
     NO_DIFFERENCES = "probe_rework.derivative_mode: jvp or reverse", "derivative: jvp"
+    DERIVATIVE = "probe_rework.derivative_mode", "derivative"
+    OTHER_DERIVATIVE = (
+        "use auto, reverse or finite_difference, or checkpoint.attn_implementation: eager",
+        "use auto or finite_difference, or load the model with attn_implementation eager",
+    )
     PROMPTS_AS_TEXTS = (
         "use a chat model's tokenizer (checkpoint.tokenizer_path), or give the prompts as texts (use_chat_template: "
         "false, and a prompt_template)",

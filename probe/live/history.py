@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from probe.errors.exceptions import ConfigError
+from probe.estimand import SEQUENCE, TOKEN
 from probe.forecast.curves import CumulativeSum, level_change
 from probe.forecast.forecast import Forecast, forecast
 from probe.forecast.readings import EntropyReading, above_zero, recent_readings
@@ -23,8 +24,6 @@ KEPT_ENTRIES = 20
 """Entries of the history, beside the first one, that a state holds."""
 READING = ("H_orig_tok", "H_orig_tok_se", "deltaH_true_tok", "deltaH_true_tok_se")
 """Names of what the forecast takes from a probe."""
-ESTIMANDS = ("", "_tok")
-"""Endings of names: per response, per token."""
 
 
 @dataclass
@@ -96,7 +95,9 @@ class History:
             if "verdict_code" in entry:
                 entry.setdefault("verdict", WORDS[int(entry["verdict_code"])])
             for name in (
-                f"{quantity}{ending}" for quantity in ("deltaH1", "deltaH_true") for ending in ESTIMANDS
+                f"{quantity}{ending}"
+                for quantity in ("deltaH1", "deltaH_true")
+                for ending in (SEQUENCE.suffix, TOKEN.suffix)
             ):
                 change, se = entry.get(name), entry.get(f"{name}_se")
                 if change is not None and se is not None:
@@ -111,7 +112,7 @@ class History:
     def _cumulative(self, outcome: Outcome, momentum: float) -> dict[str, float]:
         """Predicted and measured change since the first probe, and the change of the level, nats."""
         values: dict[str, float] = {}
-        for which, ending in enumerate(ESTIMANDS):
+        for which, ending in enumerate((SEQUENCE.suffix, TOKEN.suffix)):
             H, first = outcome.H[which], self._first_level(ending)
             start = H.value if first is None else first[0]
             for name, level, change in (

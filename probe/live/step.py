@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from probe.data.batch import PromptExample, RolloutBatch
-from probe.errors.exceptions import NumericalError, ProbeError, RolloutError
-from probe.estimators.forward_mode_check import forward_mode_check
+from probe.errors.exceptions import ProbeError, RolloutError
 from probe.estimators.step_parts import step_parts
 from probe.finite import require_finite_moments
 from probe.live.optimizers import largest_rate
@@ -37,10 +36,10 @@ from probe.live.parts import part_changes
 from probe.live.say import say
 from probe.live.settings import WatchSettings
 from probe.parameters import norm
-from probe.phases.controls import Controls, fewest_prompts, fitted_controls
+from probe.phases.controls import Controls, fitted_controls, too_few_prompts
 from probe.phases.fit_memory import FitMemory
 from probe.phases.ground_truth import measured_change, with_noise_floor
-from probe.phases.passes import AlongStep, Way, along_step
+from probe.phases.passes import AlongStep, Way, along_step, choose_way
 from probe.phases.prediction import predict
 from probe.rollouts.draw import draw_prompts, stream_seed
 from probe.rollouts.sampling import check_sampling, sample_rollouts
@@ -121,16 +120,7 @@ class UpdateProbe:
         seed = stream_seed(settings.seed, "rehearsal")
         E, seen = sample_rollouts(policy, self.tokenizer, examples, few, seed)
         check_sampling(policy, seen, score_tokens(policy, E))
-        if settings.derivative == "finite_difference":
-            self.way = Way("finite_difference", "as configured")
-            return
-        check = forward_mode_check(policy, E)
-        self.way = Way("jvp" if check.usable else "finite_difference", check.reason)
-        if settings.derivative == "jvp" and not check.usable:
-            raise NumericalError(
-                f"derivative: expected a model that allows jvp, found that {check.reason}; use auto or "
-                "finite_difference, or load the model with attn_implementation eager"
-            )
+        self.way = choose_way(policy, E, settings.derivative, otherwise="finite_difference")
 
     def before(self, number: int) -> Before:
         """Draw E from the policy, and copy the parameters.
@@ -239,9 +229,8 @@ class UpdateProbe:
             return None, "off: the first probe; the next ones learn from it"
         controls = fitted_controls(before.E, passes, self.memory, draw_name(before))
         self.memory = controls.learnt
-        least = fewest_prompts(taught=controls.earlier > 0)
-        if least > self.settings.B_E:
-            return None, f"off: {self.settings.B_E} prompts in E, they are used from {least} on"
+        if too_few := too_few_prompts(self.settings.B_E, taught=controls.earlier > 0):
+            return None, f"off: {too_few}"
         return controls, f"on: fitted on other prompts and {controls.earlier} earlier probes"
 
 

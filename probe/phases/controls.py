@@ -48,13 +48,15 @@ class Controls:
     learnt: FitMemory
 
 
-def fewest_prompts(taught: bool) -> int:
-    """From how many prompts on control variates are used where nobody insists.
+def too_few_prompts(prompts: int, taught: bool) -> str:
+    """Why control variates are not used where nobody insists; empty where there are enough prompts.
 
     Args:
+        prompts: in E.
         taught: whether earlier batches join the fit.
     """
-    return SMALLEST_TAUGHT if taught else SMALLEST_SAMPLE
+    least = SMALLEST_TAUGHT if taught else SMALLEST_SAMPLE
+    return "" if prompts >= least else f"{prompts} prompts in E, they are used from {least} on"
 
 
 def fitted_controls(E: RolloutBatch, passes: AlongStep, memory: FitMemory, draw: str) -> Controls:
@@ -112,9 +114,9 @@ def control_source(
     if path is not None:
         name = f"{checkpoint} ({norm(policy.parameters):.12g})"
         memory = read_fit_memory(Path(path), name)
-    least = fewest_prompts(memory is not None and bool(memory.earlier_than(E, draw)))
-    if wanted == "auto" and prompts < least:
-        return without(f"{prompts} prompts in E, they are used from {least} on")
+    too_few = too_few_prompts(prompts, memory is not None and bool(memory.earlier_than(E, draw)))
+    if wanted == "auto" and too_few:
+        return without(too_few)
     if memory is None:
         basis = feature_basis(policy.model, U)
         if basis is None:

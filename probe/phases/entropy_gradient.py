@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from probe.config.estimation import ProbeReworkConfig
 from probe.data.batch import RolloutBatch
-from probe.errors.exceptions import NumericalError
 from probe.estimators.derivative_check import DerivativeMismatchError, derivative_check
 from probe.estimators.entropy_gradient import EntropyGradient
 from probe.estimators.entropy_gradient import entropy_gradient as gradient_of_entropy
 from probe.estimators.forward_mode_check import forward_mode_check
-from probe.phases.passes import Way, few_responses
+from probe.phases.passes import Way, choose_way, few_responses
 from probe.phases.sample import Sample
 from probe.scoring.collector import MakeProgress, no_progress
 from probe.scoring.policy import Policy
@@ -80,27 +79,3 @@ def _checked_way(policy: Policy, few: RolloutBatch, rework: ProbeReworkConfig) -
         reason = f"forward mode and backward agree, and both are wrong: {mismatch}"
         return Way("finite_difference", reason), None
     return choose_way(policy, few, rework.derivative_mode), error
-
-
-def choose_way(policy: Policy, few: RolloutBatch, wanted: str) -> Way:
-    """The way to differentiate a model.
-
-    Args:
-        policy: the policy.
-        few: a few responses to try forward mode on.
-        wanted: `auto` or a mode.
-
-    Raises:
-        NumericalError: forward mode is asked for and cannot be had.
-    """
-    if wanted in ("reverse", "finite_difference"):
-        return Way(wanted, "as configured")  # type: ignore[arg-type]
-    check = forward_mode_check(policy, few)
-    if check.usable:
-        return Way("jvp", check.reason)
-    if wanted == "jvp":
-        raise NumericalError(
-            f"probe_rework.derivative_mode: expected a model that allows jvp, found that {check.reason}; use auto, "
-            "reverse or finite_difference, or checkpoint.attn_implementation: eager"
-        )
-    return Way("reverse", check.reason)

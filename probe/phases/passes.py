@@ -10,6 +10,9 @@ from typing import Literal
 from torch import Tensor
 
 from probe.data.batch import RolloutBatch
+from probe.errors.exceptions import NumericalError
+from probe.errors.remedies import Remedy
+from probe.estimators.forward_mode_check import forward_mode_check
 from probe.estimators.step_check import StepCheck, step_check, stopped_gradients
 from probe.parameters import norm
 from probe.scoring.collector import MakeProgress, no_progress
@@ -62,6 +65,32 @@ class AlongStep:
     pair: DifferencePair | None = None
     check: StepCheck | None = None
     new: TokenScores | None = None
+
+
+def choose_way(policy: Policy, few: RolloutBatch, wanted: str, otherwise: Mode = "reverse") -> Way:
+    """The way to differentiate a model.
+
+    Args:
+        policy: the policy.
+        few: a few responses to try forward mode on.
+        wanted: `auto` or a mode.
+        otherwise: the mode where forward mode cannot be had.
+
+    Raises:
+        NumericalError: forward mode is asked for and cannot be had.
+    """
+    if wanted in ("reverse", "finite_difference"):
+        return Way(wanted, "as configured")  # type: ignore[arg-type]
+    check = forward_mode_check(policy, few)
+    if check.usable:
+        return Way("jvp", check.reason)
+    if wanted == "jvp":
+        raise NumericalError(
+            Remedy.DERIVATIVE,
+            f": expected a model that allows jvp, found that {check.reason}; ",
+            Remedy.OTHER_DERIVATIVE,
+        )
+    return Way(otherwise, check.reason)
 
 
 def along_step(

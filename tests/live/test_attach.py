@@ -421,7 +421,7 @@ def test_forward_mode_that_is_asked_for_and_not_there(monkeypatch):
     from probe.estimators.forward_mode_check import ForwardModeCheck
 
     refusal = ForwardModeCheck(False, "the model has no forward-mode derivative: aten::foo")
-    monkeypatch.setattr("probe.live.step.forward_mode_check", lambda *_: refusal)
+    monkeypatch.setattr("probe.phases.passes.forward_mode_check", lambda *_: refusal)
     model = full_model()
     with pytest.raises(probe.errors.exceptions.NumericalError) as error:
         attach(model, adamw(model), derivative="jvp")

@@ -192,7 +192,7 @@ def test_a_policy_without_any_entropy_does_not_end_training(monkeypatch, works):
     """Every response is EOS with certainty: levels of exactly 0 have no logarithm."""
     from probe.estimators.forward_mode_check import ForwardModeCheck
 
-    monkeypatch.setattr("probe.live.step.forward_mode_check", lambda *_: ForwardModeCheck(works, ""))
+    monkeypatch.setattr("probe.phases.passes.forward_mode_check", lambda *_: ForwardModeCheck(works, ""))
     with seeded():
         model = full_model(tied=False)
         with torch.no_grad():

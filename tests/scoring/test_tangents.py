@@ -11,7 +11,7 @@ from probe.errors.exceptions import NumericalError
 from probe.estimators.forward_mode_check import forward_mode_check
 from probe.loading import use_exact_4bit_layers
 from probe.loading.quantization import find_4bit_layers
-from probe.phases.entropy_gradient import choose_way
+from probe.phases.passes import choose_way
 from probe.scoring import Policy, score_tokens
 from probe.scoring.differences import choose_scale, difference_pair
 from probe.scoring.features import feature_basis
