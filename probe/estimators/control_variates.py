@@ -18,13 +18,13 @@ ridge penalty, cross-fitted over folds of prompts. Statistics of earlier batches
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from probe.estimators.estimate import Both, mean_by_prompt
+from probe.estimators.estimate import Both, mean_by_prompt, shrinkage
 from probe.estimators.weighting import prefix_features, still_to_come
 from probe.scoring.scores import TokenScores, TokenTangents
 
@@ -56,25 +56,70 @@ class FitStatistics:
     tokens: float
 
 
+EstimateOn = Callable[[Tensor], Both]
+"""Given rows of E, the estimate from these alone, both estimands with errors."""
+
+
 @dataclass(frozen=True)
 class ControlVariates:
     """Control variates of one batch and step.
 
     Attributes:
-        entropy: `Z_i` for `E[N]`, `(B,)` nats.
-        length: `Z_i` for `E[T]`, `(B,)` tokens.
+        values: `(K, B, 2)` float64: for `E[N]` (nats) and for `E[T]` (tokens), each sequence with a `Q` that was fitted
+            on neither its own fold nor fold `k`.
+        fold: `(B,)`, of each sequence.
         statistics: this batch's contribution to later fits.
     """
 
-    entropy: Tensor
-    length: Tensor
+    values: Tensor
+    fold: Tensor
     statistics: FitStatistics
 
+    @property
+    def own(self) -> Tensor:
+        """`Z_i`, `(B, 2)`: with a `Q` that was fitted on all other folds."""
+        return self.values[self.fold, torch.arange(len(self.fold))]
+
+    def scaled(self, factor: float) -> ControlVariates:
+        """Those of a step that is `factor` times as long."""
+        return replace(self, values=factor * self.values)
+
     def means(self, scores: TokenScores, group: Tensor) -> Both:
-        """`(mean Z_seq, mean Z_tok)`, nats, with their errors: subtract them from an estimate of the same batch."""
-        H_tok = float(scores.sequence_entropy.mean() / scores.lengths.mean())
-        token = (self.entropy - H_tok * self.length) / float(scores.lengths.mean())
-        return mean_by_prompt(self.entropy, group), mean_by_prompt(token, group)
+        """`(mean Z_seq, mean Z_tok)`, nats, with their errors."""
+        return _means(_by_estimand(self.own, scores), group)
+
+    def shrunk(self, scores: TokenScores, group: Tensor, estimate_on: EstimateOn) -> Both:
+        """`(mean a Z_seq, mean a Z_tok)`, nats, with their errors: subtract them from an estimate of the same batch.
+
+        `a` of a fold is `cov / var` of the influences of estimate and control on the other folds, within [0, 1]: near 1
+        where the control explains the error, near 0 where `Q` is fitted too badly to. Neither `a` nor `Q` has seen the
+        sequence, so that the mean of `a Z_seq` is exactly 0 at every sample size (that of `Z_tok` to the order `1 / B`,
+        as its `H_tok` and mean length are those of the batch).
+
+        Args:
+            scores: scores of E.
+            group: `(B,)` prompts.
+            estimate_on: the estimate from some rows, which the control is to make less noisy.
+        """
+        share = torch.zeros(len(self.fold), 2, dtype=torch.float64)
+        for k, values in enumerate(self.values):
+            rows = (self.fold != k).nonzero().flatten()
+            controls = _means(_by_estimand(values[rows], scores.rows(rows)), group[rows])
+            for which, (found, control) in enumerate(zip(estimate_on(rows), controls, strict=True)):
+                share[self.fold == k, which] = shrinkage(found, control)
+        return _means(share * _by_estimand(self.own, scores), group)
+
+
+def _by_estimand(Z: Tensor, scores: TokenScores) -> Tensor:
+    """`(Z_seq, Z_tok)` of each sequence, `(B, 2)` nats."""
+    H_tok = float(scores.sequence_entropy.mean() / scores.lengths.mean())
+    token = (Z[:, 0] - H_tok * Z[:, 1]) / float(scores.lengths.mean())
+    return torch.stack([Z[:, 0], token], dim=1)
+
+
+def _means(Z: Tensor, group: Tensor) -> Both:
+    """The means of two columns, with their errors."""
+    return mean_by_prompt(Z[:, 0], group), mean_by_prompt(Z[:, 1], group)
 
 
 def control_variates(
@@ -84,7 +129,7 @@ def control_variates(
     group: Tensor,
     earlier: Sequence[FitStatistics] = (),
 ) -> ControlVariates:
-    """Fit `Q` on the other folds (and earlier batches) and evaluate `Z`.
+    """Fit `Q` on the other folds (and earlier batches), once more without each of these, and evaluate `Z`.
 
     Args:
         scores: scores of E with features.
@@ -115,19 +160,22 @@ def control_variates(
                     states, sampled_features[rows], tangents.logprob[rows], _targets(scores, rows), chosen
                 )
     features = _state_features(scores, torch.arange(1)).shape[-1] * sampled_features.shape[-1]
-    coefficients = [
-        _solve([s for j, s in enumerate(sums) if j != k], earlier, features) for k in range(folds)
-    ]
-    Z = torch.zeros(len(fold), 2, dtype=torch.float64)
+    without = {
+        (j, k): _solve([s for i, s in enumerate(sums) if i not in (j, k)], earlier, features)
+        for j in range(folds)
+        for k in range(j + 1)
+    }
+    Z = torch.zeros(folds, len(fold), 2, dtype=torch.float64)
     for rows in torch.arange(len(fold)).split(CHUNK):
         states = _state_features(scores, rows)
         dl = tangents.logprob[rows].unsqueeze(-1)
         tokens = dl * sampled_features[rows].double() - tangents.expected_features[rows]
-        beta = torch.stack([coefficients[int(k)] for k in fold[rows]])
-        beta = beta.reshape(len(rows), states.shape[-1], tokens.shape[-1], 2)
         on = scores.mask[rows].double()
-        Z[rows] = torch.einsum("bt,bti,btj,bijm->bm", on, states, tokens, beta)
-    return ControlVariates(entropy=Z[:, 0], length=Z[:, 1], statistics=_statistics(sums))
+        products = torch.einsum("bt,bti,btj->bij", on, states, tokens).flatten(1)
+        for k in range(folds):
+            beta = torch.stack([without[max(int(j), k), min(int(j), k)] for j in fold[rows]])
+            Z[k, rows] = torch.einsum("bf,bfm->bm", products, beta)
+    return ControlVariates(values=Z, fold=fold, statistics=_statistics(sums))
 
 
 class _FoldSums:

@@ -6,7 +6,7 @@ the same sequences, so that their common error cancels in the difference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from probe.estimators.entropy_change import entropy, entropy_change
-from probe.estimators.estimate import Both, Estimate, both, estimate, shrinkage
+from probe.estimators.estimate import Both, Estimate, both, estimate
 from probe.estimators.importance_weights import WeightDiagnostics, weight_diagnostics
 from probe.scoring.scores import TokenScores
 
@@ -59,17 +59,20 @@ class GroundTruth:
             self, estimates={**self.estimates, name: both}, reported=name if reported else self.reported
         )
 
-    def with_control_variates(self, Z: Sequence[Estimate], reported: bool) -> GroundTruth:
-        """Add `per_decision+cv`: `per_decision` less as much of the control variates as it shares the noise of.
+    def with_control_variates(self, Z: Both, reported: bool) -> GroundTruth:
+        """Add `per_decision+cv`: `per_decision` less the control variates.
 
         Args:
-            Z: `[mean Z_seq, mean Z_tok]` for the step, see `ControlVariates.means`.
+            Z: see `ControlVariates.shrunk`.
             reported: whether it becomes the reported estimate.
         """
-        sequence, token = (
-            e - z.scaled(shrinkage(e, z)) for e, z in zip(self.estimates["per_decision"], Z, strict=True)
-        )
+        sequence, token = (e - z for e, z in zip(self.estimates["per_decision"], Z, strict=True))
         return self.with_estimate("per_decision+cv", (sequence, token), reported)
+
+
+def per_decision_change(old: TokenScores, new: TokenScores, group: Tensor) -> Both:
+    """The change by the `per_decision` estimator, with errors, from scores of the same sequences."""
+    return both(estimate(lambda q: entropy_change(q, old, new, "per_decision"), group))
 
 
 def reweighted_change(

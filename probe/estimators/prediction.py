@@ -73,7 +73,7 @@ class Prediction:
         """Subtract the control variates of the `causal` estimates from deltaH1 (from its score part).
 
         Args:
-            Z: `[mean Z_seq, mean Z_tok]`, see `ControlVariates.means`.
+            Z: see `ControlVariates.shrunk`.
             note: what `control_variates` says.
         """
         sequence, token = (e - z for e, z in zip(self.estimates["causal"], Z, strict=True))

@@ -12,7 +12,7 @@ from probe.data.batch import RolloutBatch
 from probe.estimators.estimate import Estimate
 from probe.estimators.prediction import Prediction, token_first_order
 from probe.estimators.step_parts import StepParts
-from probe.phases.controls import fitted_controls
+from probe.phases.controls import controls_of_prediction, fitted_controls
 from probe.phases.fit_memory import FitMemory
 from probe.phases.passes import AlongStep, tangents_along
 from probe.results.changes import with_error
@@ -56,7 +56,7 @@ def part_changes(
             along = AlongStep(passes.scores, tangents, passes.way)
             of_part = list(token_first_order(passes.scores, tangents, E.group).total)
             if memory is not None:
-                Z = fitted_controls(E, along, memory, draw).Z
+                Z = controls_of_prediction(fitted_controls(E, along, memory, draw), along, E.group)
                 of_part = [e - z for e, z in zip(of_part, Z, strict=True)]
         rest = [all_ - part for all_, part in zip(rest, of_part, strict=True)]
         values |= _part_values(name, of_part, total)

@@ -36,7 +36,7 @@ from probe.live.parts import part_changes
 from probe.live.say import say
 from probe.live.settings import WatchSettings
 from probe.parameters import norm
-from probe.phases.controls import Controls, fitted_controls, too_few_prompts
+from probe.phases.controls import Controls, controls_of_prediction, fitted_controls, too_few_prompts
 from probe.phases.fit_memory import FitMemory
 from probe.phases.ground_truth import measured_change, with_noise_floor
 from probe.phases.passes import AlongStep, Way, along_step, choose_way
@@ -171,7 +171,9 @@ class UpdateProbe:
         if controls is None:
             prediction = replace(prediction, control_variates=note)
         else:
-            prediction = prediction.with_control_variates(controls.Z, note)
+            prediction = prediction.with_control_variates(
+                controls_of_prediction(controls, passes, E.group), note
+            )
         truth = measured_change(passes.scores, new, E.group, controls=controls)
         shares: dict[str, Any] = {}
         if self.settings.shares and late:
@@ -224,8 +226,9 @@ class UpdateProbe:
             return None, "off: control_variates"
         if self.memory is None:
             basis = feature_basis(self.model, before.E)
-            if basis is not None:
-                self.memory = FitMemory(basis, policy="live")
+            if basis is None:
+                return None, "off: the output layer has no dense weight"
+            self.memory = FitMemory(basis, policy="live")
             return None, "off: the first probe; the next ones learn from it"
         controls = fitted_controls(before.E, passes, self.memory, draw_name(before))
         self.memory = controls.learnt

@@ -5,16 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from probe.config.estimation import ProbeReworkConfig
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import ConfigError
-from probe.estimators.control_variates import SMALLEST_SAMPLE, SMALLEST_TAUGHT, control_variates
+from probe.estimators.control_variates import (
+    SMALLEST_SAMPLE,
+    SMALLEST_TAUGHT,
+    ControlVariates,
+    control_variates,
+)
 from probe.estimators.estimate import Both
+from probe.estimators.ground_truth import per_decision_change
+from probe.estimators.prediction import token_first_order
+from probe.estimators.weighting import Baseline
 from probe.parameters import norm
 from probe.phases.fit_memory import FitMemory, read_fit_memory
 from probe.phases.passes import AlongStep
 from probe.scoring.features import feature_basis
 from probe.scoring.policy import Policy
+from probe.scoring.scores import TokenScores
 
 
 @dataclass(frozen=True)
@@ -37,15 +48,49 @@ class Controls:
     """Control variates of one step on one E.
 
     Attributes:
-        Z: their means, `(nats per response, nats per token)`, to be subtracted whole: fitted on other prompts than they
-            are used on, they have the mean 0 exactly.
+        fitted: `Z` of each sequence, from functions fitted on other prompts.
         earlier: how many earlier batches they were fitted on too.
         learnt: the memory with this batch in it.
     """
 
-    Z: Both
+    fitted: ControlVariates
     earlier: int
     learnt: FitMemory
+
+
+def controls_of_prediction(
+    controls: Controls, passes: AlongStep, group: Tensor, baseline: Baseline = "loo_position"
+) -> Both:
+    """What to subtract from deltaH1, see `ControlVariates.shrunk`.
+
+    Args:
+        controls: of the step.
+        passes: over E along the step.
+        group: `(B,)` prompts of E.
+        baseline: of the score part.
+    """
+
+    def on(rows: Tensor) -> Both:
+        scores, tangents = passes.scores.rows(rows), passes.tangents.rows(rows)
+        return token_first_order(scores, tangents, group[rows], "causal", baseline).total
+
+    return controls.fitted.shrunk(passes.scores, group, on)
+
+
+def controls_of_measurement(controls: Controls, old: TokenScores, new: TokenScores, group: Tensor) -> Both:
+    """What to subtract from the `per_decision` measurement, see `ControlVariates.shrunk`.
+
+    Args:
+        controls: of the step.
+        old: scores of E at `theta`.
+        new: scores of E after the step.
+        group: `(B,)` prompts of E.
+    """
+
+    def on(rows: Tensor) -> Both:
+        return per_decision_change(old.rows(rows), new.rows(rows), group[rows])
+
+    return controls.fitted.shrunk(old, group, on)
 
 
 def too_few_prompts(prompts: int, taught: bool) -> str:
@@ -72,7 +117,7 @@ def fitted_controls(E: RolloutBatch, passes: AlongStep, memory: FitMemory, draw:
     psi = memory.basis.sampled(E)
     fitted = control_variates(passes.scores, passes.tangents, psi, E.group, earlier)
     return Controls(
-        Z=fitted.means(passes.scores, E.group),
+        fitted=fitted,
         earlier=len(earlier),
         learnt=memory.with_batch(E, fitted.statistics, draw),
     )

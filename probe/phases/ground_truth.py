@@ -13,7 +13,7 @@ from probe.errors.exceptions import ConfigError
 from probe.estimators.estimate import Both
 from probe.estimators.ground_truth import GroundTruth, resampled_change, reweighted_change
 from probe.estimators.noise_floor import rescored_noise_floor
-from probe.phases.controls import Controls
+from probe.phases.controls import Controls, controls_of_measurement
 from probe.phases.prediction import Predicted
 from probe.phases.sample import BatchSource, Sample, sample_evaluation
 from probe.phases.update import Update
@@ -96,7 +96,9 @@ def measured_change(
         report_controls: whether the estimate with them is the reported one.
     """
     truth = reweighted_change(scores, new, group, reported, clip)
-    return truth if controls is None else truth.with_control_variates(controls.Z, report_controls)
+    if controls is None:
+        return truth
+    return truth.with_control_variates(controls_of_measurement(controls, scores, new, group), report_controls)
 
 
 def with_noise_floor(

@@ -42,7 +42,7 @@ class Way:
     reason: str
 
     def kernels(self, policy: Policy) -> AbstractContextManager[None]:
-        """The kernels for all scores that are compared with each other: forward mode has rules for only some."""
+        """Kernels that forward mode has rules for: those of scores that are compared with its own."""
         return forward_mode_kernels(policy.model) if self.mode == "jvp" else nullcontext()
 
 
@@ -132,7 +132,8 @@ def along_step(
     found = AlongStep(here if scores is None else scores, tangents, way)
     if not check:
         return found
-    with way.kernels(policy):
+    # with the kernels of the scores that it is compared with
+    with way.kernels(policy) if scores is None else nullcontext():
         checked = step_check(policy, E, found.scores, step, tangents, check_scale)
     if binding or not checked.contradicted:
         return replace(found, check=checked)

@@ -19,7 +19,7 @@ from probe.estimators.step_check import StepCheck, agreement_check, stopped_grad
 from probe.estimators.weighting import Baseline, Weighting
 from probe.loading.optimizer import LoadedOptimizer
 from probe.phases.attribution import update_spread
-from probe.phases.controls import Controls, fitted_controls
+from probe.phases.controls import Controls, controls_of_prediction, fitted_controls
 from probe.phases.entropy_gradient import Derivative
 from probe.phases.passes import AlongStep, Way, along_step, pair_along
 from probe.phases.sample import Sample
@@ -106,8 +106,9 @@ def prediction(
         found = replace(found, control_variates=f"off: {sample.controls.reason}")
     else:
         controls = fitted_controls(E, passes, memory, sample.controls.draw)
+        Z = controls_of_prediction(controls, passes, E.group, rework.baseline)
         batches = f" and {controls.earlier} earlier batches" if controls.earlier else ""
-        found = found.with_control_variates(controls.Z, f"on: fitted on other prompts{batches}")
+        found = found.with_control_variates(Z, f"on: fitted on other prompts{batches}")
     found, passes = _with_curvature(policy, E, step, after, found, passes, rework.curvature, progress)
     return Predicted(found, X, passes, controls)
 

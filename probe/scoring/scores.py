@@ -29,6 +29,10 @@ class TokenScores:
     expected_features: Tensor | None = None
     state_features: Tensor | None = None
 
+    def rows(self, rows: Tensor) -> TokenScores:
+        """The scores of some sequences, without features."""
+        return TokenScores(self.logprob[rows], self.entropy[rows], self.mask[rows])
+
     @property
     def sequence_entropy(self) -> Tensor:
         """`N_i = sum_t h[i, t]`, nats per response, `(B,)`."""
@@ -66,6 +70,10 @@ class TokenTangents:
     logprob: Tensor
     entropy: Tensor
     expected_features: Tensor | None = None
+
+    def rows(self, rows: Tensor) -> TokenTangents:
+        """The derivatives of some sequences, without those of features."""
+        return TokenTangents(self.logprob[rows], self.entropy[rows])
 
     def vector(self, rows: Tensor | None = None) -> Tensor:
         """The derivatives of log-probs and then of entropies as one vector, of all responses or of some."""

@@ -88,8 +88,7 @@ def _scaled(predicted: Predicted, learning_rate: float, factor: float) -> Predic
     """The prediction, and its control variates, of a step `factor` times as long."""
     controls, passes = predicted.controls, predicted.passes
     if controls is not None:
-        sequence, token = controls.Z
-        controls = replace(controls, Z=(sequence.scaled(factor), token.scaled(factor)))
+        controls = replace(controls, fitted=controls.fitted.scaled(factor))
     return replace(
         predicted,
         prediction=predicted.prediction.at(learning_rate),

@@ -69,7 +69,7 @@ def test_with_coefficients_from_elsewhere_the_mean_is_exactly_zero(space, monkey
     monkeypatch.setattr(module, "_solve", anything)
     rows = torch.arange(len(space.batch))
     found = of_rows(space, rows, rows)
-    for Z in (found.entropy, found.length):
+    for Z in (found.own[:, 0], found.own[:, 1]):
         assert float((space.probability * Z.abs()).sum()) > 0.01
         assert abs(float((space.probability * Z).sum())) < 1e-12
 
@@ -87,7 +87,7 @@ def test_the_estimate_is_unbiased_over_all_samples(small, prompts, carried):
         orders = math.factorial(prompts) / math.prod(math.factorial(chosen.count(i)) for i in set(chosen))
         p = orders * float(small.probability[rows].prod())
         found = of_rows(small, rows, group, earlier)
-        Z = torch.stack([found.entropy.mean(), found.length.mean()])
+        Z = torch.stack([found.own[:, 0].mean(), found.own[:, 1].mean()])
         old, first = take_scores(small.old, rows), take_tangents(small.first, rows)
         causal = token_first_order(old, first, group).total[0].value
         mean_Z, mean = mean_Z + p * Z, mean + p * (causal - float(Z[0]))
@@ -98,12 +98,64 @@ def test_the_estimate_is_unbiased_over_all_samples(small, prompts, carried):
     assert mean == pytest.approx(float(small.slope[0]), abs=1e-10)
 
 
+def shrunk(space, rows, group, earlier=()):
+    """What is subtracted from deltaH1 of some rows."""
+    old, first = take_scores(space.old, rows), take_tangents(space.first, rows)
+
+    def on(some):
+        return token_first_order(old.rows(some), first.rows(some), group[some]).total
+
+    return of_rows(space, rows, group, earlier).shrunk(old, group, on)
+
+
+@pytest.mark.parametrize("prompts", [3, 4])
+def test_the_shrunk_estimate_is_unbiased_over_all_samples(small, prompts):
+    """How much is subtracted of a sequence's control is worked out on other prompts, with functions that know neither.
+
+    Of three prompts two are left to compare estimate and control on, of two only one: then nothing is subtracted.
+    """
+    earlier = [statistics(small, 30, seed) for seed in (1, 2)]
+    mean_Z, size, weight, partly = 0.0, 0.0, 0.0, 0
+    for chosen in itertools.combinations_with_replacement(range(len(small.batch)), prompts):
+        rows, group = torch.tensor(chosen), torch.arange(prompts)
+        orders = math.factorial(prompts) / math.prod(math.factorial(chosen.count(i)) for i in set(chosen))
+        p = orders * float(small.probability[rows].prod())
+        Z = shrunk(small, rows, group, earlier)[0].value
+        whole = float(of_rows(small, rows, group, earlier).own[:, 0].mean())
+        partly += abs(Z) > 1e-9 and abs(Z - whole) > 1e-9
+        mean_Z, size, weight = mean_Z + p * Z, size + p * abs(Z), weight + p
+    assert weight == pytest.approx(1.0, abs=1e-12)
+    assert size > 1e-5
+    assert partly > 10
+    assert abs(mean_Z) < 1e-10
+    two = torch.tensor([0, 1])
+    assert [z.value for z in shrunk(small, two, torch.arange(2), earlier)] == [0.0, 0.0]
+
+
+def test_a_control_that_fits_badly_is_left_out(space):
+    """With functions that predict nothing the error stays what it is; subtracted whole they would multiply it."""
+    g = torch.Generator().manual_seed(5)
+    rows, group = sample_rows(space.probability, 64, 1, space.batch.group, g)
+    old, first = take_scores(space.old, rows), take_tangents(space.first, rows)
+    bad = of_rows(space, rows, group)
+    noise = torch.randn(bad.values.shape[1:], generator=g, dtype=torch.float64)
+    bad = replace(bad, values=(10 * noise).expand_as(bad.values))
+    causal = token_first_order(old, first, group).total
+
+    def on(some):
+        return token_first_order(old.rows(some), first.rows(some), group[some]).total
+
+    for c, z, w in zip(causal, bad.shrunk(old, group, on), bad.means(old, group), strict=True):
+        assert (c - z).se < 1.1 * c.se
+        assert (c - w).se > 2 * c.se
+
+
 def test_a_large_sample_has_less_variance(space):
     g = torch.Generator().manual_seed(0)
     rows, group = sample_rows(space.probability, 2000, 1, space.batch.group, g)
     old, first = take_scores(space.old, rows), take_tangents(space.first, rows)
     causal = token_first_order(old, first, group).total
-    Z = of_rows(space, rows, group).means(old, group)
+    Z = shrunk(space, rows, group)
     better = [c - z for c, z in zip(causal, Z, strict=True)]
     assert (better[0].se / causal[0].se) ** 2 < 0.6
     assert better[1].se < 1.01 * causal[1].se
@@ -121,8 +173,8 @@ def test_earlier_batches_help_a_small_one(space):
         old, first = take_scores(space.old, rows), take_tangents(space.first, rows)
         causal = token_first_order(old, first, group).total[0].value
         found["causal"].append(causal)
-        found["own"].append(causal - float(of_rows(space, rows, group).entropy.mean()))
-        found["carried"].append(causal - float(of_rows(space, rows, group, earlier).entropy.mean()))
+        found["own"].append(causal - float(of_rows(space, rows, group).own[:, 0].mean()))
+        found["carried"].append(causal - float(of_rows(space, rows, group, earlier).own[:, 0].mean()))
     spread = {name: float(torch.tensor(x).std()) for name, x in found.items()}
     assert spread["carried"] < 0.85 * spread["causal"]
     assert spread["carried"] < 0.95 * spread["own"]
@@ -136,7 +188,7 @@ def test_a_prompt_never_learns_from_itself(space):
     psi = space.sampled_features[rows]
 
     def of(tangents, scores=old):
-        return control_variates(scores, tangents, psi, group).entropy
+        return control_variates(scores, tangents, psi, group).own[:, 0]
 
     dl = first.logprob.clone()
     dl[1] *= 3.0  # the second response of prompt 0
@@ -175,7 +227,7 @@ def test_statistics_add_up_and_do_not_depend_on_the_size_of_the_step(space):
     scaled = control_variates(take_scores(space.old, rows), larger, space.sampled_features[rows], group)
     torch.testing.assert_close(scaled.statistics.gram, found.gram)
     torch.testing.assert_close(scaled.statistics.cross, found.cross)
-    torch.testing.assert_close(scaled.entropy, 100 * of_rows(space, rows, group).entropy)
+    torch.testing.assert_close(scaled.own[:, 0], 100 * of_rows(space, rows, group).own[:, 0])
 
 
 def test_more_sequences_than_a_chunk_holds_are_the_same(space, monkeypatch):
@@ -184,7 +236,7 @@ def test_more_sequences_than_a_chunk_holds_are_the_same(space, monkeypatch):
     whole = of_rows(space, rows, group)
     monkeypatch.setattr(module, "CHUNK", 7)
     parts = of_rows(space, rows, group)
-    torch.testing.assert_close(parts.entropy, whole.entropy, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(parts.own[:, 0], whole.own[:, 0], rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(parts.statistics.gram, whole.statistics.gram)
 
 
@@ -198,7 +250,7 @@ def test_no_step_gives_zero(space):
         expected_features=0 * first.expected_features,
     )
     found = control_variates(take_scores(space.old, rows), zero, space.sampled_features[rows], rows)
-    assert float(found.entropy.abs().max()) == 0.0
+    assert float(found.own[:, 0].abs().max()) == 0.0
     assert bool(torch.isfinite(found.statistics.gram).all())
 
 
@@ -217,8 +269,8 @@ def test_empty_responses_are_no_trouble(space):
             expected_features=first.expected_features * on.unsqueeze(-1),
         )
         found = control_variates(old, first, space.sampled_features[rows], rows)
-        assert bool(torch.isfinite(found.entropy).all())
-        assert float(found.entropy[1]) == 0.0
+        assert bool(torch.isfinite(found.own[:, 0]).all())
+        assert float(found.own[:, 0][1]) == 0.0
 
 
 def test_refusals(space):
