@@ -14,6 +14,7 @@ from torch import nn
 from probe.config.checkpoint import DEMO
 from probe.config.given import changed_keys
 from probe.config.schema import ProbeConfig
+from probe.demo.cache import ensure_demo_checkpoint
 from probe.errors.exceptions import CheckpointError, ConfigError
 from probe.estimators.ground_truth import GroundTruth
 from probe.from_checkpoint.fill import fill_settings
@@ -144,8 +145,6 @@ class EntropyProbe(LightningModule):
     def make_demo(self) -> None:
         """Where the demo policy is asked for, take its folder, in which it is trained where the cache has none."""
         if self.checkpoint.checkpoint_path == DEMO:
-            from probe.demo import ensure_demo_checkpoint  # trains a policy with this module's own parts
-
             self.checkpoint = replace(self.checkpoint, checkpoint_path=str(ensure_demo_checkpoint()))
 
     @property

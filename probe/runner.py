@@ -33,6 +33,7 @@ from probe.results.build import build_result
 from probe.results.result import ProbeResult
 from probe.scoring.collector import MakeProgress, Progress
 from probe.snapshot import evaluation_mode, exact_float32, isolated_rng
+from probe.text import shown
 from probe.timing import Clock
 
 Result = TypeVar("Result", Sample, Derivative, Update, Predicted, GroundTruth)
@@ -124,6 +125,8 @@ class ProbeRunner(TrainerSection):
         started = datetime.now().astimezone()
         asked = probe.default_callbacks(module.config) if callbacks is None else callbacks
         called = [*asked, *self.extra_callbacks]
+        for callback in called:
+            _check_callback(callback)
         self.fabric._callbacks = called
         if self.logger is True:  # one run, one version folder: TensorBoard ties hyper-parameters to it
             self.fabric._loggers = _loggers(True, Path(self.config.detailed_logging.output_directory))
@@ -189,6 +192,23 @@ class ProbeRunner(TrainerSection):
     def config_mapping(self, module: EntropyProbe) -> dict[str, Any]:
         """The configuration that counted, as it is saved with a result: it can be run again as it is."""
         return asdict(module.config) if self._resolved is None else module.sources.applied_to(self._resolved)
+
+
+def _check_callback(callback: Any) -> None:
+    """Refuse what would be passed over in silence.
+
+    Raises:
+        ConfigError: it is no callback, or computes phases by methods that nobody calls.
+    """
+    if not isinstance(callback, ProbeCallback):
+        raise ConfigError(f"callbacks: expected objects derived from ProbeCallback, found {shown(callback)}")
+    former = [name for name in (f"run_{phase}" for phase in HOOKS) if hasattr(callback, name)]
+    if former or hasattr(callback, "phases"):
+        raise ConfigError(
+            f"callbacks: expected {type(callback).__name__} to compute its phases in `compute(runner, module)`, found "
+            f"{', '.join([*former, *(['phases'] if hasattr(callback, 'phases') else [])])}, which nothing calls; see "
+            "ProbeCallback.compute"
+        )
 
 
 def _seed_globals(seed: int) -> None:

@@ -102,8 +102,9 @@ def no_files_are_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def random_streams_are_put_back() -> Iterator[None]:
-    """A test may draw from the global random streams; those after it find them as it did."""
+    """A test may draw from the global random streams: it finds them the same in any order, and leaves no trace."""
     kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
     yield
     random.setstate(kept[0])
     np.random.set_state(kept[1])

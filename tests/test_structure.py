@@ -36,8 +36,6 @@ KNOWN_TO_THE_RUNNER = {("callbacks.base", "probe.module"), ("callbacks.base", "p
 BASE_CLASS = ("probe.runner", "callbacks.base")
 FRONT_DOOR = ("probe.runner", "callbacks.defaults")
 """The other exception: a run that is given no callbacks takes the built-in ones, `probe.default_callbacks`."""
-HEAVY = {"probe.demo"}
-"""What may be imported inside of a function, because it is needed only sometimes."""
 LONGEST_CALLBACK, LONGEST_CLASS, MOST_METHODS = 100, 200, 15
 
 
@@ -180,12 +178,8 @@ def test_no_import_runs_upward():
 
 
 def test_imports_stand_at_the_top():
-    """Inside of functions only what is heavy and needed sometimes."""
-    inside = [
-        f"{one.of} -> {one.what}"
-        for one in imports()
-        if one.inside and one.what not in HEAVY and not one.excepted
-    ]
+    """None stands inside of a function."""
+    inside = [f"{one.of} -> {one.what}" for one in imports() if one.inside and not one.excepted]
     assert inside == []
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, get_args
 
 from probe.data.batch import RolloutBatch
@@ -94,7 +96,7 @@ class ProbeState:
         return self.sample
 
     @property
-    def diagnostics(self) -> dict[str, float | int]:
+    def diagnostics(self) -> Mapping[str, float | int]:
         """Numbers of single phases for the result's `diagnostics`, as far as they were computed."""
         found: dict[str, float | int | None] = {}
         if self.sample is not None:
@@ -106,4 +108,4 @@ class ProbeState:
             found["derivative_check_error"] = self.derivative.check_error
         if self.update is not None:
             found["zero_advantage_groups"] = self.update.zero_advantage_groups
-        return {name: value for name, value in found.items() if value is not None}
+        return MappingProxyType({name: value for name, value in found.items() if value is not None})
