@@ -21,7 +21,7 @@ from probe.config.files import read_config_file
 from probe.config.parsing import parse_config
 from probe.estimators.control_variates import FitStatistics, control_variates
 from probe.estimators.estimate import Estimate
-from probe.estimators.ground_truth import reweighted_change
+from probe.estimators.ground_truth import per_decision_change, reweighted_change
 from probe.estimators.prediction import token_first_order
 from probe.module import EntropyProbe
 from probe.runner import TrainerSection
@@ -77,8 +77,12 @@ class Scored:
         for name in ("matched", "causal"):
             found[name] = token_first_order(old, tangents, group, name).total  # type: ignore[arg-type]
         fitted = control_variates(old, tangents, self.psi[rows], group, earlier)
-        Z = fitted.means(old, group)
-        for name in ("causal", "per_decision"):
+        parts = {
+            "causal": lambda r: token_first_order(old.rows(r), tangents.rows(r), group[r]).total,
+            "per_decision": lambda r: per_decision_change(old.rows(r), new.rows(r), group[r]),
+        }
+        for name, on in parts.items():
+            Z = fitted.shrunk(old, group, on)
             found[f"{name}+cv"] = (found[name][0] - Z[0], found[name][1] - Z[1])
         return found, fitted.statistics
 

@@ -20,7 +20,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from probe.estimators.control_variates import control_variates
 from probe.estimators.curvature import nested_curvature
 from probe.estimators.estimate import Estimate, error_method
-from probe.estimators.ground_truth import resampled_change, reweighted_change
+from probe.estimators.ground_truth import per_decision_change, resampled_change, reweighted_change
 from probe.estimators.prediction import token_first_order
 from probe.scoring import Policy
 from tests.support.enumerable import float64_norm, tiny_model
@@ -63,7 +63,9 @@ def one_experiment(
     causal, matched = (
         list(token_first_order(old, first, group, kind).total) for kind in ("causal", "matched")
     )
-    Z = control_variates(old, first, space.sampled_features[rows], group).means(old, group)
+    controls = control_variates(old, first, space.sampled_features[rows], group)
+    Z1 = controls.shrunk(old, group, lambda r: token_first_order(old.rows(r), first.rows(r), group[r]).total)
+    Z_true = controls.shrunk(old, group, lambda r: per_decision_change(old.rows(r), new.rows(r), group[r]))
     per_decision, snis = list(truth.estimates["per_decision"]), list(truth.estimates["snis"])
     of = space.batch.group[rows[::responses]]
     inside = torch.where(space.batch.group == of.unsqueeze(1), space.new_probability, 0.0)
@@ -71,10 +73,10 @@ def one_experiment(
     found = {
         "deltaH1 causal": causal,
         "deltaH1 matched": matched,
-        "deltaH1 causal+cv": [e - z for e, z in zip(causal, Z, strict=True)],
+        "deltaH1 causal+cv": [e - z for e, z in zip(causal, Z1, strict=True)],
         "deltaH_true snis": snis,
         "deltaH_true per_decision": per_decision,
-        "deltaH_true per_decision+cv": [e - z for e, z in zip(per_decision, Z, strict=True)],
+        "deltaH_true per_decision+cv": [e - z for e, z in zip(per_decision, Z_true, strict=True)],
         "deltaH_true resample": list(resampled_change(old, group, take_scores(space.new, again), group)),
         "residual": [e - t for e, t in zip(matched, snis, strict=True)],
     }
