@@ -86,6 +86,17 @@ def test_history(every):
     assert json.loads(json.dumps(watch.state_dict())) == json.loads(json.dumps(watch.state_dict()))
 
 
+def test_every_documented_name_occurs():
+    """A quantity whose table entry promises it to a training is really given by one."""
+    with seeded():
+        loop = small_loop(steps=4)
+        watch = attach(loop.model, loop.optimizers[0], every=1, noise_floor="on", shares=True)
+        loop.run()
+    found = {name for entry in watch.history for name in entry}
+    missing = {*LIVE_KEYS, *(f"{key}_tok" for key in LIVE_KEYS), *LIVE_NUMBERS} - found
+    assert missing <= {"momentum_share_tok", "decay_share_tok"}  # only where the total is told from 0
+
+
 def test_all_charts_show_documented_names():
     names = {n for charts in LAYOUT.values() for _, chart in charts.values() for n in chart}
     assert names <= documented()
