@@ -21,7 +21,7 @@ from probe.config.files import read_config_file
 from probe.config.parsing import parse_config
 from probe.estimators.control_variates import FitStatistics, control_variates
 from probe.estimators.estimate import Estimate
-from probe.estimators.ground_truth import per_decision_change, reweighted_change
+from probe.estimators.ground_truth import change_by, reweighted_change
 from probe.estimators.prediction import token_first_order
 from probe.module import EntropyProbe
 from probe.runner import TrainerSection
@@ -79,7 +79,7 @@ class Scored:
         fitted = control_variates(old, tangents, self.psi[rows], group, earlier)
         parts = {
             "causal": lambda r: token_first_order(old.rows(r), tangents.rows(r), group[r]).total,
-            "per_decision": lambda r: per_decision_change(old.rows(r), new.rows(r), group[r]),
+            "per_decision": lambda r: change_by("per_decision", old.rows(r), new.rows(r), group[r]),
         }
         for name, on in parts.items():
             Z = fitted.shrunk(old, group, on)

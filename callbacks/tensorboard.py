@@ -58,9 +58,8 @@ class TensorBoardDiagnostics(ProbeCallback):
                 failure = LogError(f"{type(logger).__name__} did not take the results: {error}")
                 if folder is not None and of_disk is not None:
                     failure = write_error(folder, of_disk)
-                    if (
-                        runner.logger is True
-                    ):  # the folder is this run's own, and holds half of an events file
+                    if runner.logger is True:
+                        # the folder is this run's own, and holds half of an events file
                         shutil.rmtree(folder, ignore_errors=True)
                 failure.__cause__ = error
                 runner.errors.append(failure)

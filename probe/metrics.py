@@ -6,13 +6,14 @@ end), on the token scores that `probe.scoring.score_tokens` or a loop of one's o
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from probe.errors.exceptions import NumericalError
+from probe.estimators.entropy_change import Reweighting
 from probe.estimators.ground_truth import GroundTruth, reweighted_change
 from probe.scoring.scores import TokenScores
 
@@ -83,7 +84,7 @@ class EntropyChange(Metric):
 
     def __init__(
         self,
-        reported: Literal["per_decision", "snis"] = "per_decision",
+        reported: Reweighting = "per_decision",
         clip: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -95,7 +96,7 @@ class EntropyChange(Metric):
             kwargs: as for any torchmetrics Metric.
         """
         super().__init__(**kwargs)
-        self.reported: Literal["per_decision", "snis"] = reported
+        self.reported: Reweighting = reported
         self.clip = clip
         for name in ("rows", "group"):
             self.add_state(name, [], dist_reduce_fx=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -78,7 +79,6 @@ class ProbeRunner(TrainerSection):
         own = self.callbacks
         self.extra_callbacks = [own] if isinstance(own, ProbeCallback) else list(own or [])
         self.state = ProbeState()
-        self._clock = Clock(self.state.timing)
         self.result: ProbeResult | None = None
         self.errors: list[ProbeError] = []
         self.config = ProbeConfig()
@@ -121,7 +121,7 @@ class ProbeRunner(TrainerSection):
             ProbeError: see the phases; publishing errors come last and carry the mapping as `.results`.
         """
         self.config, self.state, self.errors, self.result = module.config, ProbeState(), [], None
-        self._resolved, self._clock = resolved, Clock(self.state.timing)
+        self._resolved = resolved
         started = datetime.now().astimezone()
         asked = probe.default_callbacks(module.config) if callbacks is None else callbacks
         called = [*asked, *self.extra_callbacks]
@@ -158,7 +158,7 @@ class ProbeRunner(TrainerSection):
 
         start, end = HOOKS[name]
         self.fabric.call(start, self, module)
-        with self._clock.measures(name):
+        with self._timed(name):
             result = compute(of_pass)
         self.state.keep(result)
         self.fabric.call(end, self, module)
@@ -170,9 +170,9 @@ class ProbeRunner(TrainerSection):
         """Run the phases in order, timed."""
         self.fabric.call("on_probe_start", self, module)
         if module.model is None and module.config.checkpoint.checkpoint_path == DEMO:
-            with self._clock.measures("make_demo"):
+            with self._timed("make_demo"):
                 module.make_demo()
-        with self._clock.measures("load"):
+        with self._timed("load"):
             module.autocast = self.fabric.autocast
             module.load(self.fabric.device)
         with evaluation_mode(module):
@@ -189,6 +189,10 @@ class ProbeRunner(TrainerSection):
         self.fabric.call("on_probe_end", self, module, result)
         return result
 
+    def _timed(self, name: str) -> AbstractContextManager[None]:
+        """Add the seconds of a block to the state's `timing`."""
+        return Clock(self.state.timing).measures(name)
+
     def config_mapping(self, module: EntropyProbe) -> dict[str, Any]:
         """The configuration that counted, as it is saved with a result: it can be run again as it is."""
         return asdict(module.config) if self._resolved is None else module.sources.applied_to(self._resolved)
@@ -202,12 +206,11 @@ def _check_callback(callback: Any) -> None:
     """
     if not isinstance(callback, ProbeCallback):
         raise ConfigError(f"callbacks: expected objects derived from ProbeCallback, found {shown(callback)}")
-    former = [name for name in (f"run_{phase}" for phase in HOOKS) if hasattr(callback, name)]
-    if former or hasattr(callback, "phases"):
+    former = [name for name in (*(f"run_{phase}" for phase in HOOKS), "phases") if hasattr(callback, name)]
+    if former:
         raise ConfigError(
             f"callbacks: expected {type(callback).__name__} to compute its phases in `compute(runner, module)`, found "
-            f"{', '.join([*former, *(['phases'] if hasattr(callback, 'phases') else [])])}, which nothing calls; see "
-            "ProbeCallback.compute"
+            f"{', '.join(former)}, which nothing calls; see ProbeCallback.compute"
         )
 
 

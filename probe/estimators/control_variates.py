@@ -84,10 +84,6 @@ class ControlVariates:
         """Those of a step that is `factor` times as long."""
         return replace(self, values=factor * self.values)
 
-    def means(self, scores: TokenScores, group: Tensor) -> Both:
-        """`(mean Z_seq, mean Z_tok)`, nats, with their errors."""
-        return _means(_by_estimand(self.own, scores), group)
-
     def shrunk(self, scores: TokenScores, group: Tensor, estimate_on: EstimateOn) -> Both:
         """`(mean a Z_seq, mean a Z_tok)`, nats, with their errors: subtract them from an estimate of the same batch.
 
@@ -229,9 +225,8 @@ def _solve(sums: Sequence[_FoldSums], earlier: Sequence[FitStatistics], features
     tokens = sum(p.tokens for p in parts)
     gram, cross = sum(p.gram for p in parts) / tokens, sum(p.cross for p in parts) / tokens
     scale = gram.diagonal().clamp_min(0).sqrt()  # type: ignore[union-attr]
-    scale = torch.where(
-        scale > 1e-9 * scale.max(), scale, torch.inf
-    )  # a feature that is always 0 has no part
+    # a feature that is always 0 has no part
+    scale = torch.where(scale > 1e-9 * scale.max(), scale, torch.inf)
     system = gram / scale.unsqueeze(0) / scale.unsqueeze(1)
     system = system + PENALTY * torch.eye(len(scale), dtype=system.dtype)
     solved: Tensor = torch.linalg.solve(system, cross / scale.unsqueeze(1)) / scale.unsqueeze(1)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from probe.estimators.entropy_change import entropy, entropy_change
+from probe.estimators.entropy_change import Reweighting, entropy, entropy_change
 from probe.estimators.estimate import Both, Estimate, both, estimate
 from probe.estimators.importance_weights import WeightDiagnostics, weight_diagnostics
 from probe.scoring.scores import TokenScores
@@ -70,16 +69,18 @@ class GroundTruth:
         return self.with_estimate("per_decision+cv", (sequence, token), reported)
 
 
-def per_decision_change(old: TokenScores, new: TokenScores, group: Tensor) -> Both:
-    """The change by the `per_decision` estimator, with errors, from scores of the same sequences."""
-    return both(estimate(lambda q: entropy_change(q, old, new, "per_decision"), group))
+def change_by(
+    estimator: Reweighting, old: TokenScores, new: TokenScores, group: Tensor, clip: float | None = None
+) -> Both:
+    """The change by one estimator, see `entropy_change`, with errors, from scores of the same sequences."""
+    return both(estimate(lambda q: entropy_change(q, old, new, estimator, clip), group))
 
 
 def reweighted_change(
     old: TokenScores,
     new: TokenScores,
     group: Tensor | None = None,
-    reported: Literal["per_decision", "snis"] = "per_decision",
+    reported: Reweighting = "per_decision",
     clip: float | None = None,
 ) -> GroundTruth:
     """Measure the entropy change from scores of the same sequences before and after the update.
@@ -109,13 +110,13 @@ def reweighted_change(
     group = torch.arange(len(old.mask)) if group is None else group
     weights = weight_diagnostics((new.logprob - old.logprob).sum(dim=1))
     estimates: dict[str, Both] = {
-        name: both(estimate(lambda q, name=name: entropy_change(q, old, new, name), group))  # type: ignore[misc]
-        for name in ("snis", "per_decision")
+        "snis": change_by("snis", old, new, group),
+        "per_decision": change_by("per_decision", old, new, group),
     }
     clipped = None
     if clip is not None:
         clipped = float((weights.log_weights.abs() > clip).double().mean())
-        estimates["snis_clipped"] = both(estimate(lambda q: entropy_change(q, old, new, "snis", clip), group))
+        estimates["snis_clipped"] = change_by("snis", old, new, group, clip)
     H_seq, H_tok = entropy(torch.ones(len(group), dtype=torch.float64), old.entropy, old.mask).tolist()
     return GroundTruth(
         estimates=estimates,

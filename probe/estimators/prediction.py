@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from probe.estimators.entropy_gradient import EntropyGradient
-from probe.estimators.estimate import Estimate, estimate
+from probe.estimators.estimate import Both, Estimate, estimate
 from probe.estimators.weighting import Baseline, Weighting, score_weights
 from probe.parameters import inner_product
 from probe.scoring.scores import TokenScores, TokenTangents
@@ -68,6 +68,16 @@ class Prediction:
     deltaH2: tuple[Estimate, Estimate] | None = None
     curvature_mode: str | None = None
     sd_U: tuple[float, float] | None = None
+
+    @property
+    def total(self) -> Both:
+        """DeltaH1 as it is reported, with the errors of the reported estimate.
+
+        Raises:
+            KeyError: there are no `estimates`.
+        """
+        sequence, token = self.estimates[self.reported]
+        return Estimate(self.deltaH1, sequence.influence), Estimate(self.deltaH1_tok, token.influence)
 
     def with_control_variates(self, Z: Sequence[Estimate], note: str) -> Prediction:
         """Subtract the control variates of the `causal` estimates from deltaH1 (from its score part).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,19 @@ def moved_parameters(optimizers: Sequence[torch.optim.Optimizer]) -> set[int]:
 
 def highest_learning_rate(optimizers: Sequence[torch.optim.Optimizer]) -> float:
     """The largest learning rate of all groups; 0 where none names one."""
-    return max((learning_rate(group.get("lr")) or 0.0 for group in _groups(optimizers)), default=0.0)
+    return largest_rate(optimizers) or 0.0
+
+
+def largest_rate(
+    optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, torch.nn.Parameter] | None = None
+) -> float | None:
+    """The largest learning rate of all groups, or of those that hold any of `parameters`; None where none has one."""
+    groups = _groups(optimizers)
+    if parameters is not None:
+        mine = {id(p) for p in parameters.values()}
+        groups = [group for group in groups if any(id(p) in mine for p in group["params"])]
+    rates = [learning_rate(group.get("lr")) for group in groups]
+    return max((rate for rate in rates if rate is not None), default=None)
 
 
 def momentum(optimizers: Sequence[torch.optim.Optimizer]) -> float:
@@ -74,13 +86,3 @@ def learning_rate(rate: Any) -> float | None:
         return float(rate)
     except (TypeError, ValueError):
         return None
-
-
-def largest_rate(
-    optimizers: Iterable[torch.optim.Optimizer], parameters: Mapping[str, torch.nn.Parameter]
-) -> float | None:
-    """The largest learning rate of the groups that hold any of these parameters; None where they have none."""
-    mine = {id(p) for p in parameters.values()}
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    rates = [learning_rate(g.get("lr")) for g in groups if any(id(p) in mine for p in g["params"])]
-    return max((rate for rate in rates if rate is not None), default=None)

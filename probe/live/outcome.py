@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import NumericalError
+from probe.estimand import PerEstimand, as_mapping
 from probe.estimators.entropy_change import entropy
 from probe.estimators.estimate import Both, Estimate, both, estimate
 from probe.estimators.ground_truth import GroundTruth
 from probe.estimators.prediction import Prediction
-from probe.results.changes import changes, with_error
+from probe.results.changes import changes, reported
 from probe.results.diagnostics import batch_diagnostics, derivative_diagnostics, ground_truth_diagnostics
 from probe.rollouts.sampling import SampledTokens
 from probe.scoring.scores import TokenScores
@@ -155,14 +156,10 @@ def outcome_of_step(
     }
     judged = verdict(values)
     words = {"verdict": judged.word, "verdict_reasons": list(judged.in_words_of("training"))}
-    sequence, token = prediction.estimates[prediction.reported]
     return Outcome(
         values={**words, **values},
         H=H,
-        deltaH1=(
-            Estimate(prediction.deltaH1, sequence.influence),
-            Estimate(prediction.deltaH1_tok, token.influence),
-        ),
+        deltaH1=prediction.total,
         deltaH_true=(truth.sequence, truth.token),
         moved=True,
     )
@@ -175,7 +172,7 @@ def entropies(scores: TokenScores, E: RolloutBatch) -> Both:
 
 def _levels(H: Both) -> dict[str, Any]:
     """`H_orig` with its error, both estimands."""
-    return with_error("H_orig", H[0]) | with_error("H_orig_tok", H[1])
+    return as_mapping({"H_orig": PerEstimand.of(H).map(reported)})
 
 
 def _batch_values(E: RolloutBatch, rate: float | None) -> dict[str, Any]:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from probe.data.batch import RolloutBatch
+from probe.estimand import Number, PerEstimand, as_mapping
 from probe.estimators.estimate import Estimate
 from probe.estimators.prediction import Prediction, token_first_order
 from probe.estimators.step_parts import StepParts
 from probe.phases.controls import controls_of_prediction, fitted_controls
 from probe.phases.fit_memory import FitMemory
 from probe.phases.passes import AlongStep, tangents_along
-from probe.results.changes import with_error
+from probe.results.changes import reported
 from probe.scoring.policy import Policy
 
 
@@ -71,9 +72,11 @@ def _directions(parts: StepParts) -> dict[str, Mapping[str, Tensor]]:
 
 def _part_values(name: str, of_part: Sequence[Estimate], total: Sequence[Estimate]) -> dict[str, Any]:
     """A part of deltaH1 in nats with its error; and as a share of it, where that is told from 0."""
-    values: dict[str, Any] = {}
-    for found, whole, suffix in zip(of_part, total, ("", "_tok"), strict=True):
-        values |= with_error(f"deltaH1_{name}{suffix}", found)
+
+    def share(part: Estimate, whole: Estimate) -> Number:
         low, high = whole.ci95
-        values[f"{name}_share{suffix}"] = found.value / whole.value if low > 0 or high < 0 else None
-    return values
+        return Number(part.value / whole.value if low > 0 or high < 0 else None)
+
+    parts = PerEstimand.of(of_part)
+    shares = parts.with_other(share, PerEstimand.of(total))
+    return as_mapping({f"deltaH1_{name}": parts.map(reported), f"{name}_share": shares})

@@ -17,7 +17,7 @@ from probe.estimators.control_variates import (
     control_variates,
 )
 from probe.estimators.estimate import Both
-from probe.estimators.ground_truth import per_decision_change
+from probe.estimators.ground_truth import change_by
 from probe.estimators.prediction import token_first_order
 from probe.estimators.weighting import Baseline
 from probe.parameters import norm
@@ -88,7 +88,7 @@ def controls_of_measurement(controls: Controls, old: TokenScores, new: TokenScor
     """
 
     def on(rows: Tensor) -> Both:
-        return per_decision_change(old.rows(rows), new.rows(rows), group[rows])
+        return change_by("per_decision", old.rows(rows), new.rows(rows), group[rows])
 
     return controls.fitted.shrunk(old, group, on)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
 
 from torch import Tensor
 
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import ConfigError
+from probe.estimators.entropy_change import Reweighting
 from probe.estimators.estimate import Both
 from probe.estimators.ground_truth import GroundTruth, resampled_change, reweighted_change
 from probe.estimators.noise_floor import rescored_noise_floor
@@ -55,7 +55,7 @@ def ground_truth(
     # the preconditioned direction is not the step that is measured
     same_step = source.config.probe_rework.step != "preconditioned"
     controls = predicted.controls if predicted is not None and same_step else None
-    reported: Literal["per_decision", "snis"] = "snis" if importance.is_mode == "snis" else "per_decision"
+    reported: Reweighting = "snis" if importance.is_mode == "snis" else "per_decision"
     truth = measured_change(
         scores,
         new,
@@ -79,7 +79,7 @@ def measured_change(
     scores: TokenScores,
     new: TokenScores,
     group: Tensor,
-    reported: Literal["per_decision", "snis"] = "per_decision",
+    reported: Reweighting = "per_decision",
     clip: float | None = None,
     controls: Controls | None = None,
     report_controls: bool = True,

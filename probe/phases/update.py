@@ -89,9 +89,8 @@ def update(
     if config.probe_rework.kl_coef > 0:
         with as_reference(policy.model):
             reference = score_tokens(policy, U, progress("score U under the reference")).logprob
-    if (
-        sample.U_seen is not None
-    ):  # sampled prompt by prompt; trainers shuffle before they cut it into microbatches
+    if sample.U_seen is not None:
+        # sampled prompt by prompt; trainers shuffle before they cut it into microbatches
         order = torch.randperm(len(U), generator=torch.Generator().manual_seed(order_seed))
     settings = loss_settings(policy, config)
     found = loss_gradient(policy, U, settings, reference, progress("gradient on U"), order)

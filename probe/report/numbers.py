@@ -51,11 +51,6 @@ def _digits(largest: float, error: float) -> tuple[float, int, str]:
     return 10.0**-size, min(decimals + size, 8), f"e{size:+03d}"
 
 
-def finite(value: float | None) -> bool:
-    """Whether there is a value, and it is finite."""
-    return value is not None and math.isfinite(value)
-
-
 def plain_words(name: str | None) -> str:
     """A name from the result as words."""
     return "none" if name is None else name.replace("_", " ")

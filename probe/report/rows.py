@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from probe.estimand import ESTIMANDS, SEQUENCE, TOKEN, Estimand, Number, Numbers, PerEstimand, from_mapping
 from probe.report.numbers import (
     NOT_RESOLVED,
-    finite,
     interval_text,
     number_text,
     plain_words,
@@ -248,7 +247,7 @@ def _cell(form: Form, number: Number | None, digits: Number | None) -> str:
     """
     if number is None:
         return "-"
-    if not finite(number.value) or number.value is None:
+    if number.value is None or not math.isfinite(number.value):
         return NOT_RESOLVED
     if form == "plain":
         return f"{number.value:.3g}"

@@ -40,9 +40,7 @@ def build_result(
     Raises:
         RuntimeError: there are no batches: the phase `sample` did not run.
     """
-    E, U, update = state.E, state.U, state.update
-    if E is None or U is None:
-        raise RuntimeError("expected E and U, found none; the phase `sample` comes first")
+    E, U, update = state.drawn.E, state.drawn.U, state.update
     rounded = update is not None and update.rounding is not None
     # the preconditioned direction is not the step that is measured, and the prediction is not of the rounded one
     same_step = module.config.probe_rework.step != "preconditioned" and not rounded
@@ -65,8 +63,7 @@ def build_result(
 
 def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
     """How good the estimates are, and why they are biased, see `DIAGNOSTIC_KEYS`."""
-    assert state.E is not None
-    found = {**state.diagnostics, **batch_diagnostics(state.E)}
+    found = {**state.diagnostics, **batch_diagnostics(state.drawn.E)}
     if state.ground_truth is not None:
         found |= ground_truth_diagnostics(state.ground_truth)
     if state.update is not None:
@@ -83,9 +80,7 @@ def _diagnostics(state: ProbeState, module: EntropyProbe) -> dict[str, Any]:
 
 def _bias_flags(state: ProbeState, module: EntropyProbe, found: dict[str, Any]) -> list[str]:
     """Reasons why the results are biased."""
-    E, U, update = state.E, state.U, state.update
-    assert E is not None
-    assert U is not None
+    E, U, update = state.drawn.E, state.drawn.U, state.update
     flags = [*E.bias_flags, *U.bias_flags, *module.sources.flags]
     if U.loss_tokens is not None:  # recorded, in the order of the microbatches
         flags = [flag for flag in flags if flag != ORDER_OF_ROWS]

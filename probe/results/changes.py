@@ -109,11 +109,6 @@ def reported(found: Estimate) -> Number:
     return Number(found.value, found.se, found.ci95)
 
 
-def with_error(name: str, found: Estimate) -> dict[str, Any]:
-    """A value with its error keys."""
-    return as_mapping({name: PerEstimand(reported(found), None)})
-
-
 def _predicted(found: Prediction) -> dict[str, Numbers]:
     """DeltaH1 and its parts, errors, curvature and spread over U."""
     numbers: dict[str, Numbers] = {
@@ -122,22 +117,14 @@ def _predicted(found: Prediction) -> dict[str, Numbers]:
     }
     spread: PerEstimand[float | None] = PerEstimand.of(found.sd_U or (None, None))
     if found.estimates:
-        numbers["deltaH1"] = _totals(found).with_other(_with_spread, spread)
+        numbers["deltaH1"] = PerEstimand.of(found.total).with_other(_with_spread, spread)
     if found.deltaH2 is not None:
         second = PerEstimand.of(found.deltaH2)
         numbers["deltaH2"] = second.map(lambda one: Number(one.value, one.se))
-        numbers["eta_10"] = _totals(found).with_other(
+        numbers["eta_10"] = PerEstimand.of(found.total).with_other(
             lambda total, one: Number(_eta_10(found.learning_rate, total, one)), second
         )
     return numbers
-
-
-def _totals(found: Prediction) -> PerEstimand[Estimate]:
-    """DeltaH1 as it is reported, with the errors of the reported estimate."""
-    sequence, token = found.estimates[found.reported]
-    return PerEstimand(
-        Estimate(found.deltaH1, sequence.influence), Estimate(found.deltaH1_tok, token.influence)
-    )
 
 
 def _with_spread(total: Estimate, sd_U: float | None) -> Number:

@@ -20,7 +20,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from probe.estimators.control_variates import control_variates
 from probe.estimators.curvature import nested_curvature
 from probe.estimators.estimate import Estimate, error_method
-from probe.estimators.ground_truth import per_decision_change, resampled_change, reweighted_change
+from probe.estimators.ground_truth import change_by, resampled_change, reweighted_change
 from probe.estimators.prediction import token_first_order
 from probe.scoring import Policy
 from tests.support.enumerable import float64_norm, tiny_model
@@ -65,7 +65,9 @@ def one_experiment(
     )
     controls = control_variates(old, first, space.sampled_features[rows], group)
     Z1 = controls.shrunk(old, group, lambda r: token_first_order(old.rows(r), first.rows(r), group[r]).total)
-    Z_true = controls.shrunk(old, group, lambda r: per_decision_change(old.rows(r), new.rows(r), group[r]))
+    Z_true = controls.shrunk(
+        old, group, lambda r: change_by("per_decision", old.rows(r), new.rows(r), group[r])
+    )
     per_decision, snis = list(truth.estimates["per_decision"]), list(truth.estimates["snis"])
     of = space.batch.group[rows[::responses]]
     inside = torch.where(space.batch.group == of.unsqueeze(1), space.new_probability, 0.0)
