@@ -54,9 +54,9 @@ def compare(config: dict[str, Any], dtype: str, learning_rate: float, rounds: in
             return [dtype, f"{learning_rate:.2g}", *["none"] * 9]
         pair = difference_pair(policy, E, update.step, scale, error)
         a, b = (torch.stack([t.logprob, t.entropy]) for t in (exact, pair.tangents))
-        by_tokens = [token_first_order(scores, t, E.group).total[1].value for t in (exact, pair.tangents)]
+        by_tokens = [token_first_order(scores, t, E.group).total.token.value for t in (exact, pair.tangents)]
         X = entropy_gradient(policy, E, scores)
-        backward = first_order(X, update.step, update.learning_rate).deltaH1_tok
+        backward = first_order(X, update.step, update.learning_rate).deltaH1.token
         passes: dict[str, Callable[[], object]] = {
             "forward": lambda: score_tokens(policy, E),
             "backward": lambda: entropy_gradient(policy, E, scores),

@@ -48,14 +48,14 @@ def main() -> int:
                 probe.run_mixed_probe()
             truth = probe.runner.state.ground_truth
             assert truth is not None
-            fresh, best = truth.estimates["resample"][1], truth.estimates["per_decision+cv"][1]
+            fresh, best = truth.estimates["resample"].token, truth.estimates["per_decision+cv"].token
             cells = []
             for name in names:
-                difference = fresh - truth.estimates[name][1]
+                difference = fresh - truth.estimates[name].token
                 scores[name].append(difference.value / difference.se)
                 cells.append(f"{scores[name][-1]:+.2f}")
             for name in ratios:
-                ratios[name].append((truth.estimates["snis"][1].se / truth.estimates[name][1].se) ** 2)
+                ratios[name].append((truth.estimates["snis"].token.se / truth.estimates[name].token.se) ** 2)
             print(
                 f"| {seed} | {fresh.value:+.5f} +/- {fresh.se:.5f} | {best.value:+.5f} +/- {best.se:.5f} "
                 f"| {' | '.join(cells)} |",

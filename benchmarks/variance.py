@@ -10,6 +10,7 @@ per prompt with four at the same number of responses, a third gives small batche
 from __future__ import annotations
 
 import argparse
+import operator
 import sys
 from dataclasses import replace
 from typing import Any
@@ -83,7 +84,7 @@ class Scored:
         }
         for name, on in parts.items():
             Z = fitted.shrunk(old, group, on)
-            found[f"{name}+cv"] = (found[name][0] - Z[0], found[name][1] - Z[1])
+            found[f"{name}+cv"] = found[name].with_other(operator.sub, Z)
         return found, fitted.statistics
 
 
@@ -93,10 +94,10 @@ def ratios(scored: Scored, size: int, earlier: list[FitStatistics]) -> dict[str,
     for rows in torch.arange(len(scored.group)).split(size)[:16]:
         if len(rows) < size:
             continue
-        for name, both in scored.estimates(rows, earlier)[0].items():
+        for name, pair in scored.estimates(rows, earlier)[0].items():
             sums = total.setdefault(name, [0.0, 0.0])
-            for k in (0, 1):
-                sums[k] += both[k].se ** 2
+            for k, one in enumerate(pair):
+                sums[k] += one.se**2
     return {name: (total["snis"][0] / s, total["snis"][1] / t) for name, (s, t) in total.items() if s and t}
 
 

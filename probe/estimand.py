@@ -65,7 +65,8 @@ class PerEstimand(Generic[T]):
 
     def __getitem__(self, estimand: Estimand) -> T:
         """The value of an estimand."""
-        return self.token if estimand is TOKEN else self.sequence
+        value: T = getattr(self, estimand.name)  # what is no estimand has no name, and is refused
+        return value
 
     def __iter__(self) -> Iterator[T]:
         """The two values, that per response first."""

@@ -125,10 +125,10 @@ class EntropyChange(Metric):
         """`deltaH`, `deltaH_se` (nats per response), `deltaH_tok`, `deltaH_tok_se` (nats per token) and `ESS`."""
         found = self._measure()
         values = {
-            "deltaH": found.sequence.value,
-            "deltaH_se": found.sequence.se,
-            "deltaH_tok": found.token.value,
-            "deltaH_tok_se": found.token.se,
+            "deltaH": found.change.sequence.value,
+            "deltaH_se": found.change.sequence.se,
+            "deltaH_tok": found.change.token.value,
+            "deltaH_tok_se": found.change.token.se,
             "ESS": found.weights.ess,
         }
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}

@@ -49,12 +49,12 @@ def test_streaming_over_microbatches_is_one_call(reported):
     truth = reweighted_change(old, new, group, reported)
     assert found == pytest.approx(
         {
-            "H": truth.H_orig[0],
-            "H_tok": truth.H_orig[1],
-            "deltaH": truth.sequence.value,
-            "deltaH_se": truth.sequence.se,
-            "deltaH_tok": truth.token.value,
-            "deltaH_tok_se": truth.token.se,
+            "H": truth.H_orig.sequence,
+            "H_tok": truth.H_orig.token,
+            "deltaH": truth.change.sequence.value,
+            "deltaH_se": truth.change.sequence.se,
+            "deltaH_tok": truth.change.token.value,
+            "deltaH_tok_se": truth.change.token.se,
             "ESS": truth.weights.ess,
         },
         rel=1e-12,
@@ -91,7 +91,7 @@ def test_reset_forgets():
     feed(entropy, change, old, new, group, rows)
     second = numbers(entropy, change)
     assert second["deltaH"] == pytest.approx(
-        reweighted_change(part(old, rows), part(new, rows), group[rows]).sequence.value
+        reweighted_change(part(old, rows), part(new, rows), group[rows]).change.sequence.value
     )
     assert second["H"] != first["H"]
 
@@ -105,7 +105,9 @@ def test_calling_gives_the_batch_and_adds_to_the_whole():
         alone = entropy(a.entropy, a.mask)
         assert float(alone["H"]) == pytest.approx(float(a.sequence_entropy.mean()))
         alone = change(a, b, group[rows])
-        assert float(alone["deltaH"]) == pytest.approx(reweighted_change(a, b, group[rows]).sequence.value)
+        assert float(alone["deltaH"]) == pytest.approx(
+            reweighted_change(a, b, group[rows]).change.sequence.value
+        )
     whole = PolicyEntropy(), EntropyChange()
     feed(*whole, old, new, group, torch.arange(23))
     assert numbers(entropy, change) == pytest.approx(numbers(*whole), rel=1e-12)
@@ -144,7 +146,7 @@ def one_rank(rank, world, init, updates, out):
         before = [x.clone() for x in change.rows]
         found = numbers(entropy, change)
         truth = change.ground_truth()
-        found["ground_truth"] = truth.token.value
+        found["ground_truth"] = truth.change.token.value
         found["sequences"] = len(truth.scores_new.mask)
         assert all(torch.equal(a, b) for a, b in zip(before, change.rows, strict=True))  # back to its own
         torch.save(found, f"{out}.{rank}")

@@ -24,7 +24,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from probe.estimators.estimate import Both, mean_by_prompt, shrinkage
+from probe.estimand import PerEstimand
+from probe.estimators.estimate import Estimates, mean_by_prompt, shrinkage
 from probe.estimators.weighting import prefix_features, still_to_come
 from probe.scoring.scores import TokenScores, TokenTangents
 
@@ -56,7 +57,7 @@ class FitStatistics:
     tokens: float
 
 
-EstimateOn = Callable[[Tensor], Both]
+EstimateOn = Callable[[Tensor], Estimates]
 """Given rows of E, the estimate from these alone, both estimands with errors."""
 
 
@@ -84,7 +85,7 @@ class ControlVariates:
         """Those of a step that is `factor` times as long."""
         return replace(self, values=factor * self.values)
 
-    def shrunk(self, scores: TokenScores, group: Tensor, estimate_on: EstimateOn) -> Both:
+    def shrunk(self, scores: TokenScores, group: Tensor, estimate_on: EstimateOn) -> Estimates:
         """`(mean a Z_seq, mean a Z_tok)`, nats, with their errors: subtract them from an estimate of the same batch.
 
         `a` of a fold is `cov / var` of the influences of estimate and control on the other folds, within [0, 1]: near 1
@@ -113,9 +114,9 @@ def _by_estimand(Z: Tensor, scores: TokenScores) -> Tensor:
     return torch.stack([Z[:, 0], token], dim=1)
 
 
-def _means(Z: Tensor, group: Tensor) -> Both:
+def _means(Z: Tensor, group: Tensor) -> Estimates:
     """The means of two columns, with their errors."""
-    return mean_by_prompt(Z[:, 0], group), mean_by_prompt(Z[:, 1], group)
+    return PerEstimand(mean_by_prompt(Z[:, 0], group), mean_by_prompt(Z[:, 1], group))
 
 
 def control_variates(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from probe.estimand import PerEstimand
 from probe.estimators.entropy_change import Reweighting, entropy_change, second_derivative
-from probe.estimators.estimate import NORMAL_975, Both, Estimate, both, estimate
+from probe.estimators.estimate import NORMAL_975, Estimate, Estimates, estimate
 from probe.scoring.differences import DifferencePair
 from probe.scoring.scores import TokenScores, TokenTangents
 
@@ -20,8 +21,8 @@ def nested_curvature(
     second: TokenTangents,
     group: Tensor,
     estimator: Reweighting = "per_decision",
-) -> Both:
-    """`(deltaH2, deltaH2_tok)` in nats from derivatives per token; exact on the batch.
+) -> Estimates:
+    """`deltaH2` in nats from derivatives per token; exact on the batch.
 
     Args:
         scores: scores of E at `theta`.
@@ -30,13 +31,15 @@ def nested_curvature(
         group: `(B,)` prompts.
         estimator: whose second derivative.
     """
-    return both(estimate(lambda q: second_derivative(q, scores, first, second, estimator) / 2, group))
+    return PerEstimand.of(
+        estimate(lambda q: second_derivative(q, scores, first, second, estimator) / 2, group)
+    )
 
 
 def symmetric_curvature(
     scores: TokenScores, pair: DifferencePair, group: Tensor, estimator: Reweighting = "per_decision"
-) -> Both:
-    """`(deltaH2, deltaH2_tok)` in nats from scores on both sides; its error is of fourth order in the step.
+) -> Estimates:
+    """`deltaH2` in nats from scores on both sides; its error is of fourth order in the step.
 
     Args:
         scores: scores of E at `theta`.
@@ -49,7 +52,7 @@ def symmetric_curvature(
         sides = [entropy_change(q, scores, side, estimator) for side in (pair.plus, pair.minus)]
         return (sides[0] + sides[1]) / (2 * pair.scale**2)
 
-    return both(estimate(even, group))
+    return PerEstimand.of(estimate(even, group))
 
 
 def eta_10(learning_rate: float, deltaH1: float, deltaH2: Estimate) -> float | None:

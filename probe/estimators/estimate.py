@@ -8,13 +8,14 @@ estimator gives its value, its influence function and its jackknife.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from probe.estimand import PerEstimand
 from probe.estimators.groups import index_groups, sum_per_group
 
 NORMAL_975 = 1.959963984540054
@@ -66,14 +67,8 @@ class Estimate:
         return Estimate(self.value * factor, self.influence * factor)
 
 
-Both = tuple[Estimate, Estimate]
+Estimates = PerEstimand[Estimate]
 """An estimate of the `sequence` estimand (nats per response) and of the `token` estimand (nats per token)."""
-
-
-def both(found: Sequence[Estimate]) -> Both:
-    """The two estimands out of what `estimate` gives for an estimator of both."""
-    sequence, token = found
-    return sequence, token
 
 
 def error_method(group: Tensor) -> ErrorMethod:

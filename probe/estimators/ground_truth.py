@@ -6,14 +6,16 @@ the same sequences, so that their common error cancels in the difference.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from probe.estimand import PerEstimand
 from probe.estimators.entropy_change import Reweighting, entropy, entropy_change
-from probe.estimators.estimate import Both, Estimate, both, estimate
+from probe.estimators.estimate import Estimates, estimate
 from probe.estimators.importance_weights import WeightDiagnostics, weight_diagnostics
 from probe.scoring.scores import TokenScores
 
@@ -34,46 +36,41 @@ class GroundTruth:
             where it was not measured.
     """
 
-    estimates: Mapping[str, Both]
+    estimates: Mapping[str, Estimates]
     reported: str
-    H_orig: tuple[float, float]
+    H_orig: PerEstimand[float]
     weights: WeightDiagnostics
     scores_new: TokenScores
     clipped_fraction: float | None = None
-    noise_floor: tuple[float, float] | None = field(default=None)
+    noise_floor: PerEstimand[float] | None = None
 
     @property
-    def sequence(self) -> Estimate:
-        """The reported change, nats per response."""
-        return self.estimates[self.reported][0]
+    def change(self) -> Estimates:
+        """The reported change."""
+        return self.estimates[self.reported]
 
-    @property
-    def token(self) -> Estimate:
-        """The reported change, nats per token."""
-        return self.estimates[self.reported][1]
-
-    def with_estimate(self, name: str, both: Both, reported: bool) -> GroundTruth:
+    def with_estimate(self, name: str, found: Estimates, reported: bool) -> GroundTruth:
         """The same with one more estimate, which becomes the reported one if asked."""
         return replace(
-            self, estimates={**self.estimates, name: both}, reported=name if reported else self.reported
+            self, estimates={**self.estimates, name: found}, reported=name if reported else self.reported
         )
 
-    def with_control_variates(self, Z: Both, reported: bool) -> GroundTruth:
+    def with_control_variates(self, Z: Estimates, reported: bool) -> GroundTruth:
         """Add `per_decision+cv`: `per_decision` less the control variates.
 
         Args:
             Z: see `ControlVariates.shrunk`.
             reported: whether it becomes the reported estimate.
         """
-        sequence, token = (e - z for e, z in zip(self.estimates["per_decision"], Z, strict=True))
-        return self.with_estimate("per_decision+cv", (sequence, token), reported)
+        less_noisy = self.estimates["per_decision"].with_other(operator.sub, Z)
+        return self.with_estimate("per_decision+cv", less_noisy, reported)
 
 
 def change_by(
     estimator: Reweighting, old: TokenScores, new: TokenScores, group: Tensor, clip: float | None = None
-) -> Both:
+) -> Estimates:
     """The change by one estimator, see `entropy_change`, with errors, from scores of the same sequences."""
-    return both(estimate(lambda q: entropy_change(q, old, new, estimator, clip), group))
+    return PerEstimand.of(estimate(lambda q: entropy_change(q, old, new, estimator, clip), group))
 
 
 def reweighted_change(
@@ -100,7 +97,7 @@ def reweighted_change(
     Example:
         >>> l, h = torch.log(torch.tensor([[0.5], [0.5]])).double(), torch.tensor([[0.7], [0.7]]).double()
         >>> old = TokenScores(l, h, torch.ones(2, 1, dtype=torch.bool))
-        >>> reweighted_change(old, old).sequence.value  # no update, no change, exactly
+        >>> reweighted_change(old, old).change.sequence.value  # no update, no change, exactly
         0.0
     """
     if old.logprob.shape != new.logprob.shape:
@@ -109,7 +106,7 @@ def reweighted_change(
         )
     group = torch.arange(len(old.mask)) if group is None else group
     weights = weight_diagnostics((new.logprob - old.logprob).sum(dim=1))
-    estimates: dict[str, Both] = {
+    estimates: dict[str, Estimates] = {
         "snis": change_by("snis", old, new, group),
         "per_decision": change_by("per_decision", old, new, group),
     }
@@ -117,18 +114,18 @@ def reweighted_change(
     if clip is not None:
         clipped = float((weights.log_weights.abs() > clip).double().mean())
         estimates["snis_clipped"] = change_by("snis", old, new, group, clip)
-    H_seq, H_tok = entropy(torch.ones(len(group), dtype=torch.float64), old.entropy, old.mask).tolist()
+    everyone = torch.ones(len(group), dtype=torch.float64)
     return GroundTruth(
         estimates=estimates,
         reported=reported,
-        H_orig=(H_seq, H_tok),
+        H_orig=PerEstimand.of(entropy(everyone, old.entropy, old.mask).tolist()),
         weights=weights,
         scores_new=new,
         clipped_fraction=clipped,
     )
 
 
-def resampled_change(old: TokenScores, group: Tensor, fresh: TokenScores, fresh_group: Tensor) -> Both:
+def resampled_change(old: TokenScores, group: Tensor, fresh: TokenScores, fresh_group: Tensor) -> Estimates:
     """The change from a fresh sample of the new policy: no weights, far more noise, the independent check.
 
     Args:
@@ -147,4 +144,4 @@ def resampled_change(old: TokenScores, group: Tensor, fresh: TokenScores, fresh_
     def change(q: Tensor) -> Tensor:
         return entropy(q[B:], h[B:], mask[B:]) - entropy(q[:B], h[:B], mask[:B])
 
-    return both(estimate(change, torch.cat([group, fresh_group])))
+    return PerEstimand.of(estimate(change, torch.cat([group, fresh_group])))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from probe.data.batch import RolloutBatch
+from probe.estimand import PerEstimand
 from probe.estimators.entropy_change import entropy_change
 from probe.estimators.estimate import estimate
 from probe.scoring.collector import Progress
@@ -22,9 +23,7 @@ SHAM_SIZE = 1 / 32
 thousandth of the step's, stays out of the noise floor. Coarser numbers do not move unless the weights really do."""
 
 
-def noise_floor(
-    old: TokenScores, plus: TokenScores, minus: TokenScores, group: Tensor
-) -> tuple[float, float]:
+def noise_floor(old: TokenScores, plus: TokenScores, minus: TokenScores, group: Tensor) -> PerEstimand[float]:
     """How large a change of 0 can seem by rounding.
 
     E is scored again in other batch shapes, at `theta + v` and at `theta - v`. `v` is the step with random signs, so
@@ -37,17 +36,13 @@ def noise_floor(
         plus: scores of E at `theta + v`, other batch shapes.
         minus: scores of E at `theta - v`, other batch shapes.
         group: `(B,)` prompts.
-
-    Returns:
-        nats per response, nats per token.
     """
 
     def even(q: Tensor) -> Tensor:
         sides = [entropy_change(q, old, side, "per_decision") for side in (plus, minus)]
         return (sides[0] + sides[1]) / 2
 
-    sequence, token = (math.sqrt(4 / 3) * max(abs(end) for end in e.ci95) for e in estimate(even, group))
-    return sequence, token
+    return PerEstimand.of([math.sqrt(4 / 3) * max(abs(end) for end in e.ci95) for e in estimate(even, group)])
 
 
 def rescored_noise_floor(
@@ -57,7 +52,7 @@ def rescored_noise_floor(
     step: Mapping[str, Tensor],
     seed: int,
     progress: Callable[[str], Progress] | None = None,
-) -> tuple[float, float]:
+) -> PerEstimand[float]:
     """What rounding makes of a change of 0: E scored again, in other batch shapes, at weights moved to and fro.
 
     The move is the step with random signs; a small part of it where nothing is in 16 bits. It costs two scorings.

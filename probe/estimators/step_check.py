@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from probe.data.batch import RolloutBatch
+from probe.estimand import PerEstimand
 from probe.estimators.derivative_check import HALF_TOLERANCE, TOLERANCE
-from probe.estimators.estimate import Estimate
+from probe.estimators.estimate import Estimates
 from probe.scoring.differences import DifferenceQuotients
 from probe.scoring.policy import Policy
 from probe.scoring.scores import TokenScores, TokenTangents
@@ -98,12 +99,12 @@ def step_check(
 
 
 def agreement_check(
-    backward: tuple[float, float], tokens: tuple[Estimate, Estimate], size: tuple[float, float], known: float
+    backward: PerEstimand[float], tokens: Estimates, size: PerEstimand[float], known: float
 ) -> StepCheck:
     """Compare deltaH1 by backward with the one of differences per token: the same question as `step_check`'s.
 
     Args:
-        backward: deltaH1 per response and per token.
+        backward: deltaH1.
         tokens: the same from differences of forwards, with errors.
         size: of the parts that each is the sum of, which may nearly cancel: differences know those to `known`.
         known: relative error of the differences.

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from probe.errors.exceptions import ConfigError
-from probe.estimand import SEQUENCE, TOKEN
+from probe.estimand import ESTIMANDS, SEQUENCE, TOKEN, Estimand
 from probe.forecast.curves import CumulativeSum, level_change
 from probe.forecast.forecast import Forecast, forecast
 from probe.forecast.readings import EntropyReading, above_zero, recent_readings
@@ -24,6 +24,8 @@ KEPT_ENTRIES = 20
 """Entries of the history, beside the first one, that a state holds."""
 READING = ("H_orig_tok", "H_orig_tok_se", "deltaH_true_tok", "deltaH_true_tok_se")
 """Names of what the forecast takes from a probe."""
+SUMMED = {"deltaH1": "H_predicted", "deltaH_true": "H_tracked"}
+"""What is summed up over the steps, and the level that the sum leads to."""
 
 
 @dataclass
@@ -94,11 +96,7 @@ class History:
             entry = dict(given)
             if "verdict_code" in entry:
                 entry.setdefault("verdict", WORDS[int(entry["verdict_code"])])
-            for name in (
-                f"{quantity}{ending}"
-                for quantity in ("deltaH1", "deltaH_true")
-                for ending in (SEQUENCE.suffix, TOKEN.suffix)
-            ):
+            for name in (estimand.key(quantity) for quantity in SUMMED for estimand in ESTIMANDS):
                 change, se = entry.get(name), entry.get(f"{name}_se")
                 if change is not None and se is not None:
                     self._sum(name).advance(entry["step"], change, se, momentum)
@@ -112,28 +110,25 @@ class History:
     def _cumulative(self, outcome: Outcome, momentum: float) -> dict[str, float]:
         """Predicted and measured change since the first probe, and the change of the level, nats."""
         values: dict[str, float] = {}
-        for which, ending in enumerate((SEQUENCE.suffix, TOKEN.suffix)):
-            H, first = outcome.H[which], self._first_level(ending)
+        for estimand in (SEQUENCE, TOKEN):
+            H, first = outcome.H[estimand], self._first_level(estimand)
             start = H.value if first is None else first[0]
-            for name, level, change in (
-                ("deltaH1", "H_predicted", outcome.deltaH1[which]),
-                ("deltaH_true", "H_tracked", outcome.deltaH_true[which]),
-            ):
-                total, se = self._sum(f"{name}{ending}").advance(
+            for name, changes in (("deltaH1", outcome.deltaH1), ("deltaH_true", outcome.deltaH_true)):
+                change = changes[estimand]
+                total, se = self._sum(estimand.key(name)).advance(
                     self.run.step, change.value, change.se, momentum
                 )
-                values |= {f"cumulative_{name}{ending}": total, f"cumulative_{name}{ending}_se": se}
-                values[f"{level}{ending}"] = start + total
-            change_of_level, se = level_change(H.value, H.se, first)
-            values |= {f"cumulative_H{ending}": change_of_level, f"cumulative_H{ending}_se": se}
+                values |= _with_error(estimand, f"cumulative_{name}", total, se)
+                values[estimand.key(SUMMED[name])] = start + total
+            values |= _with_error(estimand, "cumulative_H", *level_change(H.value, H.se, first))
         return values
 
-    def _first_level(self, ending: str) -> tuple[float, float] | None:
+    def _first_level(self, estimand: Estimand) -> tuple[float, float] | None:
         """Entropy at the first probe with its error, nats; None before it. An older log may lack the error."""
         if not self.run.history:
             return None
         first = self.run.history[0]
-        return first[f"H_orig{ending}"], first.get(f"H_orig{ending}_se", 0.0)
+        return first[estimand.key("H_orig")], first.get(estimand.key("H_orig", "_se"), 0.0)
 
     def _sum(self, name: str) -> CumulativeSum:
         """The cumulative sum of a quantity."""
@@ -141,7 +136,7 @@ class History:
 
     def _forecast(self, outcome: Outcome, momentum: float) -> Forecast | None:
         """The forecast after this probe."""
-        settings, H, change = self._settings, outcome.H[1], outcome.deltaH_true[1]
+        settings, H, change = self._settings, outcome.H.token, outcome.deltaH_true.token
         level = above_zero(H.value)
         if self.run.threshold is None:
             given = settings.collapse_entropy
@@ -154,6 +149,11 @@ class History:
         """Keep what the forecast is made from."""
         readings = [*self.run.readings, reading]
         self.run.readings = recent_readings(readings, self._settings.horizon, self._settings.window)
+
+
+def _with_error(estimand: Estimand, name: str, value: float, se: float) -> dict[str, float]:
+    """A number and its standard error under their names."""
+    return {estimand.key(name): value, estimand.key(name, "_se"): se}
 
 
 def check_first_step(value: Any) -> None:

@@ -13,7 +13,7 @@ from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import NumericalError
 from probe.estimand import PerEstimand, as_mapping
 from probe.estimators.entropy_change import entropy
-from probe.estimators.estimate import Both, Estimate, both, estimate
+from probe.estimators.estimate import Estimate, Estimates, estimate
 from probe.estimators.ground_truth import GroundTruth
 from probe.estimators.prediction import Prediction
 from probe.results.changes import changes, reported
@@ -48,16 +48,16 @@ class Outcome:
 
     Attributes:
         values: names and meanings as in `probe.results.keys.RESULT_KEYS` and `probe.live.names.LIVE_KEYS`.
-        H: entropy before the step, `(sequence, token)`, nats.
-        deltaH1: as reported, `(sequence, token)`; exactly 0 without error where the step was 0.
+        H: entropy before the step.
+        deltaH1: as reported; exactly 0 without error where the step was 0.
         deltaH_true: likewise.
         moved: whether the step was not 0.
     """
 
     values: dict[str, Any]
-    H: Both
-    deltaH1: Both
-    deltaH_true: Both
+    H: Estimates
+    deltaH1: Estimates
+    deltaH_true: Estimates
     moved: bool
 
 
@@ -107,7 +107,7 @@ def outcome_of_no_step(before: Before, scores: TokenScores, rate: float | None) 
         rate: the learning rate.
     """
     H = entropies(scores, before.E)
-    nothing = Estimate(0.0, torch.zeros_like(H[0].influence))
+    unmoved = H.map(lambda one: Estimate(0.0, torch.zeros_like(one.influence)))
     values = {
         "verdict": "unresolved",
         "verdict_reasons": ["The optimizer's step was exactly 0 (learning rate 0, or gradients of 0)."],
@@ -118,7 +118,7 @@ def outcome_of_no_step(before: Before, scores: TokenScores, rate: float | None) 
         "diagnostics": {**batch_diagnostics(before.E), "bias_flags": []},
         "timing": {"sample": before.seconds},
     }
-    return Outcome(values, H, (nothing, nothing), (nothing, nothing), moved=False)
+    return Outcome(values, H, unmoved, unmoved, moved=False)
 
 
 def outcome_of_step(
@@ -160,19 +160,19 @@ def outcome_of_step(
         values={**words, **values},
         H=H,
         deltaH1=prediction.total,
-        deltaH_true=(truth.sequence, truth.token),
+        deltaH_true=truth.change,
         moved=True,
     )
 
 
-def entropies(scores: TokenScores, E: RolloutBatch) -> Both:
+def entropies(scores: TokenScores, E: RolloutBatch) -> Estimates:
     """Entropy per response and per token, nats, with errors over prompts."""
-    return both(estimate(lambda q: entropy(q, scores.entropy, scores.mask), E.group))
+    return PerEstimand.of(estimate(lambda q: entropy(q, scores.entropy, scores.mask), E.group))
 
 
-def _levels(H: Both) -> dict[str, Any]:
+def _levels(H: Estimates) -> dict[str, Any]:
     """`H_orig` with its error, both estimands."""
-    return as_mapping({"H_orig": PerEstimand.of(H).map(reported)})
+    return as_mapping({"H_orig": H.map(reported)})
 
 
 def _batch_values(E: RolloutBatch, rate: float | None) -> dict[str, Any]:

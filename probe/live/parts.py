@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from probe.data.batch import RolloutBatch
-from probe.estimand import Number, PerEstimand, as_mapping
-from probe.estimators.estimate import Estimate
+from probe.estimand import Number, as_mapping
+from probe.estimators.estimate import Estimate, Estimates
 from probe.estimators.prediction import Prediction, token_first_order
 from probe.estimators.step_parts import StepParts
 from probe.phases.controls import controls_of_prediction, fitted_controls
@@ -48,18 +49,18 @@ def part_changes(
         return {"shares_reason": parts}
     basis = None if memory is None else memory.basis
     total = prediction.estimates[prediction.reported]
-    rest = list(total)
+    rest = total
     values: dict[str, Any] = {"shares_error": parts.error}
     for name, direction in _directions(parts).items():
-        of_part = [Estimate(0.0, torch.zeros_like(e.influence)) for e in rest]
+        of_part = rest.map(lambda one: Estimate(0.0, torch.zeros_like(one.influence)))
         if any(bool(x.any()) for x in direction.values()):
             tangents = tangents_along(policy, E, direction, step, passes, basis)
             along = AlongStep(passes.scores, tangents, passes.way)
-            of_part = list(token_first_order(passes.scores, tangents, E.group).total)
+            of_part = token_first_order(passes.scores, tangents, E.group).total
             if memory is not None:
                 Z = controls_of_prediction(fitted_controls(E, along, memory, draw), along, E.group)
-                of_part = [e - z for e, z in zip(of_part, Z, strict=True)]
-        rest = [all_ - part for all_, part in zip(rest, of_part, strict=True)]
+                of_part = of_part.with_other(operator.sub, Z)
+        rest = rest.with_other(operator.sub, of_part)
         values |= _part_values(name, of_part, total)
     return values | _part_values("gradient", rest, total)
 
@@ -70,13 +71,12 @@ def _directions(parts: StepParts) -> dict[str, Mapping[str, Tensor]]:
     return {"momentum": parts.momentum, "decay": parts.decay or zero}
 
 
-def _part_values(name: str, of_part: Sequence[Estimate], total: Sequence[Estimate]) -> dict[str, Any]:
+def _part_values(name: str, parts: Estimates, total: Estimates) -> dict[str, Any]:
     """A part of deltaH1 in nats with its error; and as a share of it, where that is told from 0."""
 
     def share(part: Estimate, whole: Estimate) -> Number:
         low, high = whole.ci95
         return Number(part.value / whole.value if low > 0 or high < 0 else None)
 
-    parts = PerEstimand.of(of_part)
-    shares = parts.with_other(share, PerEstimand.of(total))
+    shares = parts.with_other(share, total)
     return as_mapping({f"deltaH1_{name}": parts.map(reported), f"{name}_share": shares})

@@ -11,6 +11,7 @@ from probe.config.estimation import ProbeReworkConfig
 from probe.config.losses import TOKEN_MEANS
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import NumericalError
+from probe.estimand import PerEstimand
 from probe.estimators.entropy_gradient import EntropyGradient
 from probe.estimators.groups import index_groups, sum_per_group
 from probe.loading.optimizer import LoadedOptimizer
@@ -34,8 +35,8 @@ def update_spread(
     rework: ProbeReworkConfig,
     way: Way,
     progress: MakeProgress,
-) -> tuple[float, float] | None:
-    """Standard deviation of deltaH1 over update batches, nats per response and per token; None where there is none.
+) -> PerEstimand[float] | None:
+    """Standard deviation of deltaH1 over update batches, nats; None where there is none.
 
     Args:
         policy: at the checkpoint's weights.
@@ -70,4 +71,4 @@ def update_spread(
         contributions = prompt_contributions(tangents, update.loss_weights, update.entropy_weights, U.group)
         found.append(spread(contributions / factor, sizes))
     sequence, token = found
-    return None if sequence is None or token is None else (sequence, token)
+    return None if sequence is None or token is None else PerEstimand(sequence, token)

@@ -16,7 +16,7 @@ from probe.estimators.control_variates import (
     ControlVariates,
     control_variates,
 )
-from probe.estimators.estimate import Both
+from probe.estimators.estimate import Estimates
 from probe.estimators.ground_truth import change_by
 from probe.estimators.prediction import token_first_order
 from probe.estimators.weighting import Baseline
@@ -60,7 +60,7 @@ class Controls:
 
 def controls_of_prediction(
     controls: Controls, passes: AlongStep, group: Tensor, baseline: Baseline = "loo_position"
-) -> Both:
+) -> Estimates:
     """What to subtract from deltaH1, see `ControlVariates.shrunk`.
 
     Args:
@@ -70,14 +70,16 @@ def controls_of_prediction(
         baseline: of the score part.
     """
 
-    def on(rows: Tensor) -> Both:
+    def on(rows: Tensor) -> Estimates:
         scores, tangents = passes.scores.rows(rows), passes.tangents.rows(rows)
         return token_first_order(scores, tangents, group[rows], "causal", baseline).total
 
     return controls.fitted.shrunk(passes.scores, group, on)
 
 
-def controls_of_measurement(controls: Controls, old: TokenScores, new: TokenScores, group: Tensor) -> Both:
+def controls_of_measurement(
+    controls: Controls, old: TokenScores, new: TokenScores, group: Tensor
+) -> Estimates:
     """What to subtract from the `per_decision` measurement, see `ControlVariates.shrunk`.
 
     Args:
@@ -87,7 +89,7 @@ def controls_of_measurement(controls: Controls, old: TokenScores, new: TokenScor
         group: `(B,)` prompts of E.
     """
 
-    def on(rows: Tensor) -> Both:
+    def on(rows: Tensor) -> Estimates:
         return change_by("per_decision", old.rows(rows), new.rows(rows), group[rows])
 
     return controls.fitted.shrunk(old, group, on)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import ConfigError
+from probe.estimand import PerEstimand
 from probe.estimators.entropy_change import Reweighting
-from probe.estimators.estimate import Both
+from probe.estimators.estimate import Estimates
 from probe.estimators.ground_truth import GroundTruth, resampled_change, reweighted_change
 from probe.estimators.noise_floor import rescored_noise_floor
 from probe.phases.controls import Controls, controls_of_measurement
@@ -30,7 +31,7 @@ def ground_truth(
     sample: Sample,
     update: Update,
     predicted: Predicted | None = None,
-    noise_floor: tuple[float, float] | None = None,
+    noise_floor: PerEstimand[float] | None = None,
     progress: MakeProgress = no_progress,
 ) -> GroundTruth:
     """DeltaH_true of the optimizer's step. The parameters are not touched, but by `resample`, which puts them back.
@@ -114,7 +115,7 @@ def with_noise_floor(
     return replace(truth, noise_floor=rescored_noise_floor(policy, E, scores, step, seed, progress))
 
 
-def _resampled(source: BatchSource, sample: Sample, update: Update, progress: MakeProgress) -> Both:
+def _resampled(source: BatchSource, sample: Sample, update: Update, progress: MakeProgress) -> Estimates:
     """The change from fresh responses of the updated policy to the same prompts."""
     if source.config.batch_config.E_rollouts is not None:
         raise ConfigError(

@@ -188,13 +188,8 @@ def _checked(
 
 def _agreement_check(backward: Prediction, tokens: Prediction, known: float) -> StepCheck:
     """Backward beside differences of forwards, which are known to `known`."""
-    sizes = (
-        max(abs(tokens.pathwise), abs(tokens.score)),
-        max(abs(tokens.pathwise_tok), abs(tokens.score_tok)),
-    )
-    return agreement_check(
-        (backward.deltaH1, backward.deltaH1_tok), tokens.estimates[tokens.reported], sizes, known
-    )
+    sizes = tokens.pathwise.with_other(lambda path, score: max(abs(path), abs(score)), tokens.score)
+    return agreement_check(backward.deltaH1, tokens.estimates[tokens.reported], sizes, known)
 
 
 def _agreement(backward: Prediction, tokens: Prediction, half_precision: bool) -> float:
@@ -205,13 +200,14 @@ def _agreement(backward: Prediction, tokens: Prediction, half_precision: bool) -
     Raises:
         NumericalError: they disagree by more than the arithmetic allows.
     """
-    size = max(abs(backward.pathwise), abs(backward.score), abs(backward.deltaH1), 1e-300)
-    off = abs(backward.deltaH1 - tokens.deltaH1) / size
+    by_backward, by_tokens = backward.deltaH1.sequence, tokens.deltaH1.sequence
+    size = max(abs(backward.pathwise.sequence), abs(backward.score.sequence), abs(by_backward), 1e-300)
+    off = abs(by_backward - by_tokens) / size
     limit = HALF_AGREEMENT_LIMIT if half_precision else AGREEMENT_LIMIT
     if tokens.mode == "jvp" and not off <= limit:
         raise NumericalError(
-            f"expected forward mode and backward to give one deltaH1, found {tokens.deltaH1:.6g} and "
-            f"{backward.deltaH1:.6g} nats per response (relative difference {off:.2g}, at most {limit} "
+            f"expected forward mode and backward to give one deltaH1, found {by_tokens:.6g} and "
+            f"{by_backward:.6g} nats per response (relative difference {off:.2g}, at most {limit} "
             "expected); some layer drops derivatives (try probe_rework.derivative_mode: finite_difference)"
         )
     return off

@@ -61,9 +61,8 @@ def changes(
     """
     difference: dict[str, Numbers] = {}
     if prediction is not None and truth is not None and prediction.estimates and same_step:
-        snis = PerEstimand.of(truth.estimates["snis"])
-        residual: Numbers = PerEstimand.of(prediction.estimates["matched"]).with_other(
-            lambda predicted, measured: reported(predicted - measured), snis
+        residual: Numbers = prediction.estimates["matched"].with_other(
+            lambda predicted, measured: reported(predicted - measured), truth.estimates["snis"]
         )
         difference["residual"] = residual if per_token else _of_responses(residual)
     return Changes(
@@ -85,8 +84,8 @@ def estimate_rows(
     if truth is not None:
         sources.append(("deltaH_true", truth, "snis"))
     for quantity, source, plain in sources:
-        for name, both in source.estimates.items():
-            found, reference = PerEstimand.of(both), PerEstimand.of(source.estimates[plain])
+        reference = source.estimates[plain]
+        for name, found in source.estimates.items():
             for estimand in (SEQUENCE, TOKEN) if per_token else (SEQUENCE,):
                 own = found[estimand]
                 rows.append(
@@ -112,16 +111,15 @@ def reported(found: Estimate) -> Number:
 def _predicted(found: Prediction) -> dict[str, Numbers]:
     """DeltaH1 and its parts, errors, curvature and spread over U."""
     numbers: dict[str, Numbers] = {
-        name: PerEstimand(Number(getattr(found, name)), Number(getattr(found, TOKEN.key(name))))
-        for name in ("bars_dot", "deltaH1", "pathwise", "score")
+        name: getattr(found, name).map(Number) for name in ("bars_dot", "deltaH1", "pathwise", "score")
     }
-    spread: PerEstimand[float | None] = PerEstimand.of(found.sd_U or (None, None))
+    spread = PerEstimand[float | None](None, None) if found.sd_U is None else found.sd_U
     if found.estimates:
-        numbers["deltaH1"] = PerEstimand.of(found.total).with_other(_with_spread, spread)
+        numbers["deltaH1"] = found.total.with_other(_with_spread, spread)
     if found.deltaH2 is not None:
-        second = PerEstimand.of(found.deltaH2)
+        second = found.deltaH2
         numbers["deltaH2"] = second.map(lambda one: Number(one.value, one.se))
-        numbers["eta_10"] = PerEstimand.of(found.total).with_other(
+        numbers["eta_10"] = found.total.with_other(
             lambda total, one: Number(_eta_10(found.learning_rate, total, one)), second
         )
     return numbers
@@ -142,8 +140,8 @@ def _measured(truth: GroundTruth, per_token: bool, rounded: bool) -> dict[str, N
 
     Of a step that the training rounds away it stays: how little is left of it is what there is to know.
     """
-    change, before = PerEstimand(truth.sequence, truth.token), PerEstimand.of(truth.H_orig)
-    floor = PerEstimand.of((0.0, 0.0) if rounded or truth.noise_floor is None else truth.noise_floor)
+    change, before = truth.change, truth.H_orig
+    floor = PerEstimand(0.0, 0.0) if rounded or truth.noise_floor is None else truth.noise_floor
     seen = change.with_other(lambda found, least: None if abs(found.value) < least else found.value, floor)
     after = seen.with_other(lambda value, H: Number(None if value is None else H + value), before)
     numbers: dict[str, Numbers] = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from probe.estimand import Number, PerEstimand, as_mapping
+from probe.estimand import Number, as_mapping
 from probe.estimators.estimate import error_method
 from probe.parameters import norm
 from probe.results.result import BatchSizes
@@ -86,7 +86,7 @@ def ground_truth_diagnostics(truth: GroundTruth) -> dict[str, Any]:
     if truth.clipped_fraction is not None:
         found["clipped_fraction"] = truth.clipped_fraction
     if truth.noise_floor is not None:
-        found |= as_mapping({"noise_floor": PerEstimand.of(truth.noise_floor).map(Number)})
+        found |= as_mapping({"noise_floor": truth.noise_floor.map(Number)})
     return found
 
 

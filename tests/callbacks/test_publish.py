@@ -300,7 +300,7 @@ def test_the_result_file_is_the_mapping(state, tmp_path):
     assert runner.errors == []
     values = json.loads(path.read_text())
     assert values["deltaH_true"] is None
-    assert values["deltaH1"] == state.prediction.deltaH1
+    assert values["deltaH1"] == state.prediction.deltaH1.sequence
 
 
 def test_a_result_file_that_cannot_be_written(state, tmp_path, monkeypatch):

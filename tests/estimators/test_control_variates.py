@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from dataclasses import replace
 
 import pytest
@@ -89,7 +90,7 @@ def test_the_estimate_is_unbiased_over_all_samples(small, prompts, carried):
         found = of_rows(small, rows, group, earlier)
         Z = torch.stack([found.own[:, 0].mean(), found.own[:, 1].mean()])
         old, first = take_scores(small.old, rows), take_tangents(small.first, rows)
-        causal = token_first_order(old, first, group).total[0].value
+        causal = token_first_order(old, first, group).total.sequence.value
         mean_Z, mean = mean_Z + p * Z, mean + p * (causal - float(Z[0]))
         size, weight = size + p * float(Z[0].abs()), weight + p
     assert weight == pytest.approx(1.0, abs=1e-12)
@@ -120,7 +121,7 @@ def test_the_shrunk_estimate_is_unbiased_over_all_samples(small, prompts):
         rows, group = torch.tensor(chosen), torch.arange(prompts)
         orders = math.factorial(prompts) / math.prod(math.factorial(chosen.count(i)) for i in set(chosen))
         p = orders * float(small.probability[rows].prod())
-        Z = shrunk(small, rows, group, earlier)[0].value
+        Z = shrunk(small, rows, group, earlier).sequence.value
         whole = float(of_rows(small, rows, group, earlier).own[:, 0].mean())
         partly += abs(Z) > 1e-9 and abs(Z - whole) > 1e-9
         mean_Z, size, weight = mean_Z + p * Z, size + p * abs(Z), weight + p
@@ -157,11 +158,11 @@ def test_a_large_sample_has_less_variance(space):
     old, first = take_scores(space.old, rows), take_tangents(space.first, rows)
     causal = token_first_order(old, first, group).total
     Z = shrunk(space, rows, group)
-    better = [c - z for c, z in zip(causal, Z, strict=True)]
-    assert (better[0].se / causal[0].se) ** 2 < 0.6
-    assert better[1].se < 1.01 * causal[1].se
-    for k in range(2):
-        assert abs(better[k].value - float(space.slope[k])) < 4 * better[k].se
+    better = causal.with_other(operator.sub, Z)
+    assert (better.sequence.se / causal.sequence.se) ** 2 < 0.6
+    assert better.token.se < 1.01 * causal.token.se
+    for one, exact in zip(better, space.slope.tolist(), strict=True):
+        assert abs(one.value - exact) < 4 * one.se
 
 
 def test_earlier_batches_help_a_small_one(space):
@@ -172,7 +173,7 @@ def test_earlier_batches_help_a_small_one(space):
     for _ in range(100):
         rows, group = sample_rows(space.probability, 24, 1, space.batch.group, g)
         old, first = take_scores(space.old, rows), take_tangents(space.first, rows)
-        causal = token_first_order(old, first, group).total[0].value
+        causal = token_first_order(old, first, group).total.sequence.value
         found["causal"].append(causal)
         found["own"].append(causal - float(of_rows(space, rows, group).own[:, 0].mean()))
         found["carried"].append(causal - float(of_rows(space, rows, group, earlier).own[:, 0].mean()))

@@ -83,7 +83,7 @@ def one_experiment(
         "residual": [e - t for e, t in zip(matched, snis, strict=True)],
     }
     if curvature:
-        found["deltaH2"] = nested_curvature(old, first, second, group)
+        found["deltaH2"] = list(nested_curvature(old, first, second, group))
     return found
 
 

@@ -54,8 +54,8 @@ def test_nested_and_symmetric_agree(monkeypatch, estimator):
         assert one.se > 0
     # at scale 1 the even part of the change holds the fourth order too: near, not equal
     whole = symmetric_curvature(E, difference_pair(policy, batch.subset(rows), step, 1.0), group, estimator)
-    assert whole[0].value == pytest.approx(nested[0].value, rel=0.5)
-    assert whole[0].value != pytest.approx(nested[0].value, rel=1e-6)
+    assert whole.sequence.value == pytest.approx(nested.sequence.value, rel=0.5)
+    assert whole.sequence.value != pytest.approx(nested.sequence.value, rel=1e-6)
 
 
 def test_both_default_to_per_decision(monkeypatch):

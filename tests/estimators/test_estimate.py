@@ -205,4 +205,4 @@ def test_a_fresh_sample_is_paired_by_prompt():
         assert one.value == pytest.approx(other.value, abs=1e-14)
         assert other.se > 10 * one.se
     expected = float((fresh.sequence_entropy - old.sequence_entropy).std() / 40**0.5)
-    assert paired[0].se == pytest.approx(expected, rel=1e-9)
+    assert paired.sequence.se == pytest.approx(expected, rel=1e-9)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from probe.errors.exceptions import NumericalError
+from probe.estimand import SEQUENCE, TOKEN
 from probe.estimators.entropy_change import reweighted_entropy
 from probe.estimators.ground_truth import resampled_change, reweighted_change
 from probe.estimators.noise_floor import noise_floor
@@ -37,13 +38,14 @@ def test_sampled_estimates_centre_on_the_exact_change(monkeypatch):
     """500 repetitions of 256 sequences: both estimators and estimands, mean within 4 standard errors."""
     exact_old, exact_new, old, new = before_and_after(monkeypatch, 0.02)
     g = torch.Generator().manual_seed(1)
-    found = {(name, k): [] for name in NAMES for k in range(2)}
+    found = {(name, k): [] for name in NAMES for k in (SEQUENCE, TOKEN)}
     for _ in range(500):
         index = torch.multinomial(exact_old[2], 256, replacement=True, generator=g)
         truth = reweighted_change(take_scores(old, index), take_scores(new, index))
         for name, k in found:
             found[name, k].append(truth.estimates[name][k])
-    for (_, k), estimates in found.items():
+    for (_, estimand), estimates in found.items():
+        k = (SEQUENCE, TOKEN).index(estimand)
         exact = float(exact_new[k] - exact_old[k])
         values = torch.tensor([e.value for e in estimates], dtype=torch.float64)
         assert abs(exact) > 0.01
@@ -61,7 +63,7 @@ def test_several_responses_of_a_prompt_are_not_independent(monkeypatch):
     grouped = reweighted_change(take_scores(old, twice), take_scores(new, twice), group=twice)
     naive = reweighted_change(take_scores(old, twice), take_scores(new, twice))
     for name in NAMES:
-        for k in range(2):
+        for k in (SEQUENCE, TOKEN):
             one = once.estimates[name][k]
             assert grouped.estimates[name][k].value == pytest.approx(one.value, rel=1e-9)
             assert grouped.estimates[name][k].se == pytest.approx(one.se, rel=1e-9)
@@ -103,17 +105,17 @@ def test_what_is_reported(monkeypatch):
     _, _, old, new = before_and_after(monkeypatch, 0.02)
     default, snis = reweighted_change(old, new), reweighted_change(old, new, reported="snis")
     assert default.reported == "per_decision"
-    assert default.sequence.value == default.estimates["per_decision"][0].value
-    assert snis.token.value == snis.estimates["snis"][1].value
-    assert default.sequence.value != snis.sequence.value
-    assert default.H_orig == pytest.approx(
+    assert default.change.sequence.value == default.estimates["per_decision"].sequence.value
+    assert snis.change.token.value == snis.estimates["snis"].token.value
+    assert default.change.sequence.value != snis.change.sequence.value
+    assert tuple(default.H_orig) == pytest.approx(
         (float(old.entropy.sum()) / len(old.mask), float(old.entropy.sum() / old.mask.sum()))
     )
     other = snis.estimates["snis"]
     more = default.with_estimate("per_decision+cv", other, reported=False)
-    assert (more.reported, more.token) == ("per_decision", default.token)
+    assert (more.reported, more.change.token) == ("per_decision", default.change.token)
     more = default.with_estimate("resample", other, reported=True)
-    assert (more.reported, more.token.value) == ("resample", other[1].value)
+    assert (more.reported, more.change.token.value) == ("resample", other.token.value)
     assert set(more.estimates) == {"snis", "per_decision", "resample"}
     assert default.scores_new is new
 
@@ -130,12 +132,12 @@ def test_clipping_is_a_row_of_its_own(monkeypatch):
     assert 0.3 < clipped.clipped_fraction < 0.6
     w = logw.clamp(-limit, limit).exp()
     expected = float((w * new.sequence_entropy).sum() / w.sum() - old.sequence_entropy.mean())
-    assert clipped.estimates["snis_clipped"][0].value == pytest.approx(expected, rel=1e-12)
+    assert clipped.estimates["snis_clipped"].sequence.value == pytest.approx(expected, rel=1e-12)
     for name in NAMES:
-        assert clipped.estimates[name][0].value == plain.estimates[name][0].value
+        assert clipped.estimates[name].sequence.value == plain.estimates[name].sequence.value
     loose = reweighted_change(old, new, clip=100.0)
     assert loose.clipped_fraction == 0.0
-    assert loose.estimates["snis_clipped"][1].value == plain.estimates["snis"][1].value
+    assert loose.estimates["snis_clipped"].token.value == plain.estimates["snis"].token.value
 
 
 def test_no_update_gives_exactly_zero(monkeypatch):
@@ -163,13 +165,14 @@ def test_the_noise_floor_bounds_what_rounding_makes_of_no_change(monkeypatch):
 
     floors = [noise_floor(old, rounded(1e-6), rounded(1e-6), group) for _ in range(40)]
     changes = [reweighted_change(old, rounded(1e-6)) for _ in range(40)]
-    for k in range(2):
+    for estimand in (SEQUENCE, TOKEN):
         inside = sum(
-            abs(c.estimates["per_decision"][k].value) <= f[k] for c, f in zip(changes, floors, strict=True)
+            abs(c.estimates["per_decision"][estimand].value) <= f[estimand]
+            for c, f in zip(changes, floors, strict=True)
         )
         assert inside >= 35
     larger = noise_floor(old, rounded(1e-3), rounded(1e-3), group)
-    assert larger[0] > 100 * floors[0][0]
+    assert larger.sequence > 100 * floors[0].sequence
 
 
 def test_refusals():

@@ -18,6 +18,7 @@ import probe.live.step
 import probe.phases.passes as passes_module
 from probe.data.batch import PromptExample, RolloutBatch
 from probe.errors.exceptions import NumericalError, RolloutError
+from probe.estimand import SEQUENCE, TOKEN
 from probe.live import WatchSettings
 from probe.live.step import UpdateProbe
 from probe.rollouts.sampling import SampledTokens
@@ -299,22 +300,23 @@ def test_values_are_those_of_independent_loops_over_the_same_responses(monkeypat
     H = float(h.sum() / len(E)), float(h.sum() / E.mask.sum())
     per_decision = reweighted(E, l_new - l, h_new, True)
     snis = reweighted(E, l_new - l, h_new, False)
-    for which, suffix in enumerate(BOTH):
+    for which, estimand in enumerate((SEQUENCE, TOKEN)):
+        suffix = estimand.suffix
         assert found[f"H_orig{suffix}"] == pytest.approx(H[which], rel=1e-12)
         assert found[f"deltaH1{suffix}"] == pytest.approx(expected["causal"][which], rel=1e-9)
         assert found[f"deltaH_true{suffix}"] == pytest.approx(per_decision[which] - H[which], rel=1e-9)
         residual = expected["matched"][which] - (snis[which] - H[which])
         assert found[f"residual{suffix}"] == pytest.approx(residual, rel=1e-8, abs=1e-13)
-        assert outcome.deltaH1[which].value == found[f"deltaH1{suffix}"]
-        assert outcome.deltaH_true[which].value == found[f"deltaH_true{suffix}"]
-        assert outcome.H[which].se == found[f"H_orig{suffix}_se"]
+        assert outcome.deltaH1[estimand].value == found[f"deltaH1{suffix}"]
+        assert outcome.deltaH_true[estimand].value == found[f"deltaH_true{suffix}"]
+        assert outcome.H[estimand].se == found[f"H_orig{suffix}_se"]
     assert found["learning_rate"] == 0.02
     assert found["B_E"] == 12
     assert found["avg_generation_length"] == float(E.lengths.double().mean())
     length = math.sqrt(sum(float(x.square().sum()) for x in direction.values()))
     assert found["step_norm"] == pytest.approx(length, rel=1e-12)
-    assert torch.equal(outcome.H[0].influence, (h.sum(1) - h.sum(1).mean()) / 12) or torch.allclose(
-        outcome.H[0].influence, (h.sum(1) - h.sum(1).mean()) / 12, atol=1e-12
+    assert torch.equal(outcome.H.sequence.influence, (h.sum(1) - h.sum(1).mean()) / 12) or torch.allclose(
+        outcome.H.sequence.influence, (h.sum(1) - h.sum(1).mean()) / 12, atol=1e-12
     )
     assert set(found["timing"]) == {"sample", "derivative", "rescoring"}
 
@@ -477,7 +479,7 @@ def test_a_step_of_0(monkeypatch):
     assert outcome.values["verdict_reasons"] == [
         "The optimizer's step was exactly 0 (learning rate 0, or gradients of 0)."
     ]
-    assert outcome.deltaH_true[1].value == outcome.deltaH_true[1].se == 0.0
+    assert outcome.deltaH_true.token.value == outcome.deltaH_true.token.se == 0.0
     assert outcome.values["deltaH1_tok"] == outcome.values["step_norm"] == 0.0
     assert outcome.values["H_orig_tok"] > 0
 

@@ -230,8 +230,10 @@ def test_contributions_of_blocks_add_up_to_the_prediction(small):
     statistics = parameter_statistics(small)
     table = parameter_blocks(statistics)
     assert table["block"] == ["base_model.model.model.layers.0", "base_model.model.model.layers.1"]
-    assert sum(table["contribution"]) == pytest.approx(small.prediction.deltaH1, rel=1e-4, abs=1e-13)
-    assert sum(table["contribution_tok"]) == pytest.approx(small.prediction.deltaH1_tok, rel=1e-4, abs=1e-15)
+    assert sum(table["contribution"]) == pytest.approx(small.prediction.deltaH1.sequence, rel=1e-4, abs=1e-13)
+    assert sum(table["contribution_tok"]) == pytest.approx(
+        small.prediction.deltaH1.token, rel=1e-4, abs=1e-15
+    )
     norm = math.sqrt(sum(float(step.double().square().sum()) for step in small.update.step.values()))
     assert math.hypot(*table["step_norm"]) == pytest.approx(norm, rel=1e-5)
 

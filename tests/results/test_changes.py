@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from probe.estimand import SEQUENCE, TOKEN
+from probe.estimand import SEQUENCE, TOKEN, PerEstimand
 from probe.results.changes import Changes, changes
 from tests.support.synthetic_run import make_state
 
@@ -23,29 +23,32 @@ def test_every_number_is_there_for_both_estimands(state):
     assert list(found.difference) == ["residual"]
     assert all(number is not None for both in found.numbers.values() for number in both)
     values, prediction, truth = found.as_mapping(), state.prediction, state.ground_truth
-    for estimand, which in ((SEQUENCE, 0), (TOKEN, 1)):
-        assert values[estimand.key("deltaH1")] == getattr(prediction, estimand.key("deltaH1"))
-        assert values[estimand.key("deltaH1", "_se")] == prediction.estimates["causal"][which].se
-        assert values[estimand.key("deltaH1", "_sd_U")] == prediction.sd_U[which]
-        assert values[estimand.key("deltaH2", "_se")] == prediction.deltaH2[which].se
+    for estimand in (SEQUENCE, TOKEN):
+        assert values[estimand.key("deltaH1")] == prediction.deltaH1[estimand]
+        assert values[estimand.key("deltaH1", "_se")] == prediction.estimates["causal"][estimand].se
+        assert values[estimand.key("deltaH1", "_sd_U")] == prediction.sd_U[estimand]
+        assert values[estimand.key("deltaH2", "_se")] == prediction.deltaH2[estimand].se
         assert estimand.key("deltaH2", "_ci95") not in values
-        measured = truth.estimates["per_decision"][which]
+        measured = truth.estimates["per_decision"][estimand]
         assert values[estimand.key("deltaH_true")] == measured.value
         assert values[estimand.key("deltaH_true", "_ci95")] == list(measured.ci95)
-        assert values[estimand.key("H_upd")] == truth.H_orig[which] + measured.value
-        residual = prediction.estimates["matched"][which] - truth.estimates["snis"][which]
+        assert values[estimand.key("H_upd")] == truth.H_orig[estimand] + measured.value
+        residual = prediction.estimates["matched"][estimand] - truth.estimates["snis"][estimand]
         assert values[estimand.key("residual")] == residual.value
         assert values[estimand.key("residual", "_se")] == residual.se
 
 
 def test_a_change_below_the_noise_floor_is_null_and_keeps_its_error(state):
-    deep = replace(state.ground_truth, noise_floor=(1e9, 0.0))
+    deep = replace(state.ground_truth, noise_floor=PerEstimand(1e9, 0.0))
     found = changes(None, deep).measurement
     assert found["deltaH_true"].sequence.value is found["H_upd"].sequence.value is None
-    assert found["deltaH_true"].sequence.se == deep.sequence.se
-    assert found["deltaH_true"].token.value == deep.token.value
-    assert found["H_orig"].sequence.value == deep.H_orig[0]
-    assert changes(None, deep, rounded=True).measurement["deltaH_true"].sequence.value == deep.sequence.value
+    assert found["deltaH_true"].sequence.se == deep.change.sequence.se
+    assert found["deltaH_true"].token.value == deep.change.token.value
+    assert found["H_orig"].sequence.value == deep.H_orig.sequence
+    assert (
+        changes(None, deep, rounded=True).measurement["deltaH_true"].sequence.value
+        == deep.change.sequence.value
+    )
 
 
 def test_the_measurement_without_the_estimand_per_token(state):
@@ -72,8 +75,8 @@ def test_a_prediction_without_errors(state):
 
 def test_eta_10_is_null_where_the_first_order_is_not_resolved(state):
     wide = {
-        name: tuple(replace(one, influence=20 * one.influence) for one in both)
-        for name, both in state.prediction.estimates.items()
+        name: found.map(lambda one: replace(one, influence=20 * one.influence))
+        for name, found in state.prediction.estimates.items()
     }
     known, vague = (
         changes(one, None) for one in (state.prediction, replace(state.prediction, estimates=wide))

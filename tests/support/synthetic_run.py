@@ -14,6 +14,7 @@ from torch import Tensor
 
 from probe.config.schema import ProbeConfig
 from probe.data.batch import RolloutBatch
+from probe.estimand import PerEstimand
 from probe.estimators.entropy_gradient import EntropyGradient
 from probe.estimators.estimate import Estimate
 from probe.estimators.ground_truth import reweighted_change
@@ -174,7 +175,7 @@ def make_state(
         ),
         ground_truth=replace(
             reweighted_change(E_scores, nudged(generator, E_scores, 0.01), reported="per_decision"),
-            noise_floor=(2e-6, 2e-8),
+            noise_floor=PerEstimand(2e-6, 2e-8),
         ),
         timing={
             "sample": 12.3,
@@ -196,16 +197,15 @@ def with_errors(prediction: Prediction, P: int) -> Prediction:
             size * value, torch.full((P,), share * size * abs(value) * math.sqrt(P - 1) / P).double()
         )
 
-    both = (prediction.deltaH1, prediction.deltaH1_tok)
-    sequence, token = both
+    total = prediction.deltaH1
     return replace(
         prediction,
         estimates={
-            "causal": (near(sequence, 0.2), near(token, 0.2)),
-            "matched": (near(sequence, 0.4, 1.1), near(token, 0.4, 1.1)),
+            "causal": total.map(lambda value: near(value, 0.2)),
+            "matched": total.map(lambda value: near(value, 0.4, 1.1)),
         },
-        deltaH2=(near(sequence, 0.2, 0.02), near(token, 0.2, 0.02)),
-        sd_U=(abs(sequence) / 3, abs(token) / 3),
+        deltaH2=total.map(lambda value: near(value, 0.2, 0.02)),
+        sd_U=total.map(lambda value: abs(value) / 3),
         reason="attention kernel without forward mode",
         agreement=3e-5,
         curvature_mode="finite_difference",
