@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T", covariant=True)
@@ -100,6 +100,10 @@ class Number:
     null_error: bool = False
 
 
+PARTS = tuple(field.name for field in fields(Number) if field.name not in ("value", "null_error"))
+"""What comes with a value, in a mapping under its key with this ending."""
+
+
 Numbers = PerEstimand[Number | None]
 """A number for each estimand; None where the result does not have it."""
 
@@ -117,10 +121,12 @@ def as_mapping(quantities: Mapping[str, Numbers]) -> dict[str, Any]:
             if number is None:
                 continue
             values[estimand.key(name)] = number.value
-            for part in ("se", "ci95", "sd_U"):
+            for part in PARTS:
                 found = getattr(number, part)
                 if found is not None:
-                    values[estimand.key(name, f"_{part}")] = list(found) if part == "ci95" else found
+                    values[estimand.key(name, f"_{part}")] = (
+                        list(found) if isinstance(found, tuple) else found
+                    )
     return values
 
 
@@ -131,13 +137,11 @@ def from_mapping(values: Mapping[str, Any], name: str) -> Numbers:
         key = estimand.key(name)
         if key not in values:
             return None
-        error, ends = estimand.key(name, "_se"), values.get(estimand.key(name, "_ci95"))
-        return Number(
-            values[key],
-            values.get(error),
-            None if ends is None else tuple(ends),
-            values.get(estimand.key(name, "_sd_U")),
-            null_error=error in values and values[error] is None,
-        )
+        parts = {part: values.get(estimand.key(name, f"_{part}")) for part in PARTS}
+        found: dict[str, Any] = {
+            part: tuple(one) if isinstance(one, (list, tuple)) else one for part, one in parts.items()
+        }
+        error = estimand.key(name, "_se")
+        return Number(values[key], **found, null_error=error in values and values[error] is None)
 
     return PerEstimand(read(SEQUENCE), read(TOKEN))

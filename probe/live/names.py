@@ -10,20 +10,24 @@ from typing import Any
 from probe.estimand import TOKEN
 from probe.report.tags import PREFIX
 from probe.results import diagnostic_keys, keys
-from probe.results.quantity import Quantity
+from probe.results.quantity import Part, Quantity
 from probe.verdict.words import WORDS
 
+_ERROR = (Part("_se", "its standard error"),)
+_DELTA_ERRORS = (*_ERROR, Part("_ci95", "its 95 % interval", interval=True))
 OF_A_TRAINING: tuple[Quantity, ...] = (
     Quantity(
         "cumulative_deltaH1",
         "sum of deltaH1 over all steps since the first probe, interpolated linearly between probes",
         per_token=True,
+        parts=_ERROR,
     ),
-    Quantity("cumulative_deltaH_true", "the same of deltaH_true", per_token=True),
+    Quantity("cumulative_deltaH_true", "the same of deltaH_true", per_token=True, parts=_ERROR),
     Quantity(
         "cumulative_H",
         "H_orig now minus H_orig at the first probe: what the two above should be",
         per_token=True,
+        parts=_ERROR,
     ),
     Quantity("H_predicted", "H_orig at the first probe plus cumulative_deltaH1", per_token=True),
     Quantity("H_tracked", "H_orig at the first probe plus cumulative_deltaH_true", per_token=True),
@@ -31,9 +35,15 @@ OF_A_TRAINING: tuple[Quantity, ...] = (
         "deltaH1_momentum",
         "part of deltaH1 that earlier batches have in the step, through the optimizer's momentum",
         per_token=True,
+        parts=_DELTA_ERRORS,
     ),
-    Quantity("deltaH1_decay", "part of deltaH1 from weight decay", per_token=True),
-    Quantity("deltaH1_gradient", "part of deltaH1 from this step's own gradient: the rest", per_token=True),
+    Quantity("deltaH1_decay", "part of deltaH1 from weight decay", per_token=True, parts=_DELTA_ERRORS),
+    Quantity(
+        "deltaH1_gradient",
+        "part of deltaH1 from this step's own gradient: the rest",
+        per_token=True,
+        parts=_DELTA_ERRORS,
+    ),
 )
 """Quantities that only a training has: changes of entropy with errors."""
 
@@ -58,7 +68,11 @@ _COST = {
 
 def _changes() -> tuple[Quantity, ...]:
     """The changes of entropy that a training has, those of a run first."""
-    shared = (replace(one, words=one.live) for one in keys.QUANTITIES if one.live and one.per_token)
+    shared = (
+        replace(one, words=one.live, parts=(*one.parts, *one.live_parts))
+        for one in keys.QUANTITIES
+        if one.live and one.per_token
+    )
     return (*shared, *OF_A_TRAINING)
 
 
@@ -93,6 +107,17 @@ LIVE_TEXTS: dict[str, str] = {
 """Texts in the history; they are not logged."""
 
 
+def _logged(one: Quantity) -> list[str]:
+    """The names under which a change is logged, with its errors."""
+    parts = [
+        name
+        for part in one.parts
+        for estimand in part.logged
+        for name in part.flat(estimand.key(one.key, part.ending), None)
+    ]
+    return [*(estimand.key(one.key) for estimand in one.logged), *parts]
+
+
 def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers of a history entry that are logged, by their full names.
 
@@ -101,7 +126,7 @@ def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
     >>> scalars({"step": 3, "H_orig_tok": 0.5, "pareto_k": None, "steps_to_collapse": math.inf, "verdict": "caution"})
     {'entropy_probe/H_orig_tok': 0.5}
     """
-    logged = {one.key + ending for one in _changes() for ending in one.logged}.union(LIVE_NUMBERS)
+    logged = {name for one in _changes() for name in _logged(one)}.union(LIVE_NUMBERS)
     found = {}
     for name, value in entry.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -110,14 +135,22 @@ def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def band(key: str) -> tuple[str, ...]:
+    """The names of a change per token and of the ends of its interval."""
+    (one,) = (one for one in _changes() if one.key == key)
+    return tuple(one.band(TOKEN))
+
+
 def flat_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of one probe's values under the names of `LIVE_KEYS` and `LIVE_NUMBERS`, its verdict and texts."""
     entry: dict[str, Any] = {"verdict": values["verdict"], "verdict_code": WORDS.index(values["verdict"])}
     for one in _changes():
-        for name in (estimand.key(one.key) for estimand in one.estimands):
-            entry |= {key: values[key] for key in (name, f"{name}_se") if key in values}
-            if f"{name}_ci95" in values:
-                entry[f"{name}_ci95_low"], entry[f"{name}_ci95_high"] = values[f"{name}_ci95"]
+        for estimand in one.estimands:
+            name = estimand.key(one.key)
+            entry |= {name: values[name]} if name in values else {}
+            for part in one.parts:
+                name = estimand.key(one.key, part.ending)
+                entry |= part.flat(name, values[name]) if name in values else {}
     for source in (values, values["diagnostics"]):
         entry |= {name: source[name] for name in LIVE_NUMBERS if name in source}
     entry |= {name: values[name] for name in LIVE_TEXTS if name in values}

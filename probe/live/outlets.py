@@ -7,7 +7,7 @@ from typing import Any
 
 from probe.errors.exceptions import ConfigError
 from probe.live.lines import cost_line, probe_line
-from probe.live.names import PREFIX, scalars
+from probe.live.names import PREFIX, band, scalars
 from probe.live.outcome import Outcome
 from probe.live.say import say
 from probe.live.schedule import Schedule
@@ -38,14 +38,8 @@ LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         ),
     },
     "Change of entropy per step, with 95 % interval": {
-        "deltaH1 (predicted), nats per token": (
-            "Margin",
-            ("deltaH1_tok", "deltaH1_tok_ci95_low", "deltaH1_tok_ci95_high"),
-        ),
-        "deltaH_true (measured), nats per token": (
-            "Margin",
-            ("deltaH_true_tok", "deltaH_true_tok_ci95_low", "deltaH_true_tok_ci95_high"),
-        ),
+        "deltaH1 (predicted), nats per token": ("Margin", band("deltaH1")),
+        "deltaH_true (measured), nats per token": ("Margin", band("deltaH_true")),
         "parts of deltaH1": (
             "Multiline",
             ("deltaH1_tok", "deltaH1_gradient_tok", "deltaH1_momentum_tok", "deltaH1_decay_tok"),

@@ -47,6 +47,7 @@ def scalar_tags(values: Mapping[str, Any]) -> dict[str, float]:
     `verdict_code`.
     """
     tags: dict[str, float] = {}
+    parts = keys.parts()
     for key, value in values.items():
         if isinstance(value, Mapping):
             section = key.removesuffix("_statistics")
@@ -56,11 +57,9 @@ def scalar_tags(values: Mapping[str, Any]) -> dict[str, float]:
             tags |= _estimate_tags(value or ())
         elif key == "verdict":
             _add(tags, f"{PREFIX}/{VERDICT_CODE}", WORDS.index(value) if value in WORDS else None)
-        elif key.endswith("_ci95") and value is not None:
-            for end, number in zip(("low", "high"), value, strict=True):
-                _add(tags, f"{PREFIX}{_group(key)}/{key}_{end}", number)
         else:
-            _add(tags, f"{PREFIX}{_group(key)}/{key}", value)
+            for name, number in (parts[key].flat(key, value) if key in parts else {key: value}).items():
+                _add(tags, f"{PREFIX}{_group(key)}/{name}", number)
     return tags
 
 
@@ -69,12 +68,12 @@ def interval_charts(scalars: Mapping[str, float]) -> dict[str, dict[str, list[An
     layout: dict[str, dict[str, list[Any]]] = {}
     for estimand in ESTIMANDS:
         charts: dict[str, list[Any]] = {}
-        for name in (one.key for one in keys.QUANTITIES if any(part.ending == "_ci95" for part in one.parts)):
-            interval = estimand.key(name, "_ci95")
-            ends = [f"{PREFIX}{_group(interval)}/{interval}_{end}" for end in ("low", "high")]
-            tags = [f"{PREFIX}/{estimand.key(name)}", *ends]
-            if all(tag in scalars for tag in tags):
-                charts[f"{name}, {estimand.unit}"] = ["Margin", tags]
+        for one in keys.QUANTITIES:
+            value, *ends = one.band(estimand)
+            interval = _group(estimand.key(one.key, "_ci95"))
+            tags = [f"{PREFIX}{_group(value)}/{value}", *(f"{PREFIX}{interval}/{end}" for end in ends)]
+            if ends and all(tag in scalars for tag in tags):
+                charts[f"{one.key}, {estimand.unit}"] = ["Margin", tags]
         if charts:
             layout[f"entropy change {estimand.per}, with 95 % interval"] = charts
     return layout

@@ -5,18 +5,25 @@ The order is that of reports and logs.
 
 from __future__ import annotations
 
+from probe.estimand import SEQUENCE, TOKEN
 from probe.results.quantity import Part, Quantity, Shown
 
-_WITH_INTERVAL = ("", "_se", "_tok", "_tok_se", "_tok_ci95_low", "_tok_ci95_high")
-"""Endings of what a training logs of a change: per response too, and its interval per token."""
 
-
-def _errors(of: str, se: str) -> tuple[Part, Part]:
-    """Standard error and interval of a change."""
+def _errors(of: str, se: str, logged: bool = False) -> tuple[Part, Part]:
+    """Standard error and interval of a change; a training logs those of the main changes, the interval per token."""
     return (
-        Part("_se", se, core=True),
-        Part("_ci95", f"[low, high], {of} minus and plus 1.96 standard errors", core=True),
+        Part("_se", se, core=True, logged=_BOTH if logged else ()),
+        Part(
+            "_ci95",
+            f"[low, high], {of} minus and plus 1.96 standard errors",
+            core=True,
+            interval=True,
+            logged=(TOKEN,) if logged else (),
+        ),
     )
+
+
+_BOTH = (SEQUENCE, TOKEN)
 
 
 QUANTITIES: tuple[Quantity, ...] = (
@@ -32,7 +39,8 @@ QUANTITIES: tuple[Quantity, ...] = (
         core=True,
         row=Shown("H before", "level", "entropy of the policy as it is"),
         live="entropy of the policy before the step",
-        logged=("", "_se", "_tok", "_tok_se"),
+        live_parts=(Part("_se", "standard error of H_orig over E, nats per response", logged=_BOTH),),
+        logged=_BOTH,
     ),
     Quantity(
         "H_upd",
@@ -54,7 +62,11 @@ QUANTITIES: tuple[Quantity, ...] = (
         "predicted first-order entropy change <grad H, step>, nats per response",
         per_token=True,
         parts=(
-            *_errors("deltaH1", "standard error of deltaH1 over E, for this very step, nats per response"),
+            *_errors(
+                "deltaH1",
+                "standard error of deltaH1 over E, for this very step, nats per response",
+                logged=True,
+            ),
             Part(
                 "_sd_U",
                 "standard deviation of deltaH1 over update batches of this size, nats per response",
@@ -68,7 +80,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         core=True,
         row=Shown("deltaH1", "change", "change predicted: entropy gradient times optimizer step"),
         live="change predicted: entropy gradient times the optimizer's step",
-        logged=_WITH_INTERVAL,
+        logged=_BOTH,
     ),
     Quantity(
         "pathwise",
@@ -84,14 +96,14 @@ QUANTITIES: tuple[Quantity, ...] = (
         "deltaH_true",
         "measured entropy change H_upd - H_orig, nats per response; null below the noise floor",
         per_token=True,
-        parts=_errors("deltaH_true", "standard error of deltaH_true over E, nats per response"),
+        parts=_errors("deltaH_true", "standard error of deltaH_true over E, nats per response", logged=True),
         group="ground_truth",
         headline=True,
         metric=2,
         core=True,
         row=Shown("deltaH_true", "change", "change measured: H after minus H before"),
         live="change measured: E rescored after the step",
-        logged=_WITH_INTERVAL,
+        logged=_BOTH,
     ),
     Quantity(
         "residual",
@@ -164,6 +176,11 @@ QUANTITIES: tuple[Quantity, ...] = (
     ),
 )
 """Of the result mapping."""
+
+
+def parts() -> dict[str, Part]:
+    """Errors and intervals of the result mapping by their keys, of both estimands."""
+    return {key: part for one in QUANTITIES for key, part in one.keyed_parts().items()}
 
 
 STATISTICS: tuple[Quantity, ...] = (

@@ -21,6 +21,8 @@ LEADING = (
 """The columns that stand first: which point, and whether it is any good."""
 TRAILING = ("seconds", "finished_at", "verdict_reasons", "error")
 """The columns that stand last."""
+LO_HI = ("lo", "hi")
+"""What columns of the ends of an interval end in."""
 _TEXTS = (
     *("point", "status", "verdict", "checkpoint", "checkpoint_name", "finished_at"),
     *("verdict_reasons", "error"),
@@ -72,10 +74,10 @@ def _row(record: Record) -> dict[str, Any]:
         "error": record.get("error"),
         "verdict_reasons": " ".join(values.get("verdict_reasons") or ()) or None,
     }
-    row |= {key: value for key, value in values.items() if _is_scalar(key, value)}
+    parts = keys.parts()
     for key, value in values.items():
-        if key.endswith("_ci95"):
-            row[f"{key}_lo"], row[f"{key}_hi"] = (None, None) if value is None else value
+        flat = parts[key].flat(key, value, LO_HI) if key in parts else {key: value}
+        row |= {name: one for name, one in flat.items() if _is_scalar(name, one)}
     if own and row["learning_rate"] is not None:
         row["eta_factor"] = row["learning_rate"] / own if row["eta_factor"] is None else row["eta_factor"]
     return row | _quality(values, row)
@@ -85,7 +87,7 @@ def _is_scalar(key: str, value: Any) -> bool:
     """Whether a result is a column as it is: numbers, and those not resolved."""
     if key in ("verdict", "training_step"):
         return True
-    return not key.endswith("_ci95") and (value is None or isinstance(value, (bool, int, float)))
+    return value is None or isinstance(value, (bool, int, float))
 
 
 def _quality(values: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from lightning.fabric.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from probe.callbacks.tensorboard import TensorBoardDiagnostics
-from probe.estimand import ESTIMANDS, Number, PerEstimand, as_mapping, from_mapping
+from probe.estimand import ESTIMANDS, TOKEN, Number, PerEstimand, as_mapping, from_mapping
 from probe.live.names import flat_values, scalars
 from probe.logs.document import build_log, summary
 from probe.report.markdown import report_markdown
@@ -28,13 +28,16 @@ MADE_UP = Quantity(
     "deltaH3",
     "third-order term, nats per response",
     per_token=True,
-    parts=(Part("_se", "standard error of deltaH3, nats per response", core=True),),
+    parts=(
+        Part("_se", "standard error of deltaH3, nats per response", core=True),
+        Part("_ci95", "interval of deltaH3", core=True, interval=True, logged=(TOKEN,)),
+    ),
     metric=9,
     core=True,
     row=Shown("deltaH3", "change", "third order: what nobody asked for"),
     live="third order of a step",
 )
-NUMBERS = PerEstimand(Number(0.25, 0.05), Number(0.0025, 0.0005))
+NUMBERS = PerEstimand(Number(0.25, 0.05, (0.1, 0.4)), Number(0.0025, 0.0005, (0.001, 0.004)))
 DIAGNOSTIC = Quantity(
     "left_handed",
     "responses written with the left hand",
@@ -73,6 +76,7 @@ def test_it_is_in_the_report(result):
         assert "third order: what nobody asked for" in text.replace("&#45;", "-")
         assert "left hand" in text
     assert "deltaH3          0.00250 +/- 0.00050" in report(result)
+    assert "[0.00100, 0.00400]" in report(result)
     assert re.search(r"^  left hand +3 of 6 +responses written", report(result), re.MULTILINE)
 
 
@@ -84,7 +88,7 @@ def test_it_is_on_tensorboard(result, state, tmp_path):
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     prefix = "entropy_probe_prediction/deltaH3"
-    tags = {f"{prefix}{ending}" for ending in ("", "_se", "_tok", "_tok_se")}
+    tags = {f"{prefix}{ending}" for ending in ("", "_se", "_tok", "_tok_se", "_tok_ci95_low", "_ci95_high")}
     assert tags | {"entropy_probe_diagnostics/left_handed"} <= set(events.Tags()["scalars"])
     (point,) = events.Scalars(f"{prefix}_tok")
     assert point.value == pytest.approx(0.0025)
@@ -95,6 +99,7 @@ def test_it_is_in_log_and_summary(result, state):
     for results in (*(log["results"] for log in logs), summary(result, "standard")["results"]):
         assert results["deltaH3_tok"] == 0.0025
         assert results["deltaH3_se"] == 0.05
+        assert results["deltaH3_tok_ci95"] == [0.001, 0.004]
         assert results["diagnostics"]["left_handed"] == 3
 
 
@@ -111,6 +116,7 @@ def test_it_is_in_the_table_of_a_sweep(result, tmp_path):
     record = {"id": "p", "status": "ok", "point": point, "G_E": 1, "values": result.values}
     table = build_table([record])
     assert table["deltaH3_tok"].tolist() == [0.0025]
+    assert table[["deltaH3_tok_ci95_lo", "deltaH3_ci95_hi"]].to_numpy().tolist() == [[0.001, 0.4]]
     assert str(table["left_handed"].dtype) == "Int64"
     csv, _ = write_table(table, tmp_path)
     assert {"deltaH3", "deltaH3_tok_se", "left_handed"} <= set(csv.read_text().splitlines()[0].split(","))
@@ -119,6 +125,8 @@ def test_it_is_in_the_table_of_a_sweep(result, tmp_path):
 def test_it_is_logged_in_a_training(result):
     logged = scalars(flat_values(result.values))
     assert logged["entropy_probe/deltaH3_tok"] == 0.0025
+    assert logged["entropy_probe/deltaH3_tok_ci95_high"] == 0.004
+    assert "entropy_probe/deltaH3_ci95_high" not in logged
     assert "entropy_probe/deltaH3_se" not in logged  # the main changes alone have their errors logged
 
 
@@ -127,6 +135,7 @@ def test_it_is_in_the_documentation(result):
     assert added == {
         "| `deltaH3`, `deltaH3_tok` * | third-order term, nats per response |",
         "| `deltaH3_se`, `deltaH3_tok_se` * | standard error of deltaH3, nats per response |",
+        "| `deltaH3_ci95`, `deltaH3_tok_ci95` * | interval of deltaH3 |",
         "| `left_handed` * | responses written with the left hand |",
     }
 
