@@ -27,12 +27,14 @@ from probe.loading import (
     load_tokenizer,
     locate_checkpoint,
     other_base,
+    training_dropout,
 )
 from probe.phases.entropy_gradient import Derivative, entropy_gradient
 from probe.phases.ground_truth import ground_truth
 from probe.phases.prediction import Predicted, prediction
 from probe.phases.sample import BatchSource, Prompts, Sample, chosen_rewards, drawn_prompts, sample
 from probe.phases.update import Update, update
+from probe.results.provenance import Provenance
 from probe.rollouts.draw import stream_seed
 from probe.scoring.collector import MakeProgress, no_progress
 from probe.scoring.policy import Policy
@@ -167,6 +169,23 @@ class EntropyProbe(LightningModule):
         if self.optimizer is None:
             raise RuntimeError("expected a loaded optimizer, found none; call load(device) first")
         return self.optimizer
+
+    @property
+    def provenance(self) -> Provenance:
+        """What a result of this policy rests on beside its batches."""
+        dropout = 0.0 if self.sources.without_dropout else training_dropout(self.policy.model)
+        return Provenance(
+            sources=self.sources,
+            checkpoint_path=self.config.checkpoint.checkpoint_path,
+            checkpoint_name="policy" if self.files is None else self.files.name,
+            training_step=None if self.files is None else self.files.step,
+            other_base=self.other_base,
+            dropout=dropout,
+            half_precision=self.policy.half_precision,
+            schedule_at_zero=self.optimizer is not None and self.optimizer.schedule_at_zero,
+            preconditioned=self.config.probe_rework.step == "preconditioned",
+            per_token=self.config.importance.report_per_token,
+        )
 
     # ---------------------------------------------------------------- the phases, in their order
 

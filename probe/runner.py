@@ -183,7 +183,7 @@ class ProbeRunner(TrainerSection):
                 callback.compute(self, module)
         self.fabric.call("on_report_start", self, module)
         self.state.timing["total"] = sum(self.state.timing.values())
-        result = build_result(self.state, module, self.config_mapping(module), started)
+        result = build_result(self.state, module.provenance, self.config_mapping(module), started)
         self.result = result
         self.fabric.call("on_report_end", self, module, result)
         self.fabric.call("on_probe_end", self, module, result)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,16 +12,19 @@ from torch import Tensor, nn
 
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import NumericalError
-from probe.estimand import PerEstimand, as_mapping
+from probe.errors.remedies import Message
+from probe.estimand import Number, Numbers, PerEstimand
 from probe.estimators.entropy_change import entropy
 from probe.estimators.estimate import Estimate, Estimates, estimate
 from probe.estimators.ground_truth import GroundTruth
 from probe.estimators.prediction import Prediction
-from probe.results.changes import changes, reported
+from probe.live.parts import PartChanges
+from probe.results.changes import Changes, changes, reported
 from probe.results.diagnostics import batch_diagnostics, derivative_diagnostics, ground_truth_diagnostics
+from probe.results.result import BatchSizes, StepResult
 from probe.rollouts.sampling import SampledTokens
 from probe.scoring.scores import TokenScores
-from probe.verdict.verdict import verdict
+from probe.verdict.words import Verdict
 
 
 @dataclass(frozen=True)
@@ -43,22 +47,56 @@ class Before:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(StepResult):
     """What one probed step did.
 
     Attributes:
-        values: names and meanings as in `probe.results.keys.RESULT_KEYS` and `probe.live.names.LIVE_KEYS`.
         H: entropy before the step.
         deltaH1: as reported; exactly 0 without error where the step was 0.
         deltaH_true: likewise.
-        moved: whether the step was not 0.
+        mean_length: tokens per response of E.
+        step_norm: Euclidean norm of the step.
+        parts: of deltaH1; None where they were not asked for, or the step was 0.
     """
 
-    values: dict[str, Any]
     H: Estimates
     deltaH1: Estimates
     deltaH_true: Estimates
-    moved: bool
+    mean_length: float
+    step_norm: float
+    parts: PartChanges | None = None
+
+    @property
+    def moved(self) -> bool:
+        """Whether the step was not 0."""
+        return self.step_norm > 0.0
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """How far the changes can be believed; nothing can be said of a step of 0."""
+        return super().verdict if self.moved else NO_STEP
+
+    @cached_property
+    def values(self) -> Mapping[str, Any]:
+        """Names and meanings as in `probe.results.keys.RESULT_KEYS` and `probe.live.names.LIVE_KEYS`."""
+        return {
+            "verdict": self.verdict.word,
+            "verdict_reasons": list(self.verdict.in_words_of("training")),
+            **self.changes.as_mapping(),
+            "learning_rate": self.learning_rate,
+            "B_E": self.sizes.B_E,
+            "avg_generation_length": self.mean_length,
+            "diagnostics": self.diagnostics,
+            **({} if self.parts is None else self.parts.as_mapping()),
+            "step_norm": self.step_norm,
+            "timing": self.timing,
+        }
+
+
+NO_STEP = Verdict(
+    "unresolved",
+    (Message(("The optimizer's step was exactly 0 (learning rate 0, or gradients of 0).",)),),
+)
 
 
 def step_taken(parameters: Mapping[str, nn.Parameter], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -108,17 +146,19 @@ def outcome_of_no_step(before: Before, scores: TokenScores, rate: float | None) 
     """
     H = entropies(scores, before.E)
     unmoved = H.map(lambda one: Estimate(0.0, torch.zeros_like(one.influence)))
-    values = {
-        "verdict": "unresolved",
-        "verdict_reasons": ["The optimizer's step was exactly 0 (learning rate 0, or gradients of 0)."],
-        **_levels(H),
-        **{f"{name}{suffix}": 0.0 for name in ("deltaH1", "deltaH_true") for suffix in ("", "_tok")},
-        **_batch_values(before.E, rate),
-        "step_norm": 0.0,
-        "diagnostics": {**batch_diagnostics(before.E), "bias_flags": []},
-        "timing": {"sample": before.seconds},
-    }
-    return Outcome(values, H, unmoved, unmoved, moved=False)
+    nothing: Numbers = PerEstimand(Number(0.0), Number(0.0))
+    return Outcome(
+        changes=Changes({"deltaH1": nothing}, {"deltaH_true": nothing, "H_orig": H.map(reported)}),
+        sizes=BatchSizes(len(before.E)),
+        diagnostics={**batch_diagnostics(before.E), "bias_flags": []},
+        learning_rate=rate,
+        timing={"sample": before.seconds},
+        H=H,
+        deltaH1=unmoved,
+        deltaH_true=unmoved,
+        mean_length=float(before.E.lengths.double().mean()),
+        step_norm=0.0,
+    )
 
 
 def outcome_of_step(
@@ -128,9 +168,11 @@ def outcome_of_step(
     truth: GroundTruth,
     rate: float | None,
     half_precision: bool,
-    further: Mapping[str, Any],
+    step_norm: float,
+    seconds: Mapping[str, float],
+    parts: PartChanges | None = None,
 ) -> Outcome:
-    """The outcome of a step, with its verdict in the words of the drop-in probe's settings.
+    """The outcome of a step.
 
     Args:
         before: what was kept from before it.
@@ -139,43 +181,33 @@ def outcome_of_step(
         truth: deltaH_true.
         rate: the learning rate.
         half_precision: whether the policy computes in 16 bits.
-        further: values by name: parts of deltaH1, size of the step, seconds.
+        step_norm: size of the step.
+        seconds: that its parts took.
+        parts: of deltaH1, where they were asked for.
     """
     E, H = before.E, entropies(scores, before.E)
-    values = {
-        **changes(prediction, truth).as_mapping(),
-        **_levels(H),
-        **_batch_values(E, rate),
-        "diagnostics": {
+    found = changes(prediction, truth)
+    return Outcome(
+        # with the error that a level has, which a run leaves to its changes
+        changes=replace(found, measurement={**found.measurement, "H_orig": H.map(reported)}),
+        sizes=BatchSizes(len(E)),
+        diagnostics={
             **batch_diagnostics(E),
             **ground_truth_diagnostics(truth),
             **derivative_diagnostics(prediction),
             "bias_flags": [*E.bias_flags, *(["half_precision"] if half_precision else [])],
         },
-        **further,
-    }
-    judged = verdict(values)
-    words = {"verdict": judged.word, "verdict_reasons": list(judged.in_words_of("training"))}
-    return Outcome(
-        values={**words, **values},
+        learning_rate=rate,
+        timing={"sample": before.seconds, **seconds},
         H=H,
         deltaH1=prediction.total,
         deltaH_true=truth.change,
-        moved=True,
+        mean_length=float(E.lengths.double().mean()),
+        step_norm=step_norm,
+        parts=parts,
     )
 
 
 def entropies(scores: TokenScores, E: RolloutBatch) -> Estimates:
     """Entropy per response and per token, nats, with errors over prompts."""
     return PerEstimand.of(estimate(lambda q: entropy(q, scores.entropy, scores.mask), E.group))
-
-
-def _levels(H: Estimates) -> dict[str, Any]:
-    """`H_orig` with its error, both estimands."""
-    return as_mapping({"H_orig": H.map(reported)})
-
-
-def _batch_values(E: RolloutBatch, rate: float | None) -> dict[str, Any]:
-    """Learning rate, and the size of E."""
-    length = float(E.lengths.double().mean())
-    return {"learning_rate": rate, "B_E": len(E), "avg_generation_length": length}

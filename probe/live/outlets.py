@@ -156,9 +156,9 @@ class Outlets:
             outcome: what it was made from.
         """
         self._say_probe(entry)
-        timing = dict(outcome.values["timing"])
+        timing = dict(outcome.timing)
         timing["other"] = max(entry["seconds"] - sum(timing.values()), 0.0)
-        self._cost_of = (outcome.values["B_E"], outcome.values["avg_generation_length"], timing)
+        self._cost_of = (outcome.sizes.B_E, outcome.mean_length, timing)
         if self._log is not None:
             self._log.send(scalars(entry), entry["step"])
         self._watch_for_standstill(outcome.moved)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from probe.data.batch import RolloutBatch
-from probe.estimand import Number, as_mapping
+from probe.estimand import Number, Numbers, as_mapping
 from probe.estimators.estimate import Estimate, Estimates
 from probe.estimators.prediction import Prediction, token_first_order
 from probe.estimators.step_parts import StepParts
@@ -19,6 +20,27 @@ from probe.phases.fit_memory import FitMemory
 from probe.phases.passes import AlongStep, tangents_along
 from probe.results.changes import reported
 from probe.scoring.policy import Policy
+
+
+@dataclass(frozen=True)
+class PartChanges:
+    """The parts of deltaH1, or why they are not known.
+
+    Attributes:
+        numbers: `deltaH1_momentum` and the like with errors, and `momentum_share`, a part over the whole; by name.
+        reason: why there are none; empty where there are.
+        error: see `StepParts.error`; None where there are none.
+    """
+
+    numbers: Mapping[str, Numbers]
+    reason: str = ""
+    error: float | None = None
+
+    def as_mapping(self) -> dict[str, Any]:
+        """The names and values of a history entry."""
+        if self.reason:
+            return {"shares_reason": self.reason}
+        return {"shares_error": self.error, **as_mapping(self.numbers)}
 
 
 def part_changes(
@@ -30,10 +52,8 @@ def part_changes(
     prediction: Prediction,
     memory: FitMemory | None,
     draw: str,
-) -> dict[str, Any]:
-    """The values of the parts, nats per response and (`_tok`) per token, with errors, and as shares of deltaH1.
-
-    Where the parts are not known, `shares_reason` says why.
+) -> PartChanges:
+    """The parts of deltaH1 with errors, and as shares of it.
 
     Args:
         parts: of the step, or why they are not known.
@@ -46,11 +66,11 @@ def part_changes(
         draw: where E comes from.
     """
     if isinstance(parts, str):
-        return {"shares_reason": parts}
+        return PartChanges({}, reason=parts)
     basis = None if memory is None else memory.basis
     total = prediction.estimates[prediction.reported]
     rest = total
-    values: dict[str, Any] = {"shares_error": parts.error}
+    numbers: dict[str, Numbers] = {}
     for name, direction in _directions(parts).items():
         of_part = rest.map(lambda one: Estimate(0.0, torch.zeros_like(one.influence)))
         if any(bool(x.any()) for x in direction.values()):
@@ -61,8 +81,8 @@ def part_changes(
                 Z = controls_of_prediction(fitted_controls(E, along, memory, draw), along, E.group)
                 of_part = of_part.with_other(operator.sub, Z)
         rest = rest.with_other(operator.sub, of_part)
-        values |= _part_values(name, of_part, total)
-    return values | _part_values("gradient", rest, total)
+        numbers |= _part_numbers(name, of_part, total)
+    return PartChanges(numbers | _part_numbers("gradient", rest, total), error=parts.error)
 
 
 def _directions(parts: StepParts) -> dict[str, Mapping[str, Tensor]]:
@@ -71,7 +91,7 @@ def _directions(parts: StepParts) -> dict[str, Mapping[str, Tensor]]:
     return {"momentum": parts.momentum, "decay": parts.decay or zero}
 
 
-def _part_values(name: str, parts: Estimates, total: Estimates) -> dict[str, Any]:
+def _part_numbers(name: str, parts: Estimates, total: Estimates) -> dict[str, Numbers]:
     """A part of deltaH1 in nats with its error; and as a share of it, where that is told from 0."""
 
     def share(part: Estimate, whole: Estimate) -> Number:
@@ -79,4 +99,4 @@ def _part_values(name: str, parts: Estimates, total: Estimates) -> dict[str, Any
         return Number(part.value / whole.value if low > 0 or high < 0 else None)
 
     shares = parts.with_other(share, total)
-    return as_mapping({f"deltaH1_{name}": parts.map(reported), f"{name}_share": shares})
+    return {f"deltaH1_{name}": parts.map(reported), f"{name}_share": shares}

@@ -32,7 +32,7 @@ from probe.live.outcome import (
     refuse_merged,
     step_taken,
 )
-from probe.live.parts import part_changes
+from probe.live.parts import PartChanges, part_changes
 from probe.live.say import say
 from probe.live.settings import WatchSettings
 from probe.parameters import norm
@@ -175,9 +175,9 @@ class UpdateProbe:
                 controls_of_prediction(controls, passes, E.group), note
             )
         truth = measured_change(passes.scores, new, E.group, controls=controls)
-        shares: dict[str, Any] = {}
+        shares: PartChanges | None = None
         if self.settings.shares and late:
-            shares = {"shares_reason": "the step was known to be over only when the next one began"}
+            shares = PartChanges({}, "the step was known to be over only when the next one began")
         elif self.settings.shares:
             memory = None if controls is None else self.memory
             with clock.measures("shares"), passes.way.kernels(policy):
@@ -188,12 +188,17 @@ class UpdateProbe:
             with clock.measures("noise_floor"), passes.way.kernels(policy):
                 seed = stream_seed(self.settings.seed, f"sham step {before.number}")
                 truth = with_noise_floor(truth, policy, E, passes.scores, step, seed)
-        further = {
-            **shares,
-            "step_norm": norm(step),
-            "timing": {"sample": before.seconds, **clock.seconds},
-        }
-        return outcome_of_step(before, passes.scores, prediction, truth, rate, policy.half_precision, further)
+        return outcome_of_step(
+            before,
+            passes.scores,
+            prediction,
+            truth,
+            rate,
+            policy.half_precision,
+            norm(step),
+            clock.seconds,
+            shares,
+        )
 
     # ---------------------------------------------------------------- parts
 

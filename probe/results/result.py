@@ -1,4 +1,4 @@
-"""The result of a run: one frozen object, and the mapping that scripts read."""
+"""What is known of a step, and the result of a run: frozen objects, and the mapping that scripts read."""
 
 from __future__ import annotations
 
@@ -19,27 +19,47 @@ class BatchSizes:
 
     Attributes:
         B_E: sequences of E.
-        B_U: groups of U.
+        B_U: groups of U; None in a training, whose update batch is its own.
         G: responses per group; None where they are of several sizes.
     """
 
     B_E: int
-    B_U: int
-    G: int | None
+    B_U: int | None = None
+    G: int | None = None
 
 
 @dataclass(frozen=True)
-class ProbeResult:
-    """What one run found, and of what.
+class StepResult:
+    """What the probe found out about one step, of a run or of a training.
 
     Attributes:
         changes: entropies and their changes with errors, both estimands.
         sizes: of the batches.
         diagnostics: how good the estimates are, see `DIAGNOSTIC_KEYS`.
+        learning_rate: that the step was taken with; None where none was, or none is known.
+        timing: seconds per phase or part.
+    """
+
+    changes: Changes
+    sizes: BatchSizes
+    diagnostics: Mapping[str, Any]
+    learning_rate: float | None
+    timing: Mapping[str, float]
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """How far the changes can be believed."""
+        numbers = self.changes.numbers
+        return judge(Facts(numbers, self.diagnostics, self.sizes.B_E, self.learning_rate, len(numbers)))
+
+
+@dataclass(frozen=True)
+class ProbeResult(StepResult):
+    """What one run found, and of what.
+
+    Attributes:
         batch_statistics: lengths, rewards and advantages.
         settings: where the settings of the update come from.
-        timing: seconds per phase.
-        learning_rate: that the step was taken with; None where none was.
         training_step: of the checkpoint; None where nothing says.
         checkpoint_path: the checkpoint that was probed.
         checkpoint_name: its short name (`step_60`), for file names and tables.
@@ -47,24 +67,13 @@ class ProbeResult:
         started_at: local date and time of the start, ISO 8601.
     """
 
-    changes: Changes
-    sizes: BatchSizes
-    diagnostics: Mapping[str, Any]
     batch_statistics: Mapping[str, Any]
     settings: Mapping[str, Any]
-    timing: Mapping[str, float]
-    learning_rate: float | None
     training_step: int | None
     checkpoint_path: str | None
     checkpoint_name: str
     config: Mapping[str, Any]
     started_at: str
-
-    @cached_property
-    def verdict(self) -> Verdict:
-        """How far the changes can be believed."""
-        numbers = self.changes.numbers
-        return judge(Facts(numbers, self.diagnostics, self.sizes.B_E, self.learning_rate, len(numbers)))
 
     @cached_property
     def values(self) -> Mapping[str, Any]:

@@ -43,7 +43,9 @@ def measure_at(runner: ProbeRunner, module: EntropyProbe, learning_rate: float) 
             state.keep(ground_truth(module.batch_source, state.drawn, state.update, state.predicted, floor))
         seconds = time.perf_counter() - start
         state.timing = {"ground_truth": seconds, "total": seconds}
-        return build_result(state, module, runner.config_mapping(module), datetime.now().astimezone())
+        return build_result(
+            state, module.provenance, runner.config_mapping(module), datetime.now().astimezone()
+        )
 
 
 def at_learning_rate(module: EntropyProbe, state: ProbeState, learning_rate: float) -> ProbeState:

@@ -93,7 +93,7 @@ def by_a_run(module: EntropyProbe) -> tuple[ProbeState, dict[str, Any]]:
     assert state.update is not None
     state.keep(module.prediction(state.drawn, state.derivative, state.update))
     state.keep(module.ground_truth(state.drawn, state.update, state.predicted))
-    return state, dict(build_result(state, module, {}, datetime.now()).values)
+    return state, dict(build_result(state, module.provenance, {}, datetime.now()).values)
 
 
 def by_a_training(module: EntropyProbe, state: ProbeState, **settings: Any) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from probe.phases.state import ProbeState
 from probe.phases.update import Update
 from probe.results import DIAGNOSTIC_KEYS
 from probe.results.build import build_result
+from probe.results.provenance import Provenance
 from probe.results.result import ProbeResult
 from probe.scoring.scores import TokenScores
 
@@ -228,7 +229,7 @@ def make_result(state: ProbeState, config: ProbeConfig | None = None, **changes:
 def run_result(state: ProbeState, config: ProbeConfig | None = None) -> ProbeResult:
     """The result of that run as it is."""
     started_at = datetime(2025, 1, 15, 14, 30, 25)
-    return build_result(state, make_module(), _resolved(config or ProbeConfig()), started_at)
+    return build_result(state, made_provenance(), _resolved(config or ProbeConfig()), started_at)
 
 
 def replace_values(result: ProbeResult, **changes: Any) -> MadeResult:
@@ -339,11 +340,23 @@ def make_module() -> Any:
     return SimpleNamespace(
         tokenizer=Tokenizer(),
         config=replace(config, checkpoint=replace(config.checkpoint, checkpoint_path="/runs/qwen/step_60")),
-        sources=SimpleNamespace(flags=(), without_dropout=False, as_mapping=dict),
         files=SimpleNamespace(step=60, name="step_60"),
-        policy=SimpleNamespace(half_precision=False, model=torch.nn.Identity()),
-        optimizer=None,
+    )
+
+
+def made_provenance() -> Provenance:
+    """What such a run rests on."""
+    return Provenance(
+        sources=SettingSources("none"),
+        checkpoint_path="/runs/qwen/step_60",
+        checkpoint_name="step_60",
+        training_step=60,
         other_base=None,
+        dropout=0.0,
+        half_precision=False,
+        schedule_at_zero=False,
+        preconditioned=False,
+        per_token=True,
     )
 
 
