@@ -183,7 +183,7 @@ class EntropyProbe(LightningModule):
             dropout=dropout,
             half_precision=self.policy.half_precision,
             schedule_at_zero=self.optimizer is not None and self.optimizer.schedule_at_zero,
-            preconditioned=self.config.probe_rework.step == "preconditioned",
+            preconditioned=not self.config.probe_rework.predicts_a_step,
             per_token=self.config.importance.report_per_token,
         )
 

@@ -160,6 +160,11 @@ class ProbeReworkConfig:
             return self.advantage
         return "dr_grpo" if self.loss == "dr_grpo" else "grpo"
 
+    @property
+    def predicts_a_step(self) -> bool:
+        """Whether deltaH1 is that of a step that an optimizer takes, and not of the preconditioned gradient."""
+        return self.step != "preconditioned"
+
 
 @dataclass(frozen=True)
 class ImportanceConfig:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from probe.data.batch import RolloutBatch
 from probe.estimand import Number, Numbers, as_mapping
 from probe.estimators.estimate import Estimate, Estimates
 from probe.estimators.prediction import Prediction, token_first_order
 from probe.estimators.step_parts import StepParts
 from probe.phases.controls import controls_of_prediction, fitted_controls
 from probe.phases.fit_memory import FitMemory
-from probe.phases.passes import AlongStep, tangents_along
+from probe.phases.passes import AlongStep, StepOnBatch, tangents_along
 from probe.results.changes import reported
-from probe.scoring.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,7 @@ class PartChanges:
 
 def part_changes(
     parts: StepParts | str,
-    policy: Policy,
-    E: RolloutBatch,
-    step: Mapping[str, Tensor],
+    on: StepOnBatch,
     passes: AlongStep,
     prediction: Prediction,
     memory: FitMemory | None,
@@ -57,9 +53,7 @@ def part_changes(
 
     Args:
         parts: of the step, or why they are not known.
-        policy: at the parameters before it.
-        E: the evaluation batch.
-        step: by parameter name.
+        on: E and the step.
         passes: over E along the step.
         prediction: of the whole step.
         memory: for control variates of each part; None where the prediction has none.
@@ -67,14 +61,15 @@ def part_changes(
     """
     if isinstance(parts, str):
         return PartChanges({}, reason=parts)
-    basis = None if memory is None else memory.basis
+    # features are needed for control variates alone
+    on, E = replace(on, basis=None if memory is None else memory.basis), on.batch
     total = prediction.estimates[prediction.reported]
     rest = total
     numbers: dict[str, Numbers] = {}
     for name, direction in _directions(parts).items():
         of_part = rest.map(lambda one: Estimate(0.0, torch.zeros_like(one.influence)))
         if any(bool(x.any()) for x in direction.values()):
-            tangents = tangents_along(policy, E, direction, step, passes, basis)
+            tangents = tangents_along(on, direction, passes)
             along = AlongStep(passes.scores, tangents, passes.way)
             of_part = token_first_order(passes.scores, tangents, E.group).total
             if memory is not None:

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from probe.data.batch import PromptExample, RolloutBatch
+from probe.data.batch import PromptExample
 from probe.errors.exceptions import ProbeError, RolloutError
 from probe.estimators.step_parts import step_parts
 from probe.finite import require_finite_moments
@@ -39,7 +39,7 @@ from probe.parameters import norm
 from probe.phases.controls import Controls, controls_of_prediction, fitted_controls, too_few_prompts
 from probe.phases.fit_memory import FitMemory
 from probe.phases.ground_truth import measured_change, with_noise_floor
-from probe.phases.passes import AlongStep, Way, along_step, choose_way
+from probe.phases.passes import AlongStep, StepOnBatch, Way, along_step, choose_way
 from probe.phases.prediction import predict
 from probe.rollouts.draw import draw_prompts, stream_seed
 from probe.rollouts.sampling import check_sampling, sample_rollouts
@@ -160,8 +160,10 @@ class UpdateProbe:
         policy, rate = self.policy.at(before.old), largest_rate(optimizers, self.parameters)
         if not any(bool(change.any()) for change in step.values()):
             return outcome_of_no_step(before, score_tokens(policy, E), rate)
+        basis = None if self.memory is None else self.memory.basis
+        on = StepOnBatch(policy, E, step, after=self.policy.point(step), basis=basis)
         with clock.measures("derivative"):
-            passes = self._differentiate(policy, E, step)
+            passes = self._differentiate(on)
         check_sampling(self.policy, before.seen, passes.scores)
         with clock.measures("rescoring"), passes.way.kernels(policy):
             new = passes.new or score_tokens(self.policy, E)
@@ -182,7 +184,7 @@ class UpdateProbe:
             memory = None if controls is None else self.memory
             with clock.measures("shares"), passes.way.kernels(policy):
                 parts = step_parts(optimizers, self.parameters, before.old, step)
-                shares = part_changes(parts, policy, E, step, passes, prediction, memory, draw_name(before))
+                shares = part_changes(parts, on, passes, prediction, memory, draw_name(before))
         wanted = self.settings.noise_floor
         if wanted == "on" or (wanted == "auto" and policy.half_precision):
             with clock.measures("noise_floor"), passes.way.kernels(policy):
@@ -202,19 +204,15 @@ class UpdateProbe:
 
     # ---------------------------------------------------------------- parts
 
-    def _differentiate(self, policy: Policy, E: RolloutBatch, step: Mapping[str, Tensor]) -> AlongStep:
+    def _differentiate(self, on: StepOnBatch) -> AlongStep:
         """E's scores and their derivatives along the step.
 
         What forward mode gives is compared with differences of forwards; where these contradict it, they take its
         place from here on, unless forward mode was asked for.
         """
         passes = along_step(
-            policy,
-            E,
-            step,
+            on,
             self.way,
-            after=self.policy.point(step),
-            basis=None if self.memory is None else self.memory.basis,
             binding=self.settings.derivative == "jvp",
             check_scale=self.check_scale,
         )

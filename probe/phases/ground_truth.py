@@ -53,9 +53,9 @@ def ground_truth(
     new = None if predicted is None or predicted.passes is None else predicted.passes.new
     if new is None:
         new = score_tokens(policy.at(update.new_parameters), E, progress("score E after the step"))
-    # the preconditioned direction is not the step that is measured
-    same_step = source.config.probe_rework.step != "preconditioned"
-    controls = predicted.controls if predicted is not None and same_step else None
+    # those of a rounded step are of the exact one: their mean is 0 all the same
+    of_a_step = source.config.probe_rework.predicts_a_step
+    controls = predicted.controls if predicted is not None and of_a_step else None
     reported: Reweighting = "snis" if importance.is_mode == "snis" else "per_decision"
     truth = measured_change(
         scores,

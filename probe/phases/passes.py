@@ -19,7 +19,7 @@ from probe.scoring.collector import MakeProgress, no_progress
 from probe.scoring.differences import DifferencePair, choose_scale, difference_pair
 from probe.scoring.differentiable import forward_mode_kernels
 from probe.scoring.features import FeatureBasis
-from probe.scoring.forward_mode import scores_and_tangents
+from probe.scoring.forward_mode import forward_tangents, scores_and_tangents
 from probe.scoring.microbatch import first_microbatch
 from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
@@ -67,6 +67,29 @@ class AlongStep:
     new: TokenScores | None = None
 
 
+@dataclass(frozen=True)
+class StepOnBatch:
+    """One step and the E that it is differentiated on, with what is known of the two already.
+
+    Attributes:
+        policy: at `theta`.
+        batch: E.
+        step: by parameter name.
+        scores: of E at `theta`, where they are there already.
+        after: the exact parameters after the step, where the step is one that was taken.
+        basis: of the features that control variates are made of.
+        progress: makes a progress callback from the name of a pass.
+    """
+
+    policy: Policy
+    batch: RolloutBatch
+    step: Mapping[str, Tensor]
+    scores: TokenScores | None = None
+    after: Mapping[str, Tensor] | None = None
+    basis: FeatureBasis | None = None
+    progress: MakeProgress = no_progress
+
+
 def choose_way(policy: Policy, few: RolloutBatch, wanted: str, otherwise: Mode = "reverse") -> Way:
     """The way to differentiate a model.
 
@@ -94,120 +117,103 @@ def choose_way(policy: Policy, few: RolloutBatch, wanted: str, otherwise: Mode =
 
 
 def along_step(
-    policy: Policy,
-    E: RolloutBatch,
-    step: Mapping[str, Tensor],
-    way: Way,
-    scores: TokenScores | None = None,
-    after: Mapping[str, Tensor] | None = None,
-    basis: FeatureBasis | None = None,
-    *,
-    check: bool = True,
-    binding: bool = False,
-    check_scale: int = 0,
-    progress: MakeProgress = no_progress,
+    on: StepOnBatch, way: Way, *, check: bool = True, binding: bool = False, check_scale: int = 0
 ) -> AlongStep:
     """Score and differentiate E along a step.
 
     Args:
-        policy: at `theta`.
-        E: the evaluation batch.
-        step: by parameter name.
+        on: E, the step and what is known already.
         way: to differentiate.
-        scores: of E at `theta`, where they are there already.
-        after: the exact parameters after the step, where the step is one that was taken.
-        basis: of the features that control variates are made of.
         check: compare what forward mode gives with differences of forwards.
         binding: keep to forward mode where these contradict it; otherwise they take its place.
         check_scale: the `StepCheck.scale` of an earlier check.
-        progress: makes a progress callback from the name of a pass.
 
     Raises:
         NumericalError: a score is not finite, or no difference step is usable.
         ForwardModeError: an operation of the model has no forward-mode derivative.
     """
     if way.mode != "jvp":
-        return _by_differences(policy, E, step, way, scores, after, basis, progress)
-    here, tangents = scores_and_tangents(policy, E, step, basis, progress("forward mode on E"))
-    found = AlongStep(here if scores is None else scores, tangents, way)
+        return _by_differences(on, way)
+    here, tangents = scores_and_tangents(
+        on.policy, on.batch, on.step, on.basis, on.progress("forward mode on E")
+    )
+    found = AlongStep(here if on.scores is None else on.scores, tangents, way)
     if not check:
         return found
     # with the kernels of the scores that it is compared with
-    with way.kernels(policy) if scores is None else nullcontext():
-        checked = step_check(policy, E, found.scores, step, tangents, check_scale)
+    with way.kernels(on.policy) if on.scores is None else nullcontext():
+        checked = step_check(on.policy, on.batch, found.scores, on.step, tangents, check_scale)
     if binding or not checked.contradicted:
         return replace(found, check=checked)
-    forwards = Way("finite_difference", stopped_gradients(checked))
-    return _by_differences(policy, E, step, forwards, scores, after, basis, progress)
+    return _by_differences(on, Way("finite_difference", stopped_gradients(checked)))
 
 
-def _by_differences(
-    policy: Policy,
-    E: RolloutBatch,
-    step: Mapping[str, Tensor],
-    way: Way,
-    scores: TokenScores | None,
-    after: Mapping[str, Tensor] | None,
-    basis: FeatureBasis | None,
-    progress: MakeProgress,
-) -> AlongStep:
+def _by_differences(on: StepOnBatch, way: Way) -> AlongStep:
     """See `along_step`; by central differences of forwards."""
-    scores = score_tokens(policy, E, basis=basis) if scores is None else scores
-    pair, new = pair_along(policy, E, step, scores, after, basis, progress)
+    scores = score_tokens(on.policy, on.batch, basis=on.basis) if on.scores is None else on.scores
+    pair, new = pair_along(on, scores)
     return AlongStep(scores, pair.tangents, way, pair, new=new)
 
 
-def pair_along(
-    policy: Policy,
-    E: RolloutBatch,
-    step: Mapping[str, Tensor],
-    scores: TokenScores,
-    after: Mapping[str, Tensor] | None,
-    basis: FeatureBasis | None = None,
-    progress: MakeProgress = no_progress,
-) -> tuple[DifferencePair, TokenScores | None]:
+def pair_along(on: StepOnBatch, scores: TokenScores) -> tuple[DifferencePair, TokenScores | None]:
     """E scored on both sides; and after the step, where the upper side is the step's own end (at scale 1).
 
     Args:
+        on: E and the step.
+        scores: of E at `theta`.
+
+    Raises:
+        NumericalError: no difference step is usable.
+    """
+    few = few_responses(on.batch, on.policy.microbatch_size, scores)
+    scale, error = choose_scale(on.policy, few, on.step)
+    upper = on.after if scale == 1.0 else None
+    pair = difference_pair(on.policy, on.batch, on.step, scale, error, upper, on.basis, on.progress)
+    return pair, None if upper is None else pair.plus
+
+
+def tangents_along(on: StepOnBatch, direction: Mapping[str, Tensor], found: AlongStep) -> TokenTangents:
+    """Derivatives of E's scores along another direction, by the way of the step's; differences move as far.
+
+    Args:
+        on: E and the step.
+        direction: by parameter name, not 0.
+        found: the passes along the step.
+    """
+    if found.pair is None:
+        return forward_tangents(on.policy, on.batch, direction, on.basis)
+    scale = found.pair.scale * norm(on.step) / norm(direction)
+    return difference_pair(on.policy, on.batch, direction, scale, basis=on.basis).tangents
+
+
+def tangents_of(
+    policy: Policy,
+    batch: RolloutBatch,
+    direction: Mapping[str, Tensor],
+    way: Way,
+    move: float,
+    progress: MakeProgress = no_progress,
+) -> TokenTangents:
+    """Derivatives of another batch's scores along a direction of any length.
+
+    Args:
         policy: at `theta`.
-        E: the evaluation batch.
-        step: by parameter name.
-        scores: of E.
-        after: the exact parameters after the step, or None.
-        basis: also score the expected token features.
+        batch: any.
+        direction: by parameter name.
+        way: to differentiate.
+        move: Euclidean length at which differences begin to look for their step, that of the optimizer's.
         progress: makes a progress callback from the name of a pass.
 
     Raises:
         NumericalError: no difference step is usable.
     """
-    scale, error = choose_scale(policy, few_responses(E, policy.microbatch_size, scores), step)
-    upper = after if scale == 1.0 else None
-    pair = difference_pair(policy, E, step, scale, error, upper, basis, progress)
-    return pair, None if upper is None else pair.plus
-
-
-def tangents_along(
-    policy: Policy,
-    E: RolloutBatch,
-    direction: Mapping[str, Tensor],
-    step: Mapping[str, Tensor],
-    found: AlongStep,
-    basis: FeatureBasis | None = None,
-) -> TokenTangents:
-    """Derivatives of E's scores along another direction, by the way of the step's; differences move as far.
-
-    Args:
-        policy: at `theta`.
-        E: the evaluation batch.
-        direction: by parameter name, not 0.
-        step: by parameter name.
-        found: the passes along the step.
-        basis: also differentiate the expected token features.
-    """
-    if found.pair is None:
-        return scores_and_tangents(policy, E, direction, basis)[1]
-    scale = found.pair.scale * norm(step) / norm(direction)
-    return difference_pair(policy, E, direction, scale, basis=basis).tangents
+    if way.mode == "jvp":
+        return forward_tangents(policy, batch, direction, progress=progress("forward mode on U"))
+    factor = move / max(norm(direction), 1e-300)
+    along = {name: factor * change for name, change in direction.items()}
+    scale, _ = choose_scale(policy, few_responses(batch, policy.microbatch_size), along)
+    found = difference_pair(policy, batch, along, scale).tangents
+    return TokenTangents(found.logprob / factor, found.entropy / factor)
 
 
 def few_responses(batch: RolloutBatch, count: int, scores: TokenScores | None = None) -> RolloutBatch:

@@ -10,7 +10,6 @@ from typing import get_args
 from torch import Tensor
 
 from probe.config.estimation import ProbeReworkConfig
-from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import NumericalError
 from probe.estimators.curvature import nested_curvature, symmetric_curvature
 from probe.estimators.entropy_gradient import EntropyGradient
@@ -21,7 +20,7 @@ from probe.loading.optimizer import LoadedOptimizer
 from probe.phases.attribution import update_spread
 from probe.phases.controls import Controls, controls_of_prediction, fitted_controls
 from probe.phases.entropy_gradient import Derivative
-from probe.phases.passes import AlongStep, Way, along_step, pair_along
+from probe.phases.passes import AlongStep, StepOnBatch, Way, along_step, pair_along
 from probe.phases.sample import Sample
 from probe.phases.update import Update, predicted_step
 from probe.scoring.collector import MakeProgress, no_progress
@@ -74,29 +73,31 @@ def prediction(
     Raises:
         NumericalError: two ways to the derivative disagree, or no difference step is usable.
     """
-    E, step = sample.E, predicted_step(policy, loaded, update, rework.step)
-    after = update.new_parameters if rework.step == "optimizer" and update.rounding is None else None
-    memory = sample.controls.memory
+    E, memory = sample.E, sample.controls.memory
+    taken = rework.step == "optimizer" and update.rounding is None
+    on = StepOnBatch(
+        policy,
+        E,
+        predicted_step(policy, loaded, update, rework.step),
+        scores=sample.E_scores,
+        after=update.new_parameters if taken else None,
+        basis=None if memory is None else memory.basis,
+        progress=progress,
+    )
     try:
         passes = along_step(
-            policy,
-            E,
-            step,
+            on,
             derivative.way,
-            sample.E_scores,
-            after,
-            None if memory is None else memory.basis,
             check=rework.derivative_check,
             binding=rework.derivative_mode != "auto",
-            progress=progress,
         )
     except NumericalError as error:
         if derivative.way.mode != "reverse" or derivative.X is None:
             raise
         return _without_errors(
-            derivative.X, step, update, rework, f"{derivative.way.reason}; no error bars: {error}"
+            derivative.X, on.step, update, rework, f"{derivative.way.reason}; no error bars: {error}"
         )
-    found, X, way = _checked(policy, E, passes, derivative, step, update, rework)
+    found, X, way = _checked(on, passes, derivative, update, rework)
     found = replace(
         found,
         sd_U=update_spread(policy, sample.U, X, update, loaded, rework, way, progress),
@@ -109,7 +110,7 @@ def prediction(
         Z = controls_of_prediction(controls, passes, E.group, rework.baseline)
         batches = f" and {controls.earlier} earlier batches" if controls.earlier else ""
         found = found.with_control_variates(Z, f"on: fitted on other prompts{batches}")
-    found, passes = _with_curvature(policy, E, step, after, found, passes, rework.curvature, progress)
+    found, passes = _with_curvature(on, found, passes, rework.curvature)
     return Predicted(found, X, passes, controls)
 
 
@@ -148,24 +149,22 @@ def predict(
 
 
 def _checked(
-    policy: Policy,
-    E: RolloutBatch,
+    on: StepOnBatch,
     passes: AlongStep,
     derivative: Derivative,
-    step: Mapping[str, Tensor],
     update: Update,
     rework: ProbeReworkConfig,
 ) -> tuple[Prediction, EntropyGradient | None, Way]:
     """DeltaH1 by the way that holds: backward and derivatives per token agree, or forwards are believed."""
-    found = predict(passes, E.group, update.learning_rate, rework.weighting, rework.baseline)
+    found = predict(passes, on.batch.group, update.learning_rate, rework.weighting, rework.baseline)
     if passes.way != derivative.way:  # X takes the same for a constant as what the forwards contradict
         logger.warning("deltaH1 by %s: %s", passes.way.mode, passes.way.reason)
         return found, None, passes.way
     X = derivative.X
     if X is None:
         return found, None, passes.way
-    backward = first_order(X, step, update.learning_rate)
-    agreement = _agreement(backward, found, policy.half_precision)
+    backward = first_order(X, on.step, update.learning_rate)
+    agreement = _agreement(backward, found, on.policy.half_precision)
     if passes.way.mode != "reverse":
         return replace(found, agreement=agreement), X, passes.way
     check = None
@@ -223,33 +222,26 @@ def _without_errors(
 
 
 def _with_curvature(
-    policy: Policy,
-    E: RolloutBatch,
-    step: Mapping[str, Tensor],
-    after: Mapping[str, Tensor] | None,
-    found: Prediction,
-    passes: AlongStep,
-    wanted: str,
-    progress: MakeProgress,
+    on: StepOnBatch, found: Prediction, passes: AlongStep, wanted: str
 ) -> tuple[Prediction, AlongStep]:
     """Add deltaH2 by the way that is asked for; its passes may have scored E after the step."""
     if wanted == "off":
         return found, passes
-    scores = passes.scores
+    scores, group = passes.scores, on.batch.group
     if wanted == "jvp" or (wanted == "auto" and found.mode == "jvp"):
         try:
-            first, second = second_order_tangents(policy, E, step, progress("curvature on E"))
+            first, second = second_order_tangents(on.policy, on.batch, on.step, on.progress("curvature on E"))
             return replace(
-                found, deltaH2=nested_curvature(scores, first, second, E.group), curvature_mode="jvp"
+                found, deltaH2=nested_curvature(scores, first, second, group), curvature_mode="jvp"
             ), passes
         except ForwardModeError as error:
             if wanted == "jvp":
                 raise
             logger.info("deltaH2 by differences: %s", error)
     if passes.pair is None:
-        pair, new = pair_along(policy, E, step, scores, after, progress=progress)
+        pair, new = pair_along(replace(on, basis=None), scores)
         passes = replace(passes, pair=pair, new=new)
     else:
         pair = passes.pair
-    deltaH2 = symmetric_curvature(scores, pair, E.group)
+    deltaH2 = symmetric_curvature(scores, pair, group)
     return replace(found, deltaH2=deltaH2, curvature_mode="finite_difference"), passes
