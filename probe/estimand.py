@@ -102,8 +102,6 @@ class Number:
 
 PARTS = tuple(field.name for field in fields(Number) if field.name not in ("value", "null_error"))
 """What comes with a value, in a mapping under its key with this ending."""
-
-
 Numbers = PerEstimand[Number | None]
 """A number for each estimand; None where the result does not have it."""
 

@@ -46,8 +46,6 @@ OF_A_TRAINING: tuple[Quantity, ...] = (
     ),
 )
 """Quantities that only a training has: changes of entropy with errors."""
-
-
 _FORECAST = {
     "momentum_share_tok": "deltaH1_momentum_tok / deltaH1_tok; absent where deltaH1_tok cannot be told from 0",
     "decay_share_tok": "deltaH1_decay_tok / deltaH1_tok; absent likewise",
@@ -90,15 +88,9 @@ LIVE_KEYS: dict[str, str] = {one.key: one.words for one in _changes()}
 """Quantities in nats per response, and with the suffix `_tok` in nats per token; `_se` is the standard error,
 `_ci95_low` and `_ci95_high` the ends of the 95 % interval. Errors are those of sampling E; those of cumulative sums
 count the scatter of steps between probes too."""
-
-
 LIVE_NUMBERS: dict[str, str] = {**_FORECAST, **_shared_numbers(), **_COST}
 """Further numbers, without a suffix."""
-
-
 STEPS = ("steps_to_collapse", "steps_to_collapse_low", "steps_to_collapse_high")
-
-
 LIVE_TEXTS: dict[str, str] = {
     "verdict_reasons": "why the verdict is not better, a list of sentences",
     "shares_reason": "why there are no parts of momentum and decay; absent where there are",

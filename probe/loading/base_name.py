@@ -12,8 +12,6 @@ from probe.loading.adapters import read_adapter_config
 from probe.loading.checkpoint import ADAPTER_CONFIG, CheckpointFiles
 
 _LONGEST_NAME = 1000
-
-
 BACKBONES: dict[str, str] = {
     f"qwen2_5_{short}{suffix}": f"Qwen/Qwen2.5-{size}{ending}"
     for short, size in (

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _WEIGHTS_PER_BYTE = 4  # 4-bit weights are 2, and tied ones are saved once
-
-
 _LAYERS = re.compile(r"(num|n)_(hidden_|decoder_|encoder_)?(layers?|blocks)")
 
 

@@ -19,16 +19,10 @@ if TYPE_CHECKING:
     from probe.results.result import ProbeResult
 
 PREFIX = "entropy_probe"
-
-
 VERDICT_CODE = "verdict_code"
 """The verdict as a number, its position in `probe.verdict.WORDS`: 0 trustworthy, 1 caution, 2 unresolved, 3 invalid."""
-
-
 SECTIONS = ("checkpoint", "batch_config", "generation", "probe_rework", "importance", "trainer")
 """Sections of the configuration shown in the HPARAMS tab: those that can change a number."""
-
-
 SHOWN_AS_RESULTS = ("batch_config/B_E", "batch_config/B_U", "batch_config/G", "probe_rework/learning_rate")
 """Settings of which the HPARAMS tab shows the value that was used."""
 

@@ -153,8 +153,6 @@ DIAGNOSTICS: tuple[Quantity, ...] = (
     ),
 )
 """Of `diagnostics`."""
-
-
 DIAGNOSTIC_KEYS: dict[str, str] = {
     estimand.key(one.key): one.words if not estimand.suffix else "the same in nats per token"
     for one in DIAGNOSTICS

@@ -24,8 +24,6 @@ def _errors(of: str, se: str, logged: bool = False) -> tuple[Part, Part]:
 
 
 _BOTH = (SEQUENCE, TOKEN)
-
-
 QUANTITIES: tuple[Quantity, ...] = (
     Quantity("verdict", "trustworthy, caution, unresolved or invalid; see probe.verdict", core=True),
     Quantity("verdict_reasons", "sentences that say why", core=True),
@@ -193,8 +191,6 @@ STATISTICS: tuple[Quantity, ...] = (
     Quantity("avg_reward", "mean reward of U", group="batch"),
 )
 """Of `batch_statistics`: its numbers that are not of E or U alone."""
-
-
 RESULT_KEYS: dict[str, str] = {key: words for one in QUANTITIES for key, words in one.described().items()}
 """Keys of the result mapping. Those in nats per response exist with the suffix `_tok` in nats per token too; the
 keys of a phase that did not run are absent."""

@@ -9,8 +9,6 @@ from probe.estimand import SEQUENCE, TOKEN, Estimand
 
 LOW_HIGH = ("low", "high")
 """What names of the ends of an interval end in."""
-
-
 Form = Literal[
     "level", "change", "plain",
     "number", "count", "share", "difference", "words", "name",

@@ -83,8 +83,6 @@ _FOUND: dict[str, Callable[[Facts], Finding | None]] = {
     "E_not_from_this_policy": _another_policy,
 }
 """Bias flags whose meaning depends on the diagnostics."""
-
-
 _FLAGS: dict[str, Finding] = {
     "truncated_support": invalid(
         "Sampling cut the policy's support, so weights and score terms are undefined outside it; set "

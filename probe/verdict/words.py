@@ -8,12 +8,8 @@ from typing import Literal
 from probe.errors.remedies import Audience, Message, Remedy
 
 Word = Literal["trustworthy", "caution", "unresolved", "invalid"]
-
-
 WORDS: tuple[Word, ...] = ("trustworthy", "caution", "unresolved", "invalid")
 """From best to worst. The position is the code under which loggers that take only numbers get the verdict."""
-
-
 MATERIAL = 0.1
 """What changes a result by more than a tenth is reported: curvature (as in the definition of `eta_10`), the
 difference between prediction and measurement, the noise floor, responses cut off by the token limit."""
