@@ -56,6 +56,9 @@ def _row(one: Quantity, ending: str, words: str, core: bool) -> str:
     names = [
         f"`{estimand.key(one.key, ending)}`" for estimand in (SEQUENCE, TOKEN) if estimand in one.estimands
     ]
-    # a bar would end the cell, and what stands in angle brackets would be a tag
-    shown = words.replace("|", r"\|").replace("<", "&lt;").replace(">", "&gt;")
-    return f"| {', '.join(names)}{' *' if core else ''} | {shown} |"
+    return f"| {', '.join(names)}{' *' if core else ''} | {cell_text(words)} |"
+
+
+def cell_text(words: str) -> str:
+    """Words for a cell: a bar would end it, and what stands in angle brackets would be a tag."""
+    return words.replace("|", r"\|").replace("<", "&lt;").replace(">", "&gt;")

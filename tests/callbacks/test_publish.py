@@ -10,7 +10,6 @@ import math
 import os
 import re
 import threading
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -36,13 +35,9 @@ from probe.files.log_files import load_log
 from probe.logs.document import build_log
 from probe.logs.write import log_name, safe_name, write_log
 from probe.phases.state import ProbeState
-from probe.report.markdown import escaped, report_markdown
-from probe.report.numbers import interval_text, with_error
-from probe.report.rows import entropy_rows, estimator_rows, time_rows, trust_rows
-from probe.report.tags import hyperparameters, interval_charts, scalar_tags, training_step
+from probe.report.tags import scalar_tags
 from probe.report.terminal import WIDTH, report
-from probe.verdict.words import WORDS
-from tests.support.helpers import name_of_ended_process
+from tests.support.helpers import name_of_ended_process, rendered
 from tests.support.synthetic_run import (
     estimate_rows,
     make_module,
@@ -70,16 +65,6 @@ def publish(callback, state, result, runner=None):
 
 def no_space(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def rendered(markdown):
-    """The HTML that TensorBoard makes of Markdown."""
-    with warnings.catch_warnings():
-        # A part of TensorBoard warns of itself as it is imported.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from tensorboard.plugin_util import markdown_to_safe_html
-
-    return markdown_to_safe_html(markdown)
 
 
 def test_every_hook_is_one_of_the_base_class():
@@ -374,15 +359,6 @@ def test_the_hparams_tab_has_settings_and_metrics(state, tmp_path, kind):
     assert sorted(session)[:5] == ["B_E", "B_U", "G", "checkpoint_name", "learning_rate"]
 
 
-def test_every_run_has_the_same_hyperparameters(state):
-    result = make_result(state)
-    other = replace(
-        result, values={}, config=make_result(state, ProbeConfig()).config | {"seed_everything": None}
-    )
-    assert set(hyperparameters(result)) == set(hyperparameters(other))
-    assert hyperparameters(other)["learning_rate"] == "null"
-
-
 def test_hyperparameters_can_be_left_to_the_training_loop(state, tmp_path):
     logger = PyTorchTensorBoardLogger(str(tmp_path))
     publish(
@@ -408,64 +384,6 @@ def test_several_checkpoints_make_a_curve(state, tmp_path):
     assert [event.step for event in events(logger).Scalars("entropy_probe/deltaH1")] == [20, 40]
 
 
-@pytest.mark.parametrize(("known", "step"), [(60, 60), (None, 0)])
-def test_training_step(state, known, step):
-    assert training_step(make_result(state, training_step=known)) == step
-
-
-def test_tags_are_grouped_and_only_finite_numbers_are_tags(state):
-    tags = scalar_tags(
-        {
-            "deltaH1_tok": 1.0,
-            "deltaH_true_se": 2,
-            "pathwise": 3.0,
-            "B_E": 4,
-            "H_orig": None,
-            "H_upd": math.nan,
-            "checkpoint_path": "x",
-            "deltaH_true_ci95": [0.0, 1.0],
-            "residual_tok_ci95": None,
-            "deltaH1_ci95": [math.nan, 1.5],
-            "deltaH1_tok_sd_U": 8.0,
-            "eta_10": 9.0,
-            "verdict": "unresolved",
-            "verdict_reasons": ["x"],
-            "estimates": [
-                {"quantity": "deltaH_true", "estimand": "token", "estimator": "per_decision+cv"}
-                | {"value": 10.0, "se": 11.0, "ci95": [1.0, 2.0], "variance_ratio": 12.0, "reported": True},
-                {"quantity": "deltaH1", "estimand": "sequence", "estimator": "causal"}
-                | {"value": None, "se": None, "ci95": None, "variance_ratio": None, "reported": False},
-            ],
-            "diagnostics": {"ESS": 5.0, "bias_flags": [], "flag": True, "nested": {"deep": 6}},
-            "batch_statistics": {"E": {"length": {"mean": 7.0}}},
-        }
-    )
-    assert tags == {
-        "entropy_probe/deltaH1_tok": 1.0,
-        "entropy_probe_ground_truth/deltaH_true_se": 2.0,
-        "entropy_probe_prediction/pathwise": 3.0,
-        "entropy_probe_ground_truth/deltaH_true_ci95_low": 0.0,
-        "entropy_probe_ground_truth/deltaH_true_ci95_high": 1.0,
-        "entropy_probe_prediction/deltaH1_ci95_high": 1.5,
-        "entropy_probe_prediction/deltaH1_tok_sd_U": 8.0,
-        "entropy_probe_prediction/eta_10": 9.0,
-        "entropy_probe/verdict_code": 2.0,
-        "entropy_probe_estimates/deltaH_true_tok/per_decision_cv": 10.0,
-        "entropy_probe_estimates/deltaH_true_tok/per_decision_cv_se": 11.0,
-        "entropy_probe_estimates/deltaH_true_tok/per_decision_cv_variance_ratio": 12.0,
-        "entropy_probe_batch/B_E": 4.0,
-        "entropy_probe_diagnostics/ESS": 5.0,
-        "entropy_probe_diagnostics/nested/deep": 6.0,
-        "entropy_probe_batch/E/length/mean": 7.0,
-    }
-
-
-@pytest.mark.parametrize("word", WORDS)
-def test_the_verdict_as_a_number(word):
-    assert scalar_tags({"verdict": word}) == {"entropy_probe/verdict_code": WORDS.index(word)}
-    assert WORDS == ("trustworthy", "caution", "unresolved", "invalid")
-
-
 def test_tags_are_taken_as_they_are(state, tmp_path, caplog):
     """TensorBoard would replace other characters, and say so in a warning."""
     rows = [entry | {"estimator": f"{entry['estimator']}+cv"} for entry in estimate_rows(make_values())]
@@ -474,18 +392,6 @@ def test_tags_are_taken_as_they_are(state, tmp_path, caplog):
     publish(TensorBoardDiagnostics(), state, result, make_runner(state, (logger,)))
     assert set(events(logger).Tags()["scalars"]) == set(scalar_tags(result.values))
     assert "illegal" not in caplog.text
-
-
-def test_changes_have_charts_with_their_intervals(state):
-    scalars = scalar_tags(make_result(state).values)
-    layout = interval_charts(scalars)
-    assert len(layout) == 2
-    for charts in layout.values():
-        assert len(charts) == 3
-        for kind, (value, low, high) in charts.values():
-            assert kind == "Margin"
-            assert scalars[low] <= scalars[value] <= scalars[high]
-    assert interval_charts(scalar_tags({"deltaH1": 1.0, "deltaH1_se": 2.0})) == {}
 
 
 def test_non_finite_samples_do_not_stop_tensorboard(state, tmp_path):
@@ -547,10 +453,6 @@ def test_hostile_texts_are_shown_as_they_are(state, tmp_path, text):
     assert cells[1] == "plain"
     shown = re.sub(r"[\x00-\x08\x1b]", "\ufffd", " ".join(text.split()))
     assert " ".join(html.unescape(cells[0].replace("<br>", " ")).split()) == shown
-
-
-def test_long_texts_are_cut_off():
-    assert escaped("x" * 30, limit=10) == "x" * 10 + " ... &#40;20 more characters&#41;"
 
 
 def test_texts_are_left_out_where_the_log_leaves_them_out(state, tmp_path):
@@ -633,15 +535,6 @@ def test_the_folder_of_a_logger_is_tried_before_the_work(state, tmp_path):
             TensorBoardDiagnostics().on_probe_start(runner, make_module())
 
 
-def test_the_report_as_markdown_has_a_verdict(state):
-    result = make_result(state, verdict="resolved", verdict_reasons=["k is 0.2", "ESS is *high*"])
-    page = rendered(report_markdown(result))
-    assert "Verdict: <strong>resolved</strong>" in page
-    assert "<li>ESS is *high*</li>" in html.unescape(page)
-    assert page.count("<table>") == 4
-    assert re.search(r"<td>deltaH1</td>\n<td>[^<]*<br>.*?</td>", page)
-
-
 # ---------------------------------------------------------------- console
 
 
@@ -682,119 +575,6 @@ def test_the_report_reads_well(state, capsys):
     assert "-0.00112 +/- 0.00031" in text
     assert "total" in lines[-1]
     assert max(len(line) for line in lines) <= WIDTH
-
-
-def test_columns_are_aligned(state):
-    parts = report(make_result(state)).split("\n\n")
-    for part, head in ((parts[2], "nats per response"), (parts[3], "variance ratio")):
-        lines = part.splitlines()
-        column = lines[0].index(head)
-        assert all(line[column - 1] == " " and line[column] != " " for line in lines if column < len(line))
-    assert len(parts[2].splitlines()) == 12
-
-
-def test_the_verdict_comes_first(state):
-    long = "The interval contains 0; " + "this is a long reason " * 10
-    result = make_result(state, verdict="unresolved", verdict_reasons=["the interval contains 0", long])
-    lines = report(result).split("\n\n")[1].splitlines()
-    assert lines[:2] == ["Verdict: unresolved", "  - the interval contains 0"]
-    assert lines[2].startswith("  - The interval contains 0; this")
-    assert lines[3].startswith("    ")
-    assert " ".join(" ".join(lines[2:]).split()) == f"- {long.strip()}"
-
-
-def test_values_come_with_errors_and_intervals():
-    rows = {row.label.strip(): row for row in entropy_rows(make_values())}
-    assert rows["deltaH1"].cells == (
-        "-0.00100 +/- 0.00020\n[-0.00139, -0.00061]",
-        "-0.100 +/- 0.020\n[-0.139, -0.061]",
-    )
-    assert rows["difference"].cells[0] == "(-2.00 +/- 0.50)e-05\n[-2.98, -1.02]e-05"
-    assert "same E" in rows["difference"].meaning
-    assert rows["deltaH2"].cells[1] == "0.00200 +/- 0.00040"
-    assert rows["spread over U"].cells == ("0.0003", "0.03")
-    assert rows["eta_10"].cells == ("5e-06", "5e-06")
-    old = {"deltaH1": 1.0, "deltaH_true": 0.5, "residual": 0.5}
-    assert entropy_rows(old)[-1].meaning == "predicted minus measured"
-
-
-def test_nulls_are_not_resolved():
-    names = ("deltaH_true", "deltaH2", "eta_10", "H_upd")
-    changes = {f"{name}{suffix}": None for name in names for suffix in ("", "_tok")}
-    rows = {row.label: row for row in entropy_rows(make_values(**changes, deltaH_true_tok_ci95=[None, None]))}
-    for label in ("H after", "deltaH_true", "deltaH2", "eta_10"):
-        assert rows[label].cells == ("not resolved", "not resolved")
-    rows = {row.label: row for row in trust_rows(make_values(pareto_k=None, second_order_mode=None))}
-    assert rows["Pareto k"].cells == ("not fitted (limit 0.67)",)
-    assert rows["second order"].cells == ("none",)
-
-
-def test_every_estimator_is_shown_where_there_are_several():
-    values = make_values()
-    rows = estimator_rows({**values, "estimates": estimate_rows(values)})
-    assert [row.label for row in rows] == [
-        *("deltaH1 causal", "deltaH1 matched"),
-        *("deltaH_true per_decision", "deltaH_true snis", "deltaH_true resample"),
-    ]
-    assert rows[1].cells == ("-0.00100 +/- 0.00040", "-0.100 +/- 0.040", "1 / 1")
-    assert rows[0].meaning == "reported: by the entropy ahead"
-    reported = [entry for entry in estimate_rows(values) if entry["reported"]]
-    assert estimator_rows({"estimates": reported}) == []
-    assert estimator_rows({}) == []
-    odd = {"quantity": "deltaH1", "estimand": "token", "estimator": "new", "value": None, "se": None}
-    (row,) = estimator_rows({"estimates": [odd | {"variance_ratio": None, "reported": False}]})
-    assert row.cells == ("not resolved", "-", "? / -")
-
-
-@pytest.mark.parametrize(
-    ("interval", "text"),
-    [
-        ([-0.00173, -0.00051], "[-0.00173, -0.00051]"),
-        ((1200.0, 1300.0), "[1200, 1300]"),
-        ([-1.73e-7, 5.1e-8], "[-1.73, 0.51]e-07"),
-        ([0.5, 0.5], "[0.5, 0.5]"),
-        ([0.0, 0.0], "[0, 0]"),
-        ([None, 1.0], ""),
-        ([math.nan, math.inf], ""),
-        (None, ""),
-    ],
-)
-def test_intervals(interval, text):
-    assert interval_text(interval) == text
-
-
-def test_only_what_ran_is_shown(state):
-    values = {"H_orig": 1.25, "H_upd": None, "deltaH_true": None, "diagnostics": {}, "timing": {}}
-    (before, after, change) = entropy_rows(values)
-    assert before.cells == ("-", "1.2500")
-    assert after.cells == ("-", "not resolved")
-    assert change.cells == ("-", "not resolved")
-    assert trust_rows({}) == []
-    assert time_rows({"timing": {"total": 3.0, "load": 1.0, "sample": None}})[-1].label == "total"
-    bare = replace(make_result(state), values={})
-    assert report(bare) == "Entropy probe of step_60\n"
-    assert "U = 3 prompts," in report(make_result(state, G=None))
-
-
-@pytest.mark.parametrize(
-    ("value", "error", "text"),
-    [
-        (-0.00112345, 0.00031, "-0.00112 +/- 0.00031"),
-        (1234.5, 56.7, "1234 +/- 57"),
-        (1234.5, 5678.0, "1234 +/- 5678"),
-        (-1.12345e-7, 3.1e-8, "(-1.12 +/- 0.31)e-07"),
-        (1e-9, 3.1e-8, "(0.1 +/- 3.1)e-08"),
-        (-1e-9, 0.012, "0.000 +/- 0.012"),
-        (0.25, None, "0.25"),
-        (0.123456, 0.0, "0.1235"),
-        (0.123456, math.inf, "0.1235"),
-        (None, 0.1, "not resolved"),
-        (math.nan, 0.1, "not resolved"),
-        (0.0, 0.0, "0"),
-    ],
-)
-def test_digits_follow_the_error(value, error, text):
-    assert with_error(value, error) == text
 
 
 class AsciiTerminal(io.StringIO):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from probe.live import WatchSettings
 from probe.live.lines import alarm_line, cost_line, outlook, probe_line
 from probe.live.names import LIVE_KEYS, LIVE_NUMBERS, LIVE_TEXTS, PREFIX, scalars
 from probe.live.outlets import LAYOUT, tensorboard_layout
+from probe.live.reference import reference_page
 from probe.live.schedule import Schedule
 from tests.support.live_loops import (
     Loop,
@@ -272,11 +274,17 @@ def test_parameters_that_are_frozen_for_a_while_stay_watched():
 # ---------------------------------------------------------------- the guide
 
 
-def test_the_guide_has_every_name_and_setting():
+def test_the_page_of_names_is_up_to_date():
+    """To write it: make docs."""
+    page = Path(__file__).parents[2] / "docs" / "training_names.md"
+    assert page.read_text(encoding="utf-8") == reference_page()
+
+
+def test_the_guide_has_every_setting_and_names_that_exist():
     guide = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
-    short = {"steps_to_collapse_low": "..._low", "steps_to_collapse_high": "..._high"}
-    for name in [*LIVE_KEYS, *LIVE_NUMBERS]:
-        assert f"`{short.get(name, name)}`" in guide, name
+    names = guide[guide.index("## What is logged") : guide.index("**Momentum's part.**")]
+    for name in re.findall(r"`(\w+_tok|steps_to_collapse|verdict_code)`", names):
+        assert name.removesuffix("_tok") in {*LIVE_KEYS, *LIVE_NUMBERS}, name
     for field in fields(WatchSettings):
         assert f"`{field.name}`" in guide, field.name
     table = guide[guide.index("## Settings") : guide.index("## What is logged")]

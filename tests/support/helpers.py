@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 import subprocess
 import sys
+import warnings
 from typing import Literal
 
 import pytest
@@ -57,3 +58,13 @@ def name_of_ended_process() -> str:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.strip()
+
+
+def rendered(markdown):
+    """The HTML that TensorBoard makes of Markdown."""
+    with warnings.catch_warnings():
+        # A part of TensorBoard warns of itself as it is imported.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from tensorboard.plugin_util import markdown_to_safe_html
+
+    return markdown_to_safe_html(markdown)

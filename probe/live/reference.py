@@ -1,0 +1,40 @@
+"""The reference page of what a training logs, made from the tables of names: `docs/training_names.md`."""
+
+from __future__ import annotations
+
+from probe.live.names import LIVE_KEYS, LIVE_NUMBERS, LIVE_TEXTS
+from probe.results.reference import cell_text
+
+_PAGE = """# Every name of a training
+
+This page is made from the tables of the code (`probe.live.names`). How to read the numbers is in
+[training](training.md), formulas are in [definitions](definitions.md).
+
+## Entropies and their changes
+
+In nats per response under these names, and in nats per token with `_tok` behind them; `_se` is the standard error,
+`_ci95_low` and `_ci95_high` are the ends of the 95 % interval, where there is one.
+
+{changes}
+
+## Further numbers
+
+{numbers}
+
+## Texts
+
+In the history alone; they are not logged.
+
+{texts}
+"""
+
+
+def reference_page() -> str:
+    """The page as Markdown."""
+    return _PAGE.format(changes=_table(LIVE_KEYS), numbers=_table(LIVE_NUMBERS), texts=_table(LIVE_TEXTS))
+
+
+def _table(names: dict[str, str]) -> str:
+    """Names with what they are."""
+    rows = [f"| `{name}` | {cell_text(words)} |" for name, words in names.items()]
+    return "\n".join(["| name | meaning |", "|---|---|", *rows])

@@ -1,0 +1,25 @@
+"""The report as Markdown."""
+
+from __future__ import annotations
+
+import html
+import re
+
+from probe.report.markdown import escaped, report_markdown
+from tests.support.helpers import rendered
+from tests.support.synthetic_run import (
+    make_result,
+)
+
+
+def test_long_texts_are_cut_off():
+    assert escaped("x" * 30, limit=10) == "x" * 10 + " ... &#40;20 more characters&#41;"
+
+
+def test_the_report_as_markdown_has_a_verdict(state):
+    result = make_result(state, verdict="resolved", verdict_reasons=["k is 0.2", "ESS is *high*"])
+    page = rendered(report_markdown(result))
+    assert "Verdict: <strong>resolved</strong>" in page
+    assert "<li>ESS is *high*</li>" in html.unescape(page)
+    assert page.count("<table>") == 4
+    assert re.search(r"<td>deltaH1</td>\n<td>[^<]*<br>.*?</td>", page)
