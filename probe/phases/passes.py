@@ -137,14 +137,14 @@ def along_step(
     here, tangents = scores_and_tangents(
         on.policy, on.batch, on.step, on.basis, on.progress("forward mode on E")
     )
-    found = AlongStep(here if on.scores is None else on.scores, tangents, way)
+    passes = AlongStep(here if on.scores is None else on.scores, tangents, way)
     if not check:
-        return found
+        return passes
     # with the kernels of the scores that it is compared with
     with way.kernels(on.policy) if on.scores is None else nullcontext():
-        checked = step_check(on.policy, on.batch, found.scores, on.step, tangents, check_scale)
+        checked = step_check(on.policy, on.batch, passes.scores, on.step, tangents, check_scale)
     if binding or not checked.contradicted:
-        return replace(found, check=checked)
+        return replace(passes, check=checked)
     return _by_differences(on, Way("finite_difference", stopped_gradients(checked)))
 
 
@@ -172,17 +172,17 @@ def pair_along(on: StepOnBatch, scores: TokenScores) -> tuple[DifferencePair, To
     return pair, None if upper is None else pair.plus
 
 
-def tangents_along(on: StepOnBatch, direction: Mapping[str, Tensor], found: AlongStep) -> TokenTangents:
+def tangents_along(on: StepOnBatch, direction: Mapping[str, Tensor], along: AlongStep) -> TokenTangents:
     """Derivatives of E's scores along another direction, by the way of the step's; differences move as far.
 
     Args:
         on: E and the step.
         direction: by parameter name, not 0.
-        found: the passes along the step.
+        along: the passes along the step.
     """
-    if found.pair is None:
+    if along.pair is None:
         return forward_tangents(on.policy, on.batch, direction, on.basis)
-    scale = found.pair.scale * norm(on.step) / norm(direction)
+    scale = along.pair.scale * norm(on.step) / norm(direction)
     return difference_pair(on.policy, on.batch, direction, scale, basis=on.basis).tangents
 
 
@@ -212,8 +212,8 @@ def tangents_of(
     factor = move / max(norm(direction), 1e-300)
     along = {name: factor * change for name, change in direction.items()}
     scale, _ = choose_scale(policy, few_responses(batch, policy.microbatch_size), along)
-    found = difference_pair(policy, batch, along, scale).tangents
-    return TokenTangents(found.logprob / factor, found.entropy / factor)
+    differences = difference_pair(policy, batch, along, scale).tangents
+    return TokenTangents(differences.logprob / factor, differences.entropy / factor)
 
 
 def few_responses(batch: RolloutBatch, count: int, scores: TokenScores | None = None) -> RolloutBatch:

@@ -97,21 +97,21 @@ def prediction(
         return _without_errors(
             derivative.X, on.step, update, rework, f"{derivative.way.reason}; no error bars: {error}"
         )
-    found, X, way = _checked(on, passes, derivative, update, rework)
-    found = replace(
-        found,
+    predicted, X, way = _checked(on, passes, derivative, update, rework)
+    predicted = replace(
+        predicted,
         sd_U=update_spread(policy, sample.U, X, update, loaded, rework, way, progress),
     )
     controls = None
     if memory is None:
-        found = replace(found, control_variates=f"off: {sample.controls.reason}")
+        predicted = replace(predicted, control_variates=f"off: {sample.controls.reason}")
     else:
         controls = fitted_controls(E, passes, memory, sample.controls.draw)
         Z = controls_of_prediction(controls, passes, E.group, rework.baseline)
         batches = f" and {controls.earlier} earlier batches" if controls.earlier else ""
-        found = found.with_control_variates(Z, f"on: fitted on other prompts{batches}")
-    found, passes = _with_curvature(on, found, passes, rework.curvature)
-    return Predicted(found, X, passes, controls)
+        predicted = predicted.with_control_variates(Z, f"on: fitted on other prompts{batches}")
+    predicted, passes = _with_curvature(on, predicted, passes, rework.curvature)
+    return Predicted(predicted, X, passes, controls)
 
 
 def predict(
@@ -156,33 +156,33 @@ def _checked(
     rework: ProbeReworkConfig,
 ) -> tuple[Prediction, EntropyGradient | None, Way]:
     """DeltaH1 by the way that holds: backward and derivatives per token agree, or forwards are believed."""
-    found = predict(passes, on.batch.group, update.learning_rate, rework.weighting, rework.baseline)
+    predicted = predict(passes, on.batch.group, update.learning_rate, rework.weighting, rework.baseline)
     if passes.way != derivative.way:  # X takes the same for a constant as what the forwards contradict
         logger.warning("deltaH1 by %s: %s", passes.way.mode, passes.way.reason)
-        return found, None, passes.way
+        return predicted, None, passes.way
     X = derivative.X
     if X is None:
-        return found, None, passes.way
+        return predicted, None, passes.way
     backward = first_order(X, on.step, update.learning_rate)
-    agreement = _agreement(backward, found, on.policy.half_precision)
+    agreement = _agreement(backward, predicted, on.policy.half_precision)
     if passes.way.mode != "reverse":
-        return replace(found, agreement=agreement), X, passes.way
+        return replace(predicted, agreement=agreement), X, passes.way
     check = None
     if passes.pair is not None and rework.derivative_check:
-        check = _agreement_check(backward, found, passes.pair.error)
+        check = _agreement_check(backward, predicted, passes.pair.error)
     if check is not None and check.contradicted and rework.derivative_mode == "auto":
         forwards = Way("finite_difference", stopped_gradients(check))
         logger.warning("deltaH1 by %s: %s", forwards.mode, forwards.reason)
-        return replace(found, mode=forwards.mode, reason=forwards.reason), None, forwards
+        return replace(predicted, mode=forwards.mode, reason=forwards.reason), None, forwards
     errors = ("estimates", "reported", "mode", "reason", "difference_scale", "difference_error")
-    found = replace(
+    predicted = replace(
         backward,
-        **{name: getattr(found, name) for name in errors},
+        **{name: getattr(predicted, name) for name in errors},
         agreement=agreement,
         step_difference=None if check is None else check.difference,
         step_difference_error=None if check is None else check.error,
     )
-    return found, X, passes.way
+    return predicted, X, passes.way
 
 
 def _agreement_check(backward: Prediction, tokens: Prediction, known: float) -> StepCheck:
@@ -217,22 +217,22 @@ def _without_errors(
 ) -> Predicted:
     """DeltaH1 by backward alone, where the arithmetic gives no derivatives per token."""
     logger.warning("deltaH1 by reverse: %s", reason)
-    found = first_order(X, step, update.learning_rate)
-    return Predicted(replace(found, reported=rework.weighting, reason=reason), X)
+    predicted = first_order(X, step, update.learning_rate)
+    return Predicted(replace(predicted, reported=rework.weighting, reason=reason), X)
 
 
 def _with_curvature(
-    on: StepOnBatch, found: Prediction, passes: AlongStep, wanted: str
+    on: StepOnBatch, predicted: Prediction, passes: AlongStep, wanted: str
 ) -> tuple[Prediction, AlongStep]:
     """Add deltaH2 by the way that is asked for; its passes may have scored E after the step."""
     if wanted == "off":
-        return found, passes
+        return predicted, passes
     scores, group = passes.scores, on.batch.group
-    if wanted == "jvp" or (wanted == "auto" and found.mode == "jvp"):
+    if wanted == "jvp" or (wanted == "auto" and predicted.mode == "jvp"):
         try:
             first, second = second_order_tangents(on.policy, on.batch, on.step, on.progress("curvature on E"))
             return replace(
-                found, deltaH2=nested_curvature(scores, first, second, group), curvature_mode="jvp"
+                predicted, deltaH2=nested_curvature(scores, first, second, group), curvature_mode="jvp"
             ), passes
         except ForwardModeError as error:
             if wanted == "jvp":
@@ -244,4 +244,4 @@ def _with_curvature(
     else:
         pair = passes.pair
     deltaH2 = symmetric_curvature(scores, pair, group)
-    return replace(found, deltaH2=deltaH2, curvature_mode="finite_difference"), passes
+    return replace(predicted, deltaH2=deltaH2, curvature_mode="finite_difference"), passes

@@ -108,19 +108,19 @@ def reported(found: Estimate) -> Number:
     return Number(found.value, found.se, found.ci95)
 
 
-def _predicted(found: Prediction) -> dict[str, Numbers]:
+def _predicted(prediction: Prediction) -> dict[str, Numbers]:
     """DeltaH1 and its parts, errors, curvature and spread over U."""
     numbers: dict[str, Numbers] = {
-        name: getattr(found, name).map(Number) for name in ("bars_dot", "deltaH1", "pathwise", "score")
+        name: getattr(prediction, name).map(Number) for name in ("bars_dot", "deltaH1", "pathwise", "score")
     }
-    spread = PerEstimand[float | None](None, None) if found.sd_U is None else found.sd_U
-    if found.estimates:
-        numbers["deltaH1"] = found.total.with_other(_with_spread, spread)
-    if found.deltaH2 is not None:
-        second = found.deltaH2
+    spread = PerEstimand[float | None](None, None) if prediction.sd_U is None else prediction.sd_U
+    if prediction.estimates:
+        numbers["deltaH1"] = prediction.total.with_other(_with_spread, spread)
+    if prediction.deltaH2 is not None:
+        second = prediction.deltaH2
         numbers["deltaH2"] = second.map(lambda one: Number(one.value, one.se))
-        numbers["eta_10"] = found.total.with_other(
-            lambda total, one: Number(_eta_10(found.learning_rate, total, one)), second
+        numbers["eta_10"] = prediction.total.with_other(
+            lambda total, one: Number(_eta_10(prediction.learning_rate, total, one)), second
         )
     return numbers
 

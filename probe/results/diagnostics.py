@@ -38,8 +38,8 @@ def rollout_doubts(E: RolloutBatch, U: RolloutBatch) -> dict[str, dict[str, int]
 
 def doubt_counts(batch: RolloutBatch) -> dict[str, int]:
     """Responses in all (`of`), and those with each of the doubts that there are."""
-    found = Counter(doubt for own in batch.doubts for doubt in own)
-    return {"of": len(batch), **dict(sorted(found.items()))}
+    values = Counter(doubt for own in batch.doubts for doubt in own)
+    return {"of": len(batch), **dict(sorted(values.items()))}
 
 
 def batch_diagnostics(E: RolloutBatch) -> dict[str, Any]:
@@ -56,14 +56,14 @@ def batch_diagnostics(E: RolloutBatch) -> dict[str, Any]:
 
 def update_diagnostics(update: Update) -> dict[str, Any]:
     """Norms of the update, and what is left of the step in the type that the training keeps its weights in."""
-    found = {
+    values = {
         "gradient_norm": update.gradient_norm,
         "clip_factor": update.clip_factor,
         "step_norm": norm(update.step),
     }
     if update.rounding is None:
-        return found
-    return found | {
+        return values
+    return values | {
         "rounded_to": update.rounding.dtype,
         "rounded_moved": update.rounding.moved,
         "rounded_moved_exact": update.rounding.moved_exact,
@@ -74,7 +74,7 @@ def update_diagnostics(update: Update) -> dict[str, Any]:
 def ground_truth_diagnostics(truth: GroundTruth) -> dict[str, Any]:
     """Weights, noise and the estimator in use."""
     weights = truth.weights
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "ESS": weights.ess,
         "w_max": weights.w_max,
         "w_min": weights.w_min,
@@ -84,15 +84,15 @@ def ground_truth_diagnostics(truth: GroundTruth) -> dict[str, Any]:
         "is_mode": truth.reported.removesuffix("+cv"),
     }
     if truth.clipped_fraction is not None:
-        found["clipped_fraction"] = truth.clipped_fraction
+        values["clipped_fraction"] = truth.clipped_fraction
     if truth.noise_floor is not None:
-        found |= as_mapping({"noise_floor": truth.noise_floor.map(Number)})
-    return found
+        values |= as_mapping({"noise_floor": truth.noise_floor.map(Number)})
+    return values
 
 
 def derivative_diagnostics(prediction: Prediction) -> dict[str, Any]:
     """How the prediction was differentiated; what does not apply is absent."""
-    found = {
+    values = {
         "derivative_mode": prediction.mode,
         "derivative_reason": prediction.reason,
         "derivative_agreement": prediction.agreement,
@@ -103,7 +103,7 @@ def derivative_diagnostics(prediction: Prediction) -> dict[str, Any]:
         "second_order_mode": prediction.curvature_mode,
         "control_variates": prediction.control_variates,
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def batch_statistics(E: RolloutBatch, U: RolloutBatch, E_scores: TokenScores | None) -> dict[str, Any]:
