@@ -90,6 +90,7 @@ class Number:
         se: its standard error; None where it has none.
         ci95: the ends of its 95 % interval; None where it has none.
         sd_U: its standard deviation over update batches; None where it has none.
+        df: degrees of freedom of its standard error, see `Estimate.df`; None where it has none.
         null_error: whether it has a standard error that is null, as one is in a file that was not finite.
     """
 
@@ -97,6 +98,7 @@ class Number:
     se: float | None = None
     ci95: tuple[float, float] | None = None
     sd_U: float | None = None
+    df: float | None = None
     null_error: bool = False
 
 

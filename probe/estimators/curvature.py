@@ -10,7 +10,7 @@ from torch import Tensor
 
 from probe.estimand import PerEstimand
 from probe.estimators.entropy_change import Reweighting, entropy_change, second_derivative
-from probe.estimators.estimate import NORMAL_975, Estimate, Estimates, estimate
+from probe.estimators.estimate import Estimate, Estimates, estimate
 from probe.scoring.differences import DifferencePair
 from probe.scoring.scores import TokenScores, TokenTangents
 
@@ -68,6 +68,7 @@ def eta_10(learning_rate: float, deltaH1: float, deltaH2: Estimate) -> float | N
     Returns:
         None where the 95 % interval of `deltaH2` contains 0.
     """
-    if not abs(deltaH2.value) > NORMAL_975 * deltaH2.se:
+    low, high = deltaH2.ci95
+    if not (low > 0 or high < 0):
         return None
     return learning_rate * abs(deltaH1) / (10 * abs(deltaH2.value))

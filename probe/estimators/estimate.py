@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from probe.estimand import PerEstimand
 from probe.estimators.groups import index_groups, sum_per_group
+from probe.estimators.student import student_quantile
 
 NORMAL_975 = 1.959963984540054
 """0.975 quantile of the standard normal distribution: half the width of a 95 % interval in standard errors."""
@@ -49,10 +51,28 @@ class Estimate:
         P = len(self.influence)
         return math.sqrt(P / (P - 1) * float(self.influence.square().sum())) if P > 1 else math.inf
 
+    @cached_property
+    def df(self) -> float:
+        """Degrees of freedom of the standard error, between 1 and `P - 1`; how much is known of the error's size.
+
+        Satterthwaite's, from the kurtosis `kappa` of the influences: `2 / ((kappa - 3) / P + 2 / (P - 1))`, since the
+        variance of an estimated variance is `sigma^4 ((kappa - 3) / P + 2 / (P - 1))`. Near `P - 1` where all prompts
+        contribute alike; 2 where one of many carries the error, so that the next sample's may be of another size.
+        """
+        P = len(self.influence)
+        centred = self.influence - self.influence.mean()
+        second = float(centred.square().mean())
+        if P < 2 or second == 0.0:
+            return float(max(P - 1, 1))
+        kappa = float(centred.pow(4).mean()) / second**2
+        inverse = (kappa - 3) / (2 * P) + 1 / (P - 1)
+        return min(max(1 / inverse, 1.0), P - 1.0) if inverse > 0 else P - 1.0
+
     @property
     def ci95(self) -> tuple[float, float]:
-        """`value` minus and plus 1.96 standard errors."""
-        return self.value - NORMAL_975 * self.se, self.value + NORMAL_975 * self.se
+        """`value` minus and plus `t` standard errors, with Student's `t` for `df` degrees of freedom."""
+        half = 0.0 if self.se == 0.0 else student_quantile(self.df) * self.se
+        return self.value - half, self.value + half
 
     def __sub__(self, other: Estimate) -> Estimate:
         """The paired difference of two estimates from the same batch."""

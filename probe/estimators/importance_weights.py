@@ -88,6 +88,18 @@ def pareto_k_limit(size: float) -> float:
     return min(1 - 1 / math.log10(size), PARETO_K_LIMIT)
 
 
+def pareto_k_error(k: float, size: float) -> float:
+    """Standard error of Pareto k from `size` weights: `(1 + k) / sqrt(M)`.
+
+    `M = min(size / 5, 3 sqrt(size))` is the number of largest weights that k is fitted to, and the error the asymptotic
+    one of the generalised Pareto distribution's shape (Smith, Biometrika 74, 1987).
+
+    >>> round(pareto_k_error(1.0, 64), 2), round(pareto_k_error(1.0, 4096), 2)
+    (0.56, 0.14)
+    """
+    return (1 + max(k, 0.0)) / math.sqrt(max(min(size / 5, 3 * math.sqrt(size)), 1.0))
+
+
 def _pareto_k(log_weights: Tensor) -> float | None:
     """Pareto k by arviz-stats; None for too few weights, or where the largest of them do not differ."""
     from arviz_stats.base import array_stats

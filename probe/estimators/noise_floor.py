@@ -29,7 +29,7 @@ def noise_floor(old: TokenScores, plus: TokenScores, minus: TokenScores, group: 
     E is scored again in other batch shapes, at `theta + v` and at `theta - v`. `v` is the step with random signs, so
     that rounding is drawn anew but the move leads nowhere. The first order cancels in `(deltaH(v) + deltaH(-v)) / 2`;
     what is left is rounding, and curvature where `v` is large, which only makes the floor higher. Its variance is 3/4
-    of that of a single change, hence the factor: `sqrt(4/3) (|mean| + 1.96 se)`, with the `per_decision` estimator.
+    of that of a single change, hence the factor: `sqrt(4/3) (|mean| + t se)`, with the `per_decision` estimator.
 
     Args:
         old: scores of E at `theta`.

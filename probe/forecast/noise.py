@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from probe.estimators.student import student_quantile
 from probe.forecast.readings import Array
 
-CONFIDENCE = 0.95
-"""Coverage of the interval."""
 MAX_AUTOCORRELATION = 0.8
 """Largest autocorrelation between readings that is believed when it was estimated from the window."""
 
@@ -76,23 +75,3 @@ def fit_noise(step: NDArray[np.int64], increments: Array, reading_variance: floa
     centred = R - R.mean(0)
     freedom = float(np.trace(centred)) ** 2 / float((centred * centred.T).sum())
     return Noise(variance=real, phi=phi, quantile=student_quantile(freedom))
-
-
-def student_quantile(freedom: float, confidence: float = CONFIDENCE) -> float:
-    """Half the width of a two-sided interval of Student's t distribution.
-
-    With `t = sqrt(freedom) tan(x)` the density is `cos(x)^(freedom - 1)`, here summed up on a grid. Degrees of
-    freedom need not be an integer; the relative error is below 2e-3, and below 1e-4 from two on.
-
-    Args:
-        freedom: degrees of freedom, at least 1.
-        confidence: probability within plus and minus the quantile.
-
-    >>> round(student_quantile(9), 3), round(student_quantile(1), 3)
-    (2.262, 12.706)
-    """
-    # beyond this angle the density is negligible: finer grid for many degrees of freedom
-    x = np.linspace(0.0, min(math.pi / 2, 12 / math.sqrt(freedom)), 2001)
-    density = np.cos(x).clip(0.0) ** (freedom - 1)
-    mass = np.append(0.0, (density[1:] + density[:-1]).cumsum())
-    return math.sqrt(freedom) * math.tan(float(np.interp(confidence * mass[-1], mass, x)))

@@ -14,7 +14,7 @@ from probe.results.quantity import Part, Quantity
 from probe.verdict.words import WORDS
 
 _ERROR = (Part("_se", "its standard error"),)
-_DELTA_ERRORS = (*_ERROR, Part("_ci95", "its 95 % interval", interval=True))
+_DELTA_ERRORS = (*_ERROR, Part("_ci95", "its 95 % interval", interval=True), Part("_df", "of its error"))
 OF_A_TRAINING: tuple[Quantity, ...] = (
     Quantity(
         "cumulative_deltaH1",

@@ -105,7 +105,7 @@ def estimate_rows(
 
 def reported(found: Estimate) -> Number:
     """An estimate as a result gives it."""
-    return Number(found.value, found.se, found.ci95)
+    return Number(found.value, found.se, found.ci95, df=found.df)
 
 
 def _predicted(prediction: Prediction) -> dict[str, Numbers]:

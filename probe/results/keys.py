@@ -9,16 +9,21 @@ from probe.estimand import SEQUENCE, TOKEN
 from probe.results.quantity import Part, Quantity, Shown
 
 
-def _errors(of: str, se: str, logged: bool = False) -> tuple[Part, Part]:
+def _errors(of: str, se: str, logged: bool = False) -> tuple[Part, Part, Part]:
     """Standard error and interval of a change; a training logs those of the main changes, the interval per token."""
     return (
         Part("_se", se, core=True, logged=_BOTH if logged else ()),
         Part(
             "_ci95",
-            f"[low, high], {of} minus and plus 1.96 standard errors",
+            f"[low, high], 95 % interval of {of}: minus and plus Student's t standard errors",
             core=True,
             interval=True,
             logged=(TOKEN,) if logged else (),
+        ),
+        Part(
+            "_df",
+            "degrees of freedom of that standard error: near the number of prompts where all contribute alike, about 2 "
+            "where one of them carries the error",
         ),
     )
 

@@ -38,6 +38,32 @@ def bends(facts: Facts, estimand: Estimand) -> Finding | None:
     )
 
 
+def may_bend(facts: Facts, estimand: Estimand) -> Finding | None:
+    """A second order, or a same-E difference, that is noise, and of which nothing shows that it is small.
+
+    What is not known is not good: without this a small E, which cannot see the curvature, would be judged better than a
+    large one, which does.
+    """
+    first, truth = facts.change("deltaH1", estimand), facts.change("deltaH_true", estimand)
+    second, residual = facts.change("deltaH2", estimand), facts.change("residual", estimand)
+    if _OTHER_STEP & set(facts.flags):
+        return None
+    for what, change, whole in (
+        ("second-order term deltaH2", second, first),
+        ("same-E difference of prediction and measurement", residual, truth),
+    ):
+        if change.largest is None or not change.contains_zero or whole.value is None or whole.contains_zero:
+            continue
+        if change.largest > MATERIAL * abs(whole.value):
+            return caution(
+                f"The {what} is not shown to be small: it may be {share_text(change.largest, whole.value)} of "
+                f"{whole.key} (limit {percent(MATERIAL)}); raise ",
+                Remedy.B_E,
+                ".",
+            )
+    return None
+
+
 def _material_residual(facts: Facts, estimand: Estimand) -> Change | None:
     """The same-E difference of prediction and measurement, where it is neither noise nor small."""
     residual, truth = facts.change("residual", estimand), facts.change("deltaH_true", estimand)

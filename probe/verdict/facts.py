@@ -18,12 +18,23 @@ JUDGED = ("deltaH1", "deltaH_true", "residual", "deltaH2", "eta_10")
 
 @dataclass(frozen=True)
 class Change:
-    """A value with its 95 % interval `low` to `high`; None where it is null or not in the result."""
+    """A value with its 95 % interval `low` to `high` and standard error; None where it is null or not in the result."""
 
     name: str
     estimand: Estimand
     value: float | None
     interval: tuple[float, float] | None
+    se: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Its key in a result."""
+        return self.estimand.key(self.name)
+
+    @property
+    def largest(self) -> float | None:
+        """The larger end of the interval in size: what the change is at most; None without an interval."""
+        return None if self.interval is None else max(abs(end) for end in self.interval)
 
     @property
     def contains_zero(self) -> bool:
@@ -118,7 +129,8 @@ class Facts:
             ends = (float(given.ci95[0]), float(given.ci95[1]))
         elif value is not None and given.se is not None and is_finite(given.se):
             ends = (value - NORMAL_975 * given.se, value + NORMAL_975 * given.se)
-        return Change(name, estimand, value, ends)
+        se = given.se if given.se is not None and is_finite(given.se) else None
+        return Change(name, estimand, value, ends, se)
 
     def primary(self, estimand: Estimand) -> Change:
         """The change that is judged."""

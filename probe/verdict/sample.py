@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from probe.errors.remedies import Remedy
-from probe.estimators.importance_weights import PARETO_K_LIMIT
+from probe.estimators.importance_weights import PARETO_K_LIMIT, pareto_k_error
 from probe.text import percent
 from probe.verdict.facts import Facts, ess_share, number, pareto_limit
 from probe.verdict.sentences import count_text
@@ -12,6 +12,10 @@ from probe.verdict.words import MATERIAL, Finding, caution, invalid
 EVEN_WEIGHTS = 1.5
 """Below this largest weight (their mean being 1) Pareto k gives no reason: k does not know the scale of the weights,
 and the tail of such even ones is that of rounding and chance."""
+EVEN_ESS = 0.9
+"""From this share of E on, as effective sample size, the weights are too even for their tail to invalidate a result."""
+ONE_SIDED = 1.645
+"""Standard errors that k has to be above 1 by, to be believed with 95 %."""
 PARETO_K_NO_MEAN = 1.0
 """From here on the fitted tail of the weights has no finite mean: there is nothing the estimate converges to."""
 ESS_COLLAPSE = 0.1
@@ -23,8 +27,7 @@ ESS_LOW = 0.5
 """Below this share the measurement costs half of E: the step is large for importance sampling, and the weights of E
 say less about the responses that were not drawn."""
 FEW_RESPONSES = 30
-"""Below this many (effective, or different) responses a normal 95 % interval, whose error is itself estimated, covers
-visibly less than 95 %: with Student's t at 30 it is 4 % wider, at 10 it is 15 %."""
+"""Below this many (effective, or different) responses a standard error is itself known to 13 % at best."""
 
 
 def heavy_tail(facts: Facts) -> Finding | None:
@@ -44,14 +47,17 @@ def heavy_tail(facts: Facts) -> Finding | None:
         )
     limit = pareto_limit(facts)
     share = ess_share(facts)
-    if k >= PARETO_K_NO_MEAN:
+    # k comes from the few largest weights: at 64 responses a dozen, and k above 1 is then often noise
+    least = None if size is None else k - ONE_SIDED * pareto_k_error(k, size)
+    uneven = share is None or share < EVEN_ESS
+    if uneven and (k if least is None else least) >= PARETO_K_NO_MEAN:
         return invalid(
             f"Pareto k of the importance weights is {k:.2f}: from {PARETO_K_NO_MEAN:g} on their mean is not finite "
-            f"and deltaH_true estimates nothing; ",
+            "and deltaH_true estimates nothing; ",
             Remedy.SMALLER_STEP_OR_LARGER_E,
             ".",
         )
-    if k > PARETO_K_LIMIT and share is not None and share < ESS_LOW:
+    if k > PARETO_K_LIMIT and share is not None and share < ESS_LOW and (least is None or least > 0):
         return invalid(
             f"Pareto k of the importance weights is {k:.2f}, above {PARETO_K_LIMIT:g}, and they leave an ESS of "
             f"{percent(share)} of E: a few responses decide deltaH_true; ",
@@ -107,7 +113,7 @@ def few_responses(facts: Facts) -> Finding | None:
     else:
         return None
     return caution(
-        f"{what}: with fewer than {FEW_RESPONSES} the 95 % intervals are too narrow; raise ",
+        f"{what}: with fewer than {FEW_RESPONSES} the size of an error is itself hardly known; raise ",
         Remedy.B_E,
         ".",
     )

@@ -22,13 +22,16 @@ from probe.verdict.agreement import (
     derivatives_disagree,
     forwards_disagree,
     intervals_disagree,
+    may_bend,
     residual_stands_out,
 )
 from probe.verdict.facts import Facts
 from probe.verdict.flags import flag_finding
 from probe.verdict.resolution import (
     contains_zero,
+    few_carry_the_error,
     has_no_error_bar,
+    imprecise,
     is_null,
     near_noise_floor,
     prediction_contains_zero,
@@ -99,7 +102,10 @@ _PER_ESTIMAND: tuple[Callable[[Facts, Estimand], Finding | None], ...] = (
     contains_zero,
     prediction_contains_zero,
     near_noise_floor,
+    imprecise,
+    few_carry_the_error,
     bends,
+    may_bend,
     residual_stands_out,
     intervals_disagree,
 )

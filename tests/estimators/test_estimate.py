@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
 from probe.estimators.entropy_change import entropy_change
 from probe.estimators.estimate import (
@@ -107,11 +108,38 @@ def test_the_error_of_a_mean_is_that_of_its_prompts_means(method):
     for one in (found, direct):
         assert one.value == pytest.approx(float(x.mean()), abs=1e-14)
         assert one.se == pytest.approx(expected, rel=1e-12)
-        assert one.ci95 == pytest.approx((one.value - 1.959964 * expected, one.value + 1.959964 * expected))
+        half = float(stats.t.ppf(0.975, one.df)) * expected
+        assert one.ci95 == pytest.approx((one.value - half, one.value + half), rel=1e-4)
         assert len(one.influence) == 20
     torch.testing.assert_close(found.influence, direct.influence)
     naive = mean_by_prompt(flat, torch.arange(40))
     assert naive.se < 0.8 * expected
+
+
+def test_degrees_of_freedom_are_those_of_the_estimated_variance():
+    """Twice the squared mean over the variance of the variance, for light tails and heavy ones."""
+    g = torch.Generator().manual_seed(3)
+    P = 200
+    for power, kappa in ((1, 3.0), (3, 46.2)):  # a normal variable, and its cube
+        x = torch.randn(4000, P, generator=g, dtype=torch.float64) ** power
+        expected = 2 / ((kappa - 3) / P + 2 / (P - 1))
+        variance = x.var(1)
+        assert float(2 * variance.mean() ** 2 / variance.var()) == pytest.approx(expected, rel=0.35)
+        dfs = torch.tensor([Estimate(0.0, (row - row.mean()) / P).df for row in x[:500]])
+        # a sample's kurtosis falls short of a heavy tail's, so that its degrees of freedom are rather too many
+        assert expected * 0.9 < float(dfs.median()) < (1.01 if power == 1 else 4.0) * max(expected, P / 12)
+        assert float(dfs.min()) >= 1.0
+        assert float(dfs.max()) <= P - 1
+
+
+def test_one_prompt_that_carries_the_error_leaves_two_degrees_of_freedom():
+    influence = torch.full((64,), -1 / 63, dtype=torch.float64)
+    influence[5] = 1.0
+    one = Estimate(0.5, influence)
+    assert one.df == pytest.approx(2.0, rel=0.1)
+    assert one.ci95[1] - one.value == pytest.approx(4.3 * one.se, rel=0.1)
+    assert Estimate(0.5, torch.zeros(64, dtype=torch.float64)).ci95 == (0.5, 0.5)
+    assert math.isinf(Estimate(0.5, torch.zeros(1, dtype=torch.float64)).ci95[1])
 
 
 @pytest.mark.parametrize("method", ["jackknife", "influence"])

@@ -42,7 +42,7 @@ def documented() -> set[str]:
     names = {"step", "verdict", "alarm", *LIVE_NUMBERS, *LIVE_TEXTS}
     for key in LIVE_KEYS:
         for suffix in ("", "_tok"):
-            names |= {key + suffix + end for end in ("", "_se", "_ci95_low", "_ci95_high")}
+            names |= {key + suffix + end for end in ("", "_se", "_df", "_ci95_low", "_ci95_high")}
     return names
 
 

@@ -140,7 +140,7 @@ def same(a, b):
 
 def owner(key):
     """`deltaH_true_se` belongs to `deltaH_true`."""
-    for ending in ("_se", "_ci95", "_sd_U"):
+    for ending in ("_se", "_ci95", "_df", "_sd_U"):
         key = key.removesuffix(ending)
     return key
 

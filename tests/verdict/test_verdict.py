@@ -10,7 +10,7 @@ import pytest
 
 from probe.estimators.importance_weights import PARETO_K_LIMIT
 from probe.verdict.agreement import DERIVATIVE_LIMITS, DERIVATIVE_LIMITS_HALF
-from probe.verdict.sample import ESS_COLLAPSE, ESS_LEAST, ESS_LOW, FEW_RESPONSES, PARETO_K_NO_MEAN
+from probe.verdict.sample import ESS_COLLAPSE, ESS_LEAST, ESS_LOW, FEW_RESPONSES
 from probe.verdict.sentences import round_up
 from probe.verdict.verdict import verdict
 from probe.verdict.words import MATERIAL, WORDS
@@ -96,7 +96,11 @@ RULES = {
         r"deltaH2, -0\.00018 nats per token, is 18 % of deltaH1 \(limit 10 %\).* eta_10 = 5\.6e-07; "
         r"lower probe_rework\.learning_rate \(now 1e-06\)",
     ),
-    "curvature not resolved": ({"deltaH2_tok": 0.0002, "deltaH2_tok_se": 0.00011}, "trustworthy", ""),
+    "curvature not resolved": (
+        {"deltaH2_tok": 0.0002, "deltaH2_tok_se": 0.00011},
+        "caution",
+        "deltaH2 is not shown to be small: it may be 42 % of deltaH1_tok",
+    ),
     "curvature null": (
         {"deltaH2": None, "deltaH2_tok": None, "eta_10": None, "eta_10_tok": None},
         "trustworthy",
@@ -127,7 +131,12 @@ RULES = {
         "caution",
         "more than sampling explains",
     ),
-    "residual not significant": ({"residual_tok": -0.0002, "residual_tok_se": 0.00011}, "trustworthy", ""),
+    "residual not significant": (
+        {"residual_tok": -0.0002, "residual_tok_se": 0.00011},
+        "caution",
+        "measurement is not shown to be small: it may be 42 % of deltaH_true_tok",
+    ),
+    "residual shown to be small": ({"residual_tok": -0.00002, "residual_tok_se": 0.00002}, "trustworthy", ""),
     "disagreement": (
         {"deltaH1_tok": -0.0018},
         "caution",
@@ -152,8 +161,22 @@ RULES = {
         "invalid",
         r"is 0\.70, above 0\.7, and they leave an ESS of 50 % of E",
     ),
-    "k without a mean": ({"pareto_k": PARETO_K_NO_MEAN}, "invalid", r"is 1\.00: .* mean is not finite"),
-    "k just below": ({"pareto_k": PARETO_K_NO_MEAN * BELOW}, "caution", "above its limit"),
+    "k without a mean": ({"pareto_k": 1.6, "ESS": 700.0}, "invalid", r"is 1\.60: .* mean is not finite"),
+    # 1.4 is 0.4 above 1, and its standard error from 96 weights 0.245
+    "k above 1 by chance": ({"pareto_k": 1.4, "ESS": 700.0}, "caution", "above its limit"),
+    "k of even weights": ({"pareto_k": 2.5, "ESS": 1000.0}, "caution", "above its limit"),
+    "few carry the error": (
+        {"deltaH_true_tok_df": 6.3},
+        "caution",
+        r"few responses carry the standard error of deltaH_true_tok \(6\.3 degrees of freedom, limit 20\)",
+    ),
+    "many carry the error": ({"deltaH_true_tok_df": 20.0, "deltaH1_df": 40.0}, "trustworthy", ""),
+    "not precise": (
+        {"deltaH_true_tok_se": 0.0003},
+        "caution",
+        r"deltaH_true_tok = -0\.00098 .* is 3\.3 times its standard error: .* \(limit 4 times\); "
+        r"batch_config\.B_E of about 1600 \(now 1024\) would do",
+    ),
     "k not fitted": ({"pareto_k": None}, "caution", "the tail of 1024 responses is too short"),
     "k of equal weights": ({"pareto_k": None, "w_max": 1.0, "w_min": 1.0}, "trustworthy", ""),
     "ESS half": ({"ESS": 1024 * ESS_LOW}, "trustworthy", ""),
@@ -399,7 +422,8 @@ def test_the_prediction_alone_is_judged():
     found = verdict(alone)
     assert found.word == "unresolved"
     assert "interval of deltaH1, -0.00218 to 0.000176 nats per token" in found.reasons[0]
-    assert verdict({**alone, "deltaH1_tok_se": 0.0003}).word == "trustworthy"
+    assert verdict({**alone, "deltaH1_tok_se": 0.0003}).word == "caution"
+    assert verdict({**alone, "deltaH1_tok_se": 0.00025}).word == "trustworthy"
     assert verdict({**alone, "deltaH1_tok": None}).word == "unresolved"
 
 
@@ -505,4 +529,4 @@ def test_a_larger_error_never_improves_the_verdict_of_one_quantity(quantity):
         WORDS.index(verdict({quantity: -0.1, f"{quantity}_se": error, "B_E": 256}).word)
         for error in (0.01, 0.03, 0.0510, 0.0511, 1.0, math.inf)
     ]
-    assert ranks == [0, 0, 0, 2, 2, 3]
+    assert ranks == [0, 1, 1, 2, 2, 3]

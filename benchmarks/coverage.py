@@ -1,0 +1,95 @@
+"""How often the 95 % intervals cover, and how often a verdict of `trustworthy` stands on one that does not.
+
+Policies of known tails, enumerated (`tests/support/tabular.py`), so that the truth is exact. For each family and size
+of E: coverage with normal intervals (1.96 standard errors) and with those that are reported, the share of each verdict,
+and the share of all runs that are trustworthy and whose interval of prediction or measurement (per token) misses.
+
+    python benchmarks/coverage.py [--repetitions 400] [--sizes 64 256 1024]
+
+Control variates are used from 256 prompts on, as `auto` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from probe.estimators.control_variates import SMALLEST_SAMPLE
+from probe.estimators.estimate import NORMAL_975
+from probe.verdict.words import WORDS
+from tests.support.tabular import Drawn, Tabular, draw, exact_values, tabular
+
+FAMILIES = (
+    ("light", 0.0),
+    ("low", 0.0),
+    ("branch", 1 / 50),
+    ("branch", 1 / 200),
+    ("branch", 1 / 500),
+    ("branch", 1 / 2000),
+)
+
+
+def coverage(space: Tabular, runs: list[Drawn], name: str, which: int) -> tuple[float, float]:
+    """Share of runs whose interval covers: with 1.96 standard errors, and as reported."""
+    exact = exact_values(space)[name][which]
+    normal = own = 0
+    for run in runs:
+        one = list(run.estimates[name])[which]
+        normal += abs(one.value - exact) <= NORMAL_975 * one.se
+        own += one.ci95[0] <= exact <= one.ci95[1]
+    return normal / len(runs), own / len(runs)
+
+
+def wrong(space: Tabular, run: Drawn) -> bool:
+    """Whether the interval of the measured change per token misses, or that of the prediction does."""
+    exact = exact_values(space)
+    return any(
+        not low <= exact[name][1] <= high
+        for name in run.reported
+        for low, high in [run.estimates[name].token.ci95]
+    )
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repetitions", type=int, default=400)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| family | B_E | estimate | sequence | token |\n|---|---|---|---|---|")
+    verdicts = []
+    for kind, rare in FAMILIES:
+        space = tabular(kind, rare or 0.02)  # type: ignore[arg-type]
+        family = f"{kind} 1/{1 / rare:.0f}" if rare else kind
+        for size in options.sizes:
+            g = torch.Generator().manual_seed(11)
+            runs = [draw(space, size, g, size >= SMALLEST_SAMPLE) for _ in range(options.repetitions)]
+            for name in runs[0].estimates:
+                cells = [coverage(space, runs, name, which) for which in (0, 1)]
+                shown = [f"{100 * normal:.0f} to {100 * own:.0f}" for normal, own in cells]
+                print(f"| {family} | {size} | {name} | {shown[0]} | {shown[1]} |", flush=True)
+            words = Counter(run.verdict.word for run in runs)
+            both = sum(run.verdict.word == "trustworthy" and wrong(space, run) for run in runs)
+            shares = " | ".join(f"{100 * words[word] / len(runs):.0f}" for word in WORDS)
+            missed = sum(wrong(space, run) for run in runs)
+            verdicts.append(
+                f"| {family} | {size} | {shares} | {100 * missed / len(runs):.1f} | {100 * both / len(runs):.1f} |"
+            )
+    heads = " | ".join(WORDS)
+    print(
+        f"\n| family | B_E | {heads} | headline misses | trustworthy and misses |\n|---|---|---|---|---|---|---|---|"
+    )
+    print("\n".join(verdicts))
+
+
+if __name__ == "__main__":
+    main()
