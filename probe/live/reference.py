@@ -13,8 +13,8 @@ This page is made from the tables of the code (`probe.live.names`). How to read 
 ## Entropies and their changes
 
 In nats per response under these names, and in nats per token with `_tok` behind them; `_se` is the standard error,
-`_ci95_low` and `_ci95_high` are the ends of the 95 % interval, `_df` are the degrees of freedom of the error, where there
-is one.
+`_ci95_low` and `_ci95_high` are the ends of the 95 % interval, `_df` are the degrees of freedom of the error, where
+there is one.
 
 {changes}
 
