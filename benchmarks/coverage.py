@@ -37,23 +37,19 @@ FAMILIES = (
 
 def coverage(space: Tabular, runs: list[Drawn], name: str, which: int) -> tuple[float, float]:
     """Share of runs whose interval covers: with 1.96 standard errors, and as reported."""
-    exact = exact_values(space)[name][which]
+    exact = exact_values(space)[name]
     normal = own = 0
     for run in runs:
         one = list(run.estimates[name])[which]
-        normal += abs(one.value - exact) <= NORMAL_975 * one.se
-        own += one.ci95[0] <= exact <= one.ci95[1]
+        normal += abs(one.value - exact[which]) <= NORMAL_975 * one.se
+        own += run.covers(name, exact)[which]
     return normal / len(runs), own / len(runs)
 
 
 def wrong(space: Tabular, run: Drawn) -> bool:
     """Whether the interval of the measured change per token misses, or that of the prediction does."""
     exact = exact_values(space)
-    return any(
-        not low <= exact[name][1] <= high
-        for name in run.reported
-        for low, high in [run.estimates[name].token.ci95]
-    )
+    return not all(run.covers(name, exact[name])[1] for name in run.reported)
 
 
 def main() -> None:

@@ -45,6 +45,11 @@ class Before:
     old: Mapping[str, Tensor]
     seconds: float
 
+    @property
+    def mean_length(self) -> float:
+        """Tokens per response of E."""
+        return float(self.E.lengths.double().mean())
+
 
 @dataclass(frozen=True)
 class Outcome(StepResult):
@@ -156,7 +161,7 @@ def outcome_of_no_step(before: Before, scores: TokenScores, rate: float | None) 
         H=H,
         deltaH1=unmoved,
         deltaH_true=unmoved,
-        mean_length=float(before.E.lengths.double().mean()),
+        mean_length=before.mean_length,
         step_norm=0.0,
     )
 
@@ -202,7 +207,7 @@ def outcome_of_step(
         H=H,
         deltaH1=prediction.total,
         deltaH_true=truth.change,
-        mean_length=float(E.lengths.double().mean()),
+        mean_length=before.mean_length,
         step_norm=step_norm,
         parts=parts,
     )

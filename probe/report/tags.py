@@ -64,8 +64,7 @@ def interval_charts(scalars: Mapping[str, float]) -> dict[str, dict[str, list[An
         charts: dict[str, list[Any]] = {}
         for one in keys.QUANTITIES:
             value, *ends = one.band(estimand)
-            interval = _group(estimand.key(one.key, "_ci95"))
-            tags = [f"{PREFIX}{_group(value)}/{value}", *(f"{PREFIX}{interval}/{end}" for end in ends)]
+            tags = [f"{PREFIX}{_group(value)}/{value}", *(f"{PREFIX}_{one.group}/{end}" for end in ends)]
             if ends and all(tag in scalars for tag in tags):
                 charts[f"{one.key}, {estimand.unit}"] = ["Margin", tags]
         if charts:

@@ -100,6 +100,16 @@ class Facts:
         return "deltaH_true" if any(self.number("deltaH_true", e) for e in ESTIMANDS) else "deltaH1"
 
     @property
+    def judged_quantities(self) -> tuple[str, ...]:
+        """`quantity`, and the prediction beside it."""
+        return tuple(dict.fromkeys((self.quantity, "deltaH1")))
+
+    @property
+    def draws(self) -> float | None:
+        """Independent draws in E: its prompts, where they were counted, else its responses; None where not known."""
+        return number(self.diagnostics, "prompts_E") or self.size
+
+    @property
     def estimands(self) -> tuple[Estimand, ...]:
         """Those of `quantity`, the headline one first."""
         return tuple(estimand for estimand in ESTIMANDS if self.number(self.quantity, estimand))

@@ -6,8 +6,8 @@ from probe.config.numbers import is_finite
 from probe.errors.remedies import Remedy
 from probe.estimand import Estimand
 from probe.text import percent
-from probe.verdict.facts import Facts, number
-from probe.verdict.sentences import count_text, more_digits, resolving_size, round_up, share_text
+from probe.verdict.facts import Facts
+from probe.verdict.sentences import count_text, larger_size, more_digits, resolving_size, share_text
 from probe.verdict.words import MATERIAL, Finding, caution, invalid, unresolved
 
 PRECISE = 4.0
@@ -20,7 +20,7 @@ many; of a policy whose rare responses derail, some hundred to some thousand."""
 
 def has_no_error_bar(facts: Facts, estimand: Estimand) -> Finding | None:
     """A value that is no number, or of which nothing says how far it may be off."""
-    for name in dict.fromkeys((facts.quantity, "deltaH1")):
+    for name in facts.judged_quantities:
         given, key = facts.number(name, estimand), estimand.key(name)
         if given is None or given.value is None:
             continue
@@ -82,16 +82,16 @@ def prediction_contains_zero(facts: Facts, estimand: Estimand) -> Finding | None
 
 def imprecise(facts: Facts, estimand: Estimand) -> Finding | None:
     """A change that is told from 0, and not known to a quarter: such stand out by luck more often than others."""
-    for name in dict.fromkeys((facts.quantity, "deltaH1")):
+    for name in facts.judged_quantities:
         change = facts.change(name, estimand)
         if change.value is None or not change.excludes_zero or change.se is None:
             continue
         if PRECISE * change.se <= abs(change.value):
             continue
-        size = number(facts.diagnostics, "prompts_E") or facts.size
+        size = facts.draws
         enough: tuple[str | Remedy, ...] = ()
         if size is not None:
-            needed = round_up(max(size * (PRECISE * change.se / change.value) ** 2, size + 1))
+            needed = larger_size(size, (PRECISE * change.se / change.value) ** 2)
             enough = ("; ", Remedy.B_E, f" of about {needed} (now {size:g}) would do")
         return caution(
             f"{change.key} = {change.value:.3g} {estimand.unit} is {abs(change.value) / change.se:.2g} times its "
@@ -104,7 +104,7 @@ def imprecise(facts: Facts, estimand: Estimand) -> Finding | None:
 
 def few_carry_the_error(facts: Facts, estimand: Estimand) -> Finding | None:
     """An error that a few responses make: how many more such there are, and how large they are, is not known."""
-    for name in dict.fromkeys((facts.quantity, "deltaH1")):
+    for name in facts.judged_quantities:
         given, change = facts.number(name, estimand), facts.change(name, estimand)
         df = None if given is None else given.df
         if change.value is None or df is None or not is_finite(df) or df >= LEAST_FREEDOM:

@@ -32,7 +32,7 @@ def praise(facts: Facts) -> str:
 
 def resolving_size(facts: Facts, change: Change) -> tuple[str | Remedy, ...]:
     """The remedy for an interval that contains 0: how large E must be, as its width shrinks with `sqrt(B_E)`."""
-    size = number(facts.diagnostics, "prompts_E") or facts.size
+    size = facts.draws
     if size is None:
         return "raise ", Remedy.B_E, ", ", Remedy.OR_LARGER_STEP
     if not change.value or change.half_width is None:
@@ -41,13 +41,18 @@ def resolving_size(facts: Facts, change: Change) -> tuple[str | Remedy, ...]:
     if factor > OUT_OF_REACH:
         times = f"more than {OUT_OF_REACH} times "
         return times, Remedy.B_E, f" ({size:g}) would be needed: ", Remedy.LARGER_STEP
-    needed = round_up(max(size * factor, size + 1))
+    needed = larger_size(size, factor)
     return (
         "if the change is as large as it seems, ",
         Remedy.B_E,
         f" of about {needed} (now {size:g}) excludes 0, ",
         Remedy.OR_LARGER_STEP,
     )
+
+
+def larger_size(size: float, factor: float) -> int:
+    """`size` times `factor`, larger by one at least, rounded up to two significant digits."""
+    return round_up(max(size * factor, size + 1))
 
 
 def round_up(x: float) -> int:

@@ -155,6 +155,11 @@ class Drawn:
     estimates: dict[str, Estimates]
     verdict: Verdict
 
+    def covers(self, name: str, exact: list[float]) -> list[bool]:
+        """Whether the intervals of an estimate hold the exact values, `[sequence, token]`."""
+        pair = zip(self.estimates[name], exact, strict=True)
+        return [low <= value <= high for one, value in pair for low, high in [one.ci95]]
+
     @property
     def reported(self) -> tuple[str, str]:
         """The names of the reported prediction and measurement."""

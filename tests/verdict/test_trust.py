@@ -54,10 +54,7 @@ def test_more_data_never_makes_a_verdict_worse(kind, rare):
         shares.append([float((ranks <= k).double().mean()) for k in range(3)])
         exact = exact_values(space)
         wrong = [
-            run.verdict.word == "trustworthy"
-            and not run.estimates["per_decision"].token.ci95[0]
-            <= exact["per_decision"][1]
-            <= run.estimates["per_decision"].token.ci95[1]
+            run.verdict.word == "trustworthy" and not run.covers("per_decision", exact["per_decision"])[1]
             for run in runs
         ]
         missed.append(sum(wrong) / repetitions)
