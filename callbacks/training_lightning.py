@@ -39,7 +39,7 @@ class EntropyProbeCallback(Callback):
             tokenizer: the policy's; by default the LightningModule's attribute `tokenizer`.
             policy: name of the LightningModule's attribute that is the policy (dots allowed); by default its only
                 transformers or peft model.
-            on_alarm: called with an `Alarm` when a collapse is forecast; `"stop"` ends training.
+            on_alarm: called with an `Alarm` when a collapse or explosion is forecast; `"stop"` ends training.
             settings: see `probe.live.WatchSettings`.
 
         Raises:

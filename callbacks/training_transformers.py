@@ -12,7 +12,7 @@ from probe.errors.exceptions import ConfigError
 from probe.live import Watch, WatchSettings
 from probe.live.alarm import OnAlarm, check_on_alarm
 from probe.live.hosts.host import HostedWatch
-from probe.live.hosts.transformers import attached, log_through, refuse_sharded
+from probe.live.hosts.transformers import attached, log_through, note_logged_entropy, refuse_sharded
 from probe.live.outlets import Outlet
 
 
@@ -41,7 +41,7 @@ class EntropyProbeTrainerCallback(TrainerCallback):
             trainer: the trainer that the callback is added to; its log is where the numbers go.
             prompts: what E's prompts are drawn from: texts, message lists, or rows with a column `prompt`. By default
                 those of the trainer's evaluation data, else of its training data.
-            on_alarm: called with an `Alarm` when a collapse is forecast; `"stop"` ends training.
+            on_alarm: called with an `Alarm` when a collapse or explosion is forecast; `"stop"` ends training.
             settings: see `probe.live.WatchSettings`. `temperature` and `max_new_tokens` are by default those of a GRPO
                 configuration (`temperature`, `max_completion_length`).
 
@@ -85,6 +85,12 @@ class EntropyProbeTrainerCallback(TrainerCallback):
         control.should_log = asked  # logging takes it back, and the trainer's own log is still to come
         if self._host.asks_to_stop():
             control.should_training_stop = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The entropy that TRL logs of its own batches is one more reading for the forecast."""
+        note_logged_entropy(self.watch, state, kwargs.get("logs"))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -6,47 +6,52 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-
-import numpy as np
-from numpy.typing import NDArray
+from statistics import median
 
 LEAST_READINGS = 3
-"""Fewest readings that a forecast is made from: two for the rate, one more for its error."""
-LEAST_SINCE_CHANGE = 4
-"""Fewest readings that show that the drift has changed."""
-CHANGED = 4.0
-"""Standard errors by which it must have."""
+"""Fewest measured changes that a forecast is made from."""
+LEAST_LOGGED = 5
+"""Fewest logged levels whose scatter tells their error."""
+SMALLEST_LOGGED_ERROR = 0.005
+"""Share of the entropy that a logged level is at least uncertain by."""
 WINDOW_HORIZONS, LEAST_WINDOW = 4, 5
 """Older readings do not enter the forecast, unless there are fewer than so many: rates change in a run's course."""
 SMALLEST_ENTROPY = 1e-9
 """Nats per token that a policy without any choice left is taken to have, for the logarithm's sake."""
-LARGEST_FALL = 0.99
-"""Largest share of the entropy that one step can take: a noisy reading may claim it all, and log(0) is no rate."""
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class EntropyReading:
-    """What one probed training step says about entropy.
+    """What one training step says about entropy: a probe of it, or a level that the training has logged by itself.
 
     Attributes:
         step: optimizer step, counted from any origin.
         H: token entropy of the policy before that step, nats per token, measured on a sample of responses.
         H_se: its standard error, nats per token; independent between readings.
-        change: measured change of `H` by that one optimizer step, nats per token, paired on the same responses.
-        change_se: its standard error, nats per token.
+        change: measured change of `H` by that one optimizer step, nats per token, paired on the same responses; None
+            where only the level is known.
+        change_se: its standard error, nats per token; None likewise.
+        logged: whether it is a level that the training has logged of batches of its own, which may differ from those
+            of probes by a constant.
     """
 
     step: int
     H: float
     H_se: float
-    change: float
-    change_se: float
+    change: float | None = None
+    change_se: float | None = None
+    logged: bool = False
+
+    @property
+    def has_change(self) -> bool:
+        """Whether the change by the step was measured."""
+        return self.change is not None and self.change_se is not None
 
     @property
     def is_finite(self) -> bool:
         """Whether all numbers are finite; a reading from a single prompt has an infinite error."""
-        return all(math.isfinite(x) for x in (self.H, self.H_se, self.change, self.change_se))
+        numbers = (self.H, self.H_se, self.change, self.change_se)
+        return all(math.isfinite(x) for x in numbers if x is not None)
 
 
 def recent_readings(readings: Sequence[EntropyReading], horizon: int, window: int) -> list[EntropyReading]:
@@ -68,43 +73,38 @@ def recent_readings(readings: Sequence[EntropyReading], horizon: int, window: in
     return [*recent, *readings[-LEAST_WINDOW:]][-window:]
 
 
+def logged_readings(levels: Sequence[tuple[int, float]]) -> list[EntropyReading]:
+    """Levels that a training has logged, with their error: what they scatter by from one to the next.
+
+    The error is the median absolute deviation of the differences of neighbouring logarithms, scaled to a standard
+    deviation and divided by the square root of 2. What the steps in between have really done is in it, so it is rather
+    too large. Fewer than five levels do not tell, and are left out, as are those that are not positive and finite.
+
+    Args:
+        levels: optimizer step and entropy in nats per token, in the order of steps.
+
+    >>> [round(one.H_se, 3) for one in logged_readings([(k, 1.0 + 0.01 * (k % 2)) for k in range(7)])][:2]
+    [0.01, 0.011]
+    """
+    usable = [(step, H) for step, H in levels if math.isfinite(H) and H > 0]
+    if len(usable) < LEAST_LOGGED:
+        return []
+    differences = [math.log(after / before) for (_, before), (_, after) in pairwise(usable)]
+    middle = median(differences)
+    spread = median(abs(one - middle) for one in differences)
+    error = max(1.4826 * spread / math.sqrt(2), SMALLEST_LOGGED_ERROR)
+    return [EntropyReading(step, H, error * H, logged=True) for step, H in usable]
+
+
 def above_zero(H: float) -> float:
     """A level in nats per token that has a logarithm: a policy without any choice left has none."""
     return max(H, SMALLEST_ENTROPY)
 
 
-def since_change(readings: Sequence[EntropyReading], momentum: float) -> Sequence[EntropyReading]:
-    """The readings since the drift last changed: a learning rate that was lowered, a collapse that speeds up.
-
-    At every split with three readings before and four after it, the mean relative changes of both sides are compared,
-    in units of the error that their scatter about these means and the correlation through momentum give them. While
-    the clearest split differs by more than four of them, what is before it is left out. (Four, since there are many
-    splits, and the scatter is estimated from few readings.)
-    """
-    while len(readings) >= LEAST_READINGS + LEAST_SINCE_CHANGE:
-        step = np.array([x.step for x in readings])
-        relative = np.log1p(np.maximum([x.change / x.H for x in readings], -LARGEST_FALL))
-        rho = momentum ** float(np.median(np.diff(step)))
-        longest, n = (1 + rho) / (1 - rho), len(readings)
-        clearness = {}
-        for k in range(LEAST_READINGS, n - LEAST_SINCE_CHANGE + 1):
-            old, new = relative[:k], relative[k:]
-            scatter = (float(old.var()) * k + float(new.var()) * (n - k)) / (n - 2)
-            variance = scatter * (min(longest / k, 1.0) + min(longest / (n - k), 1.0))
-            size = abs(float(new.mean() - old.mean()))
-            # differences that are rounding are none
-            clearness[k] = size / math.sqrt(variance + 1e-18) if size > 1e-9 else 0.0
-        cut = max(clearness, key=clearness.__getitem__)
-        if clearness[cut] < CHANGED:
-            break
-        readings = readings[cut:]
-    return readings
-
-
 def usable_readings(readings: Sequence[EntropyReading]) -> list[EntropyReading]:
     """The readings that are finite, all of them checked."""
     for before, after in pairwise(readings):
-        if after.step <= before.step:
+        if after.step < before.step or (after.step == before.step and not after.logged):
             raise ValueError(
                 f"readings must be in increasing order of step: {after.step} follows {before.step}"
             )
@@ -113,6 +113,6 @@ def usable_readings(readings: Sequence[EntropyReading]) -> list[EntropyReading]:
             raise ValueError(
                 f"the entropy must be positive, but is {reading.H} nats per token at step {reading.step}"
             )
-        if reading.H_se < 0 or reading.change_se < 0:
+        if reading.H_se < 0 or (reading.change_se or 0.0) < 0:
             raise ValueError(f"a standard error is negative at step {reading.step}")
     return [reading for reading in readings if reading.is_finite]

@@ -1,17 +1,17 @@
-"""A collapse that is forecast: when an alarm starts, what a user's function gets, and what it can do about it."""
+"""A collapse or explosion that is forecast: when an alarm starts, what a user's function gets, and what it can do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from probe.errors.exceptions import ConfigError
-from probe.forecast.forecast import Forecast
-from probe.live.lines import alarm_line
+from probe.forecast.forecast import ALARM_CHANCE, Forecast
+from probe.live.lines import Outlook, alarm_line
 from probe.live.say import say
 
 GROUP_RATES, SCHEDULER_RATES = {"lr", "initial_lr", "max_lr", "min_lr"}, {"base_lrs", "max_lrs"}
@@ -20,13 +20,13 @@ GROUP_RATES, SCHEDULER_RATES = {"lr", "initial_lr", "max_lr", "min_lr"}, {"base_
 
 @dataclass(frozen=True, repr=False)
 class Alarm:
-    """A forecast collapse, as `on_alarm` gets it.
+    """A forecast collapse or explosion, as `on_alarm` gets it.
 
     Attributes:
         step: optimizer step after which it was raised, from 1.
         message: the warning that was printed.
-        forecast: steps left, with interval.
-        entry: the history entry of this probe.
+        forecast: steps left, with interval and chance; `forecast.rising` tells an explosion from a collapse.
+        entry: the history entry of the last probe.
         model: the policy.
         optimizers: those that are watched.
         stop: asks the host to end training after this step; a plain loop reads `watch.should_stop`.
@@ -89,37 +89,28 @@ def check_on_alarm(value: Any) -> None:
 
 CALM_READINGS = 3
 """Readings in a row without danger after which the alarm is armed again."""
-CALM_HORIZONS = 2.0
-"""A forecast of more than this many horizons is without danger."""
+CALM_CHANCE = ALARM_CHANCE / 2
+"""A threshold that is reached within the horizon with less than this chance is without danger."""
 
 
 @dataclass
-class CollapseAlarm:
-    """Says when a new collapse alarm starts, and then stays silent until the danger has passed.
+class ThresholdAlarm:
+    """Says when a new alarm starts at one threshold, and then stays silent until the danger has passed.
 
-    An alarm starts if the collapse is expected within `horizon` steps or the entropy is at the threshold or below.
-    It can start again after three readings in a row without danger: not expected, or farther than two horizons.
+    An alarm starts if the threshold is reached within the horizon with a chance of at least `ALARM_CHANCE`, or is
+    reached already. It can start again after three readings in a row without danger.
 
-    The attributes are plain numbers: `dataclasses.asdict` saves the state, `CollapseAlarm(**state)` restores it.
+    The attributes are plain numbers: `dataclasses.asdict` saves the state, `ThresholdAlarm(**state)` restores it.
 
     Attributes:
-        horizon: optimizer steps.
         armed: whether an alarm can start.
         calm_readings: readings in a row without danger since the last alarm.
         last_alarm: step at which the last alarm started, or None.
-
-    Raises:
-        ValueError: if `horizon` is not positive.
     """
 
-    horizon: float
     armed: bool = True
     calm_readings: int = 0
     last_alarm: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.horizon > 0:
-            raise ValueError(f"horizon must be a positive number of optimizer steps, not {self.horizon}")
 
     def update(self, forecast: Forecast | None, step: int) -> bool:
         """Takes in the forecast of one reading.
@@ -133,16 +124,23 @@ class CollapseAlarm:
         """
         if forecast is None:
             return False
-        collapsed = forecast.threshold >= forecast.H
         if self.armed:
-            if collapsed or (forecast.expected and forecast.steps <= self.horizon):
+            if forecast.expected:
                 self.armed, self.calm_readings, self.last_alarm = False, 0, step
                 return True
             return False
-        far = not forecast.expected or forecast.steps > CALM_HORIZONS * self.horizon
-        self.calm_readings = self.calm_readings + 1 if far and not collapsed else 0
+        calm = not forecast.reached and forecast.chance < CALM_CHANCE
+        self.calm_readings = self.calm_readings + 1 if calm else 0
         self.armed = self.calm_readings >= CALM_READINGS
         return False
+
+
+@dataclass
+class AlarmStates:
+    """The alarms at both ends of the band; see `ThresholdAlarm`."""
+
+    collapse: ThresholdAlarm = field(default_factory=ThresholdAlarm)
+    explosion: ThresholdAlarm = field(default_factory=ThresholdAlarm)
 
 
 class Alarms:
@@ -158,7 +156,6 @@ class Alarms:
         self,
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
-        horizon: int,
         on_alarm: OnAlarm | str | None,
     ) -> None:
         """Check what is to be done.
@@ -166,35 +163,51 @@ class Alarms:
         Args:
             model: the policy.
             optimizers: those that are watched.
-            horizon: optimizer steps.
             on_alarm: a function of the alarm, or `"stop"`.
 
         Raises:
             ConfigError: `on_alarm` cannot be called.
         """
         check_on_alarm(on_alarm)
-        self.state, self._horizon = CollapseAlarm(horizon), horizon
+        self.state = AlarmStates()
         self.should_stop = False
         self.schedulers: Sequence[Any] = ()
         self._model, self._optimizers, self._on_alarm = model, optimizers, on_alarm
 
-    def raised(self, forecast: Forecast | None, entry: dict[str, Any]) -> Alarm | None:
-        """A new alarm, with its warning and its mark in the history's `entry`; None where there is none."""
-        if forecast is None or not self.state.update(forecast, entry["step"]):
-            return None
-        message = alarm_line(entry, forecast.threshold, self._horizon)
-        entry["alarm"] = True
-        say(message, warn=True)
-        return Alarm(
-            entry["step"],
-            message,
-            forecast,
-            entry,
-            self._model,
-            self._optimizers,
-            self._request_stop,
-            self.schedulers,
-        )
+    def raised(self, ahead: Outlook, entry: dict[str, Any], step: int) -> list[Alarm]:
+        """New alarms, each with its warning and its mark in the history's `entry`.
+
+        Args:
+            ahead: what is forecast.
+            entry: of the last probe.
+            step: optimizer steps seen.
+        """
+        new = [
+            forecast
+            for state, forecast in (
+                (self.state.collapse, ahead.collapse),
+                (self.state.explosion, ahead.explosion),
+            )
+            if forecast is not None and state.update(forecast, step)
+        ]
+        alarms = []
+        for forecast in new:
+            message = alarm_line(forecast, entry.get("momentum_share_tok"))
+            entry["alarm"] = True
+            say(message, warn=True)
+            alarms.append(
+                Alarm(
+                    step,
+                    message,
+                    forecast,
+                    entry,
+                    self._model,
+                    self._optimizers,
+                    self._request_stop,
+                    self.schedulers,
+                )
+            )
+        return alarms
 
     def act_on(self, alarm: Alarm) -> None:
         """Do what the user wants done; exceptions of a user's function are the user's."""

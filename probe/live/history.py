@@ -10,9 +10,15 @@ from probe.errors.exceptions import ConfigError
 from probe.estimand import ESTIMANDS, SEQUENCE, TOKEN, Estimand
 from probe.forecast.curves import CumulativeSum, level_change
 from probe.forecast.forecast import Forecast, forecast
-from probe.forecast.readings import EntropyReading, above_zero, recent_readings
-from probe.live.alarm import CollapseAlarm
-from probe.live.lines import outlook
+from probe.forecast.readings import (
+    WINDOW_HORIZONS,
+    EntropyReading,
+    above_zero,
+    logged_readings,
+    recent_readings,
+)
+from probe.live.alarm import AlarmStates, ThresholdAlarm
+from probe.live.lines import Outlook
 from probe.live.names import STEPS, flat_values
 from probe.live.outcome import Outcome
 from probe.live.settings import WatchSettings
@@ -37,6 +43,8 @@ class Run:
         history: one entry per probe.
         readings: what the forecast is made from.
         threshold: entropy that counts as collapse, nats per token; None before the first probe.
+        ceiling: entropy that counts as explosion, nats per token; None likewise, and where none does.
+        logged: optimizer step and entropy, nats per token, that the training has logged itself.
         sums: cumulative sums by the name of what is summed up.
     """
 
@@ -44,6 +52,8 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     readings: list[EntropyReading] = field(default_factory=list)
     threshold: float | None = None
+    ceiling: float | None = None
+    logged: list[tuple[int, float]] = field(default_factory=list)
     sums: dict[str, CumulativeSum] = field(default_factory=dict)
 
 
@@ -68,7 +78,7 @@ class History:
         self.run = Run(step=first_step)
         self._settings = settings
 
-    def add(self, outcome: Outcome, momentum: float) -> tuple[dict[str, Any], Forecast | None]:
+    def add(self, outcome: Outcome, momentum: float) -> tuple[dict[str, Any], Outlook]:
         """Take in what this step did.
 
         Args:
@@ -76,19 +86,54 @@ class History:
             momentum: what correlates the updates of neighbouring steps, in [0, 1).
 
         Returns:
-            The entry, which is in the history now, and the forecast; None with fewer than three probes that moved.
+            The entry, which is in the history now, and what is forecast.
         """
         entry = {"step": self.run.step, **flat_values(outcome.values), **self._cumulative(outcome, momentum)}
-        ahead = self._forecast(outcome, momentum)
-        steps = (None, None, None) if ahead is None else (ahead.steps, ahead.low, ahead.high)
+        self._read(outcome)
+        ahead = self.look_ahead(momentum)
+        down, up = ahead.collapse, ahead.explosion
+        steps = (None, None, None) if down is None else (down.steps, down.low, down.high)
         entry |= {
             "collapse_entropy": self.run.threshold,
+            **({} if self.run.ceiling is None else {"explosion_entropy": self.run.ceiling}),
             **dict(zip(STEPS, steps, strict=True)),
-            "entropy_rate": None if ahead is None else ahead.rate,
-            "outlook": outlook(ahead, self._settings.horizon),
+            "collapse_chance": None if down is None else down.chance,
+            "explosion_chance": None if up is None else up.chance,
+            "entropy_rate": None if down is None else down.rate,
+            "outlook": ahead.in_words,
         }
         self.run.history.append(entry)
         return entry, ahead
+
+    def note_logged(self, step: int, H: float) -> None:
+        """Take in an entropy that the training has logged itself.
+
+        Args:
+            step: the optimizer step before which the policy had it, from 1.
+            H: nats per token.
+        """
+        oldest = step - WINDOW_HORIZONS * self._settings.horizon
+        self.run.logged = [*(one for one in self.run.logged if one[0] >= oldest), (step, H)]
+
+    def look_ahead(self, momentum: float) -> Outlook:
+        """What is forecast from all that was read so far."""
+        run, settings = self.run, self._settings
+        if run.threshold is None or not run.readings:
+            return Outlook()
+        logged = logged_readings(run.logged)
+        first = run.readings[0].step
+        readings = sorted(
+            [*run.readings, *(one for one in logged if one.step >= first)],
+            key=lambda one: (one.step, one.logged),
+        )
+
+        def to(threshold: float, rising: bool) -> Forecast | None:
+            return forecast(
+                readings, threshold, settings.window, momentum, horizon=settings.horizon, rising=rising
+            )
+
+        up = None if run.ceiling is None else to(run.ceiling, rising=True)
+        return Outlook(to(run.threshold, rising=False), up)
 
     def replay(self, entries: Iterable[Mapping[str, Any]], momentum: float) -> None:
         """Go on from what an earlier training has logged; see `Watch.replay`."""
@@ -102,9 +147,12 @@ class History:
                     self._sum(name).advance(entry["step"], change, se, momentum)
             if entry.get("collapse_entropy") is not None:
                 self.run.threshold = entry["collapse_entropy"]
+            if entry.get("explosion_entropy") is not None:
+                self.run.ceiling = entry["explosion_entropy"]
             needed = [entry[name] for name in READING if entry.get(name) is not None]
             if len(needed) == len(READING):
-                self._add_reading(EntropyReading(entry["step"], *needed))
+                believed = 4 if entry.get("verdict") != "invalid" else 2
+                self._add_reading(EntropyReading(entry["step"], *needed[:believed]))
             self.run.history.append(entry)
 
     def _cumulative(self, outcome: Outcome, momentum: float) -> dict[str, float]:
@@ -134,21 +182,32 @@ class History:
         """The cumulative sum of a quantity."""
         return self.run.sums.setdefault(name, CumulativeSum())
 
-    def _forecast(self, outcome: Outcome, momentum: float) -> Forecast | None:
-        """The forecast after this probe."""
-        settings, H, change = self._settings, outcome.H.token, outcome.deltaH_true.token
+    def _read(self, outcome: Outcome) -> None:
+        """Take in what a probe says for the forecast: of a change that is invalid, the level alone."""
+        H, change = outcome.H.token, outcome.deltaH_true.token
         level = above_zero(H.value)
         if self.run.threshold is None:
-            given = settings.collapse_entropy
-            self.run.threshold = settings.collapse_fraction * level if given is None else given
-        if outcome.moved:
-            self._add_reading(EntropyReading(self.run.step, level, H.se, change.value, change.se))
-        return forecast(self.run.readings, self.run.threshold, settings.window, momentum=momentum)
+            self.run.threshold, self.run.ceiling = _band(self._settings, level)
+        if not outcome.moved:
+            return
+        believed = outcome.verdict.word != "invalid"
+        changed = (change.value, change.se) if believed else (None, None)
+        self._add_reading(EntropyReading(self.run.step, level, H.se, *changed))
 
     def _add_reading(self, reading: EntropyReading) -> None:
         """Keep what the forecast is made from."""
         readings = [*self.run.readings, reading]
         self.run.readings = recent_readings(readings, self._settings.horizon, self._settings.window)
+
+
+def _band(settings: WatchSettings, first: float) -> tuple[float, float | None]:
+    """The entropies that count as collapse and as explosion, nats per token; `first` is that of the first probe."""
+    if settings.entropy_band is not None:
+        low, high = settings.entropy_band
+        return low, high
+    given, factor = settings.collapse_entropy, settings.explosion_factor
+    low = settings.collapse_fraction * first if given is None else given
+    return low, None if factor is None else factor * first
 
 
 def _with_error(estimand: Estimand, name: str, value: float, se: float) -> dict[str, float]:
@@ -166,13 +225,18 @@ def check_first_step(value: Any) -> None:
         raise ConfigError(f"first_step: expected an integer of at least 0, found {value!r}")
 
 
-def saved_state(run: Run, alarm: CollapseAlarm) -> dict[str, Any]:
+def saved_state(run: Run, alarms: AlarmStates) -> dict[str, Any]:
     """What a resumed training needs to go on with curves and forecast; see `Watch.state_dict`."""
     kept = [*run.history[:1], *run.history[1:][-KEPT_ENTRIES:]]
-    return {"format": STATE_FORMAT, "run": asdict(replace(run, history=kept)), "alarm": asdict(alarm)}
+    return {
+        "format": STATE_FORMAT,
+        "run": asdict(replace(run, history=kept)),
+        "alarm": asdict(alarms.collapse),
+        "explosion_alarm": asdict(alarms.explosion),
+    }
 
 
-def read_state(state: Any) -> tuple[Run, CollapseAlarm]:
+def read_state(state: Any) -> tuple[Run, AlarmStates]:
     """What `saved_state` was given.
 
     Raises:
@@ -182,7 +246,10 @@ def read_state(state: Any) -> tuple[Run, CollapseAlarm]:
         other = state.get("format") if isinstance(state, Mapping) else type(state).__name__
         raise ConfigError(f"state: expected one of the format {STATE_FORMAT}, found {other!r}")
     try:
-        return _read_run(state["run"]), CollapseAlarm(**state["alarm"])
+        # states of older versions hold the alarm's horizon, and none of an explosion
+        collapse = {name: value for name, value in state["alarm"].items() if name != "horizon"}
+        alarms = AlarmStates(ThresholdAlarm(**collapse), ThresholdAlarm(**state.get("explosion_alarm", {})))
+        return _read_run(state["run"]), alarms
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"state: expected what `state_dict` returned, found something else ({error_text(error)})"
@@ -199,6 +266,7 @@ def _read_run(state: Mapping[str, Any]) -> Run:
         **{
             **state,
             "history": [dict(entry) for entry in state["history"]],
+            "logged": [(step, H) for step, H in state.get("logged", [])],
             "readings": [EntropyReading(**reading) for reading in state["readings"]],
             "sums": {name: CumulativeSum(**values) for name, values in state["sums"].items()},
         }
@@ -206,10 +274,12 @@ def _read_run(state: Mapping[str, Any]) -> Run:
     for entry in run.history:
         _require_numbers(entry["step"], entry["H_orig"], entry["H_orig_tok"])
     for reading in run.readings:
-        _require_numbers(*asdict(reading).values())
+        _require_numbers(reading.step, reading.H, reading.H_se)
+        _require_numbers(*(x for x in (reading.change, reading.change_se) if x is not None))
     check_first_step(run.step)
-    if run.threshold is not None:
-        _require_numbers(run.threshold)
+    _require_numbers(*(x for x in (run.threshold, run.ceiling) if x is not None))
+    for one in run.logged:
+        _require_numbers(*one)
     return run
 
 

@@ -4,15 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from probe.forecast.forecast import Forecast
-from probe.live.names import STEPS
 from probe.live.schedule import Schedule
 from probe.report.numbers import with_error
 
 IN_SIGHT, FEW_PROBES = 10, 50
 """Horizons within which a collapse is in sight; steps between probes from which on a hint says how to get more."""
+WORTH_SAYING = 0.05
+"""Chance within the horizon from which on it is said, where nothing nearer is."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is forecast of both ends of the band; None where there are too few readings, or no such end.
+
+    Attributes:
+        collapse: of the lower end.
+        explosion: of the upper one.
+    """
+
+    collapse: Forecast | None = None
+    explosion: Forecast | None = None
+
+    @property
+    def in_words(self) -> str:
+        """What it comes to; empty where nothing is forecast."""
+        both = [one for one in (self.collapse, self.explosion) if one is not None]
+        said = [words for one in both if (words := threshold_words(one))]
+        if said:
+            return ", ".join(said)
+        if any(one.flattening for one in both):
+            return "flattening"
+        return "no collapse in sight" if both else ""
 
 
 def probe_line(entry: Mapping[str, Any]) -> str:
@@ -27,30 +53,29 @@ def probe_line(entry: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def outlook(ahead: Forecast | None, horizon: int) -> str:
-    """What a forecast comes to, in words; empty where there is none.
+def threshold_words(ahead: Forecast) -> str:
+    """What a forecast of one threshold comes to; empty where it is not in sight."""
+    what = "explosion" if ahead.rising else "collapse"
+    if ahead.reached:
+        return "exploded" if ahead.rising else "collapsed"
+    if ahead.steps <= IN_SIGHT * ahead.horizon:
+        return f"{what} in {forecast_words(ahead)}"
+    if ahead.chance >= WORTH_SAYING:
+        return f"{what} within {ahead.horizon:.0f} steps: {100 * ahead.chance:.0f} %"
+    return ""
 
-    Args:
-        ahead: the forecast.
-        horizon: of the alarm, optimizer steps. Ten of them ahead nothing is in sight.
+
+def forecast_words(ahead: Forecast) -> str:
+    """The median number of steps, with its interval where that has an upper end, else with the chance.
+
+    >>> import dataclasses
+    >>> far = Forecast(31.2, 21.9, math.inf, -0.1, 0.01, 1.0, 0.1, 9, horizon=50, chance=0.62, ever=0.9)
+    >>> forecast_words(far), forecast_words(dataclasses.replace(far, high=55.0))
+    ('about 31 steps (within 50: 62 %)', 'about 31 steps (95 %: 22 to 55)')
     """
-    if ahead is None:
-        return ""
-    if ahead.threshold >= ahead.H:
-        return "collapsed"
-    if not ahead.expected or ahead.steps > IN_SIGHT * horizon:
-        return "no collapse in sight"
-    return f"collapse in {forecast_words(ahead.steps, ahead.low, ahead.high)}"
-
-
-def forecast_words(steps: float, low: float, high: float) -> str:
-    """A number of steps with its interval.
-
-    >>> forecast_words(31.2, 21.9, 55.0), forecast_words(31.2, 21.9, math.inf)
-    ('about 31 steps (95 %: 22 to 55)', 'about 31 steps (95 %: at least 22)')
-    """
-    interval = f"{low:.0f} to {high:.0f}" if math.isfinite(high) else f"at least {low:.0f}"
-    return f"about {steps:.0f} steps (95 %: {interval})"
+    if math.isfinite(ahead.high):
+        return f"about {ahead.steps:.0f} steps (95 %: {ahead.low:.0f} to {ahead.high:.0f})"
+    return f"about {ahead.steps:.0f} steps (within {ahead.horizon:.0f}: {100 * ahead.chance:.0f} %)"
 
 
 def cost_line(schedule: Schedule, B_E: int, length: float, timing: Mapping[str, float]) -> str:
@@ -68,26 +93,37 @@ def cost_line(schedule: Schedule, B_E: int, length: float, timing: Mapping[str, 
     return f"{line}: one {every}, {share}, keeps the budget of {100 * schedule.budget:.3g} %{hint}"
 
 
-def alarm_line(entry: Mapping[str, Any], threshold: float, horizon: int) -> str:
-    """The warning, with its remedy."""
-    H = entry["H_orig_tok"]
-    if threshold >= H:
-        what = f"the policy's entropy has collapsed: {H:.3g} nats/token, at or below {threshold:.3g}"
-    else:
+def alarm_line(ahead: Forecast, momentum_share: float | None) -> str:
+    """The warning, with its remedy.
+
+    Args:
+        ahead: what is forecast.
+        momentum_share: of momentum in the last change, where known.
+    """
+    name, ended, end = (
+        ("explosion", "exploded", "above") if ahead.rising else ("collapse", "collapsed", "below")
+    )
+    remedy = (
+        "lower the learning rate or the entropy coefficient, or raise the KL coefficient"
+        if ahead.rising
+        else "lower the learning rate, raise the entropy or KL coefficient, or clip less from above (epsilon_high)"
+    )
+    if ahead.reached:
         what = (
-            f"entropy collapse forecast: from {H:.3g} to {threshold:.3g} nats/token in "
-            f"{forecast_words(*(entry[name] for name in STEPS))}, within the horizon of {horizon}"
+            f"the policy's entropy has {ended}: {ahead.H:.3g} nats/token, at or {end} {ahead.threshold:.3g}"
         )
-    share = entry.get("momentum_share_tok")
+    else:
+        when = f"in {forecast_words(ahead)}" if math.isfinite(ahead.steps) else ""
+        chance = (
+            f"with a chance of {100 * ahead.chance:.0f} % within the horizon of {ahead.horizon:.0f} steps"
+        )
+        what = f"entropy {name} forecast: from {ahead.H:.3g} to {ahead.threshold:.3g} nats/token {when or chance}"
     inertia = (
-        f" {100 * share:.0f} % of the change is momentum, so a lower rate acts with delay."
-        if share is not None and share > 0.5
+        f" {100 * momentum_share:.0f} % of the change is momentum, so a lower rate acts with delay."
+        if momentum_share is not None and momentum_share > 0.5
         else ""
     )
-    return (
-        f"{what}; lower the learning rate, raise the entropy or KL coefficient, or clip less from above "
-        f"(epsilon_high).{inertia}"
-    )
+    return f"{what}; {remedy}.{inertia}"
 
 
 def _with_error(entry: Mapping[str, Any], name: str) -> str:

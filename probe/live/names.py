@@ -49,12 +49,15 @@ OF_A_TRAINING: tuple[Quantity, ...] = (
 _FORECAST = {
     "momentum_share_tok": "deltaH1_momentum_tok / deltaH1_tok; absent where deltaH1_tok cannot be told from 0",
     "decay_share_tok": "deltaH1_decay_tok / deltaH1_tok; absent likewise",
-    "steps_to_collapse": "optimizer steps until H_orig_tok is forecast to fall to the collapse threshold; None before "
-    "the third probe, infinite where it does not fall",
+    "steps_to_collapse": "optimizer steps until H_orig_tok falls to `collapse_entropy`, the median; None before the "
+    "third probe, infinite where it is more likely not to",
     "steps_to_collapse_low": "lower end of its 95 % interval",
     "steps_to_collapse_high": "upper end of its 95 % interval; absent where it is infinite",
-    "entropy_rate": "mean relative change of H_orig_tok per step over the last probes",
-    "collapse_entropy": "the threshold, nats per token",
+    "collapse_chance": "probability that H_orig_tok falls to `collapse_entropy` within `horizon` steps",
+    "explosion_chance": "probability that H_orig_tok rises to `explosion_entropy` within `horizon` steps",
+    "entropy_rate": "mean relative change of H_orig_tok per step now, as the forecast takes it",
+    "collapse_entropy": "the entropy that counts as collapse, nats per token",
+    "explosion_entropy": "the entropy that counts as explosion, nats per token; absent where none does",
     "verdict_code": "0 trustworthy, 1 caution, 2 unresolved, 3 invalid: how far this probe's numbers can be believed",
 }
 _COST = {
@@ -94,7 +97,8 @@ STEPS = ("steps_to_collapse", "steps_to_collapse_low", "steps_to_collapse_high")
 LIVE_TEXTS: dict[str, str] = {
     "verdict_reasons": "why the verdict is not better, a list of sentences",
     "shares_reason": "why there are no parts of momentum and decay; absent where there are",
-    "outlook": "the forecast in words; `no collapse in sight` where the drift is not clearly downward, or it is far",
+    "outlook": "the forecast in words; `flattening` where entropy moves towards a threshold and is more likely than "
+    "not never to reach it, `no collapse in sight` where it is far",
 }
 """Texts in the history; they are not logged."""
 

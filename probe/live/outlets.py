@@ -46,6 +46,10 @@ LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         ),
     },
     "Forecast": {
+        "chance of collapse and of explosion within the horizon": (
+            "Multiline",
+            ("collapse_chance", "explosion_chance"),
+        ),
         # the upper end is often far away, and would set the scale
         "steps to collapse, and the lower end of the interval": (
             "Multiline",

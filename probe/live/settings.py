@@ -54,9 +54,14 @@ class WatchSettings:
     """Entropy in nats per token that counts as collapse; None takes `collapse_fraction` of the first probe's."""
     collapse_fraction: float = 0.1
     """See `collapse_entropy`."""
+    explosion_factor: float | None = 3.0
+    """So many times the first probe's entropy counts as explosion; None watches for collapse alone."""
+    entropy_band: tuple[float, ...] | None = None
+    """Lowest and highest entropy, nats per token, between which training is to stay; takes the place of the
+    three above."""
     horizon: int = 50
-    """Warn when collapse is forecast within this many optimizer steps."""
-    window: int = 20
+    """Warn when collapse or explosion is likely within this many optimizer steps."""
+    window: int = 60
     """Probes that the forecast is made from: the last so many, as far as they lie within four horizons."""
     seed: int = 0
     """Of E's prompts and responses. Nothing is drawn from the training's own random streams."""
@@ -84,6 +89,16 @@ class WatchSettings:
                 "a number of nats per token above 0, or None",
             ),
             ("collapse_fraction", 0 < self.collapse_fraction < 1, "a number between 0 and 1"),
+            (
+                "explosion_factor",
+                self.explosion_factor is None or self.explosion_factor > 1,
+                "a number above 1, or None",
+            ),
+            (
+                "entropy_band",
+                _is_band(self.entropy_band),
+                "two numbers (low, high) with 0 < low < high, or None",
+            ),
             ("horizon", self.horizon >= 1, "an integer of at least 1"),
             ("window", self.window >= 3, "an integer of at least 3"),
             ("seed", self.seed >= 0, "an integer of at least 0"),
@@ -139,6 +154,10 @@ class WatchSettings:
             raise ConfigError(str(error).removeprefix("generation.")) from None
 
 
+def _is_band(band: tuple[float, ...] | None) -> bool:
+    return band is None or (len(band) == 2 and 0 < band[0] < band[1])
+
+
 def _check_type(name: str, value: Any, hint: Any) -> None:
     """Refuse a value of another type than the field's.
 
@@ -157,7 +176,7 @@ def _accepts(hint: Any, value: Any) -> bool:
     if kind is UnionType:
         return any(_accepts(part, value) for part in parts)
     if kind is tuple:
-        return isinstance(value, (tuple, list)) and all(isinstance(x, parts[0]) for x in value)
+        return isinstance(value, (tuple, list)) and all(_accepts(parts[0], x) for x in value)
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
@@ -171,6 +190,6 @@ def _words(hint: Any) -> str:
     if kind is UnionType:
         return " or ".join(map(_words, parts))
     if kind is tuple:
-        return "a list of texts"
+        return "a list of texts" if parts[0] is str else "a list of numbers"
     names = {bool: "true or false", int: "an integer", float: "a number", str: "a text", NoneType: "None"}
     return names[hint]

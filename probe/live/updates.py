@@ -97,13 +97,22 @@ class ProbedUpdates:
         if drawn is not None:
             _finish_queue(self.probe.model)
         step_seconds = time.perf_counter() - self._step_started
-        alarm = None
+        alarms: list[Alarm] | None = None
         if drawn is not None:
-            alarm = self._guarded(lambda: self._conclude(drawn, late or self._early))
+            alarms = self._guarded(lambda: self._conclude(drawn, late or self._early))
         # the optimizer's own time belongs to the training step that ends here
         self._resumed = time.perf_counter() - step_seconds
-        if alarm is not None:
-            self._alarms.act_on(alarm)
+        self._act_on(alarms)
+
+    def note_entropy(self, H: float, step: int | None) -> None:
+        """Take in an entropy that the training has logged itself; see `Watch.note_entropy`."""
+        history = self._history
+        history.note_logged(history.run.step if step is None else step, H)
+        if not history.run.history:
+            return
+        ahead = self._guarded(lambda: history.look_ahead(momentum(self._optimizers)))
+        if ahead is not None:
+            self._act_on(self._alarms.raised(ahead, history.run.history[-1], history.run.step))
 
     def between(self) -> None:
         """The update has ended, and nothing of the next one has begun."""
@@ -167,21 +176,25 @@ class ProbedUpdates:
             say(f"the trained parameters have changed: {len(trained)} tensors are watched now")
             self.probe.parameters = trained
 
-    def _conclude(self, drawn: Before, late: bool) -> Alarm | None:
-        """What the update did, its entry in the history and the log, and the alarm that it raises."""
+    def _act_on(self, alarms: list[Alarm] | None) -> None:
+        for alarm in alarms or []:
+            self._alarms.act_on(alarm)
+
+    def _conclude(self, drawn: Before, late: bool) -> list[Alarm]:
+        """What the update did, its entry in the history and the log, and the alarms that it raises."""
         start = time.perf_counter()
         with undisturbed(self.probe.model):
             self._adapters.use()
             outcome = self.probe.after(drawn, self._optimizers, late)
         if not outcome.moved and not self._early and self._may_have_moved():
             self.probe_early(f"step {self._history.run.step} has changed nothing, at a learning rate above 0")
-            return None
-        entry, forecast = self._history.add(outcome, momentum(self._optimizers))
+            return []
+        entry, ahead = self._history.add(outcome, momentum(self._optimizers))
         entry["seconds"] = self._draw_seconds + (time.perf_counter() - start)
         self._schedule.add_probe(entry["seconds"])
         entry |= {"cost_share": self._schedule.share, "every": self._schedule.interval}
         self._outlets.publish(entry, outcome)
-        return self._alarms.raised(forecast, entry)
+        return self._alarms.raised(ahead, entry, entry["step"])
 
     def _may_have_moved(self) -> bool:
         """Whether a step of exactly 0 may be one whose update was made before it, and whose gradients are used up."""

@@ -48,7 +48,7 @@ class Watch(AbstractContextManager["Watch"]):
         on = checked_attachment(model, optimizer, prompts, tokenizer, settings)
         self.settings, self.model, self.optimizers = settings, on.model, on.optimizers
         self.schedule = Schedule(settings.every, settings.budget)
-        self._alarms = Alarms(on.model, on.optimizers, settings.horizon, on_alarm)
+        self._alarms = Alarms(on.model, on.optimizers, on_alarm)
         self._history = History(settings, first_step)
         self._probe = UpdateProbe(on.model, on.parameters, on.tokenizer, on.prompts, settings)
         self._updates = ProbedUpdates(
@@ -117,6 +117,19 @@ class Watch(AbstractContextManager["Watch"]):
     def schedulers(self, value: Sequence[Any]) -> None:
         self._alarms.schedulers = value
 
+    def note_entropy(self, H: float, step: int | None = None) -> None:
+        """Take in an entropy that the training has logged itself, of batches of its own; it sharpens the forecast.
+
+        It may differ from the probe's by a constant (other prompts, say), and its error is taken from how it scatters
+        from one log to the next: five of them are needed. TRL's `entropy` is noted by the callback. An alarm may start.
+
+        Args:
+            H: nats per token, at the probe's temperature; what is not positive and finite is left out.
+            step: the optimizer step before which the policy had it, from 1; by default the last one seen.
+        """
+        if self.active:
+            self._updates.note_entropy(float(H), step)
+
     def detach(self) -> None:
         """Remove the hooks; the history stays."""
         self._hooks.detach()
@@ -141,13 +154,16 @@ class Watch(AbstractContextManager["Watch"]):
         """
         self._history.run, self._alarms.state = read_state(state)
 
-    def replay(self, entries: Iterable[Mapping[str, Any]]) -> None:
+    def replay(self, entries: Iterable[Mapping[str, Any]], logged: Iterable[tuple[int, float]] = ()) -> None:
         """Go on from what an earlier training has logged: curves and forecast as if it had not been interrupted.
 
         Args:
             entries: one per probe in the order of their `step`, with numbers by the names of `LIVE_KEYS` and
                 `LIVE_NUMBERS`. What is absent in one is taken as not known.
+            logged: steps and entropies as `note_entropy` gets them.
         """
+        for step, H in logged:
+            self._history.note_logged(step, H)
         self._history.replay(entries, momentum(self.optimizers))
 
 
@@ -179,7 +195,7 @@ def watch(
         tokenizer: the policy's.
         log: where the numbers go: a function of `(mapping, step)` such as `fabric.log_dict`, a Lightning logger, a
             `SummaryWriter`, a Weights & Biases run. None keeps them in `history` only.
-        on_alarm: called with an `Alarm` when a collapse is forecast within `horizon` steps; `"stop"` sets
+        on_alarm: called with an `Alarm` when a collapse or an explosion is likely within `horizon` steps; `"stop"` sets
             `should_stop`. Its exceptions are raised.
         first_step: optimizer steps taken before, where training was resumed.
         settings: of `WatchSettings`: `every`, `budget`, `B_E`, `max_new_tokens`, `temperature`, ...

@@ -1,18 +1,16 @@
-"""The forecast of the steps to collapse: exact on noise-free decay, the right coverage on walks, and the alarm."""
+"""The forecast of the steps to a threshold: exact where there is an exact answer, and calibrated on random walks."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
 import pytest
-from scipy import stats
 
-from probe.forecast.forecast import Forecast, forecast
-from probe.forecast.line import fit_line
-from probe.forecast.noise import Noise, student_quantile
-from probe.forecast.readings import EntropyReading
+from probe.forecast.forecast import ALARM_CHANCE, Forecast, forecast
+from probe.forecast.readings import EntropyReading, logged_readings
 
 RATE = -0.004
 
@@ -23,187 +21,124 @@ def decay(rate: float, steps: list[int], H0: float = 2.0, H_se: float = 0.0) -> 
     return [EntropyReading(k, H, H_se, H * math.expm1(rate), 0.0) for k, H in zip(steps, levels, strict=True)]
 
 
-def noisy(rates: list[float], H: float = 1.0, H_se: float = 0.0) -> list[EntropyReading]:
-    """Readings at every step with these increments of log H."""
-    log_levels = math.log(H) + np.cumsum([0.0, *rates[:-1]])
+def along(curve: list[float], reading: float = 0.0, seed: int = 0) -> list[EntropyReading]:
+    """Readings at every step of a curve, with an error of the levels of `reading` and a tenth of it in the changes."""
+    rng = np.random.default_rng(seed)
     return [
-        EntropyReading(k, math.exp(y), H_se, math.exp(y) * math.expm1(r), 0.0)
-        for k, (y, r) in enumerate(zip(log_levels, rates, strict=True))
+        EntropyReading(
+            k,
+            H * (1 + reading * rng.standard_normal()),
+            reading * H,
+            after - H + 0.1 * reading * abs(after - H) * rng.standard_normal(),
+            0.1 * reading * abs(after - H),
+        )
+        for k, (H, after) in enumerate(itertools.pairwise(curve))
     ]
 
 
 def found(readings: list[EntropyReading], threshold: float, **settings: float | None) -> Forecast:
-    """The forecast for exponential decay, unless another shape is asked for."""
-    result = forecast(readings, threshold, **{"shape": 0.0, **settings})  # type: ignore[arg-type]
+    result = forecast(readings, threshold, **settings)  # type: ignore[arg-type]
     assert result is not None
     return result
 
 
-@pytest.mark.parametrize("steps", [[0, 1, 2], list(range(100, 110)), [0, 10, 20, 30], [3, 4, 9, 30, 31]])
+@pytest.mark.parametrize("steps", [list(range(10)), list(range(100, 120)), list(range(0, 100, 10))])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_exponential_decay_is_forecast_exactly(steps, momentum):
+@pytest.mark.parametrize("shape", [0.0, None])
+def test_exponential_decay(steps, momentum, shape):
     left = 57.25
-    result = found(decay(-0.01, steps), 2.0 * math.exp(-0.01 * (steps[-1] + 1 + left)), momentum=momentum)
-    assert result.steps == pytest.approx(left, rel=1e-9)
-    assert result.low == pytest.approx(left, rel=1e-5)
-    assert result.high == pytest.approx(left, rel=1e-5)
+    result = found(
+        decay(-0.01, steps), 2.0 * math.exp(-0.01 * (steps[-1] + 1 + left)), momentum=momentum, shape=shape
+    )
+    # a drift of 10 readings that may wander by a thirtieth of its size per step is known to some percent
+    assert result.steps == pytest.approx(left, rel=0.06)
+    assert 0.6 * left < result.low < left < result.high
     assert result.low <= result.steps <= result.high
-    assert result.rate == pytest.approx(-0.01)
-    assert result.rate_se == pytest.approx(0.0, abs=1e-12)
-    level = result.H
-    assert level == pytest.approx(2.0 * math.exp(-0.01 * (steps[-1] + 1)))
-    assert result.expected
+    assert result.rate == pytest.approx(-0.01, rel=0.01)
+    assert pytest.approx(2.0 * math.exp(-0.01 * (steps[-1] + 1)), rel=1e-3) == result.H
     assert result.readings_used == len(steps)
 
 
-def test_error_of_the_level_alone():
-    """Read too high by a share, `H` gives a distance too long and a relative change too small: 1 + 1 at distance 1."""
-    steps = list(range(10))
-    readings = [dataclasses.replace(x, H_se=0.03 * x.H) for x in decay(-0.01, steps)]
-    result = found(readings, 2.0 * math.exp(-0.01 * 110))
-    half_width = 2 * stats.t.ppf(0.975, 9) * 0.03 / math.sqrt(10) / 0.01
-    # a little more, since ten readings with errors leave room for some noise of the steps
-    assert 1 <= (result.high - result.steps) / half_width < 1.15
-    assert 0.9 <= (result.steps - result.low) / half_width < 1.15
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_straight_decay(momentum):
+    curve = [1 - 0.006 * k for k in range(40)]
+    result = found(along(curve), 0.1, momentum=momentum)
+    assert result.steps == pytest.approx((curve[-1] - 0.1) / 0.006, rel=0.05)
+    assert math.isfinite(result.high)
 
 
-@pytest.mark.parametrize("phi", [0.0, 0.5, 0.9])
-@pytest.mark.parametrize("steps", [[0, 1, 2, 3], [0, 7, 9, 30], [5, 15, 25]])
-def test_line_is_the_generalised_least_squares_fit_with_every_step_written_out(phi, steps):
-    """Covariances in closed form against those of the steps' own matrix."""
-    rng = np.random.default_rng(len(steps))
-    step, n = np.array(steps), len(steps)
-    now = steps[-1] + 1
-    change_variance, level_variance = rng.uniform(0.1, 1, n) * 1e-6, rng.uniform(0.1, 1, n) * 1e-4
-    by_level = rng.uniform(-0.02, 0.02, n)
-    increments, level = rng.normal(-0.01, 0.003, n), rng.normal(0.0, 0.01, n) - 0.01 * step
-    increment_variance = change_variance + by_level**2 * level_variance
-    noise = Noise(variance=4e-6, phi=phi, quantile=2.0)
-    line = fit_line(step, increments, level, increment_variance, level_variance, by_level, noise)
-
-    e = 4e-6 * phi ** np.abs(np.subtract.outer(np.arange(now), np.arange(now)))
-    of = np.zeros((2 * n, now))
-    design = np.zeros((2 * n, 2))
-    for j, k in enumerate(steps):
-        of[j, k], of[n + j, k:] = 1, -1
-        design[j], design[n + j] = (1, 0), (-(now - k), 1)
-    V = of @ e @ of.T + np.diag(np.concatenate([increment_variance, level_variance]))
-    for j in range(n):
-        V[j, n + j] = V[n + j, j] = V[j, n + j] + by_level[j] * level_variance[j]
-    inverse = np.linalg.inv(V)
-    covariance = np.linalg.inv(design.T @ inverse @ design)
-    rate, now_level = covariance @ design.T @ inverse @ np.concatenate([increments, level])
-    assert (line.rate, line.level) == (pytest.approx(rate, rel=1e-6), pytest.approx(now_level, rel=1e-6))
-    found_covariance = [line.rate_variance, line.covariance, line.level_variance]
-    assert found_covariance == pytest.approx([covariance[0, 0], covariance[0, 1], covariance[1, 1]], rel=1e-6)
+def test_a_fall_that_flattens_is_not_taken_for_a_collapse():
+    """`0.4 + 0.6 exp(-k / 20)` with a threshold of 0.1; an exponential to 0 would be there after 46 steps."""
+    curve = [0.4 + 0.6 * math.exp(-k / 20) for k in range(60)]
+    for n in range(15, 55, 5):
+        result = found(along(curve[:n], reading=0.02), 0.1, momentum=0.9)
+        assert not result.expected, n
+        assert result.high == math.inf
+    result = found(along(curve[:25], reading=0.02), 0.1, momentum=0.9)
+    assert result.flattening
+    assert result.steps == math.inf
+    assert not found(along([1.0] * 25, reading=0.02), 0.1).flattening
 
 
-def test_levels_tell_the_drift_where_changes_are_read_badly():
-    """Errors of the rate, relative to it: of the changes alone 3 / sqrt(20) = 0.67."""
-    readings, _ = walks(150, 20, 10, 0.0, noise=0.2, reading=3.0)
-    errors = [found(x, 1.0, window=20).rate / RATE - 1 for x in readings]
-    assert np.sqrt(np.mean(np.square(errors))) < 0.2
+def test_a_fall_that_speeds_up_is_seen_in_time():
+    curve = [1 - 0.9 * (k / 100) ** 2 for k in range(100)]
+    at = next(n for n in range(5, 100) if found(along(curve[:n], reading=0.02), 0.1, momentum=0.9).expected)
+    assert at <= 80
 
 
-def test_growth_never_collapses():
-    result = found(decay(0.01, list(range(10))), 0.5)
+def test_growth_never_collapses_but_may_explode():
+    growing = decay(0.01, list(range(20)))
+    result = found(growing, 0.5)
     assert (result.steps, result.low, result.high) == (math.inf, math.inf, math.inf)
     assert not result.expected
+    up = found(growing, 2.0 * math.exp(0.01 * 50), rising=True)
+    assert up.steps == pytest.approx(30, rel=0.1)
+    assert up.expected
+    assert not found(growing, 2.0 * math.exp(0.01 * 200), rising=True).expected
 
 
 def test_constant_entropy_never_collapses():
     for change in (0.0, -0.0):
         readings = [EntropyReading(k, 1.0, 0.0, change, 0.0) for k in range(5)]
         result = found(readings, 0.5)
-        assert (result.steps, result.high) == (math.inf, math.inf)
-        assert result.low > 1e9
+        assert (result.steps, result.low, result.high) == (math.inf, math.inf, math.inf)
 
 
-def test_unresolved_drift_has_a_lower_end_only():
-    for sign in (1, -1):
-        result = found(noisy([0.01 + 0.002 * sign, -0.01 + 0.002 * sign] * 5), 0.5)
-        assert result.steps == (math.inf if sign > 0 else pytest.approx(math.log(2) / 0.002, rel=0.05))
-        assert 0 < result.low < math.inf
-        assert result.high == math.inf
-        assert not result.expected  # 0.6 standard errors
-
-
-def test_resolved_growth_with_large_noise_can_still_touch_a_close_threshold():
-    growing = noisy([0.02, 0.05, 0.03, 0.06, 0.02, 0.05, 0.04, 0.03, 0.05, 0.02])
-    H = found(growing, 0.1).H
-    assert found(growing, 0.1).low == math.inf
-    close = found(growing, H * 0.999)
-    assert 0 < close.low < math.inf
-    assert close.steps == close.high == math.inf
-
-
-def test_interval_fulfils_its_definition():
-    """The ends are where the distance is the quantile times the prediction error, found by search."""
-    readings = noisy([-0.02, -0.01, -0.015, -0.03, -0.01, -0.02], H_se=0.02)
-    result = found(readings, 0.3)
-    r = np.array([-0.02, -0.01, -0.015, -0.03, -0.01, -0.02])
-    e = r - r.mean()
-    rho = (6 * (e[1:] @ e[:-1]) / (e @ e) + 1) / 3
-    assert rho < 0  # so the noise counts as white
-    level_variance = 1 / sum(x.H**2 / 0.02**2 for x in readings)
-    t = np.linspace(0, 200, 400_001)
-    error = stats.t.ppf(0.975, 5) * np.sqrt((t**2 / 6 + t) * e.var(ddof=1) * 1.0 + level_variance)
-    # the drift's measurement error is that of H alone, of relative order 1e-3 of the increment
-    inside = t[np.abs(math.log(result.H / 0.3) + r.mean() * t) <= error]
-    assert result.low == pytest.approx(inside[0], rel=2e-3)
-    assert result.high == pytest.approx(inside[-1], rel=2e-3)
+def test_an_entropy_that_goes_up_and_down_gives_no_upper_end():
+    wave = [1 + 0.2 * math.sin(2 * math.pi * k / 30) for k in range(90)]
+    for n in range(10, 90, 8):
+        assert found(along(wave[:n], reading=0.02), 0.1, momentum=0.9).high == math.inf
 
 
 @pytest.mark.parametrize("rate", [-0.01, 0.01])
 def test_below_the_threshold_no_steps_are_left(rate):
     result = found(decay(rate, list(range(5)), H0=0.1), 0.5)
     assert (result.steps, result.low, result.high) == (0, 0, 0)
+    assert result.reached
+    assert result.expected
+    assert found(decay(rate, list(range(5)), H0=2.0), 0.5, rising=True).reached
 
 
 def test_level_not_resolved_from_the_threshold():
     above = found(decay(-0.01, list(range(10)), H0=1.0, H_se=0.1), 0.89)
     assert (above.low, above.steps > 0, above.high > above.steps) == (0, True, True)
-    below = found(decay(-0.01, list(range(10)), H0=1.0, H_se=0.1), 0.91)
-    assert (below.low, below.steps) == (0, 0)
-    assert 0 < below.high < math.inf
-    growing_below = found(decay(0.01, list(range(10)), H0=1.0, H_se=0.1), 1.12)
-    assert (growing_below.low, growing_below.steps, growing_below.high) == (0, 0, math.inf)
 
 
 def test_only_the_window_counts():
     old, new = decay(0.05, list(range(20))), decay(-0.01, list(range(20, 30)))
-    assert forecast(old + new, 0.5) == forecast(new, 0.5)
-    assert forecast(old + new, 0.5, window=4) == forecast(new[-4:], 0.5)
+    assert forecast(old + new, 0.5, window=10) == forecast(new, 0.5, window=10)
     assert found(old + new, 0.5, window=4).readings_used == 4
-    assert found(old + new, 0.5, window=100).readings_used == 10  # the drift has turned
-    assert found(decay(-0.01, list(range(30))), 0.5, window=100).readings_used == 30
-
-
-def remedied(at: int, steps: int, noise: float = 0.1) -> list[EntropyReading]:
-    """A fall of 0.008 per step that is a tenth of it from a step on."""
-    rng, H, readings = np.random.default_rng(0), 0.5, []
-    for k in range(steps):
-        change = (-0.008 if k < at else -0.0008) * (1 + noise * rng.standard_normal())
-        readings.append(EntropyReading(k, H, 0.01 * H, change, 0.02 * abs(change)))
-        H += change
-    return readings
+    assert found(old + new, 0.5).readings_used == 30
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_readings_before_a_clear_change_of_the_drift_are_left_out(momentum):
-    before = found(remedied(14, 14), 0.1, momentum=momentum)
-    after = found(remedied(14, 18), 0.1, window=20, momentum=momentum)
-    assert before.readings_used == 10
-    assert after.readings_used == 4
-    assert after.low > before.steps
-    assert after.steps == pytest.approx(math.log(after.H / 0.1) / (0.0008 / after.H), rel=0.25)
-    assert found(remedied(14, 30), 0.1, window=20, momentum=momentum).readings_used == 16
-
-
-def test_noise_is_seldom_taken_for_a_change():
-    readings, _ = walks(300, 20, 5, 0.5)
-    kept = [found(x, 1.0, window=20, momentum=0.5).readings_used for x in readings]
-    assert np.mean([n < 20 for n in kept]) < 0.03
+def test_after_a_remedy_the_alarm_is_calmed(momentum):
+    """A fall of 0.008 per step that is a tenth of it from step 20 on; the threshold is 250 steps away then."""
+    curve = [0.5 - 0.008 * min(k, 20) - 0.0008 * max(k - 20, 0) for k in range(60)]
+    assert found(along(curve[:21], reading=0.02), 0.1, momentum=momentum).expected
+    later = found(along(curve, reading=0.02), 0.1, momentum=momentum)
+    assert later.chance < ALARM_CHANCE / 2
+    assert later.low < 230 < later.high
 
 
 def test_too_few_readings():
@@ -211,6 +146,8 @@ def test_too_few_readings():
     assert forecast([], 0.5) is None
     assert forecast(readings[:2], 0.5) is None
     assert forecast(readings, 0.5) is not None
+    level_only = [dataclasses.replace(x, change=None, change_se=None) for x in readings]
+    assert forecast([*readings[:2], level_only[2]], 0.5) is None
 
 
 @pytest.mark.parametrize("field", ["H", "H_se", "change", "change_se"])
@@ -229,18 +166,18 @@ def test_a_change_of_more_than_the_entropy_gives_a_finite_forecast():
     assert math.isfinite(result.rate_se)
 
 
-def test_momentum_widens_the_interval():
-    readings = noisy(list(-0.01 + 0.001 * np.random.default_rng(1).standard_normal(10)))
-    widths = [(x := found(readings, 0.3, momentum=m)).high - x.low for m in (0.0, 0.5, 0.9)]
-    assert widths[0] < widths[1] < widths[2]
-
-
-def test_measurement_error_bounds_the_error_of_the_rate_from_below():
-    fall = decay(-0.01, list(range(10)))
-    readings = [dataclasses.replace(x, change_se=0.001 * x.H, H_se=0.05 * x.H) for x in fall]
-    result = found(readings, 0.5)
-    # the error of H is one of the relative change too, and ten readings leave room for some noise of the steps
-    assert 1.0 <= result.rate_se / (0.001 / 0.99 / math.sqrt(10)) < 1.35
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
+def test_the_unit_of_entropy_does_not_matter(unit):
+    rng = np.random.default_rng(3)
+    curve = np.exp(np.cumsum(-0.01 + 0.005 * rng.standard_normal(30)))
+    one = found(along(list(curve), reading=0.03), 0.1)
+    scaled = [
+        EntropyReading(x.step, unit * x.H, unit * x.H_se, unit * x.change, unit * x.change_se)
+        for x in along(list(curve), reading=0.03)
+    ]
+    other = found(scaled, unit * 0.1)
+    for name in ("steps", "low", "chance", "ever", "rate", "rate_se"):
+        assert getattr(other, name) == pytest.approx(getattr(one, name), rel=1e-6), name
 
 
 def test_invalid_input():
@@ -253,6 +190,12 @@ def test_invalid_input():
     for momentum in (-0.1, 1.0):
         with pytest.raises(ValueError, match="momentum"):
             forecast(readings, 0.5, momentum=momentum)
+    for shape in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="shape"):
+            forecast(readings, 0.5, shape=shape)
+    for horizon in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="horizon"):
+            forecast(readings, 0.5, horizon=horizon)
     with pytest.raises(ValueError, match="increasing"):
         forecast(readings[::-1], 0.5)
     with pytest.raises(ValueError, match="increasing"):
@@ -264,12 +207,59 @@ def test_invalid_input():
         forecast([*readings, EntropyReading(3, 1.0, -0.1, 0.1, 0.1)], 0.5)
 
 
-def test_student_quantile():
-    for freedom in (2, 2.5, 3, 5.3, 9, 29, 57.6, 58, 200, 5000):
-        assert student_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-4)
-    for freedom in (1, 1.01, 1.1, 1.5, 1.9):
-        assert student_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=2e-3)
-    assert student_quantile(9, 0.5) == pytest.approx(stats.t.ppf(0.75, 9), rel=1e-4)
+# ---------------------------------------------------------------- levels that a training logs
+
+
+def logs_of(curve: np.ndarray, factor: float, error: float, seed: int) -> list[tuple[int, float]]:
+    noise = np.random.default_rng(seed).standard_normal(len(curve))
+    return [
+        (k, float(factor * H * (1 + error * z))) for k, (H, z) in enumerate(zip(curve, noise, strict=True))
+    ]
+
+
+def merged(readings: list[EntropyReading], logs: list[tuple[int, float]]) -> list[EntropyReading]:
+    return sorted([*readings, *logged_readings(logs)], key=lambda one: (one.step, one.logged))
+
+
+def test_the_error_of_logged_levels_is_what_they_scatter_by():
+    curve = np.exp(-0.005 * np.arange(400.0))
+    read = logged_readings(logs_of(curve, 1.0, 0.04, seed=1))
+    # 400 differences: the median absolute deviation is known to 6 %, and neighbours share a reading
+    assert read[0].H_se / read[0].H == pytest.approx(0.04, rel=0.25)
+    assert logged_readings([(k, 1.0) for k in range(4)]) == []
+    assert [one.step for one in logged_readings([(k, math.nan if k == 2 else 1.0) for k in range(6)])] == [
+        0,
+        1,
+        3,
+        4,
+        5,
+    ]
+
+
+def test_logged_levels_tell_of_a_fall_between_probes_whatever_they_differ_by():
+    """Probes at steps 0, 5, ... 20 while entropy is still; it falls after that, and the log alone shows it."""
+    curve = np.concatenate([np.ones(21), np.exp(-0.04 * np.arange(1, 25.0))])
+    rng = np.random.default_rng(0)
+    probes = [
+        EntropyReading(
+            k,
+            float(curve[k] * (1 + 0.03 * rng.standard_normal())),
+            0.03,
+            0.0005 * rng.standard_normal(),
+            5e-4,
+        )
+        for k in range(0, 21, 5)
+    ]
+    silent = found(probes, 0.1, momentum=0.9)
+    assert not silent.expected
+    for factor in (0.8, 1.0, 1.25):
+        told = found(merged(probes, logs_of(curve, factor, 0.02, seed=2)), 0.1, momentum=0.9)
+        assert told.chance > silent.chance
+        assert pytest.approx(curve[-1], rel=0.12) == told.H  # whatever the constant difference
+        assert told.rate == pytest.approx(-0.04, abs=0.02)
+
+
+# ---------------------------------------------------------------- in distribution
 
 
 def walks(
@@ -318,96 +308,42 @@ def walks(
     return readings, time
 
 
-def coverage(readings: list[list[EntropyReading]], time: np.ndarray, momentum: float = 0.0) -> float:
+def coverage(
+    readings: list[list[EntropyReading]], time: np.ndarray, momentum: float = 0.0
+) -> tuple[float, float]:
+    """Share of the intervals that hold the time, and of those that end."""
     forecasts = [found(x, 1.0, momentum=momentum) for x in readings]
-    return float(np.mean([x.low <= t <= x.high for x, t in zip(forecasts, time, strict=True)]))
+    held = [x.low <= t <= x.high for x, t in zip(forecasts, time, strict=True)]
+    return float(np.mean(held)), float(np.mean([math.isfinite(x.high) for x in forecasts]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("n", "every", "phi", "momentum", "least"),
-    [
-        (10, 1, 0.0, 0.0, 0.93),
-        (10, 5, 0.0, 0.0, 0.93),
-        (4, 5, 0.0, 0.0, 0.93),
-        # readings too close together to show their dependence: about 85 to 90 %
-        (10, 1, 0.5, 0.0, 0.82),
-        (10, 1, 0.5, 0.5, 0.93),
-        (10, 5, 0.5, 0.0, 0.93),
-        # Adam's momentum, told
-        (10, 1, 0.9, 0.9, 0.93),
-        (10, 10, 0.9, 0.9, 0.93),
-    ],
-)
-@pytest.mark.parametrize("noise", [0.5, 1.0])
-def test_interval_covers_the_time_of_collapse(n, every, phi, momentum, least, noise):
-    readings, time = walks(800, n, every, phi, noise)
-    assert least <= coverage(readings, time, momentum) <= 0.995
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("reading", [0.3, 1.0])
-@pytest.mark.parametrize(("n", "every"), [(10, 1), (10, 5)])
-def test_interval_covers_where_changes_are_read_as_badly_as_they_scatter(n, every, reading):
-    """What is left of the scatter, when the errors of reading are taken off, is not taken for 0 by chance."""
-    readings, time = walks(400, n, every, 0.9, reading=reading)
-    assert coverage(readings, time, momentum=0.9) >= 0.93
-
-
-def test_forecasts_are_not_biased_and_the_interval_is_not_vacuous():
-    readings, time = walks(150, 20, 5, 0.0)
-    forecasts = [found(x, 1.0, window=20) for x in readings]
-    assert np.mean([x.expected for x in forecasts]) > 0.95
-    assert np.median([x.steps / t for x, t in zip(forecasts, time, strict=True)]) == pytest.approx(
-        1, abs=0.05
-    )
-    # the rate of 20 readings has a relative error of 0.5 / sqrt(20) = 11 %
-    assert np.median([(x.high - x.low) / x.steps for x in forecasts]) < 0.9
-
-
-@pytest.mark.parametrize("shape", [0.25, 0.5, 1.0])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_decay_of_any_shape_is_forecast_exactly(shape, momentum):
-    """`H^p` falls along a straight line: the level and the time are exact, and the interval is tight."""
-    slope, left = -0.002, 61.5
-    levels = [(1 + slope * k) ** (1 / shape) for k in range(11)]
-    readings = [EntropyReading(k, levels[k], 0.0, levels[k + 1] - levels[k], 0.0) for k in range(10)]
-    threshold = (1 + slope * (10 + left)) ** (1 / shape)
-    result = found(readings, threshold, shape=shape, momentum=momentum)
-    assert result.steps == pytest.approx(left, rel=1e-8)
-    assert (result.low, result.high) == (pytest.approx(left, rel=1e-4), pytest.approx(left, rel=1e-4))
-    assert pytest.approx(levels[10]) == result.H
-    used = np.diff(np.log(levels))[
-        -result.readings_used :
-    ]  # without noise the slightest change is a clear one
-    assert result.rate == pytest.approx(used.mean(), rel=1e-3)
-
-
-def test_without_a_shape_the_interval_holds_all_of_them():
-    readings = noisy([-0.02, -0.01, -0.015, -0.03, -0.01, -0.02], H_se=0.02)
-    result = found(readings, 0.3, shape=None)
-    of = [found(readings, 0.3, shape=shape) for shape in (0.0, 0.5, 1.0)]
-    assert result.low == min(x.low for x in of) == of[2].low
-    assert result.high == max(x.high for x in of) == of[0].high
-    assert result.steps == of[1].steps
-    assert (result.rate, result.rate_se) == (of[0].rate, of[0].rate_se)
-
-
-@pytest.mark.slow
+@pytest.mark.parametrize(("n", "every", "phi"), [(10, 5, 0.0), (30, 5, 0.0), (30, 1, 0.9), (30, 5, 0.9)])
+@pytest.mark.parametrize("noise", [0.3, 1.0])
 @pytest.mark.parametrize("shape", [0.0, 1.0])
-def test_without_a_shape_the_interval_covers_exponential_and_straight_decay(shape):
-    readings, time = walks(400, 20, 5, 0.5, shape=shape)
-    covered = [
-        x.low <= t <= x.high
-        for x, t in ((found(r, 1.0, shape=None, window=20), t) for r, t in zip(readings, time, strict=True))
-    ]
-    assert np.mean(covered) >= 0.93
+def test_interval_covers_the_time_of_collapse(n, every, phi, noise, shape):
+    """Walks about a steady drift, in `log H` and in `H`: the simplest of what the hypotheses allow for."""
+    readings, time = walks(200, n, every, phi, noise, shape=shape)
+    held, _ = coverage(readings, time, momentum=phi)
+    # 95 % with a standard error of 1.5 points; a steady drift is less than what the interval allows for
+    assert held >= 0.95 - 3 * 0.0154
 
 
-def test_linear_decay_is_forecast_too_late_far_from_the_threshold_and_in_time_close_to_it():
-    c = 1e-3
-    for ratio in (1.05, 1.2, 2.0, 10.0):
-        readings = [EntropyReading(k, ratio + c * (3 - k), 0.0, -c, 0.0) for k in range(3)]
-        expected = ratio * math.log(ratio) / (ratio - 1)
-        # the levels of the three readings, slightly bent for an exponential, have a say too
-        assert found(readings, 1.0).steps / ((ratio - 1) / c) == pytest.approx(expected, rel=0.05)
+def test_intervals_end_where_a_fall_has_been_seen_for_long():
+    readings, time = walks(100, 40, 5, 0.0, noise=0.3)
+    _, ends = coverage(readings, time)
+    assert ends > 0.5
+
+
+def test_the_median_is_not_biased():
+    readings, time = walks(200, 40, 5, 0.0, noise=0.3)
+    ratio = [found(x, 1.0).steps / t for x, t in zip(readings, time, strict=True)]
+    assert np.median(ratio) == pytest.approx(1, abs=0.12)
+
+
+def test_noise_about_a_still_level_raises_no_alarm():
+    """Less than one alarm in 100 steps was asked for; a still policy should have none in 200."""
+    rng = np.random.default_rng(5)
+    for seed in range(40):
+        H = np.exp(0.003 * np.cumsum(rng.standard_normal(201)))
+        readings = along(list(H), reading=0.05, seed=seed)[::5]
+        assert not any(found(readings[:n], 0.1).expected for n in range(3, len(readings) + 1, 6))

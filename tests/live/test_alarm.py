@@ -11,57 +11,64 @@ from typing import Any
 import pytest
 import torch
 
-from probe.forecast.forecast import Forecast
+from probe.forecast.forecast import ALARM_CHANCE, Forecast
 from probe.live import Alarm
-from probe.live.alarm import CollapseAlarm
+from probe.live.alarm import ThresholdAlarm
 from tests.support.live_loops import Loop, attach, full_model, seeded, sgd, two_optimizers
 
 
-def outlook(steps: float, resolved: bool = True, H: float = 1.0) -> Forecast:
-    return Forecast(steps, 0.0, 1e6, -0.01, 0.001 if resolved else 0.01, H, 0.5, 10)
+def ahead(chance: float, H: float = 1.0, threshold: float = 0.5, rising: bool = False) -> Forecast:
+    return Forecast(
+        30.0,
+        0.0,
+        math.inf,
+        -0.01,
+        0.001,
+        H,
+        threshold,
+        10,
+        horizon=50,
+        chance=chance,
+        ever=chance,
+        rising=rising,
+    )
 
 
 def test_alarm_starts_once_and_is_armed_again_after_three_calm_readings():
-    alarm = CollapseAlarm(horizon=100)
+    alarm = ThresholdAlarm()
     assert not alarm.update(None, 0)
-    assert not alarm.update(outlook(101), 1)
-    assert not alarm.update(outlook(50, resolved=False), 2)
-    assert alarm.update(outlook(100), 3)
+    assert not alarm.update(ahead(ALARM_CHANCE - 0.01), 1)
+    assert alarm.update(ahead(ALARM_CHANCE), 3)
     assert (alarm.armed, alarm.last_alarm) == (False, 3)
-    assert not alarm.update(outlook(10), 4)
-    for step, steps in enumerate(
-        [201, 201, 150, 201, 201], start=5
+    assert not alarm.update(ahead(0.9), 4)
+    for step, chance in enumerate(
+        [0.1, 0.1, 0.2, 0.1, 0.1], start=5
     ):  # the third is not calm: counted from the start
-        assert not alarm.update(outlook(steps), step)
+        assert not alarm.update(ahead(chance), step)
     assert not alarm.armed
     assert not alarm.update(None, 10)
-    assert not alarm.update(outlook(50, resolved=False), 11)
+    assert not alarm.update(ahead(0.0), 11)
     assert alarm.armed
-    assert alarm.update(outlook(99), 12)
+    assert alarm.update(ahead(0.4), 12)
 
 
-def test_alarm_at_or_below_the_threshold():
-    alarm = CollapseAlarm(horizon=100)
-    below = outlook(0.0, resolved=False, H=0.5)
-    assert alarm.update(below, 1)
-    # not resolved, so not expected, but no relief
-    assert not any(alarm.update(below, step) for step in range(2, 10))
+@pytest.mark.parametrize("rising", [False, True])
+def test_alarm_at_the_threshold_or_beyond(rising):
+    alarm = ThresholdAlarm()
+    beyond = ahead(0.0, H=1.5 if rising else 0.5, threshold=1.5 if rising else 0.5, rising=rising)
+    assert alarm.update(beyond, 1)
+    # no relief where it stays there
+    assert not any(alarm.update(beyond, step) for step in range(2, 10))
     assert alarm.calm_readings == 0
 
 
 def test_alarm_state_survives_saving():
-    alarm = CollapseAlarm(horizon=100)
-    alarm.update(outlook(50), 1)
-    alarm.update(outlook(500), 2)
-    restored = CollapseAlarm(**json.loads(json.dumps(dataclasses.asdict(alarm))))
+    alarm = ThresholdAlarm()
+    alarm.update(ahead(0.5), 1)
+    alarm.update(ahead(0.0), 2)
+    restored = ThresholdAlarm(**json.loads(json.dumps(dataclasses.asdict(alarm))))
     assert restored == alarm
     assert (restored.armed, restored.calm_readings, restored.last_alarm) == (False, 1, 1)
-
-
-def test_alarm_wants_a_positive_horizon():
-    for horizon in (0, -1, math.nan):
-        with pytest.raises(ValueError, match="horizon"):
-            CollapseAlarm(horizon=horizon)
 
 
 def falling_loop(steps: int = 12) -> Loop:
@@ -97,8 +104,8 @@ def test_an_alarm_is_raised_before_the_collapse_and_stops(caplog):
     assert alarm.entry is entry
     assert alarm.step == entry["step"] < 12
     assert entry["H_orig_tok"] > entry["collapse_entropy"]
-    assert alarm.forecast.expected
-    assert alarm.forecast.steps <= 50
+    assert alarm.forecast.chance >= ALARM_CHANCE
+    assert not alarm.forecast.rising
     assert alarm.model is loop.model
     assert alarm.optimizers == loop.optimizers
     assert sum(bool(e.get("alarm")) for e in watch.history) == 1
@@ -114,6 +121,66 @@ def test_an_alarm_is_raised_before_the_collapse_and_stops(caplog):
     assert stopped.should_stop
     quiet, _ = run_falling(on_alarm="stop", collapse_entropy=1e-9, horizon=1)
     assert not quiet.should_stop
+
+
+def test_an_entropy_that_explodes_raises_an_alarm_of_its_own(caplog):
+    """Trained away from one token, the policy that knew nothing else becomes uniform."""
+    seen: list[Alarm] = []
+
+    def step(loop: Loop, k: int) -> float:
+        ids = torch.full((2, 8), 50)
+        loss = -loop.model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        loop.optimizers[0].step()
+        loop.zero_grad(k)
+        return float(loss.detach())
+
+    with seeded():
+        loop = falling_loop(30)
+        loop.run()  # now it is sure of that token
+        optimizer = sgd(loop.model, lr=0.02)
+        rising = Loop(loop.model, [optimizer], step=step, steps=12)
+        watch = attach(
+            loop.model, optimizer, B_E=16, shares=False, explosion_factor=1.5, on_alarm=seen.append, every=1
+        )
+        rising.run()
+    assert watch.last["H_orig_tok"] > watch.history[0]["H_orig_tok"]
+    assert [alarm.forecast.rising for alarm in seen] == [True]
+    assert seen[0].step < 12
+    assert "entropy explosion forecast" in seen[0].message or "has exploded" in seen[0].message
+    assert watch.last["explosion_entropy"] == pytest.approx(1.5 * watch.history[0]["H_orig_tok"])
+
+
+def test_a_band_takes_the_place_of_fractions():
+    with seeded():
+        loop = falling_loop(3)
+        watch = attach(loop.model, loop.optimizers[0], B_E=16, entropy_band=(0.5, 9.0), every=1)
+        loop.run()
+    assert (watch.last["collapse_entropy"], watch.last["explosion_entropy"]) == (0.5, 9.0)
+
+
+def test_logged_entropies_enter_the_forecast_and_may_raise_an_alarm():
+    seen: list[Alarm] = []
+    with seeded():
+        loop = falling_loop(4)
+        watch = attach(
+            loop.model, loop.optimizers[0], B_E=16, shares=False, collapse_fraction=0.01, horizon=5,
+            on_alarm=seen.append, every=1,
+        )  # fmt: skip
+        loop.run()
+        before = watch.last["collapse_chance"]
+        assert before < ALARM_CHANCE
+        H = watch.last["H_orig_tok"]
+        for step in range(5, 25):  # not probed any more, and falling fast
+            H *= 0.8
+            watch.note_entropy(H, step)
+        watch.note_entropy(float("nan"), 25)
+        watch.detach()
+        watch.note_entropy(1e-9, 26)  # nobody listens
+    assert len(seen) == 1
+    assert seen[0].step == watch.step == 4
+    assert watch.last["H_orig_tok"] > seen[0].forecast.H
+    assert watch.last["alarm"] is True
 
 
 def test_scaling_the_learning_rate():

@@ -39,6 +39,23 @@ def test_a_resumed_watch_gives_the_history_of_an_uninterrupted_one(every):
     for name in ("readings", "threshold", "sums", "step"):
         assert again["run"][name] == uninterrupted["run"][name]
     assert again["alarm"] == uninterrupted["alarm"]
+    assert again["explosion_alarm"] == uninterrupted["explosion_alarm"]
+
+
+def test_a_state_of_an_older_version_is_read():
+    """It knows of no explosion and no logged entropies, and its alarm holds the horizon."""
+    with seeded():
+        loop = small_loop(steps=4)
+        watch = attach(loop.model, loop.optimizers[0], every=1)
+        loop.run()
+    state = json.loads(json.dumps(watch.state_dict()))
+    del state["explosion_alarm"], state["run"]["ceiling"], state["run"]["logged"]
+    for reading in state["run"]["readings"]:
+        del reading["logged"]
+    state["alarm"]["horizon"] = 50
+    watch.load_state_dict(state)
+    assert watch.step == 4
+    assert watch.state_dict()["run"]["readings"][0]["logged"] is False
 
 
 def test_a_state_of_something_else_is_refused():

@@ -16,7 +16,7 @@ from torch import nn
 
 from probe.forecast.forecast import Forecast
 from probe.live import WatchSettings
-from probe.live.lines import alarm_line, cost_line, outlook, probe_line
+from probe.live.lines import Outlook, alarm_line, cost_line, probe_line
 from probe.live.names import LIVE_KEYS, LIVE_NUMBERS, LIVE_TEXTS, PREFIX, scalars
 from probe.live.outlets import LAYOUT, tensorboard_layout
 from probe.live.reference import reference_page
@@ -169,17 +169,31 @@ def test_lines():
         "step 12: H 1.250 +/- 0.010 nats/token; this step -0.0200 +/- 0.0030 predicted, not resolved measured "
         "(trustworthy); no collapse in sight"
     )
-    falling = Forecast(31.4, 22.0, math.inf, -0.05, 0.01, 1.25, 0.125, 9)
-    assert outlook(falling, 50) == "collapse in about 31 steps (95 %: at least 22)"
-    assert outlook(replace(falling, rate_se=0.05), 50) == "no collapse in sight"
-    assert outlook(replace(falling, steps=501.0), 50) == "no collapse in sight"
-    assert outlook(replace(falling, H=0.1), 50) == "collapsed"
-    assert outlook(None, 50) == ""
-    text = alarm_line(entry, 0.125, 50)
+    falling = Forecast(31.4, 22.0, math.inf, -0.05, 0.01, 1.25, 0.125, 9, horizon=50, chance=0.7, ever=0.9)
+    far = replace(falling, steps=501.0, chance=0.01)
+    rising = replace(far, rising=True, threshold=3.0)
+
+    def words(*both: Forecast | None) -> str:
+        return Outlook(*both).in_words
+
+    assert words(falling) == "collapse in about 31 steps (within 50: 70 %)"
+    assert words(replace(falling, high=55.0)) == "collapse in about 31 steps (95 %: 22 to 55)"
+    assert words(far, rising) == "no collapse in sight"
+    assert words(replace(far, chance=0.12), rising) == "collapse within 50 steps: 12 %"
+    assert words(replace(far, steps=math.inf, ever=0.3), rising) == "flattening"
+    assert words(replace(far, steps=math.inf, ever=0.3, rate_se=0.05), rising) == "no collapse in sight"
+    assert words(replace(falling, H=0.1)) == "collapsed"
+    assert words(far, replace(rising, H=3.0)) == "exploded"
+    assert words(far, replace(rising, steps=40.0)) == "explosion in about 40 steps (within 50: 1 %)"
+    assert words(None, None) == ""
+    text = alarm_line(falling, 0.8)
     assert "from 1.25 to 0.125 nats/token in about 31 steps" in text
-    assert "within the horizon of 50" in text
     assert "80 % of the change is momentum" in text
-    assert "has collapsed: 1.25 nats/token, at or below 2" in alarm_line(entry, 2.0, 50)
+    assert "has collapsed: 0.1 nats/token, at or below 0.125" in alarm_line(replace(falling, H=0.1), None)
+    assert (
+        "explosion forecast: from 1.25 to 3 nats/token with a chance of 40 % within the horizon"
+        in alarm_line(replace(rising, steps=math.inf, chance=0.4), None)
+    )
     schedule = Schedule(10, 0.05)
     schedule.add_probe(3.0)
     assert "takes 3 s (sample 1, noise floor 2)" in cost_line(
@@ -291,7 +305,7 @@ def test_the_guide_has_every_setting_and_names_that_exist():
     for name, default in (
         ("every", "None"),
         ("budget", "0.05"),
-        ("window", "20"),
+        ("window", "60"),
         ("horizon", "50"),
         ("B_E", "64"),
     ):

@@ -24,6 +24,29 @@ HOST_PREFIX = "train/"
 """What transformers' reporting callbacks put before names."""
 
 
+LOGGED_ENTROPY = "entropy"
+"""Name under which TRL logs the mean entropy of its batches' tokens, nats."""
+
+
+def note_logged_entropy(watch: Watch | None, state: TrainerState, logs: Mapping[str, float] | None) -> None:
+    """Tell the watch of an entropy among what the trainer has just logged."""
+    H = (logs or {}).get(LOGGED_ENTROPY)
+    if H is not None and watch is not None:
+        watch.note_entropy(H, _middle(state.global_step, state))
+
+
+def logged_levels(state: TrainerState) -> list[tuple[int, float]]:
+    """The entropies in a trainer's log, each with the step that it belongs to."""
+    logs = [one for one in state.log_history if LOGGED_ENTROPY in one]
+    return [(_middle(int(one["step"]), state), float(one[LOGGED_ENTROPY])) for one in logs]
+
+
+def _middle(step: int, state: TrainerState) -> int:
+    """The optimizer step in the middle of those that a log averages over, from 1."""
+    # `logging_steps` of the state is in optimizer steps, also where the arguments give a share
+    return max(step - int(state.logging_steps or 1) // 2, 1)
+
+
 def refuse_sharded(trainer: Trainer) -> None:
     """Sharded training would fail on the first probed step.
 
@@ -91,7 +114,7 @@ def attached(
         _say_not_attached(error)
         return None
     made.schedulers = [trainer.lr_scheduler]
-    made.replay(logged_entries(state))
+    made.replay(logged_entries(state), logged_levels(state))
     for callback in trainer.callback_handler.callbacks:
         writer = getattr(callback, "tb_writer", None)
         if writer is not None and hasattr(writer, "add_custom_scalars"):

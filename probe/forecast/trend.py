@@ -1,0 +1,306 @@
+"""What readings say about the trend of the entropy: level and drift under every hypothesis, by a Kalman filter.
+
+In the coordinate `g` of a hypothesis (`probe.forecast.hypotheses`), with `k` the optimizer step,
+
+    level      y[k+1] = y[k] + r[k] + e[k]
+    drift      r[k+1] = rho r[k] + w[k]                    variance of w: (kappa D)^2
+    noise      e[k+1] = phi e[k] + sqrt(1 - phi^2) u[k]    variance of e: (nu D)^2
+
+`D` is the usual size of a step. The noise is real, since every batch pushes differently, and autocorrelated: with
+independent batches an update of momentum `beta1` is correlated by `phi = beta1` with the next. Readings are
+
+    measured level     g(H)                 = y[k] + its error
+    measured change    g(H + change) - g(H) = r[k] + e[k] + its error
+    logged level       g(H)                 = y[k] + H g'(H) o + its error
+
+where `o` is the constant share by which the entropy that a training logs of its own batches may differ from the
+probe's. Everything is linear and Gaussian: the filter gives mean and covariance of `(y, r, e, o)`, and the likelihood
+of the readings, which weighs the hypotheses (West and Harrison, Bayesian Forecasting and Dynamic Models, 1997,
+chapters 4 and 12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probe.forecast.hypotheses import Array, Hypotheses
+
+LARGEST_FALL = 0.95
+"""Largest share of the entropy that one step can take: a noisy reading may claim it all, and log(0) is no rate."""
+FIRST_LEVEL = 10.0
+"""Prior standard deviation of the level, in units of the first one read."""
+FIRST_DRIFT = 1.5
+"""Prior standard deviation of the drift, in units of the usual size of a step."""
+OFFSET = 0.3
+"""Prior standard deviation of a logged level's constant difference, as a share of the entropy."""
+LEAST_SHARE = 0.05
+"""A level that a filter holds possible counts as at least this share of the one that was read with it."""
+LEAST_LEVEL_ERROR, LEAST_CHANGE_ERROR = 1e-6, 1e-3
+"""Errors that readings have at least: levels in units of the first one, changes in units of the usual step. Without any
+they would leave nothing of the state's covariance but rounding."""
+LEVEL, DRIFT, NOISE, OFF = range(4)
+"""Places in the state."""
+
+
+@dataclass(frozen=True)
+class ReadingArrays:
+    """Readings of `S` trainings at the same steps, in their order; nats per token.
+
+    Attributes:
+        step: `(N,)` optimizer steps.
+        logged: `(N,)`, whether a level comes from the training's own log.
+        has_change: `(N,)`, whether the change by the step was measured.
+        level: `(S, N)`, before the step.
+        level_se: `(S, N)`.
+        change: `(S, N)`, by the step; only used where `has_change`.
+        change_se: `(S, N)`.
+    """
+
+    step: NDArray[np.int64]
+    logged: NDArray[np.bool_]
+    has_change: NDArray[np.bool_]
+    level: Array
+    level_se: Array
+    change: Array
+    change_se: Array
+
+    def part(self, places: NDArray[np.int64] | slice) -> ReadingArrays:
+        """Some of the readings."""
+        numbers = (x[:, places] for x in (self.level, self.level_se, self.change, self.change_se))
+        return ReadingArrays(self.step[places], self.logged[places], self.has_change[places], *numbers)
+
+    def in_units_of(self, unit: Array) -> ReadingArrays:
+        """Levels and changes divided by `unit`, `(S, 1)`."""
+        numbers = (self.level, self.level_se, self.change, self.change_se)
+        return ReadingArrays(self.step, self.logged, self.has_change, *(x / unit for x in numbers))
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Level and drift before the step after the last reading's, under `G` hypotheses for `S` trainings.
+
+    Attributes:
+        given: the hypotheses.
+        phi: autocorrelation of the noise.
+        unit: `(S, 1)` nats per token: levels are in units of this.
+        mean: `(4, S, G)` of level, drift, noise, offset, in the hypothesis' coordinate.
+        covariance: `(4, 4, S, G)`.
+        wander: `(S, G)`, variance of the drift's change per step.
+        noise: `(S, G)`, variance of the steps' noise.
+        weight: `(S, G)`, probabilities of the hypotheses given the readings.
+    """
+
+    given: Hypotheses
+    phi: float
+    unit: Array
+    mean: Array
+    covariance: Array
+    wander: Array
+    noise: Array
+    weight: Array
+
+    @property
+    def level(self) -> Array:
+        """`(S,)` nats per token: the mean of what the hypotheses say."""
+        H = self.given.inverse(self.mean[LEVEL], least=0.0)
+        return np.asarray((self.weight * H).sum(1) * self.unit[:, 0])
+
+    @property
+    def rate(self) -> tuple[Array, Array]:
+        """`(S,)` each: mean relative change of the entropy per step now, and its standard error."""
+        least = LEAST_SHARE * self.level / self.unit[:, 0]
+        H = self.given.inverse(self.mean[LEVEL], least[:, None])
+        relative = 1 / (H * self.given.slope(H))  # dlog H / dg
+        each = relative * self.mean[DRIFT]
+        mean = (self.weight * each).sum(1)
+        square = relative**2 * self.covariance[DRIFT, DRIFT] + (each - mean[:, None]) ** 2
+        return mean, np.sqrt((self.weight * square).sum(1))
+
+
+def fit_trend(readings: ReadingArrays, given: Hypotheses, momentum: float) -> Trend:
+    """What the readings say.
+
+    Args:
+        readings: the first one of a probe, one of them with a change; levels above 0.
+        given: the hypotheses.
+        momentum: autocorrelation `phi` of the noise from one step to the next, in [0, 1).
+    """
+    unit = readings.level[:, :1]
+    own = readings.in_units_of(unit)
+    size = _usual_step(own, given)
+    state = _Filter(given, momentum, own, size)
+    for j in range(len(own.step)):
+        if j:
+            state.advance(int(own.step[j] - own.step[j - 1]))
+        state.take_level(j)
+        if own.has_change[j]:
+            state.take_change(j)
+    state.advance(1)
+    weight = np.exp(state.log_weight - state.log_weight.max(1, keepdims=True))
+    weight /= weight.sum(1, keepdims=True)
+    return Trend(given, momentum, unit, state.mean, state.covariance, state.wander, state.noise, weight)
+
+
+class _Filter:
+    """The filter's state; see `Trend` for its arrays."""
+
+    def __init__(self, given: Hypotheses, phi: float, readings: ReadingArrays, size: Array) -> None:
+        """Nothing is read yet.
+
+        Args:
+            given: the hypotheses.
+            phi: autocorrelation of the noise.
+            readings: in units of the first level.
+            size: `(S, G)`, the usual size of a step.
+        """
+        self._given, self._phi, self._readings = given, phi, readings
+        self._size = size
+        self.wander, self.noise = (given.wander * size) ** 2, (given.noise * size) ** 2
+        self.mean = np.zeros((4, *size.shape))
+        self.covariance = np.zeros((4, 4, *size.shape))
+        # the level is not known at all: the first reading sets it
+        self.mean[LEVEL] = given.transform(readings.level[:, :1])
+        self.covariance[LEVEL, LEVEL] = (
+            1e4 * (given.slope(readings.level[:, :1]) * readings.level[:, :1]) ** 2
+        )
+        self.covariance[DRIFT, DRIFT] = (FIRST_DRIFT * size) ** 2
+        self.covariance[NOISE, NOISE] = self.noise
+        self.covariance[OFF, OFF] = OFFSET**2
+        self.log_weight = np.broadcast_to(given.log_prior, size.shape).copy()
+
+    def advance(self, steps: int) -> None:
+        """So many optimizer steps pass."""
+        given, phi = self._given, self._phi
+        a, b = geometric(given.persistence, steps), geometric(phi, steps)
+        rho, fade = given.persistence**steps, phi**steps
+
+        def moved(x: Array) -> Array:
+            """`A x` over the first axis."""
+            level = x[LEVEL] + a * x[DRIFT] + b * x[NOISE]
+            return np.stack([level, rho * x[DRIFT], fade * x[NOISE], x[OFF]])
+
+        self.mean = moved(self.mean)
+        P = moved(self.covariance)
+        self.covariance = moved(P.swapaxes(0, 1))
+        by_wander, by_noise = added_variance(given.persistence, steps), added_variance(phi, steps)
+        for variance, part, place in ((self.wander, by_wander, DRIFT), (self.noise, by_noise, NOISE)):
+            # the noise is stationary, with variance 1 - phi^2 in what is new
+            scaled = variance * (1 - phi * phi) if place == NOISE else variance
+            self.covariance[LEVEL, LEVEL] += scaled * part[0]
+            self.covariance[LEVEL, place] += scaled * part[1]
+            self.covariance[place, LEVEL] += scaled * part[1]
+            self.covariance[place, place] += scaled * part[2]
+
+    def take_level(self, j: int) -> None:
+        """Take the level of reading `j` in."""
+        H, se = self._readings.level[:, j, None], self._readings.level_se[:, j, None]
+        slope = self._given.slope(H)
+        of = {LEVEL: np.ones(1), OFF: H * slope} if self._readings.logged[j] else {LEVEL: np.ones(1)}
+        variance = (slope * se) ** 2 + (slope * LEAST_LEVEL_ERROR) ** 2
+        self._take(of, self._given.transform(H), variance, slope)
+
+    def take_change(self, j: int) -> None:
+        """Take the change of reading `j` in, from the level that all readings up to this one give."""
+        read = self._readings.level[:, j, None]
+        H = self._given.inverse(self.mean[LEVEL], LEAST_SHARE * read)
+        relative = np.maximum(self._readings.change[:, j, None] / H, -LARGEST_FALL)
+        change = self._given.transform(H * (1 + relative)) - self._given.transform(H)
+        slope = self._given.slope(H)
+        error = slope * self._readings.change_se[:, j, None]
+        self._take(
+            {DRIFT: np.ones(1), NOISE: np.ones(1)},
+            change,
+            error**2 + (LEAST_CHANGE_ERROR * self._size) ** 2,
+            slope,
+        )
+
+    def _take(self, of: Mapping[int, Array], value: Array, variance: Array, slope: Array) -> None:
+        """One reading of a sum of some places of the state.
+
+        Args:
+            of: what is read: place and factor.
+            value: `(S, G)`, the reading.
+            variance: `(S, G)`, of its error.
+            slope: `(S, G)`, `dg / dH`: hypotheses are compared by the likelihood of what was read, nats.
+        """
+        with_state = np.sum([factor * self.covariance[:, place] for place, factor in of.items()], axis=0)
+        own = np.sum([factor * with_state[place] for place, factor in of.items()], axis=0)
+        total = np.maximum(own, 0.0) + variance
+        surprise = value - np.sum([factor * self.mean[place] for place, factor in of.items()], axis=0)
+        self.log_weight += np.log(slope) - 0.5 * (np.log(total) + surprise**2 / total)
+        gain = with_state / total
+        self.mean = self.mean + gain * surprise
+        self.covariance = self.covariance - gain[:, None] * with_state[None]
+
+
+def geometric(x: Array | float, n: int) -> Array:
+    """`1 + x + ... + x^(n - 1)`.
+
+    >>> geometric(0.5, 3).item(), geometric(1.0, 3).item()
+    (1.75, 3.0)
+    """
+    x = np.asarray(x, dtype=np.float64)
+    below = np.where(x == 1, 0.0, x)
+    return np.where(x == 1, float(n), (1 - below**n) / (1 - below))
+
+
+def added_variance(
+    x: Array | float, n: int, before: tuple[Array, Array, Array] | None = None
+) -> tuple[Array, Array, Array]:
+    """Variance that `n` steps add to a level and to its drift, for a drift `r' = x r + w` with `w` of variance 1.
+
+    Args:
+        x: persistence of the drift, or autocorrelation of the noise.
+        n: steps.
+        before: what steps before these have added already.
+
+    Returns:
+        Variance of the level, covariance of level and drift, variance of the drift.
+
+    >>> [float(v) for v in added_variance(1.0, 3)]  # w1 counts twice in the level, w2 once
+    [5.0, 3.0, 3.0]
+    """
+    x = np.asarray(x, dtype=np.float64)
+    level, both, drift = before or (np.zeros_like(x), np.zeros_like(x), np.zeros_like(x))
+    for _ in range(n):
+        level, both, drift = level + 2 * both + drift, x * (both + drift), x * x * drift + 1
+    return level, both, drift
+
+
+def _usual_step(readings: ReadingArrays, given: Hypotheses) -> Array:
+    """`(S, G)`: root mean square of the measured changes, that of their errors taken off in part.
+
+    Half of it only, and never more than nine tenths: the difference of two noisy numbers is often 0 by chance. Where
+    logged levels have moved faster between probes than any probe has seen, it is what they have clearly moved by.
+    """
+    measured = readings.has_change
+    H = readings.level[:, measured]
+    relative = np.maximum(readings.change[:, measured] / H, -LARGEST_FALL)
+    sizes = {}
+    for power in np.unique(given.power):
+        slope = H ** (power - 1)
+        # log(1 + x) and x differ in the second order only; a step is small
+        change = np.log1p(relative) if power == 0 else slope * H * relative
+        square, error = (change**2).mean(1), ((slope * readings.change_se[:, measured]) ** 2).mean(1)
+        usual = np.sqrt(np.maximum(square - 0.5 * error, 0.1 * square)) + 1e-9
+        sizes[power] = np.maximum(usual, _logged_slope(readings, power))
+    return np.stack([sizes[power] for power in given.power], axis=1)
+
+
+def _logged_slope(readings: ReadingArrays, power: float) -> Array:
+    """`(S,)`: what the last half of the logged levels has moved by per step, two standard errors taken off."""
+    places = np.flatnonzero(readings.logged)
+    places = places[len(places) // 2 :]
+    step = readings.step[places].astype(np.float64)
+    if len(places) < 3 or step[0] == step[-1]:
+        return np.zeros(len(readings.level))
+    H = readings.level[:, places]
+    g = np.log(H) if power == 0 else (H**power - 1) / power
+    centred = step - step.mean()
+    slope = g @ centred / (centred @ centred)
+    error = (H ** (power - 1) * readings.level_se[:, places]).max(1) / np.sqrt(centred @ centred)
+    return np.maximum(np.abs(slope) - 2 * error, 0.0)

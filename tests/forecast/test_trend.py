@@ -1,0 +1,185 @@
+"""The Kalman filter against the joint normal distribution with every step written out, and arrivals by simulation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from probe.forecast.arrival import AHEAD, Arrival, arrival
+from probe.forecast.hypotheses import Hypotheses, hypotheses
+from probe.forecast.trend import (
+    FIRST_DRIFT,
+    FIRST_LEVEL,
+    LEAST_CHANGE_ERROR,
+    LEAST_LEVEL_ERROR,
+    OFFSET,
+    ReadingArrays,
+    Trend,
+    fit_trend,
+)
+
+
+def one(power: float, persistence: float, wander: float, noise: float) -> Hypotheses:
+    return Hypotheses(*(np.array([x]) for x in (power, persistence, wander, noise, 0.0)))
+
+
+def some_readings(steps: list[int], logged: list[int], seed: int = 0) -> ReadingArrays:
+    """Levels about 2, falling by 0.02 a step; `logged` are the places of levels from the training's own log."""
+    rng = np.random.default_rng(seed)
+    N = len(steps)
+    is_logged = np.array([place in logged for place in range(N)])
+    level = 2 - 0.02 * np.array(steps) + 0.05 * rng.standard_normal(N) + 0.3 * is_logged
+    return ReadingArrays(
+        step=np.array(steps),
+        logged=is_logged,
+        has_change=~is_logged,
+        level=level[None],
+        level_se=rng.uniform(0.02, 0.06, (1, N)),
+        change=-0.02 + 0.005 * rng.standard_normal((1, N)),
+        change_se=rng.uniform(0.002, 0.006, (1, N)),
+    )
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.9])
+@pytest.mark.parametrize(
+    "given", [one(1.0, 1.0, 0.1, 0.3), one(1.0, 0.9, 0.3, 1.5), one(1.0, 0.98, 0.0, 0.1)]
+)
+@pytest.mark.parametrize("steps", [[0, 1, 2, 3], [5, 9, 9, 20, 21], [0, 3, 6, 6, 12]])
+def test_the_filter_is_the_conditional_distribution_of_the_joint_normal(given, phi, steps):
+    """In the coordinate `H` everything is linear: mean, covariance and likelihood have an exact answer."""
+    logged = [place for place in range(1, len(steps)) if steps[place] == steps[place - 1]]
+    data = some_readings(steps, logged)
+    trend = fit_trend(data, given, phi)
+
+    unit = float(data.level[0, 0])
+    changes = data.change[0, data.has_change] / unit
+    error = data.change_se[0, data.has_change] / unit
+    size = np.sqrt(max((changes**2).mean() - 0.5 * (error**2).mean(), 0.1 * (changes**2).mean())) + 1e-9
+    assert data.logged.sum() < 3  # so that they have no part in the usual step
+    wander, noise = float(given.wander[0] * size) ** 2, float(given.noise[0] * size) ** 2
+    rho, n = float(given.persistence[0]), steps[-1] - steps[0] + 1
+    # causes: first level, first drift, changes of the drift, first noise, new noise, offset
+    parts = 3 + 2 * n
+    variance = np.array(
+        [
+            FIRST_LEVEL**2,
+            (FIRST_DRIFT * size) ** 2,
+            *[wander] * n,
+            noise,
+            *[noise * (1 - phi**2)] * n,
+            OFFSET**2,
+        ][: parts + 1]
+    )
+    level, drift, rough = (np.zeros((n + 1, parts + 1)) for _ in range(3))
+    level[0, 0], drift[0, 1], rough[0, 2 + n] = 1, 1, 1
+    for k in range(n):
+        level[k + 1] = level[k] + drift[k] + rough[k]
+        drift[k + 1] = rho * drift[k]
+        drift[k + 1, 2 + k] += 1
+        rough[k + 1] = phi * rough[k]
+        rough[k + 1, 3 + n + k] += 1
+    offset = np.zeros(parts + 1)
+    offset[-1] = 1
+    rows, values, errors = [], [], []
+    for place, step in enumerate(steps):
+        k = step - steps[0]
+        rows.append(level[k] + (offset * data.level[0, place] / unit if data.logged[place] else 0))
+        values.append(data.level[0, place] / unit - 1)
+        errors.append((data.level_se[0, place] / unit) ** 2 + LEAST_LEVEL_ERROR**2)
+        if data.has_change[place]:
+            rows.append(drift[k] + rough[k])
+            values.append(data.change[0, place] / unit)
+            errors.append((data.change_se[0, place] / unit) ** 2 + (LEAST_CHANGE_ERROR * size) ** 2)
+    design, reading = np.array(rows), np.array(values)
+    state = np.array([level[n], drift[n], rough[n], offset])
+    of_reading = design @ (variance[:, None] * design.T) + np.diag(errors)
+    both = state @ (variance[:, None] * design.T)
+    mean = both @ np.linalg.solve(of_reading, reading)
+    covariance = state @ (variance[:, None] * state.T) - both @ np.linalg.solve(of_reading, both.T)
+    assert trend.mean[:, 0, 0] == pytest.approx(mean, rel=1e-6, abs=1e-9)
+    assert trend.covariance[:, :, 0, 0] == pytest.approx(covariance, rel=1e-4, abs=1e-9)
+
+
+def test_hypotheses_are_weighed_by_the_likelihood_of_the_readings():
+    """Of two alike but in their noise, by the ratio of the joint normal densities."""
+    data = some_readings([0, 1, 2, 5], [])
+    two = Hypotheses(*(np.array(x) for x in ([1.0, 1.0], [1.0, 1.0], [0.1, 0.1], [0.1, 1.5], [0.0, 0.0])))
+    weight = fit_trend(data, two, 0.0).weight[0]
+
+    def density(noise: float) -> float:
+        unit = float(data.level[0, 0])
+        changes, error = data.change[0] / unit, data.change_se[0] / unit
+        size = np.sqrt((changes**2).mean() - 0.5 * (error**2).mean()) + 1e-9
+        n = 6
+        variance = np.array(
+            [FIRST_LEVEL**2, (FIRST_DRIFT * size) ** 2, *[(0.1 * size) ** 2] * n, *[(noise * size) ** 2] * n]
+        )
+        level, drift = np.zeros((n + 1, 2 + 2 * n)), np.zeros((n + 1, 2 + 2 * n))
+        level[0, 0], drift[0, 1] = 1, 1
+        rough = np.eye(2 + 2 * n)[2 + n :]
+        for k in range(n):
+            level[k + 1] = level[k] + drift[k] + rough[k]
+            drift[k + 1] = drift[k]
+            drift[k + 1, 2 + k] += 1
+        rows = [x for k in (0, 1, 2, 5) for x in (level[k], drift[k] + rough[k])]
+        values = [x for j in range(4) for x in (data.level[0, j] / unit - 1, changes[j])]
+        errors = [x**2 for j in range(4) for x in (data.level_se[0, j] / unit, error[j])]
+        V = np.array(rows) @ (variance[:, None] * np.array(rows).T) + np.diag(errors)
+        return float(-0.5 * (np.linalg.slogdet(V)[1] + np.array(values) @ np.linalg.solve(V, values)))
+
+    ratio = np.exp(density(1.5) - density(0.1))
+    assert weight[1] / weight[0] == pytest.approx(ratio, rel=1e-4)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_coordinates_are_inverse_to_each_other(power):
+    H = np.array([[0.01], [0.7], [3.0]])
+    of = hypotheses(shape=power)
+    assert of.inverse(of.transform(H), 0.0) == pytest.approx(np.broadcast_to(H, (3, 80)), rel=1e-12)
+    nearby = (of.transform(H * (1 + 1e-6)) - of.transform(H * (1 - 1e-6))) / (2e-6 * H)
+    assert of.slope(H) == pytest.approx(nearby, rel=1e-6)
+
+
+def test_prior_probabilities_add_up_to_one():
+    for shape in (None, 0.5):
+        assert np.exp(hypotheses(shape).log_prior).sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("rising", [False, True])
+def test_the_chance_of_lying_beyond_the_threshold_is_that_of_simulated_trainings(rising):
+    given, phi, draws = one(1.0, 0.98, 0.1, 0.5), 0.5, 20_000
+    rng = np.random.default_rng(0)
+    covariance = np.diag([1e-4, 4e-6, 1e-5, 0.0])
+    covariance[0, 1] = covariance[1, 0] = 1e-5
+    mean = np.array([0.0, 0.004 if rising else -0.004, 0.001, 0.0])
+    wander, noise = 1e-7, 1e-5
+    trend = Trend(
+        given, phi, np.ones((1, 1)), mean[:, None, None], covariance[:, :, None, None],
+        np.full((1, 1), wander), np.full((1, 1), noise), np.ones((1, 1)),
+    )  # fmt: skip
+    threshold = 1.12 if rising else 0.88
+    chance = arrival(trend, np.array([threshold]), rising).chance[0]
+    state = rng.multivariate_normal(mean, covariance, draws)
+    level, drift, rough = state[:, 0], state[:, 1], state[:, 2]
+    best, checked = 0.0, 0
+    for k in range(1, 201):
+        level = level + drift + rough
+        drift = 0.98 * drift + np.sqrt(wander) * rng.standard_normal(draws)
+        rough = phi * rough + np.sqrt((1 - phi**2) * noise) * rng.standard_normal(draws)
+        if k in AHEAD:
+            beyond = (1 + level >= threshold) if rising else (1 + level <= threshold)
+            best = max(best, float(beyond.mean()))
+            # 4 standard errors of 20,000 draws, and a little more for the largest of several
+            assert chance[np.flatnonzero(k == AHEAD)[0]] == pytest.approx(best, abs=0.016), k
+            checked += 1
+    assert checked > 30
+
+
+def test_quantiles_of_an_arrival():
+    chance = np.zeros((2, len(AHEAD)))
+    chance[0] = np.minimum(AHEAD / 100, 0.9)
+    chance[1] = 1.0
+    found = Arrival(chance)
+    assert found.quantile(0.5) == pytest.approx([50, 0])
+    assert found.quantile(0.975)[0] == np.inf
+    assert found.within(25) == pytest.approx([0.25, 1.0])
