@@ -13,6 +13,8 @@ from probe.report.numbers import with_error
 
 IN_SIGHT, FEW_PROBES = 10, 50
 """Horizons within which a collapse is in sight; steps between probes from which on a hint says how to get more."""
+ROUNDING = 1.05
+"""A share of time up to so many times the budget keeps it."""
 WORTH_SAYING = 0.05
 """Chance within the horizon from which on it is said, where nothing nearer is."""
 
@@ -86,11 +88,18 @@ def cost_line(schedule: Schedule, B_E: int, length: float, timing: Mapping[str, 
         return line
     line += f", a training step {schedule.step_seconds:.2g} s"
     every = "every step" if schedule.interval == 1 else f"every {schedule.interval} steps"
-    share = f"{100 * (schedule.share_ahead or 0):.0f} % of the training time"
+    ahead = schedule.share_ahead or 0.0
+    share = f"{100 * ahead:.0f} % of the training time"
     if schedule.every is not None:
         return f"{line}: {every}, {share}"
+    one = "one" if schedule.responses == B_E else f"one of {schedule.responses} responses"
+    if ahead > ROUNDING * schedule.budget:
+        kept = (
+            f"above the budget of {100 * schedule.budget:.3g} %, since at_least_every is {schedule.interval}"
+        )
+        return f"{line}: {one} {every}, {share}, {kept}"
     hint = " (set every=... for more)" if schedule.interval > FEW_PROBES else ""
-    return f"{line}: one {every}, {share}, keeps the budget of {100 * schedule.budget:.3g} %{hint}"
+    return f"{line}: {one} {every}, {share}, keeps the budget of {100 * schedule.budget:.3g} %{hint}"
 
 
 def alarm_line(ahead: Forecast, momentum_share: float | None) -> str:

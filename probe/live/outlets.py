@@ -168,8 +168,12 @@ class Outlets:
         self._watch_for_standstill(outcome.moved)
 
     def say_cost(self) -> None:
-        """The cost model, once, when a probe and a training step have been timed."""
-        if self._cost_of is not None and not self._cost_said:
+        """The cost model, once, when a training step and a probe have been timed that was not the first one.
+
+        With `every` given nothing depends on it, and the first one will do.
+        """
+        timed = self._schedule.probes > 1 or self._schedule.every is not None
+        if self._cost_of is not None and timed and not self._cost_said:
             self._cost_said = True
             say(cost_line(self._schedule, *self._cost_of))
 

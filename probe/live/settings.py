@@ -13,8 +13,10 @@ from probe.config.batches import GenerationConfig
 from probe.config.numbers import check_numbers
 from probe.errors.exceptions import ConfigError, nearest
 
-UNBOUNDED = ("every", "horizon", "window")
+UNBOUNDED = ("every", "at_least_every", "horizon", "window")
 """Numbers of steps and probes, of which a large one is none at all."""
+SMALLEST_E = 16
+"""Fewest responses that E is made smaller to, to keep the budget."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,11 @@ class WatchSettings:
     """Probe the first optimizer step and every `every`-th after it; None chooses it from `budget`."""
     budget: float = 0.05
     """With `every: None`: largest share of the training time, the probe's own left out, that probes may take."""
+    at_least_every: int | None = 25
+    """With `every: None`: probe at least one step in so many, whatever the budget; None keeps to the budget."""
     B_E: int = 64
-    """Responses in E, one per prompt drawn with replacement. Standard errors shrink like its square root."""
+    """Responses in E, one per prompt drawn with replacement. Standard errors shrink like its square root. With
+    `every: None` it is halved, down to 16, before probes become rarer than one in ten steps."""
     max_new_tokens: int = 256
     """Responses of E are cut off after this many tokens; give the trainer's limit."""
     temperature: float = 1.0
@@ -77,6 +82,11 @@ class WatchSettings:
         for key, good, expected in (
             ("every", self.every is None or self.every >= 1, "an integer of at least 1, or None"),
             ("budget", 0 < self.budget <= 1, "a share of at most 1, such as 0.05 for 5 %"),
+            (
+                "at_least_every",
+                self.at_least_every is None or self.at_least_every >= 1,
+                "an integer of at least 1, or None",
+            ),
             ("B_E", self.B_E >= 2, "an integer of at least 2"),
             ("temperature", self.temperature > 0, "a finite number above 0"),
             ("stop_strings", all(self.stop_strings), "texts that are not empty"),

@@ -155,7 +155,7 @@ class ProbedUpdates:
         with undisturbed(self.probe.model):
             self._adapters.use()
             self._adopt_parameters()
-            return self.probe.before(number)
+            return self.probe.before(number, self._schedule.responses)
 
     def _adopt_parameters(self) -> None:
         """Parameters may have been unfrozen, added or replaced since the last probe."""
@@ -191,7 +191,7 @@ class ProbedUpdates:
             return []
         entry, ahead = self._history.add(outcome, momentum(self._optimizers))
         entry["seconds"] = self._draw_seconds + (time.perf_counter() - start)
-        self._schedule.add_probe(entry["seconds"])
+        self._schedule.add_probe(entry["seconds"], entry["step"], outcome.sizes.B_E)
         entry |= {"cost_share": self._schedule.share, "every": self._schedule.interval}
         self._outlets.publish(entry, outcome)
         return self._alarms.raised(ahead, entry, entry["step"])

@@ -17,7 +17,7 @@ from probe.live.optimizers import momentum
 from probe.live.outlets import Log, Outlets, as_log
 from probe.live.say import say
 from probe.live.schedule import Schedule
-from probe.live.settings import WatchSettings
+from probe.live.settings import SMALLEST_E, WatchSettings
 from probe.live.step import UpdateProbe
 from probe.live.updates import ProbedUpdates
 
@@ -47,7 +47,9 @@ class Watch(AbstractContextManager["Watch"]):
         start = time.perf_counter()
         on = checked_attachment(model, optimizer, prompts, tokenizer, settings)
         self.settings, self.model, self.optimizers = settings, on.model, on.optimizers
-        self.schedule = Schedule(settings.every, settings.budget)
+        self.schedule = Schedule(
+            settings.every, settings.budget, settings.B_E, SMALLEST_E, settings.at_least_every
+        )
         self._alarms = Alarms(on.model, on.optimizers, on_alarm)
         self._history = History(settings, first_step)
         self._probe = UpdateProbe(on.model, on.parameters, on.tokenizer, on.prompts, settings)
@@ -66,7 +68,7 @@ class Watch(AbstractContextManager["Watch"]):
             say("this optimizer is watched already; every probe will be made and logged twice", warn=True)
         self._updates.rehearse()
         self._hooks.register()
-        self.schedule.probe_seconds = time.perf_counter() - start  # attaching counts too
+        self.schedule.add_attaching(time.perf_counter() - start)
         say_attached(on, self._probe.way.mode, self._probe.way.reason)
         if hooked := backward_hooks(on.parameters):
             self._updates.probe_early(
