@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+from probe.estimators.student import student_quantile
 
 
 @dataclass
@@ -59,6 +63,152 @@ class CumulativeSum:
             self.weight = here
         self.step, self.change, self.change_variance = step, change, se**2
         return self.total, math.sqrt(self.sampling + max(self.scattering, 0.0))
+
+
+@dataclass
+class Anchor:
+    """Where a curve of summed changes starts: by all levels, not by the first one alone.
+
+    Every level says what the first one was: itself minus the sum of the changes since, with its own error and that of
+    the sum, a random walk. The best linear estimate is that of generalised least squares, here step by step: a Kalman
+    filter of the start `a` and the sum's error `e`, of which each level reads `a + e`.
+
+    Attributes:
+        known: whether there was a level with a finite error.
+        value: the entropy at the first probe, nats.
+        variance: of `value`.
+        error: estimate of `e`, nats.
+        error_variance: what is left of its variance.
+        covariance: of both.
+        walked: variance of `e` before any level is taken in: that of the sum.
+    """
+
+    known: bool = False
+    value: float = 0.0
+    variance: float = math.inf
+    error: float = 0.0
+    error_variance: float = 0.0
+    covariance: float = 0.0
+    walked: float = 0.0
+
+    def take(self, level: float, level_se: float, total: float, total_se: float) -> tuple[float, float]:
+        """Take a level in.
+
+        Args:
+            level: now, nats.
+            level_se: its standard error, independent of all others.
+            total: sum of the changes since the first probe, nats.
+            total_se: its standard error.
+
+        Returns:
+            The curve now, start plus sum, and its standard error.
+        """
+        grown = max(total_se**2 - self.walked, 0.0)
+        self.walked += grown
+        self.error_variance += grown
+        start = level - total
+        if not self.known:
+            self.value = start
+            if math.isfinite(level_se):
+                # nothing was known of the start, and `e` is as large as the sum's error
+                self.known, self.variance = True, level_se**2 + self.walked
+                self.covariance, self.error_variance = -self.walked, self.walked
+        else:
+            self._correct(start, level_se)
+        return self.value + total, self._curve_se
+
+    def _correct(self, start: float, level_se: float) -> None:
+        """The filter's step; a level without a finite error says nothing."""
+        with_start, with_error = self.variance + self.covariance, self.covariance + self.error_variance
+        spread = with_start + with_error + level_se**2
+        if not (math.isfinite(spread) and spread > 0):
+            return
+        surprise = start - self.value - self.error
+        self.value += with_start / spread * surprise
+        self.error += with_error / spread * surprise
+        self.variance -= with_start**2 / spread
+        self.covariance -= with_start * with_error / spread
+        self.error_variance -= with_error**2 / spread
+
+    @property
+    def _curve_se(self) -> float:
+        """Of start plus sum: the sum's error is as it was, whatever the levels say of it."""
+        return math.sqrt(max(self.variance + 2 * self.covariance + self.walked, 0.0))
+
+
+@dataclass(frozen=True)
+class ProbedChange:
+    """The change by one probed step, nats.
+
+    Attributes:
+        step: optimizer step.
+        change: of the entropy.
+        se: its standard error.
+        df: degrees of freedom of that.
+    """
+
+    step: int
+    change: float
+    se: float
+    df: float
+
+
+@dataclass(frozen=True)
+class MeanChange:
+    """Mean change per optimizer step, nats.
+
+    Attributes:
+        value: the mean.
+        se: its standard error.
+        df: degrees of freedom of that.
+    """
+
+    value: float
+    se: float
+    df: float
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """The ends of its 95 % interval, by Student's t."""
+        half = 0.0 if self.se == 0.0 else student_quantile(self.df) * self.se
+        return self.value - half, self.value + half
+
+
+def mean_change(probed: Sequence[ProbedChange], phi: float) -> MeanChange:
+    """Mean change per step, over all steps from the first probed one to the last, both included.
+
+    Interpolated linearly between probes, as in `CumulativeSum`, so that a probed step counts for those around it. The
+    error has the sampling errors of the probes, which are independent, and the scatter of the steps that were not
+    probed, correlated by `phi` from one to the next. Degrees of freedom by Welch and Satterthwaite, with one for each
+    gap of the scatter.
+
+    Args:
+        probed: at least two, in the order of their steps.
+        phi: autocorrelation of the steps' noise: Adam's `beta1`, SGD's momentum.
+
+    >>> mean_change([ProbedChange(1, -0.2, 0.03, 60.0), ProbedChange(2, -0.4, 0.04, 60.0)], phi=0.0).value
+    -0.30000000000000004
+    """
+    sums = CumulativeSum()
+    for one in probed:
+        sums.advance(one.step, one.change, one.se, phi)
+    last = probed[-1]
+    steps = last.step - probed[0].step + 1
+    gaps = [b.step - a.step for a, b in pairwise(probed)]
+    weights = [
+        (after + 1) / 2 + (before - 1) / 2 for before, after in zip([1, *gaps], [*gaps, 1], strict=True)
+    ]
+    sampling = [(weight * one.se) ** 2 for weight, one in zip(weights, probed, strict=True)]
+    scattering = max(sums.scattering, 0.0)
+    variance = sum(sampling) + scattering
+    doubt = sum(part**2 / one.df for part, one in zip(sampling, probed, strict=True)) + scattering**2 / len(
+        gaps
+    )
+    return MeanChange(
+        value=(sums.total + last.change) / steps,
+        se=math.sqrt(variance) / steps,
+        df=variance**2 / doubt if doubt > 0 else math.inf,
+    )
 
 
 def level_change(level: float, se: float, first: tuple[float, float] | None) -> tuple[float, float]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from probe.errors.exceptions import ConfigError
 from probe.estimand import ESTIMANDS, SEQUENCE, TOKEN, Estimand
-from probe.forecast.curves import CumulativeSum, level_change
+from probe.forecast.curves import Anchor, CumulativeSum, ProbedChange, level_change, mean_change
 from probe.forecast.forecast import Forecast, forecast
 from probe.forecast.readings import (
     WINDOW_HORIZONS,
@@ -46,6 +48,8 @@ class Run:
         ceiling: entropy that counts as explosion, nats per token; None likewise, and where none does.
         logged: optimizer step and entropy, nats per token, that the training has logged itself.
         sums: cumulative sums by the name of what is summed up.
+        anchors: where the curves start, by the same names.
+        changes: of the last probes, by the same names.
     """
 
     step: int = 0
@@ -55,6 +59,8 @@ class Run:
     ceiling: float | None = None
     logged: list[tuple[int, float]] = field(default_factory=list)
     sums: dict[str, CumulativeSum] = field(default_factory=dict)
+    anchors: dict[str, Anchor] = field(default_factory=dict)
+    changes: dict[str, list[ProbedChange]] = field(default_factory=dict)
 
 
 class History:
@@ -141,10 +147,13 @@ class History:
             entry = dict(given)
             if "verdict_code" in entry:
                 entry.setdefault("verdict", WORDS[int(entry["verdict_code"])])
-            for name in (estimand.key(quantity) for quantity in SUMMED for estimand in ESTIMANDS):
-                change, se = entry.get(name), entry.get(f"{name}_se")
-                if change is not None and se is not None:
-                    self._sum(name).advance(entry["step"], change, se, momentum)
+            for quantity, estimand in itertools.product(SUMMED, ESTIMANDS):
+                change, se, df = (entry.get(estimand.key(quantity, part)) for part in ("", "_se", "_df"))
+                H, H_se = (entry.get(estimand.key("H_orig", part)) for part in ("", "_se"))
+                if change is not None and se is not None and H is not None:
+                    # an older log may lack the error of a level, and degrees of freedom
+                    probed = ProbedChange(entry["step"], change, se, df or math.inf)
+                    self._add_change(quantity, estimand, probed, (H, H_se or 0.0), momentum)
             if entry.get("collapse_entropy") is not None:
                 self.run.threshold = entry["collapse_entropy"]
             if entry.get("explosion_entropy") is not None:
@@ -159,16 +168,55 @@ class History:
         """Predicted and measured change since the first probe, and the change of the level, nats."""
         values: dict[str, float] = {}
         for estimand in (SEQUENCE, TOKEN):
-            H, first = outcome.H[estimand], self._first_level(estimand)
-            start = H.value if first is None else first[0]
-            for name, changes in (("deltaH1", outcome.deltaH1), ("deltaH_true", outcome.deltaH_true)):
+            H = outcome.H[estimand]
+            for quantity, changes in (("deltaH1", outcome.deltaH1), ("deltaH_true", outcome.deltaH_true)):
                 change = changes[estimand]
-                total, se = self._sum(estimand.key(name)).advance(
-                    self.run.step, change.value, change.se, momentum
-                )
-                values |= _with_error(estimand, f"cumulative_{name}", total, se)
-                values[estimand.key(SUMMED[name])] = start + total
-            values |= _with_error(estimand, "cumulative_H", *level_change(H.value, H.se, first))
+                probed = ProbedChange(self.run.step, change.value, change.se, change.df)
+                values |= self._add_change(quantity, estimand, probed, (H.value, H.se), momentum)
+            since_first = level_change(H.value, H.se, self._first_level(estimand))
+            values |= _with_error(estimand, "cumulative_H", *since_first)
+        return values
+
+    def _add_change(
+        self,
+        quantity: str,
+        estimand: Estimand,
+        probed: ProbedChange,
+        level: tuple[float, float],
+        momentum: float,
+    ) -> dict[str, float]:
+        """Take one probed change into its sum, its curve and its mean.
+
+        Args:
+            quantity: what has changed.
+            estimand: of it.
+            probed: the change.
+            level: entropy before the step with its error, nats.
+            momentum: what correlates neighbouring steps.
+
+        Returns:
+            Sum, curve and mean by their names.
+        """
+        run, name = self.run, estimand.key(quantity)
+        total, se = run.sums.setdefault(name, CumulativeSum()).advance(
+            probed.step, probed.change, probed.se, momentum
+        )
+        curve = run.anchors.setdefault(name, Anchor()).take(*level, total, se)
+        values = {
+            **_with_error(estimand, f"cumulative_{quantity}", total, se),
+            **_with_error(estimand, SUMMED[quantity], *curve),
+        }
+        last = [*run.changes.get(name, []), probed][-self._settings.average_over :]
+        run.changes[name] = last
+        if len(last) > 1:
+            mean = mean_change(last, momentum)
+            low, high = mean.ci95
+            values |= _with_error(estimand, f"mean_{quantity}", mean.value, mean.se)
+            values |= {
+                estimand.key(f"mean_{quantity}", "_ci95_low"): low,
+                estimand.key(f"mean_{quantity}", "_ci95_high"): high,
+                estimand.key(f"mean_{quantity}", "_df"): mean.df,
+            }
         return values
 
     def _first_level(self, estimand: Estimand) -> tuple[float, float] | None:
@@ -177,10 +225,6 @@ class History:
             return None
         first = self.run.history[0]
         return first[estimand.key("H_orig")], first.get(estimand.key("H_orig", "_se"), 0.0)
-
-    def _sum(self, name: str) -> CumulativeSum:
-        """The cumulative sum of a quantity."""
-        return self.run.sums.setdefault(name, CumulativeSum())
 
     def _read(self, outcome: Outcome) -> None:
         """Take in what a probe says for the forecast: of a change that is invalid, the level alone."""
@@ -269,6 +313,11 @@ def _read_run(state: Mapping[str, Any]) -> Run:
             "logged": [(step, H) for step, H in state.get("logged", [])],
             "readings": [EntropyReading(**reading) for reading in state["readings"]],
             "sums": {name: CumulativeSum(**values) for name, values in state["sums"].items()},
+            "anchors": {name: Anchor(**values) for name, values in state.get("anchors", {}).items()},
+            "changes": {
+                name: [ProbedChange(**one) for one in probed]
+                for name, probed in state.get("changes", {}).items()
+            },
         }
     )
     for entry in run.history:

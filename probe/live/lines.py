@@ -13,6 +13,8 @@ from probe.report.numbers import with_error
 
 IN_SIGHT, FEW_PROBES = 10, 50
 """Horizons within which a collapse is in sight; steps between probes from which on a hint says how to get more."""
+MEAN_INTERVAL = ("mean_deltaH_true_tok_ci95_low", "mean_deltaH_true_tok_ci95_high")
+"""Ends of the interval of the mean change over the last probes."""
 ROUNDING = 1.05
 """A share of time up to so many times the budget keeps it."""
 WORTH_SAYING = 0.05
@@ -50,6 +52,9 @@ def probe_line(entry: Mapping[str, Any]) -> str:
         f"step {entry['step']}: H {_with_error(entry, 'H_orig_tok')} nats/token",
         f"this step {change[0]} predicted, {change[1]} measured ({entry['verdict']})",
     ]
+    low, high = (entry.get(name) for name in MEAN_INTERVAL)
+    if entry["verdict"] == "unresolved" and low is not None and high is not None and low * high > 0:
+        parts.append(f"per step over the last probes {_with_error(entry, 'mean_deltaH_true_tok')} measured")
     if entry.get("outlook"):
         parts.append(entry["outlook"])
     return "; ".join(parts)

@@ -15,6 +15,11 @@ from probe.verdict.words import WORDS
 
 _ERROR = (Part("_se", "its standard error"),)
 _DELTA_ERRORS = (*_ERROR, Part("_ci95", "its 95 % interval", interval=True), Part("_df", "of its error"))
+_MEAN_ERRORS = (
+    *_ERROR,
+    Part("_ci95", "its 95 % interval", interval=True, logged=(TOKEN,)),
+    Part("_df", "of its error"),
+)
 OF_A_TRAINING: tuple[Quantity, ...] = (
     Quantity(
         "cumulative_deltaH1",
@@ -29,8 +34,21 @@ OF_A_TRAINING: tuple[Quantity, ...] = (
         per_token=True,
         parts=_ERROR,
     ),
-    Quantity("H_predicted", "H_orig at the first probe plus cumulative_deltaH1", per_token=True),
-    Quantity("H_tracked", "H_orig at the first probe plus cumulative_deltaH_true", per_token=True),
+    Quantity(
+        "H_predicted",
+        "entropy at the first probe, by the levels of all probes so far, plus cumulative_deltaH1",
+        per_token=True,
+        parts=_ERROR,
+    ),
+    Quantity("H_tracked", "the same plus cumulative_deltaH_true", per_token=True, parts=_ERROR),
+    Quantity(
+        "mean_deltaH1",
+        "mean of deltaH1 per optimizer step from the first to the last of the last `average_over` probes, the steps "
+        "between interpolated linearly",
+        per_token=True,
+        parts=_MEAN_ERRORS,
+    ),
+    Quantity("mean_deltaH_true", "the same of deltaH_true", per_token=True, parts=_MEAN_ERRORS),
     Quantity(
         "deltaH1_momentum",
         "part of deltaH1 that earlier batches have in the step, through the optimizer's momentum",

@@ -40,6 +40,8 @@ LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     "Change of entropy per step, with 95 % interval": {
         "deltaH1 (predicted), nats per token": ("Margin", band("deltaH1")),
         "deltaH_true (measured), nats per token": ("Margin", band("deltaH_true")),
+        "mean per step over the last probes: predicted, nats per token": ("Margin", band("mean_deltaH1")),
+        "mean per step over the last probes: measured, nats per token": ("Margin", band("mean_deltaH_true")),
         "parts of deltaH1": (
             "Multiline",
             ("deltaH1_tok", "deltaH1_gradient_tok", "deltaH1_momentum_tok", "deltaH1_decay_tok"),

@@ -13,7 +13,7 @@ from probe.config.batches import GenerationConfig
 from probe.config.numbers import check_numbers
 from probe.errors.exceptions import ConfigError, nearest
 
-UNBOUNDED = ("every", "at_least_every", "horizon", "window")
+UNBOUNDED = ("every", "at_least_every", "horizon", "window", "average_over")
 """Numbers of steps and probes, of which a large one is none at all."""
 SMALLEST_E = 16
 """Fewest responses that E is made smaller to, to keep the budget."""
@@ -68,6 +68,8 @@ class WatchSettings:
     """Warn when collapse or explosion is likely within this many optimizer steps."""
     window: int = 60
     """Probes that the forecast is made from: the last so many, as far as they lie within four horizons."""
+    average_over: int = 10
+    """Probes over which the mean change per step is taken."""
     seed: int = 0
     """Of E's prompts and responses. Nothing is drawn from the training's own random streams."""
     strict: bool = False
@@ -111,6 +113,7 @@ class WatchSettings:
             ),
             ("horizon", self.horizon >= 1, "an integer of at least 1"),
             ("window", self.window >= 3, "an integer of at least 3"),
+            ("average_over", self.average_over >= 2, "an integer of at least 2"),
             ("seed", self.seed >= 0, "an integer of at least 0"),
         ):
             if not good:

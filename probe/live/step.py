@@ -68,6 +68,7 @@ class UpdateProbe:
         way: to differentiate; chosen by `rehearse`.
         memory: what earlier probes taught the control variates.
         check_scale: the `StepCheck.scale` of the last probe.
+        responses: in the next E; None takes as many as the settings say.
     """
 
     model: nn.Module
@@ -78,6 +79,12 @@ class UpdateProbe:
     way: Way = UNTRIED
     memory: FitMemory | None = None
     check_scale: int = 0
+    responses: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Responses in the next E."""
+        return self.responses or self.settings.B_E
 
     @property
     def policy(self) -> Policy:
@@ -122,17 +129,16 @@ class UpdateProbe:
         check_sampling(policy, seen, score_tokens(policy, E))
         self.way = choose_way(policy, E, settings.derivative, otherwise="finite_difference")
 
-    def before(self, number: int, responses: int | None = None) -> Before:
+    def before(self, number: int) -> Before:
         """Draw E from the policy, and copy the parameters.
 
         Args:
             number: of the optimizer step that comes next, from 1: every step has random numbers of its own.
-            responses: in E; by default as the settings say.
         """
         start, settings = time.perf_counter(), self.settings
         index, _ = draw_prompts(
             len(self.prompts),
-            responses or settings.B_E,
+            self.size,
             0,
             False,
             stream_seed(settings.seed, f"prompts {number}"),
@@ -240,7 +246,7 @@ class UpdateProbe:
             return None, "off: the first probe; the next ones learn from it"
         controls = fitted_controls(before.E, passes, self.memory, draw_name(before))
         self.memory = controls.learnt
-        if too_few := too_few_prompts(len(before.E), taught=controls.earlier > 0):
+        if too_few := too_few_prompts(self.size, taught=controls.earlier > 0):
             return None, f"off: {too_few}"
         return controls, f"on: fitted on other prompts and {controls.earlier} earlier probes"
 

@@ -155,7 +155,8 @@ class ProbedUpdates:
         with undisturbed(self.probe.model):
             self._adapters.use()
             self._adopt_parameters()
-            return self.probe.before(number, self._schedule.responses)
+            self.probe.responses = self._schedule.responses
+            return self.probe.before(number)
 
     def _adopt_parameters(self) -> None:
         """Parameters may have been unfrozen, added or replaced since the last probe."""

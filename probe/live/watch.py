@@ -19,6 +19,7 @@ from probe.live.say import say
 from probe.live.schedule import Schedule
 from probe.live.settings import SMALLEST_E, WatchSettings
 from probe.live.step import UpdateProbe
+from probe.live.summary import Summary, summary_of
 from probe.live.updates import ProbedUpdates
 
 
@@ -119,6 +120,10 @@ class Watch(AbstractContextManager["Watch"]):
     def schedulers(self, value: Sequence[Any]) -> None:
         self._alarms.schedulers = value
 
+    def summary(self) -> Summary | None:
+        """What the training did to the entropy so far, in a few numbers and lines; None with fewer than two probes."""
+        return summary_of(self.history, self.step, self.schedule.share)
+
     def note_entropy(self, H: float, step: int | None = None) -> None:
         """Take in an entropy that the training has logged itself, of batches of its own; it sharpens the forecast.
 
@@ -133,8 +138,11 @@ class Watch(AbstractContextManager["Watch"]):
             self._updates.note_entropy(float(H), step)
 
     def detach(self) -> None:
-        """Remove the hooks; the history stays."""
+        """Remove the hooks, and say the summary; the history stays."""
+        ends = self.active
         self._hooks.detach()
+        if ends and (found := self.summary()) is not None:
+            say(f"summary: {found}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

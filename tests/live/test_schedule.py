@@ -143,9 +143,9 @@ def test_the_probes_time_is_no_training_time(monkeypatch):
 
     own = UpdateProbe.before
 
-    def slow(self: Any, *of: int) -> Any:
+    def slow(self: Any, number: int) -> Any:
         time.sleep(0.2)
-        return own(self, *of)
+        return own(self, number)
 
     monkeypatch.setattr(UpdateProbe, "before", slow)
     with seeded():

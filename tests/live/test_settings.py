@@ -40,7 +40,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"temprature": 1.0}, "found an unknown one; did you mean temperature?"),
     (
         {"b_e": 3},
-        "b_e: expected a setting of the probe, found an unknown one; there are every, budget, at_least_every, B_E, max_new",
+        "b_e: expected a setting of the probe, found an unknown one; there are every, budget, at_least_every, B_E",
     ),
     # types
     ({"every": True}, "every: expected an integer or None, found True"),
