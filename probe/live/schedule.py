@@ -35,8 +35,8 @@ class Schedule:
     _steps: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     _cost: deque[float] = field(default_factory=lambda: deque(maxlen=3))
 
-    def due(self, step: int) -> bool:
-        """Whether a step, counted from 1, is probed.
+    def due(self, step: int, growth: float = 1.0) -> bool:
+        """Whether a step, counted from 1, is probed; `growth` is what the next probe costs in times the last ones.
 
         >>> [step for step in range(1, 12) if Schedule(every=5, budget=0.05).due(step)]
         [1, 6, 11]
@@ -45,7 +45,7 @@ class Schedule:
             return (step - 1) % self.every == 0
         if self.probes == 0:
             return True
-        return self.probe_seconds + self.expected_cost <= self.budget * self.train_seconds
+        return self.probe_seconds + growth * self.expected_cost <= self.budget * self.train_seconds
 
     def add_step(self, seconds: float) -> None:
         """Note the time of one training step, probes left out."""

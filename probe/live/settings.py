@@ -27,6 +27,9 @@ class WatchSettings:
     """With `every: None`: largest share of the training time, the probe's own left out, that probes may take."""
     B_E: int = 64
     """Responses in E, one per prompt drawn with replacement. Standard errors shrink like its square root."""
+    target_se: float | None = None
+    """Standard error of deltaH_true_tok, nats per token, for which probes choose `B_E` themselves from the second one
+    on: from 16 to 16 times the setting `B_E`, which is the first probe's. None keeps `B_E`."""
     max_new_tokens: int = 256
     """Responses of E are cut off after this many tokens; give the trainer's limit."""
     temperature: float = 1.0
@@ -73,6 +76,11 @@ class WatchSettings:
             ("every", self.every is None or self.every >= 1, "an integer of at least 1, or None"),
             ("budget", 0 < self.budget <= 1, "a share of at most 1, such as 0.05 for 5 %"),
             ("B_E", self.B_E >= 2, "an integer of at least 2"),
+            (
+                "target_se",
+                self.target_se is None or self.target_se > 0,
+                "a number of nats per token above 0, or None",
+            ),
             ("temperature", self.temperature > 0, "a finite number above 0"),
             ("stop_strings", all(self.stop_strings), "texts that are not empty"),
             ("generation_batch_size", self.generation_batch_size >= 1, "an integer of at least 1"),

@@ -122,15 +122,20 @@ class UpdateProbe:
         check_sampling(policy, seen, score_tokens(policy, E))
         self.way = choose_way(policy, E, settings.derivative, otherwise="finite_difference")
 
-    def before(self, number: int) -> Before:
+    def before(self, number: int, B_E: int | None = None) -> Before:
         """Draw E from the policy, and copy the parameters.
 
         Args:
             number: of the optimizer step that comes next, from 1: every step has random numbers of its own.
+            B_E: responses to draw; by default those of the settings.
         """
         start, settings = time.perf_counter(), self.settings
         index, _ = draw_prompts(
-            len(self.prompts), settings.B_E, 0, False, stream_seed(settings.seed, f"prompts {number}")
+            len(self.prompts),
+            settings.B_E if B_E is None else B_E,
+            0,
+            False,
+            stream_seed(settings.seed, f"prompts {number}"),
         )
         chosen = [self.prompts[i] for i in index]
         seed = stream_seed(settings.seed, f"E {number}")
@@ -235,7 +240,7 @@ class UpdateProbe:
             return None, "off: the first probe; the next ones learn from it"
         controls = fitted_controls(before.E, passes, self.memory, draw_name(before))
         self.memory = controls.learnt
-        if too_few := too_few_prompts(self.settings.B_E, taught=controls.earlier > 0):
+        if too_few := too_few_prompts(len(before.E), taught=controls.earlier > 0):
             return None, f"off: {too_few}"
         return controls, f"on: fitted on other prompts and {controls.earlier} earlier probes"
 

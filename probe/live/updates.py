@@ -18,6 +18,7 @@ from torch import nn
 from probe.errors.exceptions import ConfigError, in_words_of
 from probe.live.adapters import ActiveAdapters
 from probe.live.alarm import Alarm, Alarms
+from probe.live.batch_size import next_size, size_line
 from probe.live.history import History
 from probe.live.neutral import undisturbed
 from probe.live.optimizers import highest_learning_rate, momentum, moved_parameters
@@ -56,6 +57,7 @@ class ProbedUpdates:
         self._outlets, self._alarms = outlets, alarms
         self._adapters = ActiveAdapters(probe.model)
         self._writes = OutsideWrites(probe.parameters)
+        self._size_said = probe.settings.B_E
         self._early = False
         self._drawn: Before | None = None
         self._draw_seconds = 0.0
@@ -134,7 +136,7 @@ class ProbedUpdates:
 
     def _draw(self, number: int) -> None:
         """Draw E for an update and copy the parameters, where it is to be probed."""
-        if self._drawn is None and self._schedule.due(number):
+        if self._drawn is None and self._schedule.due(number, self._growth()):
             _finish_queue(self.probe.model)
             start = time.perf_counter()
             self._drawn = self._guarded(lambda: self._prepare(number))
@@ -146,7 +148,22 @@ class ProbedUpdates:
         with undisturbed(self.probe.model):
             self._adapters.use()
             self._adopt_parameters()
-            return self.probe.before(number)
+            return self.probe.before(number, self._next_size())
+
+    def _next_size(self) -> int:
+        """`B_E` of the next probe; another one is said."""
+        size = next_size(self.probe.settings, self._history.run.history)
+        line = size_line(self.probe.settings, self._size_said, size)
+        if line is not None:
+            self._size_said = size
+            say(line)
+        return size
+
+    def _growth(self) -> float:
+        """How many times the last probe's responses the next one draws; its cost grows as much."""
+        entries = self._history.run.history
+        last = entries[-1].get("B_E") if entries else None
+        return next_size(self.probe.settings, entries) / last if last else 1.0
 
     def _adopt_parameters(self) -> None:
         """Parameters may have been unfrozen, added or replaced since the last probe."""

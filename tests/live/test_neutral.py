@@ -532,8 +532,8 @@ def test_an_error_keeps_nothing_alive(monkeypatch):
     alive: list[weakref.ref[torch.Tensor]] = []
     original = UpdateProbe.before
 
-    def before(self: UpdateProbe, number: int) -> Any:
-        found = original(self, number)
+    def before(self: UpdateProbe, number: int, B_E: int | None = None) -> Any:
+        found = original(self, number, B_E)
         alive.extend(weakref.ref(x) for x in found.old.values())
         return found
 

@@ -86,9 +86,9 @@ def test_the_probes_time_is_no_training_time(monkeypatch):
 
     own = UpdateProbe.before
 
-    def slow(self: Any, number: int) -> Any:
+    def slow(self: Any, number: int, B_E: int | None = None) -> Any:
         time.sleep(0.2)
-        return own(self, number)
+        return own(self, number, B_E)
 
     monkeypatch.setattr(UpdateProbe, "before", slow)
     with seeded():
