@@ -147,10 +147,18 @@ def main() -> None:
     parser.add_argument("--cv", action="store_true", help="with control variates")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(
-        "| family | pilot | change | pilot resolves % | median size | resolves % | precise % | none % | plug-in % |"
+    heads = (
+        "family",
+        "pilot",
+        "change",
+        "pilot resolves",
+        "again",
+        "median B_E",
+        "resolves",
+        "precise",
+        "plug-in",
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for name in options.families:
         for pilot_size in options.pilots:
             print(row(name, pilot_size, options.repetitions, options.cv), flush=True)

@@ -6,11 +6,12 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from probe.estimand import ESTIMANDS
+from probe.estimators.control_variates import SMALLEST_SAMPLE
 from probe.estimators.power import PROMISED
 from probe.plan.sizes import SPREAD, Plan, RunCost, Wanted
 from probe.report.numbers import with_error
 from probe.text import percent
-from probe.verdict.resolution import PRECISE
+from probe.verdict.resolution import LEAST_FREEDOM, PRECISE
 
 WIDTH = 80
 """Columns of the page."""
@@ -115,8 +116,23 @@ def _sentences(plan: Plan) -> Iterator[str]:
                 f"{one.of_one_se} resolves a change of {one.se:.2g}; the pilot's own size one of {one.resolvable:.2g}. "
                 f"A change below {PROMISED:g} of the pilot's standard error resolves less often than planned."
             )
+        if one.df < LEAST_FREEDOM:
+            yield (
+                f"A few responses carry the pilot's error ({one.df:.2g} degrees of freedom): others like them may be "
+                "missing in it. A larger pilot knows better."
+            )
         if not plan.with_controls:
-            yield "Without control variates, which from 256 prompts on (auto) make smaller errors: then less is enough."
+            yield (
+                f"Without control variates, which from {SMALLEST_SAMPLE} prompts on (auto) make smaller errors: then "
+                "less is enough."
+            )
+        elif any(
+            size is not None and size < SMALLEST_SAMPLE for size in (one.resolves.size, one.precise.size)
+        ):
+            yield (
+                f"The pilot's errors are those with control variates, which runs below {SMALLEST_SAMPLE} prompts have "
+                "only with probe_rework.control_variates: on."
+            )
     if any(plan.updates):
         yield (
             "B_U: for a result about such updates, and not about this draw of U. A larger U is another update (its "

@@ -53,6 +53,7 @@ class ChangePlan:
     Attributes:
         value: that the pilot found, nats.
         se: its standard error.
+        df: degrees of freedom of that.
         resolved: whether the pilot's own interval excludes 0.
         resolves: `B_E` for an interval that excludes 0.
         precise: `B_E` for `PRECISE` standard errors, as `trustworthy` asks.
@@ -62,6 +63,7 @@ class ChangePlan:
 
     value: float
     se: float
+    df: float
     resolved: bool
     resolves: Wanted
     precise: Wanted
@@ -212,6 +214,7 @@ def _change_plan(pilot: Pilot, power: float) -> ChangePlan:
     return ChangePlan(
         value=pilot.value,
         se=pilot.se,
+        df=pilot.df,
         resolved=pilot.resolved,
         resolves=Wanted.of(needed_size(pilot, power), FEW_RESPONSES),
         precise=Wanted.of(needed_size(pilot, power, PRECISE), FEW_RESPONSES),

@@ -60,7 +60,7 @@ def test_a_known_change_gives_the_textbook_size():
 
 
 def test_a_size_has_the_power_it_was_made_for():
-    for z, df, power in ((0.3, 20, 0.8), (2.2, 5, 0.8), (6.0, 63, 0.9)):
+    for z, df, power in ((0.6, 20, 0.8), (2.2, 5, 0.8), (6.0, 63, 0.9)):
         pilot = Pilot(z, 1.0, df, 64)
         assert assurance(pilot, needed_size(pilot, power).recommended) == pytest.approx(power, abs=1e-6)
 

@@ -127,6 +127,15 @@ def test_every_page_keeps_to_its_columns_and_every_mapping_is_json(value, contro
     assert set(mapping) >= {"deltaH_true_tok", "deltaH1", "deltaH1_tok_sd_U", "runs", "second_pilot_B_E"}
 
 
+def test_a_run_may_be_too_small_for_the_control_variates_of_its_pilot():
+    """What made the pilot's errors small is not there in a run of the recommended size."""
+    plan = plan_of(pilot(-8e-3, controls="on: fitted on other prompts"), PASSES, PlanConfig())
+    assert plan.headline.resolves.size < 256
+    assert "runs below 256 prompts have only with probe_rework.control_variates: on." in " ".join(
+        page(plan).split()
+    )
+
+
 def test_a_pilot_without_a_measurement_plans_for_the_prediction():
     plan = plan_of(pilot(-4e-3, truth=False), PASSES, PlanConfig())
     assert plan.headline is plan.changes["deltaH1"].token
