@@ -26,6 +26,7 @@ from probe.config.files import read_config_file
 from probe.config.schema import SECTIONS
 from probe.loading import quiet_libraries
 from probe.module import EntropyProbe
+from probe.plan.settings import PlanConfig
 from probe.sweep.settings import SweepConfig
 from tests.support.helpers import char_tokenizer
 from tests.support.tiny_models import VOCABULARY, add_lora, lora_checkpoint, save_base, tiny_model
@@ -207,7 +208,7 @@ def test_commands_are_understood(block, started, capsys):
 
 @pytest.mark.parametrize("text", [DESCRIPTION, *DESCRIPTIONS.values(), NEXT_STEPS.replace("{bin}", "  ")])
 def test_the_examples_of_help_and_demo_are_understood(text, started, capsys):
-    examples = re.findall(r"^ +entropy-probe ((?:run|demo|sweep)(?:.*\\\n)*.*)$", text, re.MULTILINE)
+    examples = re.findall(r"^ +entropy-probe ((?:run|demo|sweep|plan)(?:.*\\\n)*.*)$", text, re.MULTILINE)
     assert examples
     for example in examples:
         (arguments,) = commands(example)
@@ -227,10 +228,13 @@ def test_configurations_are_valid(block, started, capsys):
 
 KEYS = {f"{name}.{field.name}" for name, section in SECTIONS.items() for field in fields(section)}
 KEYS |= {f"sweep.{field.name}" for field in fields(SweepConfig)}
+KEYS |= {f"plan.{field.name}" for field in fields(PlanConfig)}
 KEYS |= {
     f"trainer.{name}" for name in ("accelerator", "devices", "precision", "callbacks", "logger", "strategy")
 }
-NAMED = re.compile(rf"(?<![\w./]){'(' + '|'.join([*SECTIONS, 'sweep']) + ')'}\.([A-Za-z_]\w*)(?![\w(])")
+NAMED = re.compile(
+    rf"(?<![\w./]){'(' + '|'.join([*SECTIONS, 'sweep', 'plan']) + ')'}\.([A-Za-z_]\w*)(?![\w(])"
+)
 """`section.key` in a text."""
 FILE_ENDINGS = {"csv", "parquet", "json", "yaml", "py", "png"}
 

@@ -26,7 +26,7 @@ FLOORS = (
     "live",
     "callbacks",
     "offline",
-    "sweep",
+    "sweep plan",
     "cli __main__",
 )
 """The rooms of each floor, from the ground up; docs/architecture.md says what each is for."""

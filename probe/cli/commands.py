@@ -15,6 +15,8 @@ from probe.callbacks.defaults import default_callbacks
 from probe.cli.parser import Command, parse
 from probe.cli.texts import NEXT_STEPS, SUMMARIES
 from probe.module import EntropyProbe
+from probe.plan.command import execute as execute_plan
+from probe.plan.sizes import Plan
 from probe.results.result import ProbeResult
 from probe.runner import ProbeRunner, TrainerSection
 from probe.snapshot import one_thread
@@ -81,7 +83,7 @@ class ProbeCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Call the method of that name."""
-        {"run": self.run, "demo": self.demo, "sweep": self.sweep}[subcommand]()
+        {"run": self.run, "demo": self.demo, "sweep": self.sweep, "plan": self.plan}[subcommand]()
 
     def run(self) -> ProbeResult:
         """Probe a checkpoint."""
@@ -103,3 +105,8 @@ class ProbeCLI(LightningCLI):
         """
         assert self.command.sweep is not None
         refuse_failures(execute(self.trainer, self.model, self.command.sweep))
+
+    def plan(self) -> Plan:
+        """Run a pilot and say how large a run must be."""
+        assert self.command.plan is not None
+        return execute_plan(self.trainer, self.model, self.command.plan)

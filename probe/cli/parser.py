@@ -1,4 +1,4 @@
-"""The parser of the command line: `entropy-probe run`, `demo` and `sweep`, each with `--config FILE`.
+"""The parser of the command line: `entropy-probe run`, `demo`, `sweep` and `plan`, each with `--config FILE`.
 
 It works as that of a LightningCLI does: `--help`, `--print_config`, `--config FILE`, `--section.key VALUE`, and
 `class_path` with `init_args` for callbacks and loggers. Nothing here imports a library that computes.
@@ -25,8 +25,11 @@ from probe.config.parsing import ResolvedConfig, add_probe_arguments, resolve
 from probe.config.trainer import TrainerConfig
 from probe.errors.exceptions import ConfigError
 from probe.imports import current_directory_importable
+from probe.plan.settings import PlanConfig
 from probe.sweep.settings import SweepConfig, sweep_config
 
+OWN_SECTIONS: dict[str, type] = {"sweep": SweepConfig, "plan": PlanConfig}
+"""The sections that only one subcommand has, by its name."""
 QUICKSTART = SHIPPED_CONFIGS / "quickstart.yaml"
 
 
@@ -55,14 +58,16 @@ class Command:
     """A command line that was understood.
 
     Attributes:
-        name: `run`, `demo` or `sweep`.
+        name: `run`, `demo`, `sweep` or `plan`.
         resolved: the configuration.
         sweep: what is swept; None for the others.
+        plan: the pilot of a plan; None for the others.
     """
 
     name: str
     resolved: ResolvedConfig
-    sweep: SweepConfig | None
+    sweep: SweepConfig | None = None
+    plan: PlanConfig | None = None
 
 
 def parse(args: list[str], classes: Callable[[], type]) -> Command:
@@ -96,9 +101,13 @@ def _parse(args: list[str], trainer: type) -> Command:
         raise ConfigError(name_list(explain(str(error), parsers[asked]))) from error
     name = config.subcommand
     resolved = resolve(parsers[name], config[name], _given(name, own[name]))
-    resolved.mapping.pop("sweep", None)  # what the points have in common is the rest
-    sweep = sweep_config(vars(config.sweep.sweep)) if name == "sweep" else None
-    return Command(name, resolved, sweep)
+    for section in OWN_SECTIONS:
+        resolved.mapping.pop(section, None)  # the rest is what describes a run
+    if name == "sweep":
+        return Command(name, resolved, sweep=sweep_config(vars(config.sweep.sweep)))
+    if name == "plan":
+        return Command(name, resolved, plan=PlanConfig(**vars(config.plan.plan)))
+    return Command(name, resolved)
 
 
 def _given(subcommand: str, own: Namespace) -> dict[str, Any]:
@@ -116,7 +125,7 @@ def _main_parser(parsers: dict[str, ArgumentParser]) -> ArgumentParser:
     parser = _new_parser(
         prog="entropy-probe",
         description=DESCRIPTION.format(configs=", ".join(shipped_names())),
-        usage="entropy-probe {run,demo,sweep} [--config NAME_OR_FILE] ...",
+        usage="entropy-probe {run,demo,sweep,plan} [--config NAME_OR_FILE] ...",
         formatter_class=_HelpFormatter,
     )
     subcommands = parser.add_subcommands()
@@ -126,7 +135,7 @@ def _main_parser(parsers: dict[str, ArgumentParser]) -> ArgumentParser:
 
 
 def _subcommand_parser(name: str, trainer: type) -> ArgumentParser:
-    """The parser of a subcommand; that of `sweep` has a section of its own."""
+    """The parser of a subcommand; those of `sweep` and `plan` have a section of their own."""
     lists = " ".join(f"--{option}" for option in (*SWEEP_LISTS, "checkpoints"))
     parser = _new_parser(
         description=DESCRIPTIONS[name].format(configs=", ".join(shipped_names()), lists=lists),
@@ -135,8 +144,8 @@ def _subcommand_parser(name: str, trainer: type) -> ArgumentParser:
     )
     add_probe_arguments(parser, trainer)
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-    if name == "sweep":
-        parser.add_class_arguments(SweepConfig, "sweep")
+    if name in OWN_SECTIONS:
+        parser.add_class_arguments(OWN_SECTIONS[name], name)
     (checkpoint,) = (action for action in parser._actions if action.option_strings == ["--checkpoint"])
     checkpoint.help = "Folder of the checkpoint, or a YAML file with this section."
     checkpoint.metavar = "FOLDER"

@@ -6,9 +6,11 @@ import re
 from dataclasses import fields
 
 from probe.config.files import find_config_file
+from probe.plan.settings import PlanConfig
 from probe.sweep.settings import SweepConfig
 
 SWEEP_OPTIONS = tuple(field.name for field in fields(SweepConfig))
+PLAN_OPTIONS = tuple(field.name for field in fields(PlanConfig))
 SWEEP_LISTS = {
     **{"learning_rates": "1e-4, 3e-4", "eta_factors": "0.5, 1, 2", "B_E": "256, 1024", "B_U": "16, 64"},
     **{"G": "4, 8", "seeds": "1, 2, 3"},
@@ -20,7 +22,7 @@ def shorthands(args: list[str]) -> list[str]:
     """Write out the shorthands.
 
     `--checkpoint FOLDER`, `--config NAME` for a configuration that is shipped, and, after `sweep`, `--B_E 256,1024` and
-    the like for `--sweep.B_E "[256, 1024]"`.
+    the like for `--sweep.B_E "[256, 1024]"`; after `plan`, `--pilot_B_E 64` for `--plan.pilot_B_E 64`.
     """
     out = list(args)
     for i, arg in enumerate(out):
@@ -33,6 +35,8 @@ def shorthands(args: list[str]) -> list[str]:
             elif option[2:] in SWEEP_LISTS and following and following.lstrip()[0] not in "[n-":
                 bracketed = f"[{following}]"
                 out[i + (not equals)] = f"--sweep.{option[2:]}={bracketed}" if equals else bracketed
+        elif args[0] == "plan" and option.startswith("--") and option[2:] in PLAN_OPTIONS:
+            out[i] = f"--plan.{arg[2:]}"
         elif option == "--checkpoint" and following and not following.lstrip().startswith("{"):
             out[i] = f"--checkpoint.checkpoint_path={value}" if equals else "--checkpoint.checkpoint_path"
         elif option in ("--config", "-c") and following:

@@ -6,12 +6,14 @@ USAGE = {
     "run": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--section.key VALUE ...]",
     "demo": "[--section.key VALUE ...]",
     "sweep": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--LIST VALUES ...] [--section.key VALUE ...]",
+    "plan": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--pilot_B_E N] [--section.key VALUE ...]",
 }
 """What the help of a subcommand begins with."""
 SUMMARIES = {
     "run": "Probe a checkpoint: load it, draw E and U, predict, measure, report.",
     "demo": "Probe the built-in demo policy (made when absent) and say what to try next.",
     "sweep": "Probe a grid of learning rates, batch sizes, seeds and checkpoints; can be stopped and continued.",
+    "plan": "From one small pilot: how large E and U must be to resolve the update, and what that would cost.",
 }
 """What the help says of each subcommand."""
 DESCRIPTION = """Predict and measure what the next update does to a policy's entropy.
@@ -21,6 +23,7 @@ examples:
   entropy-probe run --config quickstart
   entropy-probe run --config my.yaml --checkpoint /path/to/checkpoint-60
   entropy-probe sweep --config quickstart --eta_factors "[0.5, 1, 2]"
+  entropy-probe plan --config quickstart
 
 --config takes a YAML file, or the name of a configuration that comes with the package:
   {configs}"""
@@ -52,6 +55,17 @@ examples:
   entropy-probe sweep --config quickstart --B_E "[128, 512, 2048]" --seeds "[0, 1, 2]"
 
 lists: {lists}; --output_folder FOLDER keeps the points, --overwrite starts anew.
+--config takes a YAML file, or the name of a configuration that comes with the package:
+  {configs}
+--checkpoint takes the folder of a checkpoint; it is short for --checkpoint.checkpoint_path. The options below are the
+keys of a YAML file.""",
+    "plan": """From one small pilot: which B_E and B_U would resolve the update, with an interval, and at what cost.
+
+examples:
+  entropy-probe plan --config quickstart
+  entropy-probe plan --config my.yaml --checkpoint /path/to/checkpoint-60 --pilot_B_E 128 --power 0.9
+
+The pilot is the run of the configuration with --pilot_B_E prompts in E. --output.results_path FILE.json has the plan.
 --config takes a YAML file, or the name of a configuration that comes with the package:
   {configs}
 --checkpoint takes the folder of a checkpoint; it is short for --checkpoint.checkpoint_path. The options below are the

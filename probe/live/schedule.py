@@ -55,8 +55,8 @@ class Schedule:
     _steps: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     _cost: deque[float] = field(default_factory=lambda: deque(maxlen=3))
 
-    def due(self, step: int) -> bool:
-        """Whether a step, counted from 1, is probed.
+    def due(self, step: int, responses: int | None = None) -> bool:
+        """Whether a step, counted from 1, is probed, with so many responses; by default with `self.responses`.
 
         >>> [step for step in range(1, 12) if Schedule(every=5, budget=0.05).due(step)]
         [1, 6, 11]
@@ -68,7 +68,8 @@ class Schedule:
         if self.at_least_every is not None and step - self._last >= self.at_least_every:
             return True
         charged = self.probe_seconds - self.attach_seconds - self._once
-        return charged + self.expected_cost <= self.budget * self.train_seconds
+        cost = self._full_cost * self._share_of(responses or self.responses)
+        return charged + cost <= self.budget * self.train_seconds
 
     def add_step(self, seconds: float) -> None:
         """Note the time of one training step, probes left out."""

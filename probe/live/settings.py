@@ -32,6 +32,9 @@ class WatchSettings:
     B_E: int = 64
     """Responses in E, one per prompt drawn with replacement. Standard errors shrink like its square root. With
     `every: None` it is halved, down to 16, before probes become rarer than one in ten steps."""
+    target_se: float | None = None
+    """Standard error of deltaH_true_tok, nats per token, for which probes choose `B_E` themselves from the second one
+    on: from 16 to 16 times the setting `B_E`, which is the first probe's. None keeps `B_E`."""
     max_new_tokens: int = 256
     """Responses of E are cut off after this many tokens; give the trainer's limit."""
     temperature: float = 1.0
@@ -90,6 +93,11 @@ class WatchSettings:
                 "an integer of at least 1, or None",
             ),
             ("B_E", self.B_E >= 2, "an integer of at least 2"),
+            (
+                "target_se",
+                self.target_se is None or self.target_se > 0,
+                "a number of nats per token above 0, or None",
+            ),
             ("temperature", self.temperature > 0, "a finite number above 0"),
             ("stop_strings", all(self.stop_strings), "texts that are not empty"),
             ("generation_batch_size", self.generation_batch_size >= 1, "an integer of at least 1"),

@@ -246,7 +246,7 @@ class UpdateProbe:
             return None, "off: the first probe; the next ones learn from it"
         controls = fitted_controls(before.E, passes, self.memory, draw_name(before))
         self.memory = controls.learnt
-        if too_few := too_few_prompts(self.size, taught=controls.earlier > 0):
+        if too_few := too_few_prompts(len(before.E), taught=controls.earlier > 0):
             return None, f"off: {too_few}"
         return controls, f"on: fitted on other prompts and {controls.earlier} earlier probes"
 

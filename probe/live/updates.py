@@ -18,6 +18,7 @@ from torch import nn
 from probe.errors.exceptions import ConfigError, in_words_of
 from probe.live.adapters import ActiveAdapters
 from probe.live.alarm import Alarm, Alarms
+from probe.live.batch_size import ProbeSizes
 from probe.live.history import History
 from probe.live.neutral import undisturbed
 from probe.live.optimizers import highest_learning_rate, momentum, moved_parameters
@@ -56,6 +57,7 @@ class ProbedUpdates:
         self._outlets, self._alarms = outlets, alarms
         self._adapters = ActiveAdapters(probe.model)
         self._writes = OutsideWrites(probe.parameters)
+        self._sizes = ProbeSizes(probe.settings, schedule, history)
         self._early = False
         self._drawn: Before | None = None
         self._draw_seconds = 0.0
@@ -143,7 +145,7 @@ class ProbedUpdates:
 
     def _draw(self, number: int) -> None:
         """Draw E for an update and copy the parameters, where it is to be probed."""
-        if self._drawn is None and self._schedule.due(number):
+        if self._drawn is None and self._schedule.due(number, self._sizes.wanted):
             _finish_queue(self.probe.model)
             start = time.perf_counter()
             self._drawn = self._guarded(lambda: self._prepare(number))
@@ -155,7 +157,7 @@ class ProbedUpdates:
         with undisturbed(self.probe.model):
             self._adapters.use()
             self._adopt_parameters()
-            self.probe.responses = self._schedule.responses
+            self.probe.responses = self._sizes.chosen()
             return self.probe.before(number)
 
     def _adopt_parameters(self) -> None:

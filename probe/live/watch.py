@@ -208,7 +208,8 @@ def watch(
         on_alarm: called with an `Alarm` when a collapse or an explosion is likely within `horizon` steps; `"stop"` sets
             `should_stop`. Its exceptions are raised.
         first_step: optimizer steps taken before, where training was resumed.
-        settings: of `WatchSettings`: `every`, `budget`, `B_E`, `max_new_tokens`, `temperature`, ...
+        settings: of `WatchSettings`: `every`, `budget`, `B_E`, or `target_se` which
+            chooses it, `max_new_tokens`, `temperature`, ...
 
     Returns:
         The handle, with `history`; use it in a `with` block or call `detach()` in the end.

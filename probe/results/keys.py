@@ -153,7 +153,14 @@ QUANTITIES: tuple[Quantity, ...] = (
         core=True,
         live="largest learning rate of the watched parameters",
     ),
-    Quantity("B_E", "sequences in E (prompts times G_E)", group="batch", core=True, integer=True),
+    Quantity(
+        "B_E",
+        "sequences in E (prompts times G_E)",
+        live="responses in E of this probe",
+        group="batch",
+        core=True,
+        integer=True,
+    ),
     Quantity("B_U", "prompts (groups) in U", group="batch", core=True, integer=True),
     Quantity(
         "G",

@@ -120,7 +120,7 @@ def test_help_explains_options(call):
     assert "demo" in out
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["sweep"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["sweep"], ["plan"], ["demo"]])
 def test_help_begins_with_what_one_needs_first(call, command):
     code, out, _ = call(*command, "--help")
     assert code == 0
@@ -133,7 +133,7 @@ def test_help_begins_with_what_one_needs_first(call, command):
     if command != ["demo"]:
         for name in shipped_names():
             assert name in first
-    if command in (["run"], ["sweep"]):
+    if command in (["run"], ["sweep"], ["plan"]):
         assert "--checkpoint takes the folder of a checkpoint" in first
         assert "--checkpoint FOLDER   Folder of the checkpoint" in out
 
@@ -283,6 +283,64 @@ def test_a_sweep_is_done_once_and_writes_no_other_files(call, files, tmp_path):
     assert "4 of 4 points finished" in out
 
 
+def test_a_plan_prints_a_page_and_writes_its_mapping(call, files, tmp_path):
+    command = (
+        "plan",
+        "--config",
+        str(files / "config.yaml"),
+        "--pilot_B_E",
+        "12",
+        "--output.results_path=p.json",
+    )
+    code, out, err = call(*command)
+    assert code == 0, err
+    assert out.startswith("Plan for step_60: pilot of B_E = 12, B_U = 2 prompts")
+    assert max(map(len, out.splitlines())) <= 80
+    for words in ("nats per token", "  deltaH_true ", "  deltaH1 ", "Cost: ", "pilot "):
+        assert words in out
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
+    values = json.loads((tmp_path / "p.json").read_text())
+    assert values["B_E"] == values["plan"]["pilot_B_E"] == 12
+    assert values["B_U"] == values["plan"]["pilot_B_U"] == 2
+    assert values["plan"]["deltaH_true_tok"]["value"] == values["deltaH_true_tok"]
+    assert values["plan"]["runs"][0]["B_E"] == 12
+
+
+def test_a_plan_takes_its_section_from_a_file_and_another_update(call, files, tmp_path):
+    config = yaml.safe_load((files / "config.yaml").read_text())
+    config["plan"] = {"pilot_B_E": 9, "power": 0.9}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(config))
+    code, out, err = call("plan", "--config", "plan.yaml", "--pilot_B_U=3", "--importance.enabled", "false")
+    assert code == 0, err
+    assert "pilot of B_E = 9, B_U = 3 prompts" in out
+    assert "90 %" in out
+    assert "deltaH_true" not in out
+
+
+BAD_PLANS = [
+    (["--pilot_B_E", "1"], "plan.pilot_B_E: expected an integer of at least 2, found 1"),
+    (["--pilot_B_E", "x"], "plan.pilot_B_E: expected int, found 'x'"),
+    (
+        ["--pilot_B_U", "0"],
+        "plan.pilot_B_U: expected an integer of at least 1, or null for batch_config.B_U, found 0",
+    ),
+    (["--power", "1"], "plan.power: expected a probability from 0.5 to below 1, found 1"),
+    (["--power", "nan"], "plan.power: expected float, found 'nan'"),
+    (["--plan.pilot_C", "3"], "did you mean plan.pilot_"),
+    (["--output.results_path", "."], "cannot write .: expected a file"),
+]
+
+
+@pytest.mark.parametrize(("extra", "message"), BAD_PLANS, ids=[" ".join(b[0]) for b in BAD_PLANS])
+def test_a_mistake_in_a_plan_gives_one_line_and_code_2(call, files, extra, message):
+    code, out, err = call("plan", "--config", str(files / "config.yaml"), *extra)
+    errors = [line for line in err.splitlines() if "error" in line]
+    assert code == 2
+    assert len(errors) == 1, err
+    assert message in errors[0]
+    assert "Plan for" not in out
+
+
 def test_a_sweep_with_a_broken_checkpoint_goes_on_and_gives_code_3(call, files, tmp_path):
     (tmp_path / "runs" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "runs" / "checkpoint-60").symlink_to(files / "step_60")
@@ -420,6 +478,8 @@ LIBRARIES = (
         (["run", "--trainer.precision", "16"], 2),
         (["run", "--batch_config.B_E", "1"], 2),
         (["sweep", "--B_U", "0"], 2),
+        (["plan", "--help"], 0),
+        (["plan", "--pilot_B_E", "1"], 2),
     ],
 )
 def test_what_needs_no_library_imports_none(arguments, code):

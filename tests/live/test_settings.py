@@ -51,6 +51,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"B_E": None}, "B_E: expected an integer, found None"),
     ({"budget": "5 %"}, "budget: expected a number, found '5 %'"),
     ({"budget": True}, "budget: expected a number, found True"),
+    ({"target_se": "small"}, "target_se: expected a number or None, found 'small'"),
     ({"temperature": None}, "temperature: expected a number, found None"),
     ({"stop_strings": "\n"}, "stop_strings: expected a list of texts, found '\\n'"),
     ({"stop_strings": ["a", 3]}, "stop_strings: expected a list of texts, found ['a', 3]"),
@@ -69,6 +70,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"budget": 5}, "budget: expected a share of at most 1, such as 0.05 for 5 %, found 5"),
     ({"budget": float("nan")}, "budget: expected a finite number, found nan"),
     ({"B_E": 1}, "B_E: expected an integer of at least 2, found 1"),
+    ({"target_se": 0.0}, "target_se: expected a number of nats per token above 0, or None, found 0.0"),
+    ({"target_se": -1}, "target_se: expected a number of nats per token above 0, or None, found -1"),
+    ({"target_se": float("inf")}, "target_se: expected a finite number, found inf"),
     ({"microbatch_size": 0}, "microbatch_size: expected an integer of at least 1, found 0"),
     ({"head_chunk_tokens": -1}, "head_chunk_tokens: expected an integer of at least 1, found -1"),
     (
