@@ -268,10 +268,11 @@ def test_a_probe_that_fails_leaves_training_bitwise_as_it_was(tmp_path, monkeypa
 # ---------------------------------------------------------------- results
 
 
-def test_results_reach_every_logger(tmp_path):
+def test_results_reach_every_logger(tmp_path, caplog):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     rows = []
+    caplog.set_level(logging.INFO, "probe.live")
     for probe in (None, {"every": 2}):
         folder = tmp_path / ("plain" if probe is None else "probed")
         csv, board = CSVLogger(folder, "csv"), TensorBoardLogger(folder, "board")
@@ -287,6 +288,7 @@ def test_results_reach_every_logger(tmp_path):
     plain, probed = rows
     history = callback.watch.history
     assert [entry["step"] for entry in history] == [1, 3, 5]
+    assert caplog.text.count("3 of 6 steps probed") == 1
     # the training's own rows are as without the probe
     own = probed[probed["loss"].notna()][list(plain.columns)].reset_index(drop=True)
     pd.testing.assert_frame_equal(own, plain, check_dtype=False)  # epochs beside gaps are no integers

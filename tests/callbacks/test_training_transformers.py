@@ -301,14 +301,16 @@ def test_a_probe_that_fails_leaves_training_bitwise_as_it_was(tmp_path, monkeypa
 # ---------------------------------------------------------------- results
 
 
-def test_results_reach_the_log_and_tensorboard(tmp_path):
+def test_results_reach_the_log_and_tensorboard(tmp_path, caplog):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    caplog.set_level(logging.INFO, "probe.live")
     trainer, _ = grpo(tmp_path, max_steps=5, logging_steps=2, report_to="tensorboard", disable_tqdm=False)
     _, callback = train(trainer, {"every": 2})
     history, logged = callback.watch.history, probe_logs(trainer)
     assert [entry["step"] for entry in history] == [1, 3, 5]
     assert [entry["step"] for entry in logged] == [1, 3, 5]
+    assert caplog.text.count("3 of 5 steps probed") == 1
     for entry, log in zip(history, logged, strict=True):
         for name in ("H_orig_tok", "deltaH1_tok", "deltaH_true_tok", "deltaH1", "residual_tok", "step_norm"):
             assert log[f"entropy_probe/{name}"] == entry[name]
