@@ -6,7 +6,7 @@ and the share of all runs that are trustworthy and whose interval of prediction 
 
     python benchmarks/coverage.py [--repetitions 400] [--sizes 64 256 1024]
 
-Control variates are used from 256 prompts on, as `auto` does.
+Control variates are used from 64 prompts on, as `auto` does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from probe.estimators.control_variates import SMALLEST_SAMPLE
 from probe.estimators.estimate import NORMAL_975
 from probe.verdict.words import WORDS
-from tests.support.tabular import Drawn, Tabular, draw, exact_values, tabular
+from tests.support.tabular import Drawn, Tabular, draw, tabular
 
 FAMILIES = (
     ("light", 0.0),
@@ -37,7 +37,7 @@ FAMILIES = (
 
 def coverage(space: Tabular, runs: list[Drawn], name: str, which: int) -> tuple[float, float]:
     """Share of runs whose interval covers: with 1.96 standard errors, and as reported."""
-    exact = exact_values(space)[name]
+    exact = space.exact[name]
     normal = own = 0
     for run in runs:
         one = list(run.estimates[name])[which]
@@ -48,7 +48,7 @@ def coverage(space: Tabular, runs: list[Drawn], name: str, which: int) -> tuple[
 
 def wrong(space: Tabular, run: Drawn) -> bool:
     """Whether the interval of the measured change per token misses, or that of the prediction does."""
-    exact = exact_values(space)
+    exact = space.exact
     return not all(run.covers(name, exact[name])[1] for name in run.reported)
 
 

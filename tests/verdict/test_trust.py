@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from probe.verdict.words import WORDS
-from tests.support.tabular import draw, exact_values, tabular
+from tests.support.tabular import draw, tabular
 
 FAMILIES = [("light", 0.02), ("low", 0.02), ("branch", 1 / 50), ("branch", 1 / 200), ("branch", 1 / 2000)]
 
@@ -52,7 +52,7 @@ def test_more_data_never_makes_a_verdict_worse(kind, rare):
         runs = [draw(space, size, g, controls=False) for _ in range(repetitions)]
         ranks = torch.tensor([WORDS.index(run.verdict.word) for run in runs])
         shares.append([float((ranks <= k).double().mean()) for k in range(3)])
-        exact = exact_values(space)
+        exact = space.exact
         wrong = [
             run.verdict.word == "trustworthy" and not run.covers("per_decision", exact["per_decision"])[1]
             for run in runs
