@@ -23,16 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from probe.estimators.control_variates import SMALLEST_SAMPLE
 from probe.estimators.estimate import NORMAL_975
 from probe.verdict.words import WORDS
-from tests.support.tabular import Drawn, Tabular, draw, tabular
-
-FAMILIES = (
-    ("light", 0.0),
-    ("low", 0.0),
-    ("branch", 1 / 50),
-    ("branch", 1 / 200),
-    ("branch", 1 / 500),
-    ("branch", 1 / 2000),
-)
+from tests.support.tabular import FAMILIES, Drawn, Tabular, draw, tabular
 
 
 def coverage(space: Tabular, runs: list[Drawn], name: str, which: int) -> tuple[float, float]:
@@ -63,9 +54,8 @@ def main() -> None:
     torch.set_num_threads(1)
     print("| family | B_E | estimate | sequence | token |\n|---|---|---|---|---|")
     verdicts = []
-    for kind, rare in FAMILIES:
-        space = tabular(kind, rare or 0.02)  # type: ignore[arg-type]
-        family = f"{kind} 1/{1 / rare:.0f}" if rare else kind
+    for family, (kind, rare) in FAMILIES.items():
+        space = tabular(kind, rare)
         for size in options.sizes:
             g = torch.Generator().manual_seed(11)
             runs = [draw(space, size, g, size >= SMALLEST_SAMPLE) for _ in range(options.repetitions)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 from torch import Tensor
@@ -53,3 +54,15 @@ def exact_values(slope: Tensor, change: Tensor) -> dict[str, list[float]]:
         **dict.fromkeys(MEASUREMENTS, change.tolist()),
         "residual": (slope - change).tolist(),
     }
+
+
+def variance_ratio(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """The variance of `one` over that of `other`, from paired repetitions, with its standard error.
+
+    By the influences of the repetitions on the ratio; it sees the tails that are in the repetitions, not those that
+    are not.
+    """
+    squares, reference = ((x.double() - x.double().mean()).square() for x in (one, other))
+    ratio = float(squares.mean() / reference.mean())
+    influences = (squares - ratio * reference) / reference.mean()
+    return ratio, float(influences.std()) / math.sqrt(len(influences))

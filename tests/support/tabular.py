@@ -170,6 +170,14 @@ class Drawn:
         return f"causal{ending}", f"per_decision{ending}"
 
 
+FAMILIES: dict[str, tuple[Kind, float]] = {
+    "light": ("light", 0.0),
+    "low": ("low", 0.0),
+    **{f"branch 1/{n}": ("branch", 1 / n) for n in (50, 200, 500, 2000)},
+}
+"""What `tabular` is given, by the name that tables show."""
+
+
 def draw(space: Tabular, size: int, g: torch.Generator, controls: bool) -> Drawn:
     """Draw an E of some prompts, estimate everything, and judge.
 
