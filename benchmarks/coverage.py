@@ -6,7 +6,7 @@ and the share of all runs that are trustworthy and whose interval of prediction 
 
     python benchmarks/coverage.py [--repetitions 400] [--sizes 64 256 1024]
 
-Control variates are used from 256 prompts on, as `auto` does.
+Control variates are used from 64 prompts on, as `auto` does.
 """
 
 from __future__ import annotations
@@ -23,21 +23,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from probe.estimators.control_variates import SMALLEST_SAMPLE
 from probe.estimators.estimate import NORMAL_975
 from probe.verdict.words import WORDS
-from tests.support.tabular import Drawn, Tabular, draw, exact_values, tabular
-
-FAMILIES = (
-    ("light", 0.0),
-    ("low", 0.0),
-    ("branch", 1 / 50),
-    ("branch", 1 / 200),
-    ("branch", 1 / 500),
-    ("branch", 1 / 2000),
-)
+from tests.support.tabular import FAMILIES, Drawn, Tabular, draw, tabular
 
 
 def coverage(space: Tabular, runs: list[Drawn], name: str, which: int) -> tuple[float, float]:
     """Share of runs whose interval covers: with 1.96 standard errors, and as reported."""
-    exact = exact_values(space)[name]
+    exact = space.exact[name]
     normal = own = 0
     for run in runs:
         one = list(run.estimates[name])[which]
@@ -48,7 +39,7 @@ def coverage(space: Tabular, runs: list[Drawn], name: str, which: int) -> tuple[
 
 def wrong(space: Tabular, run: Drawn) -> bool:
     """Whether the interval of the measured change per token misses, or that of the prediction does."""
-    exact = exact_values(space)
+    exact = space.exact
     return not all(run.covers(name, exact[name])[1] for name in run.reported)
 
 
@@ -63,9 +54,8 @@ def main() -> None:
     torch.set_num_threads(1)
     print("| family | B_E | estimate | sequence | token |\n|---|---|---|---|---|")
     verdicts = []
-    for kind, rare in FAMILIES:
-        space = tabular(kind, rare or 0.02)  # type: ignore[arg-type]
-        family = f"{kind} 1/{1 / rare:.0f}" if rare else kind
+    for family, (kind, rare) in FAMILIES.items():
+        space = tabular(kind, rare)
         for size in options.sizes:
             g = torch.Generator().manual_seed(11)
             runs = [draw(space, size, g, size >= SMALLEST_SAMPLE) for _ in range(options.repetitions)]

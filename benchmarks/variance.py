@@ -5,6 +5,11 @@ mean squared standard error of SNIS over the parts, divided by the estimator's. 
 per prompt with four at the same number of responses, a third gives small batches the fit of an earlier batch.
 
     python benchmarks/variance.py --responses 8192
+
+With `--families` instead the policies of known tails (`tests/support/tabular.py`): there the variance is that of many
+draws, of an estimate with control variates over that of the same draws without, and coverage is shown beside it.
+
+    python benchmarks/variance.py --families [--repetitions 1000] [--sizes 64 128 256 1024]
 """
 
 from __future__ import annotations
@@ -13,10 +18,13 @@ import argparse
 import operator
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from probe.config.files import read_config_file
 from probe.config.parsing import parse_config
@@ -29,6 +37,8 @@ from probe.runner import TrainerSection
 from probe.scoring.forward_mode import forward_tangents
 from probe.scoring.scores import TokenScores, TokenTangents
 from probe.snapshot import evaluation_mode, one_thread
+from tests.support.experiment import variance_ratio
+from tests.support.tabular import FAMILIES, Drawn, Tabular, draw, tabular
 
 SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -111,6 +121,32 @@ def table(scored: Scored, sizes: list[int], earlier: list[FitStatistics]) -> Non
         print(f"| {size} | {' | '.join(cells)} |", flush=True)
 
 
+def families(sizes: list[int], repetitions: int) -> None:
+    """Print the table of the policies of known tails."""
+    print(
+        "| family | B_E | estimate | variance with / without: response | token | coverage: response | token |"
+    )
+    print(f"|{'---|' * 7}", flush=True)
+    for family, (kind, rare) in FAMILIES.items():
+        space = tabular(kind, rare)
+        for size in sizes:
+            g = torch.Generator().manual_seed(7)
+            runs = [draw(space, size, g, controls=True) for _ in range(repetitions)]
+            for name in ("causal", "per_decision"):
+                found = [compared(space, runs, name, which) for which in (0, 1)]
+                (v_seq, c_seq), (v_tok, c_tok) = found
+                print(f"| {family} | {size} | {name} | {v_seq} | {v_tok} | {c_seq} | {c_tok} |", flush=True)
+
+
+def compared(space: Tabular, runs: list[Drawn], name: str, which: int) -> tuple[str, str]:
+    """The ratio of variances with its standard error, and the coverages in %, without and with control variates."""
+    names = (f"{name}+cv", name)
+    with_, without = (torch.tensor([list(run.estimates[n])[which].value for run in runs]) for n in names)
+    ratio, error = variance_ratio(with_, without)
+    covered = [sum(run.covers(n, space.exact[n])[which] for run in runs) / len(runs) for n in names]
+    return f"{ratio:.3f} +/- {error:.3f}", f"{100 * covered[1]:.1f} to {100 * covered[0]:.1f}"
+
+
 def main() -> int:
     """Print the tables; cells are per token / per response."""
     parser = argparse.ArgumentParser(
@@ -118,7 +154,14 @@ def main() -> int:
     )
     parser.add_argument("--responses", type=int, default=8192)
     parser.add_argument("--config", default="quickstart")
+    parser.add_argument("--families", action="store_true")
+    parser.add_argument("--repetitions", type=int, default=1000)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 1024])
     options = parser.parse_args()
+    if options.families:
+        with one_thread():
+            families(options.sizes, options.repetitions)
+        return 0
     config = read_config_file(options.config)
     sizes = [size for size in SIZES if size <= options.responses]
     with one_thread():

@@ -95,7 +95,7 @@ class ProbeReworkConfig:
     """The second-order term deltaH2: nested forward mode, or the even part of the measured change; `auto` takes the
     first where `derivative_mode` is `jvp`."""
     control_variates: Literal["auto", "on", "off"] = "auto"
-    """Subtract exactly zero-mean terms fitted on other prompts; `auto`: from 256 prompts in E on."""
+    """Subtract exactly zero-mean terms fitted on other prompts; `auto`: from 64 prompts in E on."""
     control_variates_path: str | None = None
     """File with what earlier batches of the same policy taught the control variates; this run's is added to it."""
     update_spread: bool = True

@@ -14,6 +14,8 @@ come. Here `Q` is bilinear in features of states and tokens, so that the sum ove
 
 The fit is weighted least squares over tokens with weights `dl^2` (it minimises the sum of squared score terms), with a
 ridge penalty, cross-fitted over folds of prompts. Statistics of earlier batches of the same policy may join the fit.
+In states unlike those it was fitted on, `Q` is scaled down by their leverage, so that one rare response does not get a
+control many times the estimate's error; a factor that depends on the state alone leaves the mean of `Z` at 0.
 """
 
 from __future__ import annotations
@@ -33,11 +35,10 @@ FOLDS = 5
 """Cross-fitting folds, of whole prompts."""
 PENALTY = 0.1
 """Ridge penalty relative to the mean square of each feature."""
-SMALLEST_SAMPLE = 256
-"""`auto` uses control variates from this many prompts on. They gain from 64 on, but the standard error takes `Q` as
-given: with 64 prompts, 95 % intervals cover 91.5 % on an enumerable policy, with 250 they cover 95 %."""
-SMALLEST_TAUGHT = 64
-"""The same where earlier batches, which `Q` is then mostly fitted on, are at hand."""
+LARGEST_LEVERAGE = 2.0
+"""In states of more than this times the mean leverage, `Q` is scaled down to it: there it would extrapolate."""
+SMALLEST_SAMPLE = 64
+"""`auto` uses control variates from this many prompts on; coverage was not measured with fewer."""
 CHUNK = 64
 """Sequences whose products of features are held at a time."""
 
@@ -88,10 +89,17 @@ class ControlVariates:
     def shrunk(self, scores: TokenScores, group: Tensor, estimate_on: EstimateOn) -> Estimates:
         """`(mean a Z_seq, mean a Z_tok)`, nats, with their errors: subtract them from an estimate of the same batch.
 
-        `a` of a fold is `cov / var` of the influences of estimate and control on the other folds, within [0, 1]: near 1
-        where the control explains the error, near 0 where `Q` is fitted too badly to. Neither `a` nor `Q` has seen the
-        sequence, so that the mean of `a Z_seq` is exactly 0 at every sample size (that of `Z_tok` to the order `1 / B`,
-        as its `H_tok` and mean length are those of the batch).
+        `a` of a fold is the `shrinkage` of estimate and control on the other folds: near 1 where the control explains
+        the error, near 0 where `Q` is fitted too badly to. Neither `a` nor `Q` has seen the sequence, so that the mean
+        of `a Z_seq` is exactly 0 at every sample size (that of `Z_tok` to the order `1 / B`, as its `H_tok` and mean
+        length are those of the batch).
+
+        The error has two parts. The influences take `Q` as given; what they lack is the covariance of two folds `k` and
+        `l`, each of which the other's `Q` was fitted on. Let `S_kl` be the change of fold `k`'s part when `l` is left
+        out of its fit: the covariance is `E[S_kl S_lk]`, as what does not know the other fold has mean 0 given it. The
+        squares of `Estimate.fit` are `sum_(k != l) S_kl^2`, which is never less than `sum S_kl S_lk`: the variance is
+        not understated on average (with `a` as given). They are large in samples whose controls are far from their
+        mean, which is where an error of `Q` matters.
 
         Args:
             scores: scores of E.
@@ -104,7 +112,14 @@ class ControlVariates:
             controls = _means(_by_estimand(values[rows], scores.rows(rows)), group[rows])
             for which, (found, control) in enumerate(zip(estimate_on(rows), controls, strict=True)):
                 share[self.fold == k, which] = shrinkage(found, control)
-        return _means(share * _by_estimand(self.own, scores), group)
+        own = share * _by_estimand(self.own, scores)
+        changes = torch.stack([own - share * _by_estimand(values, scores) for values in self.values])
+        by_fold = torch.zeros(len(self.values), len(self.values), 2, dtype=torch.float64)
+        by_fold.index_add_(1, self.fold, changes / len(self.fold))
+        sequence, token = _means(own, group)
+        return PerEstimand(
+            replace(sequence, fit=by_fold[..., 0].flatten()), replace(token, fit=by_fold[..., 1].flatten())
+        )
 
 
 def _by_estimand(Z: Tensor, scores: TokenScores) -> Tensor:
@@ -156,22 +171,22 @@ def control_variates(
                 own.add(
                     states, sampled_features[rows], tangents.logprob[rows], _targets(scores, rows), chosen
                 )
-    features = _state_features(scores, torch.arange(1)).shape[-1] * sampled_features.shape[-1]
+    sizes = (_state_features(scores, torch.arange(1)).shape[-1], sampled_features.shape[-1])
     without = {
-        (j, k): _solve([s for i, s in enumerate(sums) if i not in (j, k)], earlier, features)
+        (j, k): _solve([s for i, s in enumerate(sums) if i not in (j, k)], earlier, *sizes)
         for j in range(folds)
         for k in range(j + 1)
     }
     Z = torch.zeros(folds, len(fold), 2, dtype=torch.float64)
-    for rows in torch.arange(len(fold)).split(CHUNK):
-        states = _state_features(scores, rows)
-        dl = tangents.logprob[rows].unsqueeze(-1)
-        tokens = dl * sampled_features[rows].double() - tangents.expected_features[rows]
-        on = scores.mask[rows].double()
-        products = torch.einsum("bt,bti,btj->bij", on, states, tokens).flatten(1)
-        for k in range(folds):
-            beta = torch.stack([without[max(int(j), k), min(int(j), k)] for j in fold[rows]])
-            Z[k, rows] = torch.einsum("bf,bfm->bm", products, beta)
+    for j in range(folds):
+        for rows in (fold == j).nonzero().flatten().split(CHUNK):
+            states, on = _state_features(scores, rows), scores.mask[rows].double()
+            dl = tangents.logprob[rows].unsqueeze(-1)
+            tokens = dl * sampled_features[rows].double() - tangents.expected_features[rows]
+            for k in range(folds):
+                fit = without[max(j, k), min(j, k)]
+                products = torch.einsum("bt,bti,btj->bij", on * fit.trust(states), states, tokens)
+                Z[k, rows] = products.flatten(1) @ fit.coefficients
     return ControlVariates(values=Z, fold=fold, statistics=_statistics(sums))
 
 
@@ -217,21 +232,51 @@ def _statistics(sums: Sequence[_FoldSums]) -> FitStatistics:
     return FitStatistics(gram=gram * scale, cross=cross * scale, tokens=tokens)
 
 
-def _solve(sums: Sequence[_FoldSums], earlier: Sequence[FitStatistics], features: int) -> Tensor:
-    """Ridge coefficients `(F, 2)` from some folds and earlier batches; 0 where these have no token."""
+@dataclass(frozen=True)
+class _Fit:
+    """`Q`, and the states it knows.
+
+    Attributes:
+        coefficients: `(F, 2)` of the product features.
+        precision: `(F_state, F_state)`; `s' precision s` is the leverage of a state with features `s`, about
+            `F_state` on average over the tokens that were fitted on.
+    """
+
+    coefficients: Tensor
+    precision: Tensor
+
+    def trust(self, states: Tensor) -> Tensor:
+        """What is left of `Q` in states of these features, `(b, T)` within [0, 1]: less the less was seen like them.
+
+        A function of the state, so that `Z` keeps its mean of 0; where `Q` would extrapolate, it says little.
+        """
+        leverage = torch.einsum("bti,ij,btj->bt", states, self.precision, states)
+        return (LARGEST_LEVERAGE * states.shape[-1] / leverage.clamp_min(1e-300)).clamp_max(1.0)
+
+
+def _solve(sums: Sequence[_FoldSums], earlier: Sequence[FitStatistics], states: int, tokens: int) -> _Fit:
+    """The ridge fit on some folds and earlier batches; 0 where these have no token."""
     own = [_statistics(sums)] if any(s.gram is not None for s in sums) else []
     parts = [*own, *earlier]
     if not parts:
-        return torch.zeros(features, 2, dtype=torch.float64)
-    tokens = sum(p.tokens for p in parts)
-    gram, cross = sum(p.gram for p in parts) / tokens, sum(p.cross for p in parts) / tokens
-    scale = gram.diagonal().clamp_min(0).sqrt()  # type: ignore[union-attr]
-    # a feature that is always 0 has no part
+        zero = torch.zeros(states * tokens, 2, dtype=torch.float64)
+        return _Fit(zero, torch.eye(states, dtype=torch.float64))
+    count = sum(p.tokens for p in parts)
+    gram = torch.stack([p.gram for p in parts]).sum(0) / count
+    cross = torch.stack([p.cross for p in parts]).sum(0) / count
+    # summed over token features; the first feature of a state is 1, so that the weights have mean 1 after division
+    of_states = torch.einsum("ikjk->ij", gram.reshape(states, tokens, states, tokens))
+    of_states = of_states / of_states[0, 0].clamp_min(1e-300)
+    return _Fit(_penalised_inverse(gram) @ cross, _penalised_inverse(of_states))
+
+
+def _penalised_inverse(gram: Tensor) -> Tensor:
+    """`(gram + PENALTY diag(gram))^-1`; a feature that is always 0 has no part."""
+    scale = gram.diagonal().clamp_min(0).sqrt()
     scale = torch.where(scale > 1e-9 * scale.max(), scale, torch.inf)
     system = gram / scale.unsqueeze(0) / scale.unsqueeze(1)
-    system = system + PENALTY * torch.eye(len(scale), dtype=system.dtype)
-    solved: Tensor = torch.linalg.solve(system, cross / scale.unsqueeze(1)) / scale.unsqueeze(1)
-    return solved
+    inverse = torch.linalg.inv(system + PENALTY * torch.eye(len(scale), dtype=gram.dtype))
+    return inverse / scale.unsqueeze(0) / scale.unsqueeze(1)
 
 
 def _state_features(scores: TokenScores, rows: Tensor) -> Tensor:

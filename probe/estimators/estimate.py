@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -32,6 +32,11 @@ Estimator = Callable[[Tensor], Tensor]
 """From weights `q`, `(B,)` float64, to `K` values, `(K,)`; invariant to the scale of `q`, differentiable."""
 
 
+def _nothing() -> Tensor:
+    """No contributions."""
+    return torch.zeros(0, dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A number with its sampling error over `P` independent prompts.
@@ -40,16 +45,21 @@ class Estimate:
         value: in nats.
         influence: `(P,)` float64, what each prompt contributes to the error: the variance of `value` is
             `P / (P - 1) sum_p influence_p^2`. Differences of estimates from the same batch subtract them.
+        fit: what a fit of control variates adds to the error, nats: the variance of `value` is larger by the sum of
+            squares, see `ControlVariates.shrunk`. Differences subtract it too; empty where nothing was fitted.
     """
 
     value: float
     influence: Tensor
+    fit: Tensor = field(default_factory=_nothing)
 
     @property
     def se(self) -> float:
         """Standard error, nats; infinite for a single prompt."""
         P = len(self.influence)
-        return math.sqrt(P / (P - 1) * float(self.influence.square().sum())) if P > 1 else math.inf
+        if P < 2:
+            return math.inf
+        return math.sqrt(P / (P - 1) * float(self.influence.square().sum()) + float(self.fit.square().sum()))
 
     @cached_property
     def df(self) -> float:
@@ -76,15 +86,17 @@ class Estimate:
 
     def __sub__(self, other: Estimate) -> Estimate:
         """The paired difference of two estimates from the same batch."""
-        return Estimate(self.value - other.value, self.influence - other.influence)
+        return self + other.scaled(-1.0)
 
     def __add__(self, other: Estimate) -> Estimate:
         """The sum of two estimates from the same batch."""
-        return Estimate(self.value + other.value, self.influence + other.influence)
+        fits = [one.fit for one in (self, other) if len(one.fit)]
+        fit = sum(fits[1:], fits[0]) if fits else self.fit
+        return Estimate(self.value + other.value, self.influence + other.influence, fit)
 
     def scaled(self, factor: float) -> Estimate:
         """The estimate times a constant."""
-        return Estimate(self.value * factor, self.influence * factor)
+        return Estimate(self.value * factor, self.influence * factor, self.fit * factor)
 
 
 Estimates = PerEstimand[Estimate]
@@ -134,19 +146,26 @@ def estimate(estimator: Estimator, group: Tensor, method: ErrorMethod | None = N
 
 
 def shrinkage(estimate: Estimate, control: Estimate) -> float:
-    """The share of a zero-mean control to subtract: `cov / var` of the influences, kept within [0, 1].
+    """The share of a zero-mean control to subtract: the lower 95 % end of the regression coefficient, within [0, 1].
 
-    1 where the control explains the error in full measure, less where it has lost touch with it (a step so large that
-    its first-order control no longer fits).
+    The coefficient is `cov / var` of the influences: near 1 where the control explains the error, near 0 where it has
+    nothing to do with it. 1.96 of its standard errors (White's, robust to prompts of unequal noise) are taken off, as a
+    share that is not there costs variance: a control whose gain is not resolved is left alone.
 
     >>> x = Estimate(1.0, torch.tensor([1.0, -1.0]))
     >>> shrinkage(x, Estimate(0.0, torch.tensor([2.0, -2.0]))), shrinkage(x, Estimate(0.0, torch.tensor([0.5, -0.5])))
     (0.5, 1.0)
+    >>> shrinkage(Estimate(1.0, torch.tensor([1.0, -2.0, 1.0])), Estimate(0.0, torch.tensor([1.0, 0.0, -1.0])))
+    0.0
     """
-    variance = float(control.influence.square().sum())
+    z = control.influence
+    variance = float(z.square().sum())
     if variance == 0.0:
         return 0.0
-    return min(max(float((estimate.influence * control.influence).sum()) / variance, 0.0), 1.0)
+    coefficient = float((estimate.influence * z).sum()) / variance
+    unexplained = estimate.influence - coefficient * z
+    error = float((z * unexplained).norm()) / variance
+    return min(max(coefficient - NORMAL_975 * error, 0.0), 1.0)
 
 
 def mean_by_prompt(x: Tensor, group: Tensor) -> Estimate:

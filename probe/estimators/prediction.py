@@ -11,7 +11,7 @@ from torch import Tensor
 
 from probe.estimand import PerEstimand
 from probe.estimators.entropy_gradient import EntropyGradient
-from probe.estimators.estimate import Estimate, Estimates, estimate
+from probe.estimators.estimate import Estimates, estimate
 from probe.estimators.weighting import Baseline, Weighting, score_weights
 from probe.parameters import inner_product
 from probe.scoring.scores import TokenScores, TokenTangents
@@ -77,7 +77,7 @@ class Prediction:
             KeyError: there are no `estimates`.
         """
         return self.deltaH1.with_other(
-            lambda value, estimate: Estimate(value, estimate.influence), self.estimates[self.reported]
+            lambda value, estimate: replace(estimate, value=value), self.estimates[self.reported]
         )
 
     def with_control_variates(self, Z: Estimates, note: str) -> Prediction:

@@ -235,19 +235,22 @@ class UpdateProbe:
         return passes
 
     def _controls(self, before: Before, passes: AlongStep) -> tuple[Controls | None, str]:
-        """Control variates for this step, or why there are none; either way the next ones learn from it."""
+        """Control variates for this step, or why there are none.
+
+        Features must not depend on the E they are used on: those of the first probe's E serve from the second on.
+        """
         if not self.settings.control_variates:
             return None, "off: control_variates"
+        if too_few := too_few_prompts(len(before.E)):
+            return None, f"off: {too_few}"
         if self.memory is None:
             basis = feature_basis(self.model, before.E)
             if basis is None:
                 return None, "off: the output layer has no dense weight"
             self.memory = FitMemory(basis, policy="live")
-            return None, "off: the first probe; the next ones learn from it"
+            return None, "off: the first probe, whose responses make the features of the next ones"
         controls = fitted_controls(before.E, passes, self.memory, draw_name(before))
         self.memory = controls.learnt
-        if too_few := too_few_prompts(len(before.E), taught=controls.earlier > 0):
-            return None, f"off: {too_few}"
         return controls, f"on: fitted on other prompts and {controls.earlier} earlier probes"
 
 

@@ -10,12 +10,7 @@ from torch import Tensor
 from probe.config.estimation import ProbeReworkConfig
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import ConfigError
-from probe.estimators.control_variates import (
-    SMALLEST_SAMPLE,
-    SMALLEST_TAUGHT,
-    ControlVariates,
-    control_variates,
-)
+from probe.estimators.control_variates import SMALLEST_SAMPLE, ControlVariates, control_variates
 from probe.estimators.estimate import Estimates
 from probe.estimators.ground_truth import change_by
 from probe.estimators.prediction import token_first_order
@@ -95,15 +90,13 @@ def controls_of_measurement(
     return controls.fitted.shrunk(old, group, on)
 
 
-def too_few_prompts(prompts: int, taught: bool) -> str:
-    """Why control variates are not used where nobody insists; empty where there are enough prompts.
-
-    Args:
-        prompts: in E.
-        taught: whether earlier batches join the fit.
-    """
-    least = SMALLEST_TAUGHT if taught else SMALLEST_SAMPLE
-    return "" if prompts >= least else f"{prompts} prompts in E, they are used from {least} on"
+def too_few_prompts(prompts: int) -> str:
+    """Why control variates are not used where nobody insists; empty where there are enough prompts in E."""
+    return (
+        ""
+        if prompts >= SMALLEST_SAMPLE
+        else f"{prompts} prompts in E, they are used from {SMALLEST_SAMPLE} on"
+    )
 
 
 def fitted_controls(E: RolloutBatch, passes: AlongStep, memory: FitMemory, draw: str) -> Controls:
@@ -156,14 +149,14 @@ def control_source(
         return without("probe_rework.control_variates")
     if rework.weighting != "causal":
         return without(f"weighting: {rework.weighting}")
+    too_few = too_few_prompts(prompts)
+    if wanted == "auto" and too_few:
+        return without(too_few)
     path, name = rework.control_variates_path, ""
     memory = None
     if path is not None:
         name = f"{checkpoint} ({norm(policy.parameters):.12g})"
         memory = read_fit_memory(Path(path), name)
-    too_few = too_few_prompts(prompts, memory is not None and bool(memory.earlier_than(E, draw)))
-    if wanted == "auto" and too_few:
-        return without(too_few)
     if memory is None:
         basis = feature_basis(policy.model, U)
         if basis is None:

@@ -62,10 +62,13 @@ def statistics(space, prompts, seed):
 
 
 def test_with_coefficients_from_elsewhere_the_mean_is_exactly_zero(space, monkeypatch):
-    """Over the whole space, weighted by probabilities, for any coefficients."""
+    """Over the whole space, weighted by probabilities, for any coefficients and any trust in states."""
 
-    def anything(sums, earlier, features):
-        return torch.randn(features, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    def anything(sums, earlier, states, tokens):
+        g = torch.Generator().manual_seed(1)
+        root = torch.randn(states, states, generator=g, dtype=torch.float64)
+        coefficients = torch.randn(states * tokens, 2, generator=g, dtype=torch.float64)
+        return module._Fit(coefficients, root @ root.T)
 
     monkeypatch.setattr(module, "_solve", anything)
     rows = torch.arange(len(space.batch))
@@ -131,6 +134,25 @@ def test_the_shrunk_estimate_is_unbiased_over_all_samples(small, prompts):
     assert abs(mean_Z) < 1e-10
     two = torch.tensor([0, 1])
     assert [z.value for z in shrunk(small, two, torch.arange(2), earlier)] == [0.0, 0.0]
+
+
+def test_the_fit_s_part_of_the_error_is_what_influences_lack(small, monkeypatch):
+    """Over all samples, controls of different folds covary by the mean of `S_kl S_lk`; the squares are no less."""
+    monkeypatch.setattr(module, "shrinkage", lambda estimate, control: 1.0)
+    covariance, crossed, squared = 0.0, 0.0, 0.0
+    for chosen in itertools.combinations_with_replacement(range(len(small.batch)), 4):
+        rows, group = torch.tensor(chosen), torch.arange(4)
+        orders = math.factorial(4) / math.prod(math.factorial(chosen.count(i)) for i in set(chosen))
+        p = orders * float(small.probability[rows].prod())
+        own = of_rows(small, rows, group).own[:, 0] / 4
+        S = shrunk(small, rows, group).sequence.fit.reshape(4, 4)
+        assert float(S.diagonal().abs().max()) == 0.0
+        covariance += p * float(own.sum().square() - own.square().sum())
+        crossed += p * float((S * S.T).sum())
+        squared += p * float(S.square().sum())
+    assert crossed == pytest.approx(covariance, rel=1e-8, abs=1e-18)
+    assert squared > 1e-12
+    assert squared >= crossed
 
 
 def test_a_control_that_fits_badly_is_left_out(space):

@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from probe.estimators.control_variates import EstimateOn, control_variates
 from probe.estimators.estimate import Estimates
-from probe.estimators.ground_truth import change_by, reweighted_change
-from probe.estimators.prediction import token_first_order
+from probe.estimators.ground_truth import reweighted_change
 from probe.results.changes import reported
 from probe.results.diagnostics import ground_truth_diagnostics
 from probe.scoring import TokenScores
@@ -30,6 +27,7 @@ from probe.verdict.facts import Facts
 from probe.verdict.verdict import judge
 from probe.verdict.words import Verdict
 from tests.support.exact import take_scores, take_tangents
+from tests.support.experiment import estimates_of, exact_values
 
 Kind = Literal["light", "branch", "low"]
 VOCABULARY, CAP, EOS, FEATURES = 6, 5, 0, 8
@@ -63,6 +61,11 @@ class Tabular:
     sampled_features: Tensor
     change: Tensor
     slope: Tensor
+
+    @property
+    def exact(self) -> dict[str, list[float]]:
+        """What each estimate of `Drawn` estimates, `[sequence, token]`."""
+        return exact_values(self.slope, self.change)
 
 
 def tabular(kind: Kind, rare: float = 0.02, size: float = 0.05, seed: int = 0) -> Tabular:
@@ -148,7 +151,7 @@ class Drawn:
     """What the probe makes of one E.
 
     Attributes:
-        estimates: by name; `residual` is the same-E difference of `matched` and `snis`.
+        estimates: by name, see `estimates_of`.
         verdict: of a step whose estimates are the reported ones.
     """
 
@@ -167,6 +170,14 @@ class Drawn:
         return f"causal{ending}", f"per_decision{ending}"
 
 
+FAMILIES: dict[str, tuple[Kind, float]] = {
+    "light": ("light", 0.0),
+    "low": ("low", 0.0),
+    **{f"branch 1/{n}": ("branch", 1 / n) for n in (50, 200, 500, 2000)},
+}
+"""What `tabular` is given, by the name that tables show."""
+
+
 def draw(space: Tabular, size: int, g: torch.Generator, controls: bool) -> Drawn:
     """Draw an E of some prompts, estimate everything, and judge.
 
@@ -181,34 +192,9 @@ def draw(space: Tabular, size: int, g: torch.Generator, controls: bool) -> Drawn
     old, new = take_scores(space.old, rows), take_scores(space.new, rows)
     first = take_tangents(space.first, rows)
     truth = reweighted_change(old, new, group)
-    found: dict[str, Estimates] = {
-        "causal": token_first_order(old, first, group, "causal").total,
-        "matched": token_first_order(old, first, group, "matched").total,
-        "snis": truth.estimates["snis"],
-        "per_decision": truth.estimates["per_decision"],
-    }
-    found["residual"] = found["matched"].with_other(operator.sub, found["snis"])
-    if controls:
-        fitted = control_variates(old, first, space.sampled_features[rows], group)
-        on: dict[str, EstimateOn] = {
-            "causal": lambda r: token_first_order(old.rows(r), first.rows(r), group[r]).total,
-            "per_decision": lambda r: change_by("per_decision", old.rows(r), new.rows(r), group[r]),
-        }
-        for name, part in on.items():
-            found[f"{name}+cv"] = found[name].with_other(operator.sub, fitted.shrunk(old, group, part))
+    found = estimates_of(old, new, first, space.sampled_features[rows], group, controls)
     ending = "+cv" if controls else ""
     judged = {"deltaH1": f"causal{ending}", "deltaH_true": f"per_decision{ending}", "residual": "residual"}
     numbers = {key: found[name].map(reported) for key, name in judged.items()}
     diagnostics = {**ground_truth_diagnostics(truth), "prompts_E": size}
     return Drawn(found, judge(Facts(numbers, diagnostics, size, 1e-5, len(numbers))))
-
-
-def exact_values(space: Tabular) -> dict[str, list[float]]:
-    """What each estimate of `Drawn` estimates, `[sequence, token]`."""
-    slope, change = space.slope.tolist(), space.change.tolist()
-    difference = (space.slope - space.change).tolist()
-    return {
-        **dict.fromkeys(("causal", "matched", "causal+cv"), slope),
-        **dict.fromkeys(("snis", "per_decision", "per_decision+cv"), change),
-        "residual": difference,
-    }

@@ -9,12 +9,10 @@ import pytest
 import torch
 
 from probe.verdict.words import WORDS
-from tests.support.tabular import draw, exact_values, tabular
-
-FAMILIES = [("light", 0.02), ("low", 0.02), ("branch", 1 / 50), ("branch", 1 / 200), ("branch", 1 / 2000)]
+from tests.support.tabular import FAMILIES, draw, tabular
 
 
-@pytest.mark.parametrize(("kind", "rare"), FAMILIES)
+@pytest.mark.parametrize(("kind", "rare"), FAMILIES.values(), ids=FAMILIES)
 def test_the_tables_are_right(kind, rare):
     """Probabilities add up; the mean of what a sample of everything gives is the exact derivative and change."""
     space = tabular(kind, rare)
@@ -42,7 +40,7 @@ def test_the_tables_are_right(kind, rare):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "rare"), FAMILIES)
+@pytest.mark.parametrize(("kind", "rare"), FAMILIES.values(), ids=FAMILIES)
 def test_more_data_never_makes_a_verdict_worse(kind, rare):
     """In distribution: for every word, the share of runs with that word or a better one does not fall as E grows."""
     space, repetitions = tabular(kind, rare), 80
@@ -52,7 +50,7 @@ def test_more_data_never_makes_a_verdict_worse(kind, rare):
         runs = [draw(space, size, g, controls=False) for _ in range(repetitions)]
         ranks = torch.tensor([WORDS.index(run.verdict.word) for run in runs])
         shares.append([float((ranks <= k).double().mean()) for k in range(3)])
-        exact = exact_values(space)
+        exact = space.exact
         wrong = [
             run.verdict.word == "trustworthy" and not run.covers("per_decision", exact["per_decision"])[1]
             for run in runs

@@ -1,0 +1,82 @@
+"""Control variates on policies of known tails: never more variance than without, and intervals that cover as well."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+
+import probe.estimators.control_variates as module
+from probe.estimators.control_variates import SMALLEST_SAMPLE, control_variates
+from tests.support.exact import take_scores, take_tangents
+from tests.support.experiment import variance_ratio
+from tests.support.tabular import CAP, FAMILIES, Drawn, Tabular, draw, tabular
+
+NAMES = ("causal", "per_decision")
+REPETITIONS = 400
+"""Of an E of `SMALLEST_SAMPLE` prompts: 10 to 20 seconds for a family."""
+
+
+@functools.lru_cache
+def repeated(family: str) -> tuple[Tabular, list[Drawn]]:
+    """A policy, and what is made of repeated draws of the smallest E that has control variates."""
+    space, g = tabular(*FAMILIES[family]), torch.Generator().manual_seed(2)
+    return space, [draw(space, SMALLEST_SAMPLE, g, controls=True) for _ in range(REPETITIONS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_never_more_variance_than_without(family):
+    """A ratio of at most 1, within four of its standard errors, for both estimates and estimands."""
+    _, runs = repeated(family)
+    for name in NAMES:
+        for which in (0, 1):
+            values = [
+                torch.tensor([list(run.estimates[n])[which].value for run in runs])
+                for n in (f"{name}+cv", name)
+            ]
+            ratio, error = variance_ratio(*values)
+            assert ratio <= 1.0 + 4 * error, (name, which, ratio, error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_intervals_cover_as_well_as_without(family):
+    """At most 2 points less than without, within four standard errors of the paired difference."""
+    space, runs = repeated(family)
+    for name in NAMES:
+        for which in (0, 1):
+            with_, without = (
+                torch.tensor([float(run.covers(n, space.exact[n])[which]) for run in runs])
+                for n in (f"{name}+cv", name)
+            )
+            lost = without - with_
+            error = float(lost.std()) / math.sqrt(len(runs))
+            assert float(lost.mean()) <= 0.02 + 4 * error, (name, which, float(lost.mean()), error)
+            if float(without.mean()) >= 0.94:
+                assert float(with_.mean()) >= 0.94 - 4 * math.sqrt(0.95 * 0.05 / len(runs)), (name, which)
+
+
+def test_one_response_unlike_the_others_gets_no_large_control(monkeypatch):
+    """63 responses of one or two decided tokens, and one through states where no other was.
+
+    Its control for the length, in tokens, must stay below what its scores could do with the longest response that there
+    is. Without the cap on leverage it is several times that: `Q` is extrapolated.
+    """
+    space = tabular("low")
+    usual, other = space.probability.argsort(descending=True)[:2].tolist()
+    of_three = space.old.mask.sum(1) == 3
+    rare = int((of_three * space.probability * space.first.logprob.square().sum(1)).argmax())
+    rows = torch.tensor([usual] * 58 + [other] * 5 + [rare])
+    old, first = take_scores(space.old, rows), take_tangents(space.first, rows)
+
+    def control() -> float:
+        found = control_variates(old, first, space.sampled_features[rows], torch.arange(64))
+        return abs(float(found.own[-1, 1]))
+
+    bound = float(first.logprob[-1].abs().sum()) * CAP
+    assert control() < bound
+    monkeypatch.setattr(module, "LARGEST_LEVERAGE", math.inf)
+    assert control() > 2 * bound
