@@ -360,9 +360,8 @@ def level_panel(axis: Axes, run: Run, healthy: Run | None) -> None:
         label="$H$ on E, 95 % interval",
         zorder=3,
     )
-    for name, color, symbol in (("deltaH1", PREDICTED, "1"), ("deltaH_true", SPREAD, "\\mathrm{true}")):
-        total, se = rows[f"cumulative_{name}_tok"], rows[f"cumulative_{name}_tok_se"]
-        curve = rows["H_orig_tok"].iloc[0] + total
+    for name, color, symbol in (("H_predicted", PREDICTED, "1"), ("H_tracked", SPREAD, "\\mathrm{true}")):
+        curve, se = rows[f"{name}_tok"], rows[f"{name}_tok_se"]
         axis.fill_between(
             rows["step"], curve - 1.96 * se, curve + 1.96 * se, color=color, alpha=0.12, linewidth=0
         )

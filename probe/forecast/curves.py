@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-
-from probe.estimators.student import student_quantile
 
 
 @dataclass
@@ -29,6 +25,7 @@ class CumulativeSum:
         change: its change, nats.
         change_variance: and the variance of that.
         weight: what the last change counts in `total` so far.
+        unit: what `scattering` is for steps of variance 1.
     """
 
     total: float = 0.0
@@ -38,6 +35,12 @@ class CumulativeSum:
     change: float = 0.0
     change_variance: float = 0.0
     weight: float = 0.0
+    unit: float = 0.0
+
+    @property
+    def step_variance(self) -> float:
+        """Variance of the steps about the line, nats squared, at least 0; 0 where all are probed."""
+        return max(self.scattering, 0.0) / self.unit if self.unit > 0 else 0.0
 
     def advance(self, step: int, change: float, se: float, phi: float = 0.0) -> tuple[float, float]:
         """Take the change of one probed step in.
@@ -59,6 +62,7 @@ class CumulativeSum:
             self.sampling += ((self.weight + before) ** 2 - self.weight**2) * self.change_variance
             self.sampling += here**2 * se**2
             excess = (change - self.change) ** 2 - self.change_variance - se**2
+            self.unit += scatter(gap, phi)
             self.scattering += scatter(gap, phi) * excess / (2 * (1 - phi**gap))
             self.weight = here
         self.step, self.change, self.change_variance = step, change, se**2
@@ -134,81 +138,6 @@ class Anchor:
     def _curve_se(self) -> float:
         """Of start plus sum: the sum's error is as it was, whatever the levels say of it."""
         return math.sqrt(max(self.variance + 2 * self.covariance + self.walked, 0.0))
-
-
-@dataclass(frozen=True)
-class ProbedChange:
-    """The change by one probed step, nats.
-
-    Attributes:
-        step: optimizer step.
-        change: of the entropy.
-        se: its standard error.
-        df: degrees of freedom of that.
-    """
-
-    step: int
-    change: float
-    se: float
-    df: float
-
-
-@dataclass(frozen=True)
-class MeanChange:
-    """Mean change per optimizer step, nats.
-
-    Attributes:
-        value: the mean.
-        se: its standard error.
-        df: degrees of freedom of that.
-    """
-
-    value: float
-    se: float
-    df: float
-
-    @property
-    def ci95(self) -> tuple[float, float]:
-        """The ends of its 95 % interval, by Student's t."""
-        half = 0.0 if self.se == 0.0 else student_quantile(self.df) * self.se
-        return self.value - half, self.value + half
-
-
-def mean_change(probed: Sequence[ProbedChange], phi: float) -> MeanChange:
-    """Mean change per step, over all steps from the first probed one to the last, both included.
-
-    Interpolated linearly between probes, as in `CumulativeSum`, so that a probed step counts for those around it. The
-    error has the sampling errors of the probes, which are independent, and the scatter of the steps that were not
-    probed, correlated by `phi` from one to the next. Degrees of freedom by Welch and Satterthwaite, with one for each
-    gap of the scatter.
-
-    Args:
-        probed: at least two, in the order of their steps.
-        phi: autocorrelation of the steps' noise: Adam's `beta1`, SGD's momentum.
-
-    >>> mean_change([ProbedChange(1, -0.2, 0.03, 60.0), ProbedChange(2, -0.4, 0.04, 60.0)], phi=0.0).value
-    -0.30000000000000004
-    """
-    sums = CumulativeSum()
-    for one in probed:
-        sums.advance(one.step, one.change, one.se, phi)
-    last = probed[-1]
-    steps = last.step - probed[0].step + 1
-    gaps = [b.step - a.step for a, b in pairwise(probed)]
-    weights = [
-        (after + 1) / 2 + (before - 1) / 2 for before, after in zip([1, *gaps], [*gaps, 1], strict=True)
-    ]
-    sampling = [(weight * one.se) ** 2 for weight, one in zip(weights, probed, strict=True)]
-    scattering = max(sums.scattering, 0.0)
-    variance = sum(sampling) + scattering
-    doubt = sum(part**2 / one.df for part, one in zip(sampling, probed, strict=True)) + scattering**2 / len(
-        gaps
-    )
-    return MeanChange(
-        value=(sums.total + last.change) / steps,
-        se=math.sqrt(variance) / steps,
-        df=variance**2 / doubt if doubt > 0 else math.inf,
-    )
 
 
 def level_change(level: float, se: float, first: tuple[float, float] | None) -> tuple[float, float]:

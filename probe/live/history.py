@@ -10,8 +10,9 @@ from typing import Any
 
 from probe.errors.exceptions import ConfigError
 from probe.estimand import ESTIMANDS, SEQUENCE, TOKEN, Estimand
-from probe.forecast.curves import Anchor, CumulativeSum, ProbedChange, level_change, mean_change
+from probe.forecast.curves import Anchor, CumulativeSum, level_change
 from probe.forecast.forecast import Forecast, forecast
+from probe.forecast.mean_change import ProbedChange, mean_change
 from probe.forecast.readings import (
     WINDOW_HORIZONS,
     EntropyReading,
@@ -24,6 +25,7 @@ from probe.live.lines import Outlook
 from probe.live.names import STEPS, flat_values
 from probe.live.outcome import Outcome
 from probe.live.settings import WatchSettings
+from probe.results.quantity import Part
 from probe.text import error_text
 from probe.verdict.words import WORDS
 
@@ -184,7 +186,7 @@ class History:
         probed: ProbedChange,
         level: tuple[float, float],
         momentum: float,
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Take one probed change into its sum, its curve and its mean.
 
         Args:
@@ -199,24 +201,21 @@ class History:
         """
         run, name = self.run, estimand.key(quantity)
         total, se = run.sums.setdefault(name, CumulativeSum()).advance(
-            probed.step, probed.change, probed.se, momentum
+            probed.step, probed.value, probed.se, momentum
         )
         curve = run.anchors.setdefault(name, Anchor()).take(*level, total, se)
-        values = {
+        values: dict[str, Any] = {
             **_with_error(estimand, f"cumulative_{quantity}", total, se),
             **_with_error(estimand, SUMMED[quantity], *curve),
         }
         last = [*run.changes.get(name, []), probed][-self._settings.average_over :]
         run.changes[name] = last
-        if len(last) > 1:
-            mean = mean_change(last, momentum)
-            low, high = mean.ci95
-            values |= _with_error(estimand, f"mean_{quantity}", mean.value, mean.se)
-            values |= {
-                estimand.key(f"mean_{quantity}", "_ci95_low"): low,
-                estimand.key(f"mean_{quantity}", "_ci95_high"): high,
-                estimand.key(f"mean_{quantity}", "_df"): mean.df,
-            }
+        mean = mean_change(last, momentum)
+        if mean is not None:
+            for ending, number in (("", mean.value), ("_se", mean.se), ("_df", mean.df)):
+                values[estimand.key(f"mean_{quantity}", ending)] = number
+            interval = estimand.key(f"mean_{quantity}", "_ci95")
+            values |= Part("_ci95", "", interval=True).flat(interval, mean.ci95)
         return values
 
     def _first_level(self, estimand: Estimand) -> tuple[float, float] | None:

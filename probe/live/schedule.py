@@ -23,7 +23,7 @@ class Schedule:
 
     - when the probes so far and one more are at most `budget` times the training time so far. What happens only once
       does not count: attaching, and what the first probe took more than the second (compilation, first calls);
-    - in any case `at_least_every` steps after the last one.
+    - in any case `at_least_every` steps after the last one, the second one at most ten steps after the first.
 
     Where the budget comes to less than one probe in ten steps, E is halved, down to `smallest`, before probes become
     rarer: a probe's time is taken as a quarter that is fixed and a rest in proportion to the responses.
@@ -65,8 +65,11 @@ class Schedule:
             return (step - 1) % self.every == 0
         if self.probes == 0:
             return True
-        if self.at_least_every is not None and step - self._last >= self.at_least_every:
-            return True
+        if self.at_least_every is not None:
+            # what the first one has cost says little of the second, which is soon made to know
+            bound = min(self.at_least_every, WANTED) if self.probes == 1 else self.at_least_every
+            if step - self._last >= bound:
+                return True
         charged = self.probe_seconds - self.attach_seconds - self._once
         cost = self._full_cost * self._share_of(responses or self.responses)
         return charged + cost <= self.budget * self.train_seconds

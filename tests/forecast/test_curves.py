@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from probe.forecast.curves import Anchor, CumulativeSum, ProbedChange, mean_change, scatter
+from probe.forecast.curves import Anchor, CumulativeSum, scatter
 
 
 def test_sums_are_exact_where_every_step_is_probed():
@@ -178,37 +178,3 @@ def test_curves_anchored_by_all_levels_are_nearer_to_the_truth_and_their_interva
     assert ours < 0.75 * first_alone
     # 95 %, with a binomial error of 1.1 points
     assert 0.95 - 3 * 0.011 <= np.mean(covered) <= 0.95 + 3 * 0.011
-
-
-# ---------------------------------------------------------------- the mean of the last probes
-
-
-def test_the_mean_is_exact_where_every_step_is_probed():
-    g = random.Random(0)
-    probed = [ProbedChange(k, g.gauss(-1, 1), g.random(), 50.0) for k in range(7, 17)]
-    mean = mean_change(probed, phi=0.9)
-    assert mean.value == pytest.approx(sum(one.change for one in probed) / 10)
-    assert mean.se == pytest.approx(math.sqrt(sum(one.se**2 for one in probed)) / 10)
-    assert 50 < mean.df <= 500
-
-
-def test_the_mean_of_changes_that_are_linear_in_the_step_is_exact_at_any_spacing():
-    probed = [ProbedChange(k, 2 - 0.3 * k, 0.0, math.inf) for k in (1, 4, 5, 11)]
-    assert mean_change(probed, 0.0).value == pytest.approx(np.mean([2 - 0.3 * k for k in range(1, 12)]))
-
-
-@pytest.mark.parametrize("phi", [0.0, 0.5, 0.9])
-@pytest.mark.parametrize("every", [1, 5])
-@pytest.mark.parametrize("change_se", [1e-6, 0.01])
-def test_the_interval_of_the_mean_covers_what_the_steps_really_did(phi, every, change_se):
-    rng, covered = np.random.default_rng(1), []
-    for _ in range(600):
-        changes, read = simulated_training(rng, every, phi, 0.1, change_se, steps=9 * every + 1)
-        mean = mean_change([ProbedChange(step, change, se, 60.0) for step, _, change, se in read], phi)
-        low, high = mean.ci95
-        covered.append(low <= changes.mean() <= high)
-    # 95 % with a binomial error of 0.9 points; the scatter of nine gaps is itself known to a third only, and cut off
-    # at 0, so that the interval may be too wide, or short by a point or two
-    assert np.mean(covered) >= 0.95 - 3 * 0.009 - 0.02
-    if every == 1:
-        assert np.mean(covered) <= 0.95 + 3 * 0.009
