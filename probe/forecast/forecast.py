@@ -80,9 +80,14 @@ class Forecast:
 
     @property
     def flattening(self) -> bool:
-        """Whether entropy moves towards the threshold now, clearly, and is more likely than not never to reach it."""
+        """Whether entropy clearly moves towards the threshold now, and would reach it, but is more likely not to.
+
+        Both within the 3,000 steps that a forecast looks ahead: a fall that is merely slow does not flatten.
+        """
         towards = self.rate if self.rising else -self.rate
-        return not self.reached and self.ever < 0.5 and towards > FALLING * self.rate_se
+        if self.reached or self.ever >= 0.5 or towards <= FALLING * self.rate_se:
+            return False
+        return abs(math.log(self.H / self.threshold)) <= FARTHEST * towards
 
 
 def forecast(

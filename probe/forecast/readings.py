@@ -12,6 +12,8 @@ LEAST_READINGS = 3
 """Fewest measured changes that a forecast is made from."""
 LEAST_LOGGED = 5
 """Fewest logged levels whose scatter tells their error."""
+OUTLIER = 5.0
+"""Errors by which a logged level is off its neighbours to be doubted."""
 SMALLEST_LOGGED_ERROR = 0.005
 """Share of the entropy that a logged level is at least uncertain by."""
 WINDOW_HORIZONS, LEAST_WINDOW = 4, 5
@@ -78,7 +80,10 @@ def logged_readings(levels: Sequence[tuple[int, float]]) -> list[EntropyReading]
 
     The error is the median absolute deviation of the differences of neighbouring logarithms, scaled to a standard
     deviation and divided by the square root of 2. What the steps in between have really done is in it, so it is rather
-    too large. Fewer than five levels do not tell, and are left out, as are those that are not positive and finite.
+    too large; that of a level below the median is that of the median. A level more than `OUTLIER` errors off the middle
+    one of itself and its two neighbours is an odd batch and no odd policy, unless the next one confirms it: its error
+    is as large as that distance. Fewer than five levels do not tell, and are left out, as are those that are not
+    positive and finite.
 
     Args:
         levels: optimizer step and entropy in nats per token, in the order of steps.
@@ -93,7 +98,20 @@ def logged_readings(levels: Sequence[tuple[int, float]]) -> list[EntropyReading]
     middle = median(differences)
     spread = median(abs(one - middle) for one in differences)
     error = max(1.4826 * spread / math.sqrt(2), SMALLEST_LOGGED_ERROR)
-    return [EntropyReading(step, H, error * H, logged=True) for step, H in usable]
+    usual = median(H for _, H in usable)
+    odd = _oddities([H for _, H in usable])
+    return [
+        EntropyReading(
+            step, H, max(error * max(H, usual), off if off > OUTLIER * error * usual else 0.0), logged=True
+        )
+        for (step, H), off in zip(usable, odd, strict=True)
+    ]
+
+
+def _oddities(levels: Sequence[float]) -> list[float]:
+    """Distance of each level from the middle one of itself and its two neighbours, at the ends of the nearest three."""
+    last = len(levels) - 3
+    return [abs(H - median(levels[min(max(k - 1, 0), last) :][:3])) for k, H in enumerate(levels)]
 
 
 def above_zero(H: float) -> float:

@@ -209,7 +209,7 @@ class _Filter:
         H = self._given.inverse(self.mean[LEVEL], LEAST_SHARE * read)
         relative = np.maximum(self._readings.change[:, j, None] / H, -LARGEST_FALL)
         change = self._given.transform(H * (1 + relative)) - self._given.transform(H)
-        slope = self._given.slope(H)
+        slope = self._given.slope(H * (1 + relative))  # of g(H + change) by the change
         error = slope * self._readings.change_se[:, j, None]
         self._take(
             {DRIFT: np.ones(1), NOISE: np.ones(1)},
@@ -265,10 +265,32 @@ def added_variance(
     [5.0, 3.0, 3.0]
     """
     x = np.asarray(x, dtype=np.float64)
-    level, both, drift = before or (np.zeros_like(x), np.zeros_like(x), np.zeros_like(x))
-    for _ in range(n):
-        level, both, drift = level + 2 * both + drift, x * (both + drift), x * x * drift + 1
+    new = _from_nothing(x, n)
+    if before is None:
+        return new
+    kept = _carried(before, x, n)
+    return kept[0] + new[0], kept[1] + new[1], kept[2] + new[2]
+
+
+def _from_nothing(x: Array, n: int) -> tuple[Array, Array, Array]:
+    """What `n` steps add, by doubling: probes may lie thousands of steps apart."""
+    if n < 2:
+        zero = np.zeros_like(x)
+        return zero, zero, zero + n
+    half = _from_nothing(x, n // 2)
+    level, both, drift = _carried(half, x, n // 2)
+    level, both, drift = level + half[0], both + half[1], drift + half[2]
+    if n % 2:
+        level, both, drift = _carried((level, both, drift), x, 1)
+        drift = drift + 1
     return level, both, drift
+
+
+def _carried(variance: tuple[Array, Array, Array], x: Array, n: int) -> tuple[Array, Array, Array]:
+    """Variances of level and drift after `n` more steps in which nothing is added."""
+    level, both, drift = variance
+    reach, left = geometric(x, n), x**n
+    return level + 2 * reach * both + reach**2 * drift, left * (both + reach * drift), left**2 * drift
 
 
 def _usual_step(readings: ReadingArrays, given: Hypotheses) -> Array:

@@ -112,27 +112,43 @@ class ThresholdAlarm:
     calm_readings: int = 0
     last_alarm: int | None = None
 
-    def update(self, forecast: Forecast | None, step: int) -> bool:
+    def update(self, forecast: Forecast | None, step: int, probed: bool = True) -> bool:
         """Takes in the forecast of one reading.
 
         Args:
             forecast: None while there are too few readings; nothing changes then.
             step: the reading's optimizer step.
+            probed: whether the reading is a probe's; others can start an alarm, and calm nobody.
 
         Returns:
             Whether a new alarm starts here.
         """
-        if forecast is None:
+        if forecast is None or not (self.armed or probed):
             return False
+        return self._take(forecast.reached, forecast.chance, step)
+
+    def _take(self, reached: bool, chance: float, step: int) -> bool:
+        """Whether an alarm starts, with what a forecast says of the threshold."""
         if self.armed:
-            if forecast.expected:
+            if reached or chance >= ALARM_CHANCE:
                 self.armed, self.calm_readings, self.last_alarm = False, 0, step
                 return True
             return False
-        calm = not forecast.reached and forecast.chance < CALM_CHANCE
+        calm = not reached and chance < CALM_CHANCE
         self.calm_readings = self.calm_readings + 1 if calm else 0
         self.armed = self.calm_readings >= CALM_READINGS
         return False
+
+    def replay(self, reached: bool, chance: float | None, step: int) -> None:
+        """Be as after a reading of an earlier training, without a word.
+
+        Args:
+            reached: whether the entropy was at the threshold or beyond.
+            chance: of reaching it within the horizon; None where nothing was forecast.
+            step: the reading's.
+        """
+        if chance is not None:
+            self._take(reached, chance, step)
 
 
 @dataclass
@@ -141,6 +157,15 @@ class AlarmStates:
 
     collapse: ThresholdAlarm = field(default_factory=ThresholdAlarm)
     explosion: ThresholdAlarm = field(default_factory=ThresholdAlarm)
+
+    def replay(self, entry: Mapping[str, Any]) -> None:
+        """Be as after an entry of an earlier training's history."""
+        H, low, high = (entry.get(name) for name in ("H_orig_tok", "collapse_entropy", "explosion_entropy"))
+        if H is None:
+            return
+        collapsed, exploded = low is not None and low >= H, high is not None and high <= H
+        self.collapse.replay(collapsed, entry.get("collapse_chance"), entry["step"])
+        self.explosion.replay(exploded, entry.get("explosion_chance"), entry["step"])
 
 
 class Alarms:
@@ -174,13 +199,14 @@ class Alarms:
         self.schedulers: Sequence[Any] = ()
         self._model, self._optimizers, self._on_alarm = model, optimizers, on_alarm
 
-    def raised(self, ahead: Outlook, entry: dict[str, Any], step: int) -> list[Alarm]:
+    def raised(self, ahead: Outlook, entry: dict[str, Any], step: int, probed: bool = True) -> list[Alarm]:
         """New alarms, each with its warning and its mark in the history's `entry`.
 
         Args:
             ahead: what is forecast.
             entry: of the last probe.
             step: optimizer steps seen.
+            probed: whether a probe has just been made.
         """
         new = [
             forecast
@@ -188,7 +214,7 @@ class Alarms:
                 (self.state.collapse, ahead.collapse),
                 (self.state.explosion, ahead.explosion),
             )
-            if forecast is not None and state.update(forecast, step)
+            if forecast is not None and state.update(forecast, step, probed)
         ]
         alarms = []
         for forecast in new:

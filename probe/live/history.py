@@ -5,25 +5,24 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from probe.errors.exceptions import ConfigError
 from probe.estimand import ESTIMANDS, SEQUENCE, TOKEN, Estimand
 from probe.forecast.curves import Anchor, CumulativeSum, level_change
-from probe.forecast.forecast import Forecast, forecast
 from probe.forecast.mean_change import ProbedChange, mean_change
 from probe.forecast.readings import (
     WINDOW_HORIZONS,
     EntropyReading,
     above_zero,
-    logged_readings,
     recent_readings,
 )
 from probe.live.alarm import AlarmStates, ThresholdAlarm
 from probe.live.lines import Outlook
 from probe.live.names import STEPS, flat_values
 from probe.live.outcome import Outcome
+from probe.live.seen import Run, band_of, look_ahead, settle_band
 from probe.live.settings import WatchSettings
 from probe.results.quantity import Part
 from probe.text import error_text
@@ -36,33 +35,6 @@ READING = ("H_orig_tok", "H_orig_tok_se", "deltaH_true_tok", "deltaH_true_tok_se
 """Names of what the forecast takes from a probe."""
 SUMMED = {"deltaH1": "H_predicted", "deltaH_true": "H_tracked"}
 """What is summed up over the steps, and the level that the sum leads to."""
-
-
-@dataclass
-class Run:
-    """What a watch has seen so far; plain values, so that it can go into a checkpoint.
-
-    Attributes:
-        step: optimizer steps.
-        history: one entry per probe.
-        readings: what the forecast is made from.
-        threshold: entropy that counts as collapse, nats per token; None before the first probe.
-        ceiling: entropy that counts as explosion, nats per token; None likewise, and where none does.
-        logged: optimizer step and entropy, nats per token, that the training has logged itself.
-        sums: cumulative sums by the name of what is summed up.
-        anchors: where the curves start, by the same names.
-        changes: of the last probes, by the same names.
-    """
-
-    step: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    readings: list[EntropyReading] = field(default_factory=list)
-    threshold: float | None = None
-    ceiling: float | None = None
-    logged: list[tuple[int, float]] = field(default_factory=list)
-    sums: dict[str, CumulativeSum] = field(default_factory=dict)
-    anchors: dict[str, Anchor] = field(default_factory=dict)
-    changes: dict[str, list[ProbedChange]] = field(default_factory=dict)
 
 
 class History:
@@ -98,7 +70,7 @@ class History:
         """
         entry = {"step": self.run.step, **flat_values(outcome.values), **self._cumulative(outcome, momentum)}
         self._read(outcome)
-        ahead = self.look_ahead(momentum)
+        ahead = look_ahead(self.run, self._settings, momentum)
         down, up = ahead.collapse, ahead.explosion
         steps = (None, None, None) if down is None else (down.steps, down.low, down.high)
         entry |= {
@@ -113,46 +85,47 @@ class History:
         self.run.history.append(entry)
         return entry, ahead
 
-    def note_logged(self, step: int, H: float) -> None:
+    def note_logged(self, step: int, H: float) -> bool:
         """Take in an entropy that the training has logged itself.
 
         Args:
             step: the optimizer step before which the policy had it, from 1.
             H: nats per token.
+
+        Returns:
+            Whether it can be used: it is positive and finite.
         """
-        oldest = step - WINDOW_HORIZONS * self._settings.horizon
-        self.run.logged = [*(one for one in self.run.logged if one[0] >= oldest), (step, H)]
+        if not (math.isfinite(H) and H > 0):
+            return False
+        oldest = max(step, self.run.step) - WINDOW_HORIZONS * self._settings.horizon
+        self.run.logged = sorted(one for one in [*self.run.logged, (step, H)] if one[0] >= oldest)
+        return True
 
     def look_ahead(self, momentum: float) -> Outlook:
-        """What is forecast from all that was read so far."""
-        run, settings = self.run, self._settings
-        if run.threshold is None or not run.readings:
-            return Outlook()
-        logged = logged_readings(run.logged)
-        first = run.readings[0].step
-        readings = sorted(
-            [*run.readings, *(one for one in logged if one.step >= first)],
-            key=lambda one: (one.step, one.logged),
-        )
+        """What is forecast from all that was read so far; `momentum` correlates neighbouring steps."""
+        return look_ahead(self.run, self._settings, momentum)
 
-        def to(threshold: float, rising: bool) -> Forecast | None:
-            return forecast(
-                readings, threshold, settings.window, momentum, horizon=settings.horizon, rising=rising
-            )
-
-        up = None if run.ceiling is None else to(run.ceiling, rising=True)
-        return Outlook(to(run.threshold, rising=False), up)
+    def adopt(self, run: Run) -> None:
+        """Go on from what another watch has seen; what the settings say of the band goes before what it had."""
+        self.run = run
+        settle_band(self.run, self._settings)
 
     def replay(self, entries: Iterable[Mapping[str, Any]], momentum: float) -> None:
         """Go on from what an earlier training has logged; see `Watch.replay`."""
+        last = None
         for given in entries:
             entry = dict(given)
+            if last is not None and entry["step"] <= last:
+                raise ConfigError(f"entries: expected increasing steps, found {entry['step']} after {last}")
+            last = entry["step"]
             if "verdict_code" in entry:
                 entry.setdefault("verdict", WORDS[int(entry["verdict_code"])])
             for quantity, estimand in itertools.product(SUMMED, ESTIMANDS):
                 change, se, df = (entry.get(estimand.key(quantity, part)) for part in ("", "_se", "_df"))
                 H, H_se = (entry.get(estimand.key("H_orig", part)) for part in ("", "_se"))
-                if change is not None and se is not None and H is not None:
+                if change == 0 and se is None:
+                    se = 0.0  # a step of exactly 0 has no error
+                if change is not None and se is not None and math.isfinite(se) and H is not None:
                     # an older log may lack the error of a level, and degrees of freedom
                     probed = ProbedChange(entry["step"], change, se, df or math.inf)
                     self._add_change(quantity, estimand, probed, (H, H_se or 0.0), momentum)
@@ -163,8 +136,11 @@ class History:
             needed = [entry[name] for name in READING if entry.get(name) is not None]
             if len(needed) == len(READING):
                 believed = 4 if entry.get("verdict") != "invalid" else 2
-                self._add_reading(EntropyReading(entry["step"], *needed[:believed]))
+                level, *others = needed[:believed]
+                self._add_reading(EntropyReading(entry["step"], above_zero(level), *others))
             self.run.history.append(entry)
+        self.run.step = max(self.run.step, last or 0)
+        settle_band(self.run, self._settings)
 
     def _cumulative(self, outcome: Outcome, momentum: float) -> dict[str, float]:
         """Predicted and measured change since the first probe, and the change of the level, nats."""
@@ -230,7 +206,7 @@ class History:
         H, change = outcome.H.token, outcome.deltaH_true.token
         level = above_zero(H.value)
         if self.run.threshold is None:
-            self.run.threshold, self.run.ceiling = _band(self._settings, level)
+            self.run.threshold, self.run.ceiling = band_of(self._settings, level)
         if not outcome.moved:
             return
         believed = outcome.verdict.word != "invalid"
@@ -241,16 +217,6 @@ class History:
         """Keep what the forecast is made from."""
         readings = [*self.run.readings, reading]
         self.run.readings = recent_readings(readings, self._settings.horizon, self._settings.window)
-
-
-def _band(settings: WatchSettings, first: float) -> tuple[float, float | None]:
-    """The entropies that count as collapse and as explosion, nats per token; `first` is that of the first probe."""
-    if settings.entropy_band is not None:
-        low, high = settings.entropy_band
-        return low, high
-    given, factor = settings.collapse_entropy, settings.explosion_factor
-    low = settings.collapse_fraction * first if given is None else given
-    return low, None if factor is None else factor * first
 
 
 def _with_error(estimand: Estimand, name: str, value: float, se: float) -> dict[str, float]:

@@ -115,8 +115,8 @@ STEPS = ("steps_to_collapse", "steps_to_collapse_low", "steps_to_collapse_high")
 LIVE_TEXTS: dict[str, str] = {
     "verdict_reasons": "why the verdict is not better, a list of sentences",
     "shares_reason": "why there are no parts of momentum and decay; absent where there are",
-    "outlook": "the forecast in words; `flattening` where entropy moves towards a threshold and is more likely than "
-    "not never to reach it, `no collapse in sight` where it is far",
+    "outlook": "the forecast in words; `flattening` where entropy moves towards a threshold at a rate that would "
+    "reach it within 3,000 steps, and more likely than not does not, `no collapse in sight` where it is far",
 }
 """Texts in the history; they are not logged."""
 

@@ -106,15 +106,19 @@ class ProbedUpdates:
         self._resumed = time.perf_counter() - step_seconds
         self._act_on(alarms)
 
-    def note_entropy(self, H: float, step: int | None) -> None:
+    def note_entropy(self, H: float, step: int) -> None:
         """Take in an entropy that the training has logged itself; see `Watch.note_entropy`."""
-        history = self._history
-        history.note_logged(history.run.step if step is None else step, H)
-        if not history.run.history:
+        history, start = self._history, time.perf_counter()
+        if not history.note_logged(step, H) or not history.run.history:
             return
         ahead = self._guarded(lambda: history.look_ahead(momentum(self._optimizers)))
+        spent = time.perf_counter() - start
+        self._schedule.probe_seconds += spent  # the probe's time, not the training's
+        if self._resumed is not None:
+            self._resumed += spent
         if ahead is not None:
-            self._act_on(self._alarms.raised(ahead, history.run.history[-1], history.run.step))
+            entry, now = history.run.history[-1], history.run.step
+            self._act_on(self._alarms.raised(ahead, entry, now, probed=False))
 
     def between(self) -> None:
         """The update has ended, and nothing of the next one has begun."""

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from probe.distributed.ranks import rank_and_size
+from probe.errors.exceptions import ConfigError
 from probe.live.alarm import Alarms, OnAlarm
 from probe.live.attach import backward_hooks, checked_attachment, say_attached
 from probe.live.history import History, read_state, saved_state
@@ -133,9 +134,17 @@ class Watch(AbstractContextManager["Watch"]):
         Args:
             H: nats per token, at the probe's temperature; what is not positive and finite is left out.
             step: the optimizer step before which the policy had it, from 1; by default the last one seen.
+
+        Raises:
+            ConfigError: `step` is no step that was seen.
         """
+        if step is not None and not 0 <= step <= self.step:
+            raise ConfigError(
+                f"step: expected an optimizer step of the {self.step} seen so far, found {step!r}; give the number of "
+                "the update, not of tokens or samples"
+            )
         if self.active:
-            self._updates.note_entropy(float(H), step)
+            self._updates.note_entropy(float(H), self.step if step is None else step)
 
     def detach(self) -> None:
         """Remove the hooks, and say the summary; the history stays."""
@@ -162,7 +171,8 @@ class Watch(AbstractContextManager["Watch"]):
         Raises:
             ConfigError: it is none.
         """
-        self._history.run, self._alarms.state = read_state(state)
+        run, self._alarms.state = read_state(state)
+        self._history.adopt(run)
 
     def replay(self, entries: Iterable[Mapping[str, Any]], logged: Iterable[tuple[int, float]] = ()) -> None:
         """Go on from what an earlier training has logged: curves and forecast as if it had not been interrupted.
@@ -174,6 +184,9 @@ class Watch(AbstractContextManager["Watch"]):
         """
         for step, H in logged:
             self._history.note_logged(step, H)
+        entries = list(entries)
+        for entry in entries:
+            self._alarms.state.replay(entry)
         self._history.replay(entries, momentum(self.optimizers))
 
 

@@ -15,6 +15,7 @@ from probe.forecast.trend import (
     OFFSET,
     ReadingArrays,
     Trend,
+    added_variance,
     fit_trend,
 )
 
@@ -138,6 +139,19 @@ def test_coordinates_are_inverse_to_each_other(power):
     assert of.inverse(of.transform(H), 0.0) == pytest.approx(np.broadcast_to(H, (3, 80)), rel=1e-12)
     nearby = (of.transform(H * (1 + 1e-6)) - of.transform(H * (1 - 1e-6))) / (2e-6 * H)
     assert of.slope(H) == pytest.approx(nearby, rel=1e-6)
+
+
+@pytest.mark.parametrize("x", [0.0, 0.5, 0.94, 1.0])
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 64, 1000])
+def test_variances_by_doubling_are_those_step_by_step(x, n):
+    level = both = drift = 0.0
+    for _ in range(n):
+        level, both, drift = level + 2 * both + drift, x * (both + drift), x * x * drift + 1
+    assert [float(v) for v in added_variance(x, n)] == pytest.approx([level, both, drift], rel=1e-10)
+    first = added_variance(x, n // 3)
+    assert [float(v) for v in added_variance(x, n - n // 3, first)] == pytest.approx(
+        [level, both, drift], rel=1e-10
+    )
 
 
 def test_prior_probabilities_add_up_to_one():

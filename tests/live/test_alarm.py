@@ -159,28 +159,87 @@ def test_a_band_takes_the_place_of_fractions():
     assert (watch.last["collapse_entropy"], watch.last["explosion_entropy"]) == (0.5, 9.0)
 
 
+def logged_loop(**settings: Any) -> tuple[Any, Loop]:
+    """24 steps that change next to nothing, of which 1, 9 and 17 are probed."""
+    with seeded():
+        loop = falling_loop(24)
+        loop.optimizers[0].param_groups[0]["lr"] = 1e-6
+        watch = attach(loop.model, loop.optimizers[0], B_E=16, shares=False, every=8, **settings)
+        loop.run()
+    return watch, loop
+
+
 def test_logged_entropies_enter_the_forecast_and_may_raise_an_alarm():
     seen: list[Alarm] = []
-    with seeded():
-        loop = falling_loop(4)
-        watch = attach(
-            loop.model, loop.optimizers[0], B_E=16, shares=False, collapse_fraction=0.01, horizon=5,
-            on_alarm=seen.append, every=1,
-        )  # fmt: skip
-        loop.run()
-        before = watch.last["collapse_chance"]
-        assert before < ALARM_CHANCE
-        H = watch.last["H_orig_tok"]
-        for step in range(5, 25):  # not probed any more, and falling fast
-            H *= 0.8
-            watch.note_entropy(H, step)
-        watch.note_entropy(float("nan"), 25)
-        watch.detach()
-        watch.note_entropy(1e-9, 26)  # nobody listens
+    watch, _ = logged_loop(collapse_fraction=0.1, horizon=20, on_alarm=seen.append)
+    assert watch.last["collapse_chance"] < ALARM_CHANCE
+    H = watch.last["H_orig_tok"]
+    for step in range(1, 15):
+        watch.note_entropy(H * (1 + 0.01 * (step % 3)), step)
+    assert not seen
+    for step in range(15, 25):  # not probed any more, and falling fast
+        H *= 0.85
+        watch.note_entropy(H, step)
+    watch.detach()
+    watch.note_entropy(1e-9)  # nobody listens
     assert len(seen) == 1
-    assert seen[0].step == watch.step == 4
+    assert seen[0].step == watch.step == 24
     assert watch.last["H_orig_tok"] > seen[0].forecast.H
     assert watch.last["alarm"] is True
+
+
+@pytest.mark.parametrize("outlier", [0.3, 0.1, 0.01, 1e-6, 20.0])
+def test_one_odd_log_raises_no_alarm(outlier):
+    seen: list[Alarm] = []
+    watch, _ = logged_loop(on_alarm=seen.append)
+    H = watch.last["H_orig_tok"]
+    for step in range(1, 24):
+        watch.note_entropy(H * (1 + 0.01 * (step % 3)), step)
+    watch.note_entropy(outlier * H, 24)
+    watch.note_entropy(H, 24)
+    watch.detach()
+    assert not seen
+
+
+def test_what_cannot_be_a_log_is_left_out_or_refused():
+    watch, _ = logged_loop()
+    alarm = watch._alarms.state.collapse
+    alarm.armed = False
+    for H in (math.nan, math.inf, 0.0, -1.0):
+        for _ in range(4):
+            watch.note_entropy(H)
+    assert watch.state_dict()["run"]["logged"] == []
+    for step in (20, 5, 11):
+        watch.note_entropy(1.0, step)
+    assert [step for step, _ in watch.state_dict()["run"]["logged"]] == [5, 11, 20]
+    assert not alarm.armed  # logs calm nobody
+    for step in (25, 10**6, -1):
+        with pytest.raises(ValueError, match="step: expected an optimizer step of the 24 seen so far"):
+            watch.note_entropy(1.0, step)
+    watch.detach()
+
+
+def test_an_alarm_that_was_raised_before_a_resume_is_not_raised_again():
+    """From a log, as transformers' Trainer resumes: the learning rate was lowered then, and is not lowered again."""
+    seen: list[Alarm] = []
+    settings: dict[str, Any] = {"collapse_fraction": 0.5, "horizon": 50}
+    first, _ = run_falling(on_alarm=seen.append, **settings)
+    assert len(seen) == 1
+    logged = [{k: v for k, v in entry.items() if k != "alarm"} for entry in first.history]
+    with seeded():
+        loop = falling_loop(2)
+        again = attach(
+            loop.model,
+            loop.optimizers[0],
+            B_E=16,
+            shares=False,
+            on_alarm=seen.append,
+            first_step=12,
+            **settings,
+        )
+        again.replay(logged)
+        assert again._alarms.state.collapse == first._alarms.state.collapse
+        again.detach()
 
 
 def test_scaling_the_learning_rate():

@@ -101,3 +101,55 @@ def test_replaying_a_log_goes_on_as_if_nothing_had_happened():
         assert second.last[name] == pytest.approx(whole.last[name], rel=1e-9), name
     assert second.last["steps_to_collapse"] == pytest.approx(whole.last["steps_to_collapse"], rel=1e-9)
     assert second.last["collapse_entropy"] == whole.last["collapse_entropy"]
+
+
+def replayed(entries: list[dict[str, Any]], **settings: Any) -> Any:
+    with seeded():
+        model = full_model()
+        watch = attach(model, adamw(model), **settings)
+        watch.replay(entries)
+        watch.detach()
+    return watch
+
+
+def logged_entry(step: int, H: float, change: float = -0.01, **more: Any) -> dict[str, Any]:
+    values = {"H_orig_tok": H, "H_orig_tok_se": 0.01, "deltaH_true_tok": change, "deltaH_true_tok_se": 0.001}
+    return {
+        "step": step,
+        **values,
+        "H_orig": 4 * H,
+        "collapse_entropy": 0.2,
+        "explosion_entropy": 6.0,
+        **more,
+    }
+
+
+def test_a_replayed_entropy_of_0_is_no_error():
+    watch = replayed([logged_entry(k, 0.0, change=0.0) for k in (1, 2, 3)])
+    assert watch._history.look_ahead(0.9).collapse.reached
+
+
+def test_a_replayed_step_of_exactly_0_counts_in_the_sums():
+    first = logged_entry(1, 2.0, change=0.0)
+    del first["deltaH_true_tok_se"]
+    watch = replayed([first, logged_entry(11, 2.0), logged_entry(21, 1.9)])
+    # interpolated from 0 to -0.01 over the first ten steps, -0.01 in each of the next ten
+    assert watch._history.run.sums["deltaH_true_tok"].total == pytest.approx(-0.045 - 0.1)
+
+
+def test_what_the_settings_say_of_the_band_goes_before_the_log():
+    entries = [logged_entry(k, 2.0) for k in (1, 2, 3)]
+    run = replayed(entries)._history.run
+    assert (run.threshold, run.ceiling) == (0.2, 6.0)
+    run = replayed(entries, collapse_entropy=0.5, explosion_factor=None)._history.run
+    assert (run.threshold, run.ceiling) == (0.5, None)
+    run = replayed(entries, entropy_band=(0.3, 3.0))._history.run
+    assert (run.threshold, run.ceiling) == (0.3, 3.0)
+    for entry in entries:
+        del entry["explosion_entropy"]  # as an older version logs
+    assert replayed(entries)._history.run.ceiling == pytest.approx(6.0)
+
+
+def test_entries_out_of_order_are_refused():
+    with pytest.raises(ValueError, match="entries: expected increasing steps, found 2 after 3"):
+        replayed([logged_entry(3, 2.0), logged_entry(2, 2.0)])

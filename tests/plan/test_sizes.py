@@ -8,6 +8,7 @@ import math
 import pytest
 
 from probe.estimand import Number, PerEstimand
+from probe.estimators.control_variates import SMALLEST_SAMPLE
 from probe.plan.page import NO_PLAN, page
 from probe.plan.passes import Pass
 from probe.plan.settings import PlanConfig
@@ -129,10 +130,11 @@ def test_every_page_keeps_to_its_columns_and_every_mapping_is_json(value, contro
 
 def test_a_run_may_be_too_small_for_the_control_variates_of_its_pilot():
     """What made the pilot's errors small is not there in a run of the recommended size."""
-    plan = plan_of(pilot(-8e-3, controls="on: fitted on other prompts"), PASSES, PlanConfig())
-    assert plan.headline.resolves.size < 256
-    assert "runs below 256 prompts have only with probe_rework.control_variates: on." in " ".join(
-        page(plan).split()
+    plan = plan_of(pilot(-2e-2, controls="on: fitted on other prompts"), PASSES, PlanConfig())
+    assert plan.headline.resolves.size < SMALLEST_SAMPLE
+    assert (
+        f"runs below {SMALLEST_SAMPLE} prompts have only with probe_rework.control_variates: on."
+        in " ".join(page(plan).split())
     )
 
 

@@ -32,7 +32,7 @@ def note_logged_entropy(watch: Watch | None, state: TrainerState, logs: Mapping[
     """Tell the watch of an entropy among what the trainer has just logged."""
     H = (logs or {}).get(LOGGED_ENTROPY)
     if H is not None and watch is not None:
-        watch.note_entropy(H, _middle(state.global_step, state))
+        watch.note_entropy(H, min(_middle(state.global_step, state), watch.step))
 
 
 def logged_levels(state: TrainerState) -> list[tuple[int, float]]:
