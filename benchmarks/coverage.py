@@ -67,9 +67,8 @@ def among_trustworthy(space: Tabular, runs: list[Drawn]) -> tuple[float, float]:
     held = between(max(PRECISE - m, -NORMAL_975), NORMAL_975) + between(
         -NORMAL_975, min(-PRECISE - m, NORMAL_975)
     )
-    return sum(chosen) / len(
-        chosen
-    ) if chosen else math.nan, held / standing_out if standing_out else math.nan
+    own = sum(chosen) / len(chosen) if chosen else math.nan
+    return own, held / standing_out if standing_out else math.nan
 
 
 def main() -> None:

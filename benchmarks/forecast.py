@@ -1,4 +1,4 @@
-"""What forecasts and alarms are worth: trainings of eight shapes, and real ones, against a free rival's rule.
+"""What forecasts and alarms are worth: trainings of nine shapes, and real ones, against a free rival's rule.
 
 A synthetic training follows a curve of its family, multiplied by a random walk: the steps' own noise, white or with the
 correlation that a momentum of 0.9 gives it. Levels are read with an error of 3 %, changes with one of a fifth of their
@@ -9,7 +9,7 @@ projects it to the threshold. Both raise an alarm where the collapse is forecast
 after three readings of calm.
 
     python benchmarks/forecast.py --series 1000                # synthetic
-    python benchmarks/forecast.py --runs FOLDER                # trains three policies with TRL, keeps them there
+    python benchmarks/forecast.py --runs FOLDER                # trains two policies with TRL, keeps them there
 
 Columns: `false`, alarms per 100 steps in trainings that do not collapse; `cried`, share of these that have one;
 `missed`, share of the collapses without an alarm before; `lead`, median number of steps from the first alarm to the
@@ -36,14 +36,13 @@ from probe.forecast.forecast import ALARM_CHANCE, forecast
 from probe.forecast.hypotheses import Array, hypotheses
 from probe.forecast.readings import EntropyReading, logged_readings
 from probe.forecast.trend import ReadingArrays, fit_trend
-from probe.live.alarm import ThresholdAlarm
+from probe.live.alarm import CALM_CHANCE, CALM_READINGS, ThresholdAlarm
 
 STEPS, HORIZON, WINDOW = 200, 50, 60
 FRACTION = 0.1
 FLOOR = 0.02
 """Share of the first entropy that curves end at."""
 LEVEL_ERROR, CHANGE_ERROR = 0.03, 0.2
-CALM = 3
 MOMENTUM = 0.9
 
 
@@ -196,7 +195,7 @@ def probe_says(trainings: Trainings, every: int, momentum: float) -> Iterator[Sa
         reached = arrival(fit_trend(read, hypotheses(), momentum), trainings.threshold)
         chance = reached.within(HORIZON)
         low, high = reached.quantile(0.025), reached.quantile(0.975)
-        yield Said(int(at[n - 1]) + 1, chance >= ALARM_CHANCE, chance < ALARM_CHANCE / 2, low, high)
+        yield Said(int(at[n - 1]) + 1, chance >= ALARM_CHANCE, chance < CALM_CHANCE, low, high)
 
 
 def rival_says(trainings: Trainings, every: int) -> Iterator[Said]:
@@ -259,7 +258,7 @@ def worth(said: Iterator[Said], end: Array) -> Worth:
         first, alarms = np.where(new, np.minimum(first, one.step), first), alarms + new
         armed = armed & ~new
         calm = np.where(one.calm, calm + 1, 0)
-        armed |= calm >= CALM
+        armed |= calm >= CALM_READINGS
         finite = before & np.isfinite(one.high)
         # the level is at the threshold somewhere in the step before the one that starts from a collapsed policy
         left = end - one.step
@@ -379,7 +378,7 @@ def _rival_alarms(run: Run, threshold: float, every: int, end: int | None) -> li
             armed, calm = False, 0
             found.append(said.step)
         calm = calm + 1 if said.calm[0] else 0
-        armed = armed or calm >= CALM
+        armed = armed or calm >= CALM_READINGS
     return found
 
 

@@ -9,7 +9,7 @@ so many steps follows (`probe.forecast.arrival`), and from it everything here: t
 interval, and the chance of an alarm. There is an upper end only if the threshold is reached with a probability of at
 least 97.5 %.
 
-How well this does on synthetic trainings of eight shapes and on real ones is in `benchmarks/forecast.py` and
+How well this does on synthetic trainings of nine shapes and on real ones is in `benchmarks/forecast.py` and
 `benchmarks/RESULTS.md`. Nothing announces a fall that stops from one step to the next.
 """
 
@@ -24,7 +24,7 @@ import numpy as np
 from probe.forecast.arrival import FARTHEST, arrival
 from probe.forecast.hypotheses import hypotheses
 from probe.forecast.readings import LEAST_READINGS, EntropyReading, usable_readings
-from probe.forecast.trend import ReadingArrays, fit_trend
+from probe.forecast.trend import ReadingArrays, Trend, fit_trend
 
 ALARM_CHANCE = 0.3
 """Probability of reaching the threshold within the horizon from which on there is an alarm."""
@@ -127,11 +127,39 @@ def forecast(
         >>> round(forecast(fall, threshold=2.0 * 0.99**120, shape=0.0).steps)
         100
     """
-    _check(threshold, window, momentum, shape, horizon)
+    _check(threshold, horizon)  # also where there are too few readings
+    found = trend_of(readings, window, momentum, shape)
+    return None if found is None else forecast_of(*found, threshold, horizon, rising)
+
+
+def trend_of(
+    readings: Sequence[EntropyReading], window: int, momentum: float, shape: float | None = None
+) -> tuple[Trend, int] | None:
+    """The trend that readings show, and how many of them; None with fewer than three measured changes.
+
+    Args and errors: see `forecast`.
+    """
+    _check_fit(window, momentum, shape)
     used = in_window(usable_readings(readings), window)
     if sum(one.has_change for one in used) < LEAST_READINGS:
         return None
-    trend = fit_trend(as_arrays([used]), hypotheses(shape), momentum)
+    return fit_trend(as_arrays([used]), hypotheses(shape), momentum), len(used)
+
+
+def forecast_of(trend: Trend, readings_used: int, threshold: float, horizon: float, rising: bool) -> Forecast:
+    """What a trend of one training says of one threshold.
+
+    Args:
+        trend: from `trend_of`.
+        readings_used: that it was made from.
+        threshold: nats per token.
+        horizon: optimizer steps within which the chance is given.
+        rising: whether the threshold is to be reached from below.
+
+    Raises:
+        ValueError: if `threshold` or `horizon` is not positive.
+    """
+    _check(threshold, horizon)
     reached = arrival(trend, np.array([threshold]), rising)
     steps, low, high = (float(reached.quantile(p)[0]) for p in (0.5, 0.025, 0.975))
     rate, rate_se = (float(x[0]) for x in trend.rate)
@@ -143,7 +171,7 @@ def forecast(
         rate_se=rate_se,
         H=float(trend.level[0]),
         threshold=threshold,
-        readings_used=len(used),
+        readings_used=readings_used,
         horizon=horizon,
         chance=float(reached.within(min(horizon, FARTHEST))[0]),
         ever=float(reached.chance[0, -1]),
@@ -175,15 +203,19 @@ def as_arrays(trainings: Sequence[Sequence[EntropyReading]]) -> ReadingArrays:
     )
 
 
-def _check(threshold: float, window: int, momentum: float, shape: float | None, horizon: float) -> None:
-    """Refuse what no forecast can be made from; see `forecast`."""
+def _check(threshold: float, horizon: float) -> None:
+    """Refuse what no forecast can be made of; see `forecast`."""
     if not (threshold > 0 and math.isfinite(threshold)):
         raise ValueError(f"threshold must be a positive entropy in nats per token, not {threshold}")
+    if not horizon > 0:
+        raise ValueError(f"horizon must be a positive number of optimizer steps, not {horizon}")
+
+
+def _check_fit(window: int, momentum: float, shape: float | None) -> None:
+    """Refuse what no trend can be fitted with; see `forecast`."""
     if window < LEAST_READINGS:
         raise ValueError(f"window must be at least {LEAST_READINGS} readings, not {window}")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1), not {momentum}")
     if shape is not None and not 0 <= shape <= 1:
         raise ValueError(f"shape must be in [0, 1] or None, not {shape}")
-    if not horizon > 0:
-        raise ValueError(f"horizon must be a positive number of optimizer steps, not {horizon}")

@@ -50,8 +50,7 @@ class Hypotheses:
 
     def transform(self, H: Array) -> Array:
         """`g(H)`; `H` above 0 is `(..., 1)` or `(..., G)`, in units of the first level."""
-        p = np.where(self.power == 0, 1.0, self.power)
-        return np.where(self.power == 0, np.log(H), (H**p - 1) / p)
+        return coordinate(H, self.power)
 
     def slope(self, H: Array) -> Array:
         """`dg / dH`."""
@@ -62,6 +61,12 @@ class Hypotheses:
         p = np.where(self.power == 0, 1.0, self.power)
         power = np.maximum(1 + p * g, 0.0) ** (1 / p)
         return np.maximum(np.where(self.power == 0, np.exp(np.minimum(g, 300.0)), power), least)
+
+
+def coordinate(H: Array, power: Array | float) -> Array:
+    """`(H^power - 1) / power`, the logarithm for a power of 0."""
+    p = np.where(np.equal(power, 0), 1.0, power)
+    return np.where(np.equal(power, 0), np.log(H), (H**p - 1) / p)
 
 
 def hypotheses(shape: float | None = None) -> Hypotheses:

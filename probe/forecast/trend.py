@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from probe.forecast.hypotheses import Array, Hypotheses
+from probe.forecast.hypotheses import Array, Hypotheses, coordinate
 
 LARGEST_FALL = 0.95
 """Largest share of the entropy that one step can take: a noisy reading may claim it all, and log(0) is no rate."""
@@ -321,7 +321,7 @@ def _logged_slope(readings: ReadingArrays, power: float) -> Array:
     if len(places) < 3 or step[0] == step[-1]:
         return np.zeros(len(readings.level))
     H = readings.level[:, places]
-    g = np.log(H) if power == 0 else (H**power - 1) / power
+    g = coordinate(H, power)
     centred = step - step.mean()
     slope = g @ centred / (centred @ centred)
     error = (H ** (power - 1) * readings.level_se[:, places]).max(1) / np.sqrt(centred @ centred)

@@ -11,12 +11,12 @@ from typing import Any
 from probe.live.history import History
 from probe.live.say import say
 from probe.live.schedule import Schedule
-from probe.live.settings import WatchSettings
+from probe.live.settings import SMALLEST_E, WatchSettings
 from probe.verdict.sentences import round_up
 
 RECENT = 5
 """Probes whose median is taken for the spread of a response."""
-LEAST, MOST = 16, 16
+LEAST, MOST = SMALLEST_E, 16
 """Fewest responses of a probe; and most, in times the configured `B_E`."""
 NOTABLE = 1.5
 """Factor by which `B_E` changes before it is worth a line."""

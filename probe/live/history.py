@@ -70,7 +70,7 @@ class History:
         """
         entry = {"step": self.run.step, **flat_values(outcome.values), **self._cumulative(outcome, momentum)}
         self._read(outcome)
-        ahead = look_ahead(self.run, self._settings, momentum)
+        ahead = self.look_ahead(momentum)
         down, up = ahead.collapse, ahead.explosion
         steps = (None, None, None) if down is None else (down.steps, down.low, down.high)
         entry |= {

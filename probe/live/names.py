@@ -7,19 +7,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from probe.estimand import TOKEN
+from probe.estimand import TOKEN, Estimand
 from probe.report.tags import PREFIX
 from probe.results import diagnostic_keys, keys
 from probe.results.quantity import Part, Quantity
 from probe.verdict.words import WORDS
 
 _ERROR = (Part("_se", "its standard error"),)
-_DELTA_ERRORS = (*_ERROR, Part("_ci95", "its 95 % interval", interval=True), Part("_df", "of its error"))
-_MEAN_ERRORS = (
-    *_ERROR,
-    Part("_ci95", "its 95 % interval", interval=True, logged=(TOKEN,)),
-    Part("_df", "of its error"),
-)
+
+
+def _errors(logged: tuple[Estimand, ...] = ()) -> tuple[Part, ...]:
+    """Standard error, interval and degrees of freedom; `logged` says for which estimands the interval is."""
+    interval = Part("_ci95", "its 95 % interval", interval=True, logged=logged)
+    return (*_ERROR, interval, Part("_df", "of its error"))
+
+
+_DELTA_ERRORS, _MEAN_ERRORS = _errors(), _errors(logged=(TOKEN,))
 OF_A_TRAINING: tuple[Quantity, ...] = (
     Quantity(
         "cumulative_deltaH1",

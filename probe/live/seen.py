@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from probe.forecast.curves import Anchor, CumulativeSum
-from probe.forecast.forecast import Forecast, forecast
+from probe.forecast.forecast import forecast_of, trend_of
 from probe.forecast.mean_change import ProbedChange
 from probe.forecast.readings import EntropyReading, above_zero, logged_readings
 from probe.live.lines import Outlook
@@ -57,13 +57,11 @@ def look_ahead(run: Run, settings: WatchSettings, momentum: float) -> Outlook:
         key=lambda one: (one.step, one.logged),
     )
 
-    def to(threshold: float, rising: bool) -> Forecast | None:
-        return forecast(
-            readings, threshold, settings.window, momentum, horizon=settings.horizon, rising=rising
-        )
-
-    up = None if run.ceiling is None else to(run.ceiling, rising=True)
-    return Outlook(to(run.threshold, rising=False), up)
+    found = trend_of(readings, settings.window, momentum)
+    if found is None:
+        return Outlook()
+    up = None if run.ceiling is None else forecast_of(*found, run.ceiling, settings.horizon, rising=True)
+    return Outlook(forecast_of(*found, run.threshold, settings.horizon, rising=False), up)
 
 
 def settle_band(run: Run, settings: WatchSettings) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import probe.estimators.control_variates as module
 from probe.estimators.control_variates import SMALLEST_SAMPLE, control_variates
@@ -26,19 +30,23 @@ def repeated(family: str) -> tuple[Tabular, list[Drawn]]:
     return space, [draw(space, SMALLEST_SAMPLE, g, controls=True) for _ in range(REPETITIONS)]
 
 
+def paired(
+    runs: list[Drawn], number: Callable[[Drawn, str, int], float]
+) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """A number of every run with and without control variates, for both estimates and estimands."""
+    for name, which in itertools.product(NAMES, (0, 1)):
+        with_, without = (torch.tensor([number(run, n, which) for run in runs]) for n in (f"{name}+cv", name))
+        yield (name, which), with_, without
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_never_more_variance_than_without(family):
     """A ratio of at most 1, within four of its standard errors, for both estimates and estimands."""
     _, runs = repeated(family)
-    for name in NAMES:
-        for which in (0, 1):
-            values = [
-                torch.tensor([list(run.estimates[n])[which].value for run in runs])
-                for n in (f"{name}+cv", name)
-            ]
-            ratio, error = variance_ratio(*values)
-            assert ratio <= 1.0 + 4 * error, (name, which, ratio, error)
+    for what, with_, without in paired(runs, lambda run, n, which: list(run.estimates[n])[which].value):
+        ratio, error = variance_ratio(with_, without)
+        assert ratio <= 1.0 + 4 * error, (what, ratio, error)
 
 
 @pytest.mark.slow
@@ -46,17 +54,14 @@ def test_never_more_variance_than_without(family):
 def test_intervals_cover_as_well_as_without(family):
     """At most 2 points less than without, within four standard errors of the paired difference."""
     space, runs = repeated(family)
-    for name in NAMES:
-        for which in (0, 1):
-            with_, without = (
-                torch.tensor([float(run.covers(n, space.exact[n])[which]) for run in runs])
-                for n in (f"{name}+cv", name)
-            )
-            lost = without - with_
-            error = float(lost.std()) / math.sqrt(len(runs))
-            assert float(lost.mean()) <= 0.02 + 4 * error, (name, which, float(lost.mean()), error)
-            if float(without.mean()) >= 0.94:
-                assert float(with_.mean()) >= 0.94 - 4 * math.sqrt(0.95 * 0.05 / len(runs)), (name, which)
+    for what, with_, without in paired(
+        runs, lambda run, n, which: float(run.covers(n, space.exact[n])[which])
+    ):
+        lost = without - with_
+        error = float(lost.std()) / math.sqrt(len(runs))
+        assert float(lost.mean()) <= 0.02 + 4 * error, (what, float(lost.mean()), error)
+        if float(without.mean()) >= 0.94:
+            assert float(with_.mean()) >= 0.94 - 4 * math.sqrt(0.95 * 0.05 / len(runs)), what
 
 
 def test_one_response_unlike_the_others_gets_no_large_control(monkeypatch):
