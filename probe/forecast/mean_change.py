@@ -24,7 +24,8 @@ class ProbedChange:
     Attributes:
         step: optimizer step.
         value: its change, nats.
-        se: standard error of `value` over E, nats; independent between probes, each of which draws its own E.
+        se: standard error of `value` over E, nats. The errors of values are independent between probes, each of which
+            draws its own E.
         df: degrees of freedom of `se`.
     """
 
@@ -44,7 +45,8 @@ def mean_change(changes: Sequence[ProbedChange], phi: float = 0.0) -> Number | N
     steps not probed about the line, which the scatter of neighbouring probes and `phi` tell.
 
     The interval is Student's, with Satterthwaite's degrees of freedom `2 V^2 / var(V)` of the whole variance `V`: the
-    part of sampling has `var = sum_j 2 v_j^2 / df_j`; that of scatter is a weighted sum of squares of neighbouring
+    part of sampling has `var = (sum_j v_j sqrt(2 / df_j))^2`, as standard errors that are pooled over neighbouring
+    probes are wrong together; that of scatter is a weighted sum of squares of neighbouring
     differences `d_j`, with `cov(d_i^2, d_j^2) = 2 cov(d_i, d_j)^2` where they are normal.
 
     Measured coverage of the 95 % interval (1,500 simulated stretches per cell, standard error 0.6; step noise of
@@ -72,7 +74,7 @@ def mean_change(changes: Sequence[ProbedChange], phi: float = 0.0) -> Number | N
 
     >>> found = mean_change([ProbedChange(k, -0.1 * k, 0.3, 9.0) for k in (1, 2, 3)])
     >>> round(found.value, 9), round(found.se, 9), round(found.df, 9)
-    (-0.2, 0.173205081, 27.0)
+    (-0.2, 0.173205081, 9.0)
     """
     usable = [one for one in changes if math.isfinite(one.value) and math.isfinite(one.se)]
     if len(usable) < LEAST_PROBES:
@@ -107,7 +109,7 @@ def _freedom(changes: Sequence[ProbedChange], phi: float, variance: float, step_
     gap = np.diff(step)
     weight = np.append((gap + 1) / 2, 1.0) + np.insert((gap - 1) / 2, 0, 0.0)
     df = np.array([one.df for one in changes])
-    spread = float((2 * (weight**2 * error) ** 2 / df).sum())
+    spread = 2 * float((weight**2 * error / np.sqrt(df)).sum()) ** 2
     coefficient = np.array([scatter(int(g), phi) for g in gap]) / (2 * (1 - np.power(phi, gap)))
     of_changes = step_variance * np.power(phi, np.abs(step[:, None] - step[None, :])) + np.diag(error)
     of_differences = np.diff(np.diff(of_changes, axis=0), axis=1)

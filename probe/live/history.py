@@ -10,6 +10,7 @@ from typing import Any
 
 from probe.errors.exceptions import ConfigError
 from probe.estimand import ESTIMANDS, SEQUENCE, TOKEN, Estimand
+from probe.estimators.pooled_error import ErrorSize
 from probe.forecast.curves import Anchor, CumulativeSum, level_change
 from probe.forecast.mean_change import ProbedChange, mean_change
 from probe.forecast.readings import (
@@ -22,6 +23,7 @@ from probe.live.alarm import AlarmStates, ThresholdAlarm
 from probe.live.lines import Outlook
 from probe.live.names import STEPS, flat_values
 from probe.live.outcome import Outcome
+from probe.live.pooling import ErrorMemory
 from probe.live.seen import Run, band_of, look_ahead, settle_band
 from probe.live.settings import WatchSettings
 from probe.results.quantity import Part
@@ -68,8 +70,9 @@ class History:
         Returns:
             The entry, which is in the history now, and what is forecast.
         """
-        entry = {"step": self.run.step, **flat_values(outcome.values), **self._cumulative(outcome, momentum)}
-        self._read(outcome)
+        known = self.run.errors.pooled(outcome)
+        entry = {"step": self.run.step, **flat_values(known.values), **self._cumulative(known, momentum)}
+        self._read(known)
         ahead = self.look_ahead(momentum)
         down, up = ahead.collapse, ahead.explosion
         steps = (None, None, None) if down is None else (down.steps, down.low, down.high)
@@ -118,6 +121,7 @@ class History:
             if last is not None and entry["step"] <= last:
                 raise ConfigError(f"entries: expected increasing steps, found {entry['step']} after {last}")
             last = entry["step"]
+            self.run.errors.replay(entry)
             if "verdict_code" in entry:
                 entry.setdefault("verdict", WORDS[int(entry["verdict_code"])])
             for quantity, estimand in itertools.product(SUMMED, ESTIMANDS):
@@ -146,12 +150,11 @@ class History:
         """Predicted and measured change since the first probe, and the change of the level, nats."""
         values: dict[str, float] = {}
         for estimand in (SEQUENCE, TOKEN):
-            H = outcome.H[estimand]
-            for quantity, changes in (("deltaH1", outcome.deltaH1), ("deltaH_true", outcome.deltaH_true)):
-                change = changes[estimand]
-                probed = ProbedChange(self.run.step, change.value, change.se, change.df)
-                values |= self._add_change(quantity, estimand, probed, (H.value, H.se), momentum)
-            since_first = level_change(H.value, H.se, self._first_level(estimand))
+            level = outcome.level(estimand)
+            for quantity in SUMMED:
+                probed = ProbedChange(self.run.step, *outcome.change(quantity, estimand))
+                values |= self._add_change(quantity, estimand, probed, level, momentum)
+            since_first = level_change(*level, self._first_level(estimand))
             values |= _with_error(estimand, "cumulative_H", *since_first)
         return values
 
@@ -203,15 +206,15 @@ class History:
 
     def _read(self, outcome: Outcome) -> None:
         """Take in what a probe says for the forecast: of a change that is invalid, the level alone."""
-        H, change = outcome.H.token, outcome.deltaH_true.token
-        level = above_zero(H.value)
+        H, H_se = outcome.level(TOKEN)
+        level, change = above_zero(H), outcome.changes.measurement["deltaH_true"].token
         if self.run.threshold is None:
             self.run.threshold, self.run.ceiling = band_of(self._settings, level)
         if not outcome.moved:
             return
         believed = outcome.verdict.word != "invalid"
-        changed = (change.value, change.se) if believed else (None, None)
-        self._add_reading(EntropyReading(self.run.step, level, H.se, *changed))
+        changed = (change.value, change.se) if believed and change is not None else (None, None)
+        self._add_reading(EntropyReading(self.run.step, level, H_se, *changed))
 
     def _add_reading(self, reading: EntropyReading) -> None:
         """Keep what the forecast is made from."""
@@ -283,10 +286,18 @@ def _read_run(state: Mapping[str, Any]) -> Run:
                 name: [ProbedChange(**one) for one in probed]
                 for name, probed in state.get("changes", {}).items()
             },
+            "errors": ErrorMemory(
+                {
+                    name: [ErrorSize(**one) for one in sizes]
+                    for name, sizes in state.get("errors", {}).get("sizes", {}).items()
+                }
+            ),
         }
     )
     for entry in run.history:
         _require_numbers(entry["step"], entry["H_orig"], entry["H_orig_tok"])
+    for sizes in run.errors.sizes.values():
+        _require_numbers(*(x for one in sizes for x in (one.variance, one.df)))
     for reading in run.readings:
         _require_numbers(reading.step, reading.H, reading.H_se)
         _require_numbers(*(x for x in (reading.change, reading.change_se) if x is not None))

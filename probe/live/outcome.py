@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import NumericalError
 from probe.errors.remedies import Message
-from probe.estimand import Number, Numbers, PerEstimand
+from probe.estimand import Estimand, Number, Numbers, PerEstimand
 from probe.estimators.entropy_change import entropy
 from probe.estimators.estimate import Estimate, Estimates, estimate
 from probe.estimators.ground_truth import GroundTruth
@@ -56,8 +56,8 @@ class Outcome(StepResult):
     """What one probed step did.
 
     Attributes:
-        H: entropy before the step.
-        deltaH1: as reported; exactly 0 without error where the step was 0.
+        H: entropy before the step, with the errors of this E alone.
+        deltaH1: likewise; exactly 0 without error where the step was 0.
         deltaH_true: likewise.
         mean_length: tokens per response of E.
         step_norm: Euclidean norm of the step.
@@ -75,6 +75,24 @@ class Outcome(StepResult):
     def moved(self) -> bool:
         """Whether the step was not 0."""
         return self.step_norm > 0.0
+
+    def level(self, estimand: Estimand) -> tuple[float, float]:
+        """Entropy before the step and its standard error as reported, nats."""
+        H = self.changes.measurement["H_orig"][estimand]
+        if H is None or H.value is None or H.se is None:
+            raise ValueError(f"expected an entropy with its error {estimand.per}, found {H}")
+        return H.value, H.se
+
+    def change(self, quantity: str, estimand: Estimand) -> tuple[float, float, float]:
+        """`deltaH1` or `deltaH_true` with its standard error as reported, nats, and its degrees of freedom.
+
+        Below the noise floor the value is reported as null; it is what it is here, as sums average the rounding out.
+        """
+        own: Estimate = getattr(self, quantity)[estimand]
+        number = self.changes.numbers[quantity][estimand]
+        if number is None or number.se is None or number.df is None:
+            return own.value, own.se, own.df
+        return own.value, number.se, number.df
 
     @cached_property
     def verdict(self) -> Verdict:

@@ -10,6 +10,7 @@ from probe.forecast.forecast import forecast_of, trend_of
 from probe.forecast.mean_change import ProbedChange
 from probe.forecast.readings import EntropyReading, above_zero, logged_readings
 from probe.live.lines import Outlook
+from probe.live.pooling import ErrorMemory
 from probe.live.settings import WatchSettings
 
 
@@ -27,6 +28,7 @@ class Run:
         sums: cumulative sums by the name of what is summed up.
         anchors: where the curves start, by the same names.
         changes: of the last probes, by the same names.
+        errors: how large those of the last probes were.
     """
 
     step: int = 0
@@ -38,6 +40,7 @@ class Run:
     sums: dict[str, CumulativeSum] = field(default_factory=dict)
     anchors: dict[str, Anchor] = field(default_factory=dict)
     changes: dict[str, list[ProbedChange]] = field(default_factory=dict)
+    errors: ErrorMemory = field(default_factory=ErrorMemory)
 
 
 def look_ahead(run: Run, settings: WatchSettings, momentum: float) -> Outlook:

@@ -177,6 +177,9 @@ class Watch(AbstractContextManager["Watch"]):
     def replay(self, entries: Iterable[Mapping[str, Any]], logged: Iterable[tuple[int, float]] = ()) -> None:
         """Go on from what an earlier training has logged: curves and forecast as if it had not been interrupted.
 
+        Standard errors are pooled over neighbouring probes; the first ones after a replay pool those of the log, which
+        are pooled already. `load_state_dict` goes on exactly.
+
         Args:
             entries: one per probe in the order of their `step`, with numbers by the names of `LIVE_KEYS` and
                 `LIVE_NUMBERS`. What is absent in one is taken as not known.

@@ -22,7 +22,7 @@ def test_it_is_the_plain_mean_where_every_step_is_probed():
     variances = (errors / 12) ** 2
     assert found.value == pytest.approx(values.mean(), abs=1e-14)
     assert found.se == pytest.approx(math.sqrt(variances.sum()), rel=1e-12)
-    assert found.df == pytest.approx(variances.sum() ** 2 / (variances**2 / df).sum(), rel=1e-12)
+    assert found.df == pytest.approx((variances.sum() / (variances / np.sqrt(df)).sum()) ** 2, rel=1e-12)
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.7])
