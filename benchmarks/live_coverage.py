@@ -40,7 +40,7 @@ from tests.support.tabular_model import PROMPT, TabularModel, as_inputs, sampled
 
 RATE, PULL = 3e-3, 0.03
 """Learning rate, and the share of its distance from the table that a policy loses per step by weight decay: entropies
-stay within about 25 % of the table's."""
+stay within half of the table's."""
 DRIFTING_RATE = 3e-4
 """Learning rate of drifting policies: entropy per token about halves in 400 steps."""
 GROUPS, RESPONSES = 2, 8
@@ -149,6 +149,30 @@ def wrong(row: Row) -> bool:
     return not all(interval(row, name, TOKEN).holds for name in HEADLINES)
 
 
+def wrong_sign(row: Row) -> bool:
+    """Whether a probe whose verdict says that the sign is known has the wrong one, per token."""
+    known = row["logged"]["verdict"] in ("trustworthy", "caution")
+    return known and interval(row, "deltaH_true", TOKEN).value * row["exact"]["deltaH_true_tok"] < 0
+
+
+def estimate_lines(shown: str, rows: list[Row]) -> list[str]:
+    """A line per quantity: coverage, spread and bias per token and per response."""
+    lines = []
+    for name in QUANTITIES:
+        pairs = [[interval(row, name, estimand) for row in rows] for estimand in ESTIMANDS]
+        cells = [f"{coverage_cell(found)} | {spread(found):.2f} | {bias(found):+.1f}" for found in pairs]
+        lines.append(f"| {shown} | {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def verdict_line(shown: str, rows: list[Row]) -> str:
+    """Shares of verdicts, of intervals and signs that are wrong, and from where to where entropy per token went."""
+    shares = verdict_cells([row["logged"]["verdict"] for row in rows], [wrong(row) for row in rows])
+    signs = 100 * sum(map(wrong_sign, rows)) / len(rows)
+    levels = " to ".join(f"{rows[i]['exact']['H_orig_tok']:.2f}" for i in (0, -1))
+    return f"| {shown} | {shares} | {signs:.1f} | {levels} |"
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(
@@ -163,27 +187,21 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("probe.live").addHandler(logging.NullHandler())  # a line for each step
     settings = {"control_variates": False} if options.no_controls else {}
-    kept: list[Row] = []
     policies = [*((family, False) for family in FAMILIES), *((family, True) for family in DRIFTING)]
+    kept: list[Row] = []
     verdicts = []
-    per = " | ".join(f"{e.per}: covers | sd | bias" for e in ESTIMANDS)
+    per = " | ".join(f"{one.per}: covers | sd | bias" for one in ESTIMANDS)
     print(f"| family | B_E | estimate | {per} |\n|---|---|---|---|---|---|---|---|---|")
     for size, (family, drifting) in itertools.product(options.sizes, policies):
         rows = train(family, size, options.steps, drifting, options.seed, **settings)
         shown = f"{family}{', drifting' * drifting} | {size}"
-        for name in QUANTITIES:
-            cells = []
-            for estimand in ESTIMANDS:
-                found = [interval(row, name, estimand) for row in rows]
-                cells.append(f"{coverage_cell(found)} | {spread(found):.2f} | {bias(found):+.1f}")
-            print(f"| {shown} | {name} | {' | '.join(cells)} |", flush=True)
-        words = [row["logged"]["verdict"] for row in rows]
-        levels = " to ".join(f"{rows[i]['exact']['H_orig_tok']:.2f}" for i in (0, -1))
-        verdicts.append(f"| {shown} | {verdict_cells(words, [wrong(row) for row in rows])} | {levels} |")
+        print("\n".join(estimate_lines(shown, rows)), flush=True)
+        verdicts.append(verdict_line(shown, rows))
         kept += rows
         if options.rows:
             torch.save(kept, options.rows)
-    print(f"\n| family | B_E | {VERDICT_HEADS} | H per token |\n|---|---|---|---|---|---|---|---|---|")
+    print(f"\n| family | B_E | {VERDICT_HEADS} | sign known and wrong | H per token |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     print("\n".join(verdicts))
 
 
