@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -26,19 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from probe.estimators.control_variates import SMALLEST_SAMPLE
 from probe.estimators.estimate import NORMAL_975
 from probe.verdict.resolution import PRECISE
-from probe.verdict.words import WORDS
+from tests.support.intervals import VERDICT_HEADS, coverage_cell, verdict_cells
 from tests.support.tabular import FAMILIES, Drawn, Tabular, draw, tabular
-
-
-def coverage(space: Tabular, runs: list[Drawn], name: str, which: int) -> tuple[float, float]:
-    """Share of runs whose interval covers: with 1.96 standard errors, and as reported."""
-    exact = space.exact[name]
-    normal = own = 0
-    for run in runs:
-        one = list(run.estimates[name])[which]
-        normal += abs(one.value - exact[which]) <= NORMAL_975 * one.se
-        own += run.covers(name, exact)[which]
-    return normal / len(runs), own / len(runs)
 
 
 def wrong(space: Tabular, run: Drawn) -> bool:
@@ -88,24 +76,18 @@ def main() -> None:
             g = torch.Generator().manual_seed(11)
             runs = [draw(space, size, g, size >= SMALLEST_SAMPLE) for _ in range(options.repetitions)]
             for name in runs[0].estimates:
-                cells = [coverage(space, runs, name, which) for which in (0, 1)]
-                shown = [f"{100 * normal:.0f} to {100 * own:.0f}" for normal, own in cells]
-                print(f"| {family} | {size} | {name} | {shown[0]} | {shown[1]} |", flush=True)
-            words = Counter(run.verdict.word for run in runs)
-            both = sum(run.verdict.word == "trustworthy" and wrong(space, run) for run in runs)
-            shares = " | ".join(f"{100 * words[word] / len(runs):.0f}" for word in WORDS)
-            missed = sum(wrong(space, run) for run in runs)
+                pairs = [run.intervals(name, space.exact[name]) for run in runs]
+                cells = [coverage_cell(of_one) for of_one in zip(*pairs, strict=True)]
+                print(f"| {family} | {size} | {name} | {' | '.join(cells)} |", flush=True)
+            words = [run.verdict.word for run in runs]
+            shares = verdict_cells(words, [wrong(space, run) for run in runs])
             own, perfect = (
                 f"{100 * x:.0f}" if math.isfinite(x) else "-" for x in among_trustworthy(space, runs)
             )
-            verdicts.append(
-                f"| {family} | {size} | {shares} | {100 * missed / len(runs):.1f} | {100 * both / len(runs):.1f} "
-                f"| {own} | {perfect} |"
-            )
-    heads = " | ".join(WORDS)
+            verdicts.append(f"| {family} | {size} | {shares} | {own} | {perfect} |")
     print(
-        f"\n| family | B_E | {heads} | headline misses | trustworthy and misses "
-        "| covers among trustworthy | a perfect interval |\n|---|---|---|---|---|---|---|---|---|---|"
+        f"\n| family | B_E | {VERDICT_HEADS} | covers among trustworthy | a perfect interval |"
+        "\n|---|---|---|---|---|---|---|---|---|---|"
     )
     print("\n".join(verdicts))
 

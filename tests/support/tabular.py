@@ -9,6 +9,7 @@ A policy is a table of logits, one row per prefix, so that tails are made to ord
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from probe.verdict.verdict import judge
 from probe.verdict.words import Verdict
 from tests.support.exact import take_scores, take_tangents
 from tests.support.experiment import estimates_of, exact_values
+from tests.support.intervals import Interval
 
 Kind = Literal["light", "branch", "low"]
 VOCABULARY, CAP, EOS, FEATURES = 6, 5, 0, 8
@@ -43,6 +45,8 @@ class Tabular:
     """A policy, an update of it and everything the probe makes of each response.
 
     Attributes:
+        logits: of each prefix of the enumeration, `(prefixes, VOCABULARY)`.
+        step: the update of them.
         probability: of each response, `(n,)`.
         new_probability: after the update.
         old: scores, with features of states.
@@ -53,6 +57,8 @@ class Tabular:
         slope: exact `[<grad H_seq, step>, <grad H_tok, step>]`, nats.
     """
 
+    logits: Tensor
+    step: Tensor
     probability: Tensor
     new_probability: Tensor
     old: TokenScores
@@ -68,6 +74,60 @@ class Tabular:
         return exact_values(self.slope, self.change)
 
 
+@dataclass(frozen=True)
+class Enumeration:
+    """Every response of the capped process, as places in a table of logits with one row per prefix.
+
+    Attributes:
+        prefixes: that a token can follow, by their rows.
+        state: the row that each token is drawn from, `(n, T)`.
+        token: `(n, T)`.
+        mask: whether there is a token, `(n, T)`.
+    """
+
+    prefixes: dict[tuple[int, ...], int]
+    state: Tensor
+    token: Tensor
+    mask: Tensor
+
+    def scored(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs of tokens and entropies of their distributions, `(n, T)`, nats; 0 outside the mask."""
+        logp = logits.log_softmax(-1)
+        l = torch.where(self.mask, logp[self.state, self.token], 0.0)
+        return l, torch.where(self.mask, -(logp.exp() * logp).sum(-1)[self.state], 0.0)
+
+    def probability(self, logits: Tensor) -> Tensor:
+        """Of each response, `(n,)`."""
+        return self.scored(logits)[0].sum(1).exp()
+
+    def entropy(self, logits: Tensor) -> Tensor:
+        """`[H_seq, H_tok]`, nats."""
+        l, h = self.scored(logits)
+        p = l.sum(1).exp()
+        N = (p * h.sum(1)).sum()
+        return torch.stack([N, N / (p * self.mask.sum(1)).sum()])
+
+    def change(self, logits: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`H` before the step, its change and its change to first order, each `[sequence, token]`, nats."""
+        before, slope = torch.func.jvp(self.entropy, (logits,), (step,))
+        return before, self.entropy(logits + step) - before, slope
+
+
+@functools.lru_cache
+def enumeration() -> Enumeration:
+    """That of all the policies here."""
+    responses = _responses()
+    prefixes = {
+        prefix: i for i, prefix in enumerate(sorted({r[:t] for r in responses for t in range(len(r))}))
+    }
+    state = torch.zeros(len(responses), CAP, dtype=torch.int64)
+    token, mask = torch.zeros_like(state), torch.zeros(len(responses), CAP, dtype=torch.bool)
+    for i, r in enumerate(responses):
+        for t, y in enumerate(r):
+            state[i, t], token[i, t], mask[i, t] = prefixes[r[:t]], y, True
+    return Enumeration(prefixes, state, token, mask)
+
+
 def tabular(kind: Kind, rare: float = 0.02, size: float = 0.05, seed: int = 0) -> Tabular:
     """Make one.
 
@@ -78,43 +138,30 @@ def tabular(kind: Kind, rare: float = 0.02, size: float = 0.05, seed: int = 0) -
         seed: of logits and update.
     """
     g = torch.Generator().manual_seed(seed)
-    responses = _responses()
-    prefixes = {
-        prefix: i for i, prefix in enumerate(sorted({r[:t] for r in responses for t in range(len(r))}))
-    }
-    logits = torch.stack([_logits(kind, prefix, rare, g) for prefix in prefixes])
+    every = enumeration()
+    logits = torch.stack([_logits(kind, prefix, rare, g) for prefix in every.prefixes])
     step = size * torch.randn(logits.shape, generator=g, dtype=torch.float64)
-    state = torch.zeros(len(responses), CAP, dtype=torch.int64)
-    token, mask = torch.zeros_like(state), torch.zeros(len(responses), CAP, dtype=torch.bool)
-    for i, r in enumerate(responses):
-        for t, y in enumerate(r):
-            state[i, t], token[i, t], mask[i, t] = prefixes[r[:t]], y, True
     psi = torch.randn(VOCABULARY, FEATURES, generator=g, dtype=torch.float64)
-    features = torch.randn(len(prefixes), FEATURES, generator=g, dtype=torch.float64)
+    features = torch.randn(len(every.prefixes), FEATURES, generator=g, dtype=torch.float64)
+    within = every.mask.unsqueeze(-1)
 
     def scored(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logp = values.log_softmax(-1)
-        l = torch.where(mask, logp[state, token], 0.0)
-        h = torch.where(mask, -(logp.exp() * logp).sum(-1)[state], 0.0)
-        return l, h, torch.where(mask.unsqueeze(-1), (logp.exp() @ psi)[state], 0.0)
-
-    def exact(values: Tensor) -> Tensor:
-        l, h, _ = scored(values)
-        p = l.sum(1).exp()
-        N = (p * h.sum(1)).sum()
-        return torch.stack([N, N / (p * mask.sum(1)).sum()])
+        expected = (values.softmax(-1) @ psi)[every.state]
+        return *every.scored(values), torch.where(within, expected, 0.0)
 
     (l, h, _), (dl, dh, dpsi) = torch.func.jvp(scored, (logits,), (step,))
-    before, slope = torch.func.jvp(exact, (logits,), (step,))
-    l_new, h_new, _ = scored(logits + step)
+    l_new, h_new = every.scored(logits + step)
+    _, change, slope = every.change(logits, step)
     return Tabular(
-        probability=l.sum(1).exp(),
-        new_probability=l_new.sum(1).exp(),
-        old=TokenScores(l, h, mask, None, torch.where(mask.unsqueeze(-1), features[state], 0.0)),
-        new=TokenScores(l_new, h_new, mask),
+        logits=logits,
+        step=step,
+        probability=every.probability(logits),
+        new_probability=every.probability(logits + step),
+        old=TokenScores(l, h, every.mask, None, torch.where(within, features[every.state], 0.0)),
+        new=TokenScores(l_new, h_new, every.mask),
         first=TokenTangents(dl, dh, dpsi),
-        sampled_features=psi[token],
-        change=exact(logits + step) - before,
+        sampled_features=psi[every.token],
+        change=change,
         slope=slope,
     )
 
@@ -160,8 +207,11 @@ class Drawn:
 
     def covers(self, name: str, exact: list[float]) -> list[bool]:
         """Whether the intervals of an estimate hold the exact values, `[sequence, token]`."""
-        pair = zip(self.estimates[name], exact, strict=True)
-        return [low <= value <= high for one, value in pair for low, high in [one.ci95]]
+        return [one.holds for one in self.intervals(name, exact)]
+
+    def intervals(self, name: str, exact: list[float]) -> list[Interval]:
+        """An estimate beside the exact values, `[sequence, token]`."""
+        return [Interval.of(one, truth) for one, truth in zip(self.estimates[name], exact, strict=True)]
 
     @property
     def reported(self) -> tuple[str, str]:
