@@ -14,9 +14,7 @@ Control variates are used from 64 prompts on, as `auto` does.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -24,51 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from probe.estimators.control_variates import SMALLEST_SAMPLE
-from probe.estimators.estimate import NORMAL_975
-from probe.verdict.resolution import PRECISE
-from probe.verdict.words import WORDS
-from tests.support.tabular import FAMILIES, Drawn, Tabular, draw, tabular
-
-
-def coverage(space: Tabular, runs: list[Drawn], name: str, which: int) -> tuple[float, float]:
-    """Share of runs whose interval covers: with 1.96 standard errors, and as reported."""
-    exact = space.exact[name]
-    normal = own = 0
-    for run in runs:
-        one = list(run.estimates[name])[which]
-        normal += abs(one.value - exact[which]) <= NORMAL_975 * one.se
-        own += run.covers(name, exact)[which]
-    return normal / len(runs), own / len(runs)
-
-
-def wrong(space: Tabular, run: Drawn) -> bool:
-    """Whether the interval of the measured change per token misses, or that of the prediction does."""
-    exact = space.exact
-    return not all(run.covers(name, exact[name])[1] for name in run.reported)
-
-
-def among_trustworthy(space: Tabular, runs: list[Drawn]) -> tuple[float, float]:
-    """Coverage of the measurement per token among trustworthy runs, and that of a perfect normal interval.
-
-    The perfect one: `N(delta, sigma^2)` with the exact change and the true spread, among estimates of at least
-    `PRECISE` times `sigma`.
-    """
-    name = runs[0].reported[-1]
-    exact = space.exact[name][1]
-    chosen = [run.covers(name, space.exact[name])[1] for run in runs if run.verdict.word == "trustworthy"]
-    errors = torch.tensor([list(run.estimates[name])[1].value - exact for run in runs])
-    m = abs(exact) / float(errors.square().mean().sqrt())
-    normal = torch.distributions.Normal(0.0, 1.0).cdf
-
-    def between(low: float, high: float) -> float:
-        return max(float(normal(torch.tensor(high)) - normal(torch.tensor(low))), 0.0)
-
-    standing_out = between(PRECISE - m, math.inf) + between(-math.inf, -PRECISE - m)
-    held = between(max(PRECISE - m, -NORMAL_975), NORMAL_975) + between(
-        -NORMAL_975, min(-PRECISE - m, NORMAL_975)
-    )
-    own = sum(chosen) / len(chosen) if chosen else math.nan
-    return own, held / standing_out if standing_out else math.nan
+from tests.support.coverage import ESTIMATES_HEAD, VERDICTS_HEAD, Coverage
+from tests.support.tabular import FAMILIES, draw, tabular
 
 
 def main() -> None:
@@ -80,33 +35,17 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("| family | B_E | estimate | sequence | token |\n|---|---|---|---|---|")
+    print(ESTIMATES_HEAD)
     verdicts = []
     for family, (kind, rare) in FAMILIES.items():
         space = tabular(kind, rare)
         for size in options.sizes:
             g = torch.Generator().manual_seed(11)
             runs = [draw(space, size, g, size >= SMALLEST_SAMPLE) for _ in range(options.repetitions)]
-            for name in runs[0].estimates:
-                cells = [coverage(space, runs, name, which) for which in (0, 1)]
-                shown = [f"{100 * normal:.0f} to {100 * own:.0f}" for normal, own in cells]
-                print(f"| {family} | {size} | {name} | {shown[0]} | {shown[1]} |", flush=True)
-            words = Counter(run.verdict.word for run in runs)
-            both = sum(run.verdict.word == "trustworthy" and wrong(space, run) for run in runs)
-            shares = " | ".join(f"{100 * words[word] / len(runs):.0f}" for word in WORDS)
-            missed = sum(wrong(space, run) for run in runs)
-            own, perfect = (
-                f"{100 * x:.0f}" if math.isfinite(x) else "-" for x in among_trustworthy(space, runs)
-            )
-            verdicts.append(
-                f"| {family} | {size} | {shares} | {100 * missed / len(runs):.1f} | {100 * both / len(runs):.1f} "
-                f"| {own} | {perfect} |"
-            )
-    heads = " | ".join(WORDS)
-    print(
-        f"\n| family | B_E | {heads} | headline misses | trustworthy and misses "
-        "| covers among trustworthy | a perfect interval |\n|---|---|---|---|---|---|---|---|---|---|"
-    )
+            found = Coverage(family, size, space.exact, runs)
+            print("\n".join(found.estimate_rows()), flush=True)
+            verdicts.append(found.verdict_row())
+    print(f"\n{VERDICTS_HEAD}")
     print("\n".join(verdicts))
 
 
