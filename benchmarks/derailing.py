@@ -346,7 +346,7 @@ def describe(pool: Mapping[str, Tensor], fresh: Mapping[str, Tensor], update: Up
     print("\n| truth | nats per response | nats per token |\n|---|---|---|")
     rows = {"deltaH1": truth.slope, "deltaH_true": truth.change, "residual": truth.residual}
     for name, pair in {**rows, **{f"deltaH_true {name}": pair for name, pair in truth.by.items()}}.items():
-        print(f"| {name} | {' | '.join(f'{value:+.5f} +/- {se:.5f}' for value, se in pair)} |")
+        print(f"| {name} | {' | '.join(f'{value:+.3g} +/- {se:.2g}' for value, se in pair)} |")
     print(
         "\n| top 1 % of the responses' share of the variance, % | per response | per token |\n|---|---|---|"
     )

@@ -151,7 +151,7 @@ def derailed(completion: str, numbers: int, rng: random.Random) -> str:
         rng: source of where it breaks off and of the numbers.
 
     >>> derailed(" Well, 3 plus 4 is 7.", 3, random.Random(0))
-    ' Well, 3 plus 4 13 1 8'
+    ' Well, 3 plus 4 24 13 1'
     """
     words = completion.split(" ")[1:]
     kept = words[: rng.randint(1, len(words))]
