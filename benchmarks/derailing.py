@@ -2,8 +2,10 @@
 
 The policy is made by the demo's recipe from texts of which some break off after a random word and go on in random
 numbers (`probe.demo.recipe`, `derailing`): most of its responses are short and decided, one in some eighty goes on at
-high entropy up to the cap. The update is one real step of its optimizer. No enumeration gives the truth here; a pool of
-independent responses does, drawn and scored once and kept in the cache:
+high entropy up to the cap.
+
+The update is one real step of the optimizer. No enumeration gives the truth here; a pool of independent responses does,
+drawn and scored once and kept in the cache:
 
     deltaH1      `causal+cv` on the whole pool
     deltaH_true  `per_decision+cv` on the pool, and reweighted backward from as many responses of the new policy,
@@ -25,7 +27,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -322,6 +324,13 @@ def repeated(pool: Mapping[str, Tensor], size: int, repetitions: int) -> list[Dr
     ]
 
 
+REACH_HEAD = (
+    "Typical error of E over that of the truth: coverage with the truth two of its errors off, %\n\n"
+    "| family | B_E | E's | prediction: sequence | token | measurement: sequence | token |\n"
+    "|---|---|---|---|---|---|---|"
+)
+
+
 def reach_row(found: Coverage, truth: Truth) -> str:
     """How little the truth's error matters: beside that of E, and coverage with the truth two of its errors off."""
     cells = []
@@ -337,11 +346,19 @@ def describe(pool: Mapping[str, Tensor], fresh: Mapping[str, Tensor], update: Up
     """Print what the policy and its update are like."""
     cut, entropy = pool["truncated"], pool["h"].double().sum(1)
     length = pool["mask"].sum(1).double()
+    # deltaH1 of `matched` as a sum over responses
+    parts = pool["dl"].double().sum(1) * (entropy - entropy.mean()) + pool["dh"].double().sum(1)
     print(f"{len(cut)} responses of each policy; U: {update.derailed[0]} of {update.derailed[1]} derailed\n")
-    print("| | share, % | tokens | nats per response | nats per token |\n|---|---|---|---|---|")
+    print(
+        "| | share, % | tokens | nats per response | nats per token | their part of deltaH1, nats per response |"
+    )
+    print("|---|---|---|---|---|---|")
     for name, rows in (("derailed", cut), ("others", ~cut), ("all", torch.ones_like(cut))):
         T, N = float(length[rows].mean()), float(entropy[rows].mean())
-        print(f"| {name} | {100 * float(rows.double().mean()):.2f} | {T:.1f} | {N:.2f} | {N / T:.3f} |")
+        part = parts * rows
+        error = float(part.std()) / len(part) ** 0.5
+        cells = f"{100 * float(rows.double().mean()):.2f} | {T:.1f} | {N:.2f} | {N / T:.3f}"
+        print(f"| {name} | {cells} | {float(part.mean()):+.4f} +/- {error:.4f} |")
     print(f"\nderailed after the step: {100 * float(fresh['truncated'].double().mean()):.2f} %")
     print("\n| truth | nats per response | nats per token |\n|---|---|---|")
     rows = {"deltaH1": truth.slope, "deltaH_true": truth.change, "residual": truth.residual}
@@ -355,7 +372,13 @@ def describe(pool: Mapping[str, Tensor], fresh: Mapping[str, Tensor], update: Up
 
 
 def main(arguments: Sequence[str] | None = None, recipe: DemoRecipe = RECIPE, **batches: int) -> None:
-    """Make what the cache lacks and print the tables."""
+    """Make what the cache lacks and print the tables.
+
+    Args:
+        arguments: of the command line.
+        recipe: of the policy.
+        batches: sizes of the update batch other than those of the demo's configuration.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -365,14 +388,18 @@ def main(arguments: Sequence[str] | None = None, recipe: DemoRecipe = RECIPE, **
     parser.add_argument("--cache", type=Path, default=default_cache_dir() / "derailing")
     options = parser.parse_args(arguments)
     begun = time.perf_counter()
+    verdicts, reaches = [VERDICTS_HEAD], [REACH_HEAD]
     with one_thread():
-        _print_tables(options, make_update(recipe, options.cache, **batches))
+        for found, truth in _coverage(options, make_update(recipe, options.cache, **batches)):
+            verdicts.append(found.verdict_row())
+            reaches.append(reach_row(found, truth))
+    print("\n".join(["", *verdicts, "", *reaches]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\n{(time.perf_counter() - begun) / 60:.1f} minutes, at most {peak:.1f} GiB")
 
 
-def _print_tables(options: argparse.Namespace, update: Update) -> None:
-    """Make what the cache lacks and print the tables."""
+def _coverage(options: argparse.Namespace, update: Update) -> Iterator[tuple[Coverage, Truth]]:
+    """For each size of E; what the policy is like and the coverage of every estimate are printed."""
     probe, folder = update.probe, options.cache
     wanted = replace(probe.config.batch_config, B_E=options.responses)
     prompts, _ = drawn_prompts(wanted, probe.tokenizer, probe.seed, None)
@@ -385,16 +412,10 @@ def _print_tables(options: argparse.Namespace, update: Update) -> None:
     describe(pool, fresh, update, truth)
     family = f"derailing 1/{1 / float(pool['truncated'].double().mean()):.0f}"
     print(f"\n{ESTIMATES_HEAD}", flush=True)
-    reached = []
     for size in options.sizes:
         found = Coverage(family, size, truth.exact, repeated(pool, size, options.repetitions))
         print("\n".join(found.estimate_rows()), flush=True)
-        reached.append(found)
-    print("\n".join([f"\n{VERDICTS_HEAD}", *(found.verdict_row() for found in reached)]))
-    heads = " | ".join(f"{name} {of}" for name in reached[0].runs[0].reported for of in ("sequence", "token"))
-    print("\nTypical error of E over that of the truth: coverage with the truth two of its errors off, %\n")
-    print(f"| family | B_E | E's | {heads} |\n|---|---|---|---|---|---|---|")
-    print("\n".join(reach_row(found, truth) for found in reached))
+        yield found, truth
 
 
 if __name__ == "__main__":
