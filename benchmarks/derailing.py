@@ -324,6 +324,29 @@ def repeated(pool: Mapping[str, Tensor], size: int, repetitions: int) -> list[Dr
     ]
 
 
+WITHOUT_HEAD = (
+    "E's without a derailed response, and how many of these, of the others, miss (headline) or are trustworthy\n\n"
+    "| family | B_E | without | miss | trustworthy | with | miss | trustworthy |\n|---|---|---|---|---|---|---|---|"
+)
+
+
+def without_row(found: Coverage, derailed: Tensor) -> str:
+    """What E's look like that have not seen a derailed response; counts, under `WITHOUT_HEAD`.
+
+    Args:
+        found: repeated draws, parts of the pool in its order.
+        derailed: which responses of the pool are, `(n,)` bool.
+    """
+    seen = derailed[: found.size * len(found.runs)].view(-1, found.size).any(1).tolist()
+    cells = []
+    for which in (False, True):
+        runs = [run for run, has in zip(found.runs, seen, strict=True) if has == which]
+        missed = sum(found.misses(run) for run in runs)
+        trusted = sum(run.verdict.word == "trustworthy" for run in runs)
+        cells += [len(runs), missed, trusted]
+    return f"| {found.family} | {found.size} | {' | '.join(map(str, cells))} |"
+
+
 REACH_HEAD = (
     "Typical error of E over that of the truth: coverage with the truth two of its errors off, %\n\n"
     "| family | B_E | E's | prediction: sequence | token | measurement: sequence | token |\n"
@@ -350,15 +373,18 @@ def describe(pool: Mapping[str, Tensor], fresh: Mapping[str, Tensor], update: Up
     parts = pool["dl"].double().sum(1) * (entropy - entropy.mean()) + pool["dh"].double().sum(1)
     print(f"{len(cut)} responses of each policy; U: {update.derailed[0]} of {update.derailed[1]} derailed\n")
     print(
-        "| | share, % | tokens | nats per response | nats per token | their part of deltaH1, nats per response |"
+        "| | share, % | tokens | nats per response | nats per token | part of deltaH1, nats per response "
+        "| of its variance, % |\n|---|---|---|---|---|---|---|"
     )
-    print("|---|---|---|---|---|---|")
     for name, rows in (("derailed", cut), ("others", ~cut), ("all", torch.ones_like(cut))):
         T, N = float(length[rows].mean()), float(entropy[rows].mean())
         part = parts * rows
         error = float(part.std()) / len(part) ** 0.5
+        variance = 100 * float(
+            ((parts - parts.mean()).square() * rows).sum() / parts.var() / (len(parts) - 1)
+        )
         cells = f"{100 * float(rows.double().mean()):.2f} | {T:.1f} | {N:.2f} | {N / T:.3f}"
-        print(f"| {name} | {cells} | {float(part.mean()):+.4f} +/- {error:.4f} |")
+        print(f"| {name} | {cells} | {float(part.mean()):+.4f} +/- {error:.4f} | {variance:.0f} |")
     print(f"\nderailed after the step: {100 * float(fresh['truncated'].double().mean()):.2f} %")
     print("\n| truth | nats per response | nats per token |\n|---|---|---|")
     rows = {"deltaH1": truth.slope, "deltaH_true": truth.change, "residual": truth.residual}
@@ -388,17 +414,18 @@ def main(arguments: Sequence[str] | None = None, recipe: DemoRecipe = RECIPE, **
     parser.add_argument("--cache", type=Path, default=default_cache_dir() / "derailing")
     options = parser.parse_args(arguments)
     begun = time.perf_counter()
-    verdicts, reaches = [VERDICTS_HEAD], [REACH_HEAD]
+    verdicts, without, reaches = [VERDICTS_HEAD], [WITHOUT_HEAD], [REACH_HEAD]
     with one_thread():
-        for found, truth in _coverage(options, make_update(recipe, options.cache, **batches)):
+        for found, truth, derailed in _coverage(options, make_update(recipe, options.cache, **batches)):
             verdicts.append(found.verdict_row())
+            without.append(without_row(found, derailed))
             reaches.append(reach_row(found, truth))
-    print("\n".join(["", *verdicts, "", *reaches]))
+    print("\n".join(["", *verdicts, "", *without, "", *reaches]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\n{(time.perf_counter() - begun) / 60:.1f} minutes, at most {peak:.1f} GiB")
 
 
-def _coverage(options: argparse.Namespace, update: Update) -> Iterator[tuple[Coverage, Truth]]:
+def _coverage(options: argparse.Namespace, update: Update) -> Iterator[tuple[Coverage, Truth, Tensor]]:
     """For each size of E; what the policy is like and the coverage of every estimate are printed."""
     probe, folder = update.probe, options.cache
     wanted = replace(probe.config.batch_config, B_E=options.responses)
@@ -415,7 +442,7 @@ def _coverage(options: argparse.Namespace, update: Update) -> Iterator[tuple[Cov
     for size in options.sizes:
         found = Coverage(family, size, truth.exact, repeated(pool, size, options.repetitions))
         print("\n".join(found.estimate_rows()), flush=True)
-        yield found, truth
+        yield found, truth, pool["truncated"]
 
 
 if __name__ == "__main__":
