@@ -13,6 +13,7 @@ drawn and scored once and kept in the cache:
     residual     the same-E difference of `matched` and `snis` on the whole pool
 
 Every E is a part of the pool of its own, as far as it reaches; everything else is as in `benchmarks/coverage.py`.
+What is kept belongs to a policy and a step: after a change of sampling, scoring or estimators, give another folder.
 
     python benchmarks/derailing.py [--responses 200000] [--repetitions 400] [--sizes 64 256 1024] [--cache FOLDER]
 """
@@ -365,7 +366,7 @@ def reach_row(found: Coverage, truth: Truth) -> str:
     return f"| {found.family} | {found.size} | {len(found.runs)} | {' | '.join(cells)} |"
 
 
-def describe(pool: Mapping[str, Tensor], fresh: Mapping[str, Tensor], update: Update, truth: Truth) -> None:
+def describe_policy(pool: Mapping[str, Tensor], fresh: Mapping[str, Tensor], update: Update) -> None:
     """Print what the policy and its update are like."""
     cut, entropy = pool["truncated"], pool["h"].double().sum(1)
     length = pool["mask"].sum(1).double()
@@ -386,6 +387,10 @@ def describe(pool: Mapping[str, Tensor], fresh: Mapping[str, Tensor], update: Up
         cells = f"{100 * float(rows.double().mean()):.2f} | {T:.1f} | {N:.2f} | {N / T:.3f}"
         print(f"| {name} | {cells} | {float(part.mean()):+.4f} +/- {error:.4f} | {variance:.0f} |")
     print(f"\nderailed after the step: {100 * float(fresh['truncated'].double().mean()):.2f} %")
+
+
+def describe_truth(truth: Truth) -> None:
+    """Print the truth with its errors, and how heavy the tails of the estimates are."""
     print("\n| truth | nats per response | nats per token |\n|---|---|---|")
     rows = {"deltaH1": truth.slope, "deltaH_true": truth.change, "residual": truth.residual}
     for name, pair in {**rows, **{f"deltaH_true {name}": pair for name, pair in truth.by.items()}}.items():
@@ -436,7 +441,8 @@ def _coverage(options: argparse.Namespace, update: Update) -> Iterator[tuple[Cov
             for kind, make in (("old", old_block), ("new", new_block))
         )
     truth = known_truth(pool, fresh, folder / f"truth-{update.name}-{options.responses}.json")
-    describe(pool, fresh, update, truth)
+    describe_policy(pool, fresh, update)
+    describe_truth(truth)
     family = f"derailing 1/{1 / float(pool['truncated'].double().mean()):.0f}"
     print(f"\n{ESTIMATES_HEAD}", flush=True)
     for size in options.sizes:
