@@ -14,7 +14,6 @@ Control variates are used from 64 prompts on, as `auto` does.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -23,40 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from probe.estimators.control_variates import SMALLEST_SAMPLE
-from probe.estimators.estimate import NORMAL_975
-from probe.verdict.resolution import PRECISE
-from tests.support.intervals import VERDICT_HEADS, coverage_cell, verdict_cells
-from tests.support.tabular import FAMILIES, Drawn, Tabular, draw, tabular
-
-
-def wrong(space: Tabular, run: Drawn) -> bool:
-    """Whether the interval of the measured change per token misses, or that of the prediction does."""
-    exact = space.exact
-    return not all(run.covers(name, exact[name])[1] for name in run.reported)
-
-
-def among_trustworthy(space: Tabular, runs: list[Drawn]) -> tuple[float, float]:
-    """Coverage of the measurement per token among trustworthy runs, and that of a perfect normal interval.
-
-    The perfect one: `N(delta, sigma^2)` with the exact change and the true spread, among estimates of at least
-    `PRECISE` times `sigma`.
-    """
-    name = runs[0].reported[-1]
-    exact = space.exact[name][1]
-    chosen = [run.covers(name, space.exact[name])[1] for run in runs if run.verdict.word == "trustworthy"]
-    errors = torch.tensor([list(run.estimates[name])[1].value - exact for run in runs])
-    m = abs(exact) / float(errors.square().mean().sqrt())
-    normal = torch.distributions.Normal(0.0, 1.0).cdf
-
-    def between(low: float, high: float) -> float:
-        return max(float(normal(torch.tensor(high)) - normal(torch.tensor(low))), 0.0)
-
-    standing_out = between(PRECISE - m, math.inf) + between(-math.inf, -PRECISE - m)
-    held = between(max(PRECISE - m, -NORMAL_975), NORMAL_975) + between(
-        -NORMAL_975, min(-PRECISE - m, NORMAL_975)
-    )
-    own = sum(chosen) / len(chosen) if chosen else math.nan
-    return own, held / standing_out if standing_out else math.nan
+from tests.support.coverage import ESTIMATES_HEAD, VERDICTS_HEAD, Coverage
+from tests.support.tabular import FAMILIES, draw, tabular
 
 
 def main() -> None:
@@ -68,27 +35,17 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("| family | B_E | estimate | sequence | token |\n|---|---|---|---|---|")
+    print(ESTIMATES_HEAD)
     verdicts = []
     for family, (kind, rare) in FAMILIES.items():
         space = tabular(kind, rare)
         for size in options.sizes:
             g = torch.Generator().manual_seed(11)
             runs = [draw(space, size, g, size >= SMALLEST_SAMPLE) for _ in range(options.repetitions)]
-            for name in runs[0].estimates:
-                pairs = [run.intervals(name, space.exact[name]) for run in runs]
-                cells = [coverage_cell(of_one) for of_one in zip(*pairs, strict=True)]
-                print(f"| {family} | {size} | {name} | {' | '.join(cells)} |", flush=True)
-            words = [run.verdict.word for run in runs]
-            shares = verdict_cells(words, [wrong(space, run) for run in runs])
-            own, perfect = (
-                f"{100 * x:.0f}" if math.isfinite(x) else "-" for x in among_trustworthy(space, runs)
-            )
-            verdicts.append(f"| {family} | {size} | {shares} | {own} | {perfect} |")
-    print(
-        f"\n| family | B_E | {VERDICT_HEADS} | covers among trustworthy | a perfect interval |"
-        "\n|---|---|---|---|---|---|---|---|---|---|"
-    )
+            found = Coverage(family, size, space.exact, runs)
+            print("\n".join(found.estimate_rows()), flush=True)
+            verdicts.append(found.verdict_row())
+    print(f"\n{VERDICTS_HEAD}")
     print("\n".join(verdicts))
 
 

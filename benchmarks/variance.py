@@ -37,8 +37,8 @@ from probe.runner import TrainerSection
 from probe.scoring.forward_mode import forward_tangents
 from probe.scoring.scores import TokenScores, TokenTangents
 from probe.snapshot import evaluation_mode, one_thread
-from tests.support.experiment import variance_ratio
-from tests.support.tabular import FAMILIES, Drawn, Tabular, draw, tabular
+from tests.support.experiment import Drawn, variance_ratio
+from tests.support.tabular import FAMILIES, Tabular, draw, tabular
 
 SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 

@@ -51,22 +51,31 @@ def arithmetic_rows(split: str, size: int = 4096, seed: int = 0) -> list[dict[st
     return list(rows.values())
 
 
-def arithmetic_corpus(size: int, seed: int = 0) -> list[tuple[str, str]]:
+def arithmetic_corpus(
+    size: int, seed: int = 0, derailing: float = 0.0, longest: int = 32
+) -> list[tuple[str, str]]:
     """Prompts of the train split with completions, worked solutions and guesses, each in one of many phrasings.
 
     Args:
         size: number of pairs; questions may recur with other phrasings.
         seed: seed of questions and phrasings.
+        derailing: share of completions that break off after a random word and go on in random numbers, see `derailed`.
+        longest: numbers in these.
 
     Returns:
         Pairs of a prompt (the question in `PROMPT_TEMPLATE`) and a completion that starts with a space.
     """
     phrasing = random.Random(f"arithmetic/phrasing/{seed}")
+    # a stream of its own: the other completions are the same whatever the share
+    derailment = random.Random(f"arithmetic/derailment/{seed}")
     problems = _problems("train", seed)
-    return [
-        (PROMPT_TEMPLATE.format(prompt=problem.question), solution(problem, phrasing))
-        for problem, _ in zip(problems, range(size), strict=False)
-    ]
+    pairs = []
+    for problem, _ in zip(problems, range(size), strict=False):
+        completion = solution(problem, phrasing)
+        if derailment.random() < derailing:
+            completion = derailed(completion, longest, derailment)
+        pairs.append((PROMPT_TEMPLATE.format(prompt=problem.question), completion))
+    return pairs
 
 
 def vocabulary_texts() -> list[str]:
@@ -131,6 +140,23 @@ def solution(problem: Problem, rng: random.Random) -> str:
     guessed = rng.random() < _GUESSED_SHARE
     parts = _GUESSES if guessed else (_WORKINGS[problem.story.operation], _CLOSINGS)
     return "".join(rng.choice(part) for part in (_OPENINGS, *parts)).format(**problem.fields)
+
+
+def derailed(completion: str, numbers: int, rng: random.Random) -> str:
+    """A completion that loses its thread: its first words, at least one, and then numbers at random.
+
+    Args:
+        completion: a text that starts with a space.
+        numbers: how many; with as many as a response may have tokens, it never comes to an end.
+        rng: source of where it breaks off and of the numbers.
+
+    >>> derailed(" Well, 3 plus 4 is 7.", 3, random.Random(0))
+    ' Well, 3 plus 4 24 13 1'
+    """
+    words = completion.split(" ")[1:]
+    kept = words[: rng.randint(1, len(words))]
+    drawn = (str(rng.randint(0, _LARGEST_NUMBER)) for _ in range(numbers))
+    return "".join(f" {word}" for word in (*kept, *drawn))
 
 
 def _problems(split: str, seed: int) -> Iterator[Problem]:

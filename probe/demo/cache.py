@@ -55,7 +55,7 @@ def ensure_demo_checkpoint(
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected an integer from 0 to 2**32 - 1, found {seed}")
-    root = Path(os.path.abspath(cache_dir or _default_cache_dir())) / f"demo-v{DEMO_VERSION}-seed{seed}"
+    root = Path(os.path.abspath(cache_dir or default_cache_dir())) / f"demo-v{DEMO_VERSION}-seed{seed}"
     if not is_complete(root):
         try:
             _make(root, seed, recipe or DemoRecipe(), progress)
@@ -81,7 +81,7 @@ def is_complete(root: Path) -> bool:
     return version == DEMO_VERSION and adapter.get("base_model_name_or_path") == str(root / "base")
 
 
-def _default_cache_dir() -> Path:
+def default_cache_dir() -> Path:
     """The cache folder of the environment; empty variables count as unset, as the XDG specification has it."""
     if own := os.environ.get("ENTROPY_PROBE_CACHE"):
         return Path(own).expanduser()

@@ -53,7 +53,8 @@ def pretrain(
         seed: seed of the corpus and of the order of its pairs.
         report: called with the loss (nats per completion token) after each step.
     """
-    input_ids, labels = encode_corpus(arithmetic_corpus(recipe.corpus_size, seed), tokenizer)
+    pairs = arithmetic_corpus(recipe.corpus_size, seed, recipe.derailing, recipe.max_new_tokens)
+    input_ids, labels = encode_corpus(pairs, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.pretrain_lr, betas=(0.9, 0.98))
     warmup, steps = min(20, recipe.pretrain_steps), recipe.pretrain_steps
     schedule = torch.optim.lr_scheduler.LambdaLR(

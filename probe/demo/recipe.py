@@ -26,6 +26,8 @@ class DemoRecipe:
         grpo_lr: constant learning rate of GRPO.
         max_grad_norm: gradient clipping in both trainings.
         max_new_tokens: cap on the length of a response; the longest solution in the corpus is shorter.
+        derailing: share of the pre-training texts that break off and go on in random numbers, up to the cap: a policy
+            that derails now and then, for studies of heavy tails.
         evaluation_prompts: prompts of the test split for the statistics.
     """
 
@@ -45,4 +47,5 @@ class DemoRecipe:
     grpo_lr: float = 7e-4
     max_grad_norm: float = 1.0
     max_new_tokens: int = 32
+    derailing: float = 0.0
     evaluation_prompts: int = 256

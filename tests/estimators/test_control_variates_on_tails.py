@@ -15,8 +15,8 @@ from torch import Tensor
 import probe.estimators.control_variates as module
 from probe.estimators.control_variates import SMALLEST_SAMPLE, control_variates
 from tests.support.exact import take_scores, take_tangents
-from tests.support.experiment import variance_ratio
-from tests.support.tabular import CAP, FAMILIES, Drawn, Tabular, draw, tabular
+from tests.support.experiment import Drawn, variance_ratio
+from tests.support.tabular import CAP, FAMILIES, Tabular, draw, tabular
 
 NAMES = ("causal", "per_decision")
 REPETITIONS = 400

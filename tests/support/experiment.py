@@ -4,18 +4,98 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from probe.estimators.control_variates import EstimateOn, control_variates
 from probe.estimators.estimate import Estimates
 from probe.estimators.ground_truth import change_by, reweighted_change
 from probe.estimators.prediction import token_first_order
+from probe.results.changes import reported
+from probe.results.diagnostics import ground_truth_diagnostics
 from probe.scoring import TokenScores
 from probe.scoring.scores import TokenTangents
+from probe.verdict.facts import Facts
+from probe.verdict.verdict import judge
+from probe.verdict.words import Verdict
+from tests.support.exact import take_scores, take_tangents
+from tests.support.intervals import Interval
 
 PREDICTIONS = ("causal", "matched", "causal+cv")
 MEASUREMENTS = ("snis", "per_decision", "per_decision+cv")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Responses with everything that the estimators need: a whole sample space, or a pool, that E's are rows of.
+
+    Attributes:
+        old: scores, with features of states.
+        new: scores after the update.
+        first: derivatives along the update, with those of expected features.
+        sampled_features: `psi(y)`, `(n, T, K)`.
+    """
+
+    old: TokenScores
+    new: TokenScores
+    first: TokenTangents
+    sampled_features: Tensor
+
+    def taken(self, rows: Tensor) -> Scored:
+        """Some responses, repetitions allowed."""
+        return Scored(
+            take_scores(self.old, rows),
+            take_scores(self.new, rows),
+            take_tangents(self.first, rows),
+            self.sampled_features[rows],
+        )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What the probe makes of one E.
+
+    Attributes:
+        estimates: by name, see `estimates_of`.
+        verdict: of a step whose estimates are the reported ones.
+    """
+
+    estimates: dict[str, Estimates]
+    verdict: Verdict
+
+    def covers(self, name: str, exact: list[float]) -> list[bool]:
+        """Whether the intervals of an estimate hold the exact values, `[sequence, token]`."""
+        return [one.holds for one in self.intervals(name, exact)]
+
+    def intervals(self, name: str, exact: list[float]) -> list[Interval]:
+        """An estimate beside the exact values, `[sequence, token]`."""
+        return [Interval.of(one, truth) for one, truth in zip(self.estimates[name], exact, strict=True)]
+
+    @property
+    def reported(self) -> tuple[str, str]:
+        """The names of the reported prediction and measurement."""
+        ending = "+cv" if "causal+cv" in self.estimates else ""
+        return f"causal{ending}", f"per_decision{ending}"
+
+
+def judged(E: Scored, controls: bool) -> Drawn:
+    """Estimate everything on one E, a prompt for each response, and judge.
+
+    Args:
+        E: the responses.
+        controls: whether there are control variates, which the reported estimates then have.
+    """
+    size = len(E.old.mask)
+    group = torch.arange(size)
+    truth = reweighted_change(E.old, E.new, group)
+    found = estimates_of(E.old, E.new, E.first, E.sampled_features, group, controls)
+    ending = "+cv" if controls else ""
+    names = {"deltaH1": f"causal{ending}", "deltaH_true": f"per_decision{ending}", "residual": "residual"}
+    numbers = {key: found[name].map(reported) for key, name in names.items()}
+    diagnostics = {**ground_truth_diagnostics(truth), "prompts_E": size}
+    return Drawn(found, judge(Facts(numbers, diagnostics, size, 1e-5, len(numbers))))
 
 
 def estimates_of(

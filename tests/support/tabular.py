@@ -18,18 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from probe.estimators.estimate import Estimates
-from probe.estimators.ground_truth import reweighted_change
-from probe.results.changes import reported
-from probe.results.diagnostics import ground_truth_diagnostics
 from probe.scoring import TokenScores
 from probe.scoring.scores import TokenTangents
-from probe.verdict.facts import Facts
-from probe.verdict.verdict import judge
-from probe.verdict.words import Verdict
-from tests.support.exact import take_scores, take_tangents
-from tests.support.experiment import estimates_of, exact_values
-from tests.support.intervals import Interval
+from tests.support.experiment import Drawn, Scored, exact_values, judged
 
 Kind = Literal["light", "branch", "low"]
 VOCABULARY, CAP, EOS, FEATURES = 6, 5, 0, 8
@@ -41,7 +32,7 @@ DECIDED = {"branch": 5.5, "low": 7.0}
 
 
 @dataclass(frozen=True)
-class Tabular:
+class Tabular(Scored):
     """A policy, an update of it and everything the probe makes of each response.
 
     Attributes:
@@ -49,10 +40,6 @@ class Tabular:
         step: the update of them.
         probability: of each response, `(n,)`.
         new_probability: after the update.
-        old: scores, with features of states.
-        new: scores after the update.
-        first: derivatives along the update, with those of expected features.
-        sampled_features: `psi(y)`, `(n, T, K)`.
         change: exact `[deltaH_seq, deltaH_tok]`, nats.
         slope: exact `[<grad H_seq, step>, <grad H_tok, step>]`, nats.
     """
@@ -61,10 +48,6 @@ class Tabular:
     step: Tensor
     probability: Tensor
     new_probability: Tensor
-    old: TokenScores
-    new: TokenScores
-    first: TokenTangents
-    sampled_features: Tensor
     change: Tensor
     slope: Tensor
 
@@ -193,33 +176,6 @@ def _logits(kind: Kind, prefix: tuple[int, ...], rare: float, g: torch.Generator
     return noise
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """What the probe makes of one E.
-
-    Attributes:
-        estimates: by name, see `estimates_of`.
-        verdict: of a step whose estimates are the reported ones.
-    """
-
-    estimates: dict[str, Estimates]
-    verdict: Verdict
-
-    def covers(self, name: str, exact: list[float]) -> list[bool]:
-        """Whether the intervals of an estimate hold the exact values, `[sequence, token]`."""
-        return [one.holds for one in self.intervals(name, exact)]
-
-    def intervals(self, name: str, exact: list[float]) -> list[Interval]:
-        """An estimate beside the exact values, `[sequence, token]`."""
-        return [Interval.of(one, truth) for one, truth in zip(self.estimates[name], exact, strict=True)]
-
-    @property
-    def reported(self) -> tuple[str, str]:
-        """The names of the reported prediction and measurement."""
-        ending = "+cv" if "causal+cv" in self.estimates else ""
-        return f"causal{ending}", f"per_decision{ending}"
-
-
 FAMILIES: dict[str, tuple[Kind, float]] = {
     "light": ("light", 0.0),
     "low": ("low", 0.0),
@@ -238,13 +194,4 @@ def draw(space: Tabular, size: int, g: torch.Generator, controls: bool) -> Drawn
         controls: whether there are control variates, which the reported estimates then have.
     """
     rows = torch.multinomial(space.probability, size, replacement=True, generator=g)
-    group = torch.arange(size)
-    old, new = take_scores(space.old, rows), take_scores(space.new, rows)
-    first = take_tangents(space.first, rows)
-    truth = reweighted_change(old, new, group)
-    found = estimates_of(old, new, first, space.sampled_features[rows], group, controls)
-    ending = "+cv" if controls else ""
-    judged = {"deltaH1": f"causal{ending}", "deltaH_true": f"per_decision{ending}", "residual": "residual"}
-    numbers = {key: found[name].map(reported) for key, name in judged.items()}
-    diagnostics = {**ground_truth_diagnostics(truth), "prompts_E": size}
-    return Drawn(found, judge(Facts(numbers, diagnostics, size, 1e-5, len(numbers))))
+    return judged(space.taken(rows), controls)
