@@ -248,15 +248,14 @@ def geometric(x: Array | float, n: int) -> Array:
     return np.where(x == 1, float(n), (1 - below**n) / (1 - below))
 
 
-def added_variance(
-    x: Array | float, n: int, before: tuple[Array, Array, Array] | None = None
-) -> tuple[Array, Array, Array]:
+def added_variance(x: Array | float, n: int) -> tuple[Array, Array, Array]:
     """Variance that `n` steps add to a level and to its drift, for a drift `r' = x r + w` with `w` of variance 1.
+
+    By doubling: probes may lie thousands of steps apart.
 
     Args:
         x: persistence of the drift, or autocorrelation of the noise.
         n: steps.
-        before: what steps before these have added already.
 
     Returns:
         Variance of the level, covariance of level and drift, variance of the drift.
@@ -265,19 +264,10 @@ def added_variance(
     [5.0, 3.0, 3.0]
     """
     x = np.asarray(x, dtype=np.float64)
-    new = _from_nothing(x, n)
-    if before is None:
-        return new
-    kept = _carried(before, x, n)
-    return kept[0] + new[0], kept[1] + new[1], kept[2] + new[2]
-
-
-def _from_nothing(x: Array, n: int) -> tuple[Array, Array, Array]:
-    """What `n` steps add, by doubling: probes may lie thousands of steps apart."""
     if n < 2:
         zero = np.zeros_like(x)
         return zero, zero, zero + n
-    half = _from_nothing(x, n // 2)
+    half = added_variance(x, n // 2)
     level, both, drift = _carried(half, x, n // 2)
     level, both, drift = level + half[0], both + half[1], drift + half[2]
     if n % 2:
