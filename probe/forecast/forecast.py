@@ -75,8 +75,8 @@ class Forecast:
 
     @property
     def expected(self) -> bool:
-        """Whether the threshold is reached within the horizon with a chance that calls for an alarm."""
-        return self.reached or self.chance >= ALARM_CHANCE
+        """Whether what is forecast calls for an alarm."""
+        return calls_for_alarm(self.reached, self.chance)
 
     @property
     def flattening(self) -> bool:
@@ -88,6 +88,16 @@ class Forecast:
         if self.reached or self.ever >= 0.5 or towards <= FALLING * self.rate_se:
             return False
         return abs(math.log(self.H / self.threshold)) <= FARTHEST * towards
+
+
+def calls_for_alarm(reached: bool, chance: float) -> bool:
+    """Whether a threshold calls for an alarm.
+
+    Args:
+        reached: whether the entropy is there already.
+        chance: of getting there within the horizon.
+    """
+    return reached or chance >= ALARM_CHANCE
 
 
 def forecast(

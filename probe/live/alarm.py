@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from probe.errors.exceptions import ConfigError
-from probe.forecast.forecast import ALARM_CHANCE, Forecast
+from probe.forecast.forecast import ALARM_CHANCE, Forecast, calls_for_alarm
 from probe.live.lines import Outlook, alarm_line
 from probe.live.say import say
 
@@ -130,7 +130,7 @@ class ThresholdAlarm:
     def _take(self, reached: bool, chance: float, step: int) -> bool:
         """Whether an alarm starts, with what a forecast says of the threshold."""
         if self.armed:
-            if reached or chance >= ALARM_CHANCE:
+            if calls_for_alarm(reached, chance):
                 self.armed, self.calm_readings, self.last_alarm = False, 0, step
                 return True
             return False

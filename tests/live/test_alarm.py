@@ -62,6 +62,17 @@ def test_alarm_at_the_threshold_or_beyond(rising):
     assert alarm.calm_readings == 0
 
 
+@pytest.mark.parametrize("H", [1.0, 0.5, 0.4])
+@pytest.mark.parametrize("chance", [0.0, ALARM_CHANCE - 1e-9, ALARM_CHANCE, 1.0])
+def test_an_alarm_starts_where_the_forecast_expects_the_threshold(H, chance):
+    """The benchmark's rule, the log's replay and the watch's alarm are one."""
+    found = ahead(chance, H=H)
+    assert ThresholdAlarm().update(found, 1) is found.expected
+    replayed = ThresholdAlarm()
+    replayed.replay(found.reached, chance, 1)
+    assert replayed.armed is not found.expected
+
+
 def test_alarm_state_survives_saving():
     alarm = ThresholdAlarm()
     alarm.update(ahead(0.5), 1)
