@@ -129,8 +129,8 @@ def forecast(
 
     Raises:
         ValueError: if `threshold` is not positive, `window` is below 3, `momentum` is not in [0, 1), `shape` not in
-            [0, 1], `horizon` not positive, steps do not increase, an `H` is not positive or a standard error is
-            negative.
+            [0, 1], `horizon` not positive or too large, steps do not increase, an `H` is not positive or a standard
+            error is negative.
 
     Example:
         >>> fall = [EntropyReading(k, 2.0 * 0.99**k, 0.0, -0.01 * 2.0 * 0.99**k, 0.0) for k in range(20)]
@@ -163,11 +163,11 @@ def forecast_of(trend: Trend, readings_used: int, threshold: float, horizon: flo
         trend: from `trend_of`.
         readings_used: that it was made from.
         threshold: nats per token.
-        horizon: optimizer steps within which the chance is given.
+        horizon: optimizer steps within which the chance is given, at most 3,000.
         rising: whether the threshold is to be reached from below.
 
     Raises:
-        ValueError: if `threshold` or `horizon` is not positive.
+        ValueError: if `threshold` is not positive, or `horizon` is not or too large.
     """
     _check(threshold, horizon)
     reached = arrival(trend, np.array([threshold]), rising)
@@ -183,7 +183,7 @@ def forecast_of(trend: Trend, readings_used: int, threshold: float, horizon: flo
         threshold=threshold,
         readings_used=readings_used,
         horizon=horizon,
-        chance=float(reached.within(min(horizon, FARTHEST))[0]),
+        chance=float(reached.within(horizon)[0]),
         ever=float(reached.chance[0, -1]),
         rising=rising,
     )
@@ -217,8 +217,10 @@ def _check(threshold: float, horizon: float) -> None:
     """Refuse what no forecast can be made of; see `forecast`."""
     if not (threshold > 0 and math.isfinite(threshold)):
         raise ValueError(f"threshold must be a positive entropy in nats per token, not {threshold}")
-    if not horizon > 0:
-        raise ValueError(f"horizon must be a positive number of optimizer steps, not {horizon}")
+    if not 0 < horizon <= FARTHEST:
+        raise ValueError(
+            f"horizon must be a positive number of optimizer steps up to {FARTHEST}, not {horizon}"
+        )
 
 
 def _check_fit(window: int, momentum: float, shape: float | None) -> None:

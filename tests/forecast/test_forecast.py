@@ -86,6 +86,13 @@ def test_a_fall_that_is_merely_slow_does_not_flatten():
     assert not found(along(curve), 0.4).flattening
 
 
+def test_a_horizon_counts_to_the_farthest_step():
+    """1,941 steps to the threshold of a straight line."""
+    curve = [2 - 0.0008 * k for k in range(60)]
+    far = found(along(curve), 0.4, horizon=3000)
+    assert far.chance == far.ever > found(along(curve), 0.4, horizon=1900).chance
+
+
 def test_a_fall_that_speeds_up_is_seen_in_time():
     curve = [1 - 0.9 * (k / 100) ** 2 for k in range(100)]
     at = next(n for n in range(5, 100) if found(along(curve[:n], reading=0.02), 0.1, momentum=0.9).expected)
@@ -199,7 +206,7 @@ def test_invalid_input():
     for shape in (-0.1, 1.1):
         with pytest.raises(ValueError, match="shape"):
             forecast(readings, 0.5, shape=shape)
-    for horizon in (0, -1, math.nan):
+    for horizon in (0, -1, math.nan, 3001, math.inf):
         with pytest.raises(ValueError, match="horizon"):
             forecast(readings, 0.5, horizon=horizon)
     with pytest.raises(ValueError, match="increasing"):
