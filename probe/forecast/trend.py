@@ -81,9 +81,10 @@ class ReadingArrays:
 
 @dataclass(frozen=True)
 class Trend:
-    """Level and drift before the step after the last reading's, under `G` hypotheses for `S` trainings.
+    """Level and drift after an optimizer step, under `G` hypotheses for `S` trainings.
 
     Attributes:
+        step: that step.
         given: the hypotheses.
         phi: autocorrelation of the noise.
         unit: `(S, 1)` nats per token: levels are in units of this.
@@ -94,6 +95,7 @@ class Trend:
         weight: `(S, G)`, probabilities of the hypotheses given the readings.
     """
 
+    step: int
     given: Hypotheses
     phi: float
     unit: Array
@@ -121,14 +123,22 @@ class Trend:
         return mean, np.sqrt((self.weight * square).sum(1))
 
 
-def fit_trend(readings: ReadingArrays, given: Hypotheses, momentum: float) -> Trend:
-    """What the readings say.
+def fit_trend(readings: ReadingArrays, given: Hypotheses, momentum: float, now: int | None = None) -> Trend:
+    """What the readings say of level and drift after a step.
 
     Args:
         readings: the first one of a probe, one of them with a change; levels above 0.
         given: the hypotheses.
         momentum: autocorrelation `phi` of the noise from one step to the next, in [0, 1).
+        now: the step, not before the last reading's; None where it is that.
+
+    Raises:
+        ValueError: `now` is before the last reading's step.
     """
+    last = int(readings.step[-1])
+    now = last if now is None else now
+    if now < last:
+        raise ValueError(f"now must not be before the last reading's step {last}, but is {now}")
     unit = readings.level[:, :1]
     own = readings.in_units_of(unit)
     size = _usual_step(own, given)
@@ -139,10 +149,10 @@ def fit_trend(readings: ReadingArrays, given: Hypotheses, momentum: float) -> Tr
         state.take_level(j)
         if own.has_change[j]:
             state.take_change(j)
-    state.advance(1)
+    state.advance(now + 1 - last)  # a level is that before its step
     weight = np.exp(state.log_weight - state.log_weight.max(1, keepdims=True))
     weight /= weight.sum(1, keepdims=True)
-    return Trend(given, momentum, unit, state.mean, state.covariance, state.wander, state.noise, weight)
+    return Trend(now, given, momentum, unit, state.mean, state.covariance, state.wander, state.noise, weight)
 
 
 class _Filter:

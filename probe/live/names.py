@@ -70,12 +70,12 @@ OF_A_TRAINING: tuple[Quantity, ...] = (
 _FORECAST = {
     "momentum_share_tok": "deltaH1_momentum_tok / deltaH1_tok; absent where deltaH1_tok cannot be told from 0",
     "decay_share_tok": "deltaH1_decay_tok / deltaH1_tok; absent likewise",
-    "steps_to_collapse": "optimizer steps until H_orig_tok falls to `collapse_entropy`, the median; None before the "
-    "third probe, infinite where it is more likely not to",
+    "steps_to_collapse": "optimizer steps from the end of this one until H_orig_tok falls to `collapse_entropy`, the "
+    "median; None before the third probe, infinite where it is more likely not to",
     "steps_to_collapse_low": "lower end of its 95 % interval",
     "steps_to_collapse_high": "upper end of its 95 % interval; absent where it is infinite",
-    "collapse_chance": "probability that H_orig_tok falls to `collapse_entropy` within `horizon` steps",
-    "explosion_chance": "probability that H_orig_tok rises to `explosion_entropy` within `horizon` steps",
+    "collapse_chance": "probability that H_orig_tok falls to `collapse_entropy` within `horizon` steps from this one",
+    "explosion_chance": "probability that H_orig_tok rises to `explosion_entropy` within `horizon` steps from this one",
     "entropy_rate": "mean relative change of H_orig_tok per step now, as the forecast takes it",
     "collapse_entropy": "the entropy that counts as collapse, nats per token",
     "explosion_entropy": "the entropy that counts as explosion, nats per token; absent where none does",

@@ -154,6 +154,24 @@ def test_after_a_remedy_the_alarm_is_calmed(momentum):
     assert later.low < 230 < later.high
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_count_from_the_current_one_whatever_the_last_reading_is_of(momentum):
+    """Read up to step 29; the training is at step 45, and the threshold 60 steps after the last reading."""
+    readings, threshold = decay(-0.01, list(range(30))), 2.0 * math.exp(-0.01 * 90)
+    settings = {"momentum": momentum, "shape": 0.0, "horizon": 50}
+    then = found(readings, threshold, **settings)
+    now = found(readings, threshold, now=45, **settings)
+    assert (then.step, now.step) == (29, 45)
+    # rising chances to be there as time goes by: 16 steps fewer from here, the same step in the end
+    assert now.steps == pytest.approx(then.steps - 16, rel=0.01)
+    assert now.low == pytest.approx(then.low - 16, rel=0.02)
+    assert now.chance == pytest.approx(found(readings, threshold, **{**settings, "horizon": 66}).chance)
+    assert pytest.approx(2.0 * math.exp(-0.01 * 46), rel=0.01) == now.H
+    assert found(readings, threshold, now=29, **settings) == then
+    with pytest.raises(ValueError, match="now must not be before the last reading's step 29, but is 28"):
+        forecast(readings, threshold, now=28)
+
+
 def test_too_few_readings():
     readings = decay(-0.01, [0, 1, 2])
     assert forecast([], 0.5) is None

@@ -166,7 +166,7 @@ def test_the_chance_of_lying_beyond_the_threshold_is_that_of_simulated_trainings
     mean = np.array([0.0, 0.004 if rising else -0.004, 0.001, 0.0])
     wander, noise = 1e-7, 1e-5
     trend = Trend(
-        given, phi, np.ones((1, 1)), mean[:, None, None], covariance[:, :, None, None],
+        0, given, phi, np.ones((1, 1)), mean[:, None, None], covariance[:, :, None, None],
         np.full((1, 1), wander), np.full((1, 1), noise), np.ones((1, 1)),
     )  # fmt: skip
     threshold = 1.12 if rising else 0.88

@@ -199,6 +199,26 @@ def test_logged_entropies_enter_the_forecast_and_may_raise_an_alarm():
     assert watch.last["alarm"] is True
 
 
+def test_a_forecast_counts_from_the_current_step_whatever_step_was_noted():
+    """A steady fall of 10 % per step, noted up to step 22 of 24, and up to 24: the entropy now is the same in both."""
+    found = []
+    for last in (22, 24):
+        seen: list[Alarm] = []
+        watch, _ = logged_loop(collapse_fraction=0.1, horizon=50, on_alarm=seen.append)
+        H = watch.last["H_orig_tok"]
+        for step in range(1, last + 1):
+            watch.note_entropy(H * math.exp(-0.1 * max(step - 14, 0)) * (1 + 0.005 * (-1) ** step), step)
+        watch.detach()
+        (alarm,) = seen
+        assert alarm.step == alarm.forecast.step == 24
+        assert "after step 24" in alarm.message
+        found.append(watch._history.look_ahead(0.9).collapse)
+    late, fresh = found
+    assert (late.step, fresh.step) == (24, 24)
+    assert pytest.approx(fresh.H, rel=0.05) == late.H
+    assert late.steps == pytest.approx(fresh.steps, rel=0.15)
+
+
 @pytest.mark.parametrize("outlier", [0.3, 0.1, 0.01, 1e-6, 20.0])
 def test_one_odd_log_raises_no_alarm(outlier):
     seen: list[Alarm] = []

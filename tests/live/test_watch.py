@@ -173,7 +173,9 @@ def test_lines():
         "step 12: H 1.250 +/- 0.010 nats/token; this step -0.0200 +/- 0.0030 predicted, not resolved measured "
         "(trustworthy); no collapse in sight"
     )
-    falling = Forecast(31.4, 22.0, math.inf, -0.05, 0.01, 1.25, 0.125, 9, horizon=50, chance=0.7, ever=0.9)
+    falling = Forecast(
+        31.4, 22.0, math.inf, -0.05, 0.01, 1.25, 0.125, 9, horizon=50, chance=0.7, ever=0.9, step=40
+    )
     far = replace(falling, steps=501.0, chance=0.01)
     rising = replace(far, rising=True, threshold=3.0)
 
@@ -191,11 +193,13 @@ def test_lines():
     assert words(far, replace(rising, steps=40.0)) == "explosion in about 40 steps (within 50: 1 %)"
     assert words(None, None) == ""
     text = alarm_line(falling, 0.8)
-    assert "from 1.25 to 0.125 nats/token in about 31 steps" in text
+    assert "forecast after step 40: from 1.25 to 0.125 nats/token in about 31 steps" in text
     assert "80 % of the change is momentum" in text
-    assert "has collapsed: 0.1 nats/token, at or below 0.125" in alarm_line(replace(falling, H=0.1), None)
+    assert "has collapsed after step 40: 0.1 nats/token, at or below 0.125" in alarm_line(
+        replace(falling, H=0.1), None
+    )
     assert (
-        "explosion forecast: from 1.25 to 3 nats/token with a chance of 40 % within the horizon"
+        "explosion forecast after step 40: from 1.25 to 3 nats/token with a chance of 40 % within the horizon"
         in alarm_line(replace(rising, steps=math.inf, chance=0.4), None)
     )
     schedule = Schedule(10, 0.05)
