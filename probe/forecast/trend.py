@@ -17,6 +17,13 @@ where `o` is the constant share by which the entropy that a training logs of its
 probe's. Everything is linear and Gaussian: the filter gives mean and covariance of `(y, r, e, o)`, and the likelihood
 of the readings, which weighs the hypotheses (West and Harrison, Bayesian Forecasting and Dynamic Models, 1997,
 chapters 4 and 12).
+
+Level and change of one probe are measured on one E, and their errors are taken as independent. They are correlated,
+with a sign that depends on the update: between -0.9 and 0.8 on the enumerated policies of known tails, within 0.1 on
+the demo policy with control variates (-0.45 without). That matters little, as many levels say what a level's error was.
+On 150 trainings with changes read with an error of their own size and correlations of -0.9, 0 and 0.9: 99.4, 99.2 and
+98.6 % of the intervals with an end hold the collapse of exponential falls, the median lead is 53, 60 and 68 steps, and
+falls that flatten have 0.02, 0.03 and 0.06 false alarms per 100 steps.
 """
 
 from __future__ import annotations
