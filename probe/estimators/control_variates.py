@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,12 +72,17 @@ class ControlVariates:
         values: `(K, B, 2)` float64: for `E[N]` (nats) and for `E[T]` (tokens), each sequence with a `Q` that was fitted
             on neither its own fold nor fold `k`.
         fold: `(B,)`, of each sequence.
-        statistics: this batch's contribution to later fits.
+        sums: over the tokens of each fold.
     """
 
     values: Tensor
     fold: Tensor
-    statistics: FitStatistics
+    sums: Sequence[_FoldSums]
+
+    @cached_property
+    def statistics(self) -> FitStatistics:
+        """This batch's contribution to later fits; those of a part of a step are asked for by nobody."""
+        return _statistics(self.sums)
 
     @property
     def own(self) -> Tensor:
@@ -188,7 +194,7 @@ def control_variates(
                 fit = without[max(j, k), min(j, k)]
                 products = torch.einsum("bt,bti,btj->bij", on * fit.trust(states), states, tokens)
                 Z[k, rows] = products.flatten(1) @ fit.coefficients
-    return ControlVariates(values=Z, fold=fold, statistics=_statistics(sums))
+    return ControlVariates(values=Z, fold=fold, sums=sums)
 
 
 class _FoldSums:
