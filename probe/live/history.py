@@ -10,6 +10,7 @@ from typing import Any
 
 from probe.errors.exceptions import ConfigError
 from probe.estimand import ESTIMANDS, SEQUENCE, TOKEN, Estimand
+from probe.estimators.estimate import NORMAL_975
 from probe.forecast.curves import Anchor, CumulativeSum, level_change
 from probe.forecast.mean_change import ProbedChange, mean_change
 from probe.forecast.readings import (
@@ -220,8 +221,11 @@ class History:
 
 
 def _with_error(estimand: Estimand, name: str, value: float, se: float) -> dict[str, float]:
-    """A number and its standard error under their names."""
-    return {estimand.key(name): value, estimand.key(name, "_se"): se}
+    """A number of a curve, its standard error and the ends of its interval under their names."""
+    # an error of 0 is that of the first probe's sum, which is 0 by definition
+    half = NORMAL_975 * se
+    ends = Part("_ci95", "", interval=True).flat(estimand.key(name, "_ci95"), (value - half, value + half))
+    return {estimand.key(name): value, estimand.key(name, "_se"): se, **ends}
 
 
 def check_first_step(value: Any) -> None:

@@ -23,27 +23,48 @@ def _errors(logged: tuple[Estimand, ...] = ()) -> tuple[Part, ...]:
 
 
 _DELTA_ERRORS, _MEAN_ERRORS = _errors(), _errors(logged=(TOKEN,))
+_CURVE_ERRORS = (
+    Part("_se", "its standard error", logged=(TOKEN,)),
+    Part("_ci95", "1.96 of these on either side: a sum over many probes", interval=True, logged=(TOKEN,)),
+)
+CURVES = "curves"
+"""Group of the errors of curves: with a prefix of their own they leave TensorBoard's first page to the numbers."""
 OF_A_TRAINING: tuple[Quantity, ...] = (
     Quantity(
         "cumulative_deltaH1",
         "sum of deltaH1 over all steps since the first probe, interpolated linearly between probes",
         per_token=True,
-        parts=_ERROR,
+        parts=_CURVE_ERRORS,
+        group=CURVES,
     ),
-    Quantity("cumulative_deltaH_true", "the same of deltaH_true", per_token=True, parts=_ERROR),
+    Quantity(
+        "cumulative_deltaH_true",
+        "the same of deltaH_true",
+        per_token=True,
+        parts=_CURVE_ERRORS,
+        group=CURVES,
+    ),
     Quantity(
         "cumulative_H",
         "H_orig now minus H_orig at the first probe: what the two above should be",
         per_token=True,
-        parts=_ERROR,
+        parts=_CURVE_ERRORS,
+        group=CURVES,
     ),
     Quantity(
         "H_predicted",
         "entropy at the first probe, by the levels of all probes so far, plus cumulative_deltaH1",
         per_token=True,
-        parts=_ERROR,
+        parts=_CURVE_ERRORS,
+        group=CURVES,
     ),
-    Quantity("H_tracked", "the same plus cumulative_deltaH_true", per_token=True, parts=_ERROR),
+    Quantity(
+        "H_tracked",
+        "the same plus cumulative_deltaH_true",
+        per_token=True,
+        parts=_CURVE_ERRORS,
+        group=CURVES,
+    ),
     Quantity(
         "mean_deltaH1",
         "mean of deltaH1 per optimizer step from the first to the last of the last `average_over` probes, the steps "
@@ -66,7 +87,7 @@ OF_A_TRAINING: tuple[Quantity, ...] = (
         parts=_DELTA_ERRORS,
     ),
 )
-"""Quantities that only a training has: changes of entropy with errors."""
+"""Quantities that only a training has: changes of entropy with errors; those of `CURVES` are sums over the training."""
 _FORECAST = {
     "momentum_share_tok": "deltaH1_momentum_tok / deltaH1_tok; absent where deltaH1_tok cannot be told from 0",
     "decay_share_tok": "deltaH1_decay_tok / deltaH1_tok; absent likewise",
@@ -124,6 +145,15 @@ LIVE_TEXTS: dict[str, str] = {
 """Texts in the history; they are not logged."""
 
 
+_ERRORS_OF_CURVES = {
+    name
+    for one in OF_A_TRAINING
+    if one.group == CURVES
+    for key, part in one.keyed_parts().items()
+    for name in part.flat(key, None)
+}
+
+
 def _logged(one: Quantity) -> list[str]:
     """The names under which a change is logged, with its errors."""
     parts = [
@@ -138,18 +168,33 @@ def _logged(one: Quantity) -> list[str]:
 def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers of a history entry that are logged, by their full names.
 
-    Not logged are the errors of parts and sums, nor these per response.
+    Not logged are the errors of parts, nor these and sums per response.
 
-    >>> scalars({"step": 3, "H_orig_tok": 0.5, "pareto_k": None, "steps_to_collapse": math.inf, "verdict": "caution"})
-    {'entropy_probe/H_orig_tok': 0.5}
+    >>> scalars({"step": 3, "H_orig_tok": 0.5, "pareto_k": None, "ESS": math.inf, "H_tracked_tok_se": 0.1})
+    {'entropy_probe/H_orig_tok': 0.5, 'entropy_probe_curves/H_tracked_tok_se': 0.1}
     """
     logged = {name for one in _changes() for name in _logged(one)}.union(LIVE_NUMBERS)
     found = {}
     for name, value in entry.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if name in logged and number and math.isfinite(value):
-            found[f"{PREFIX}/{name}"] = float(value)
+            found[full_name(name)] = float(value)
     return found
+
+
+def full_name(name: str) -> str:
+    """The name under which loggers get a number of the history.
+
+    >>> full_name("H_tracked_tok"), full_name("H_tracked_tok_ci95_low")
+    ('entropy_probe/H_tracked_tok', 'entropy_probe_curves/H_tracked_tok_ci95_low')
+    """
+    return f"{PREFIX}_{CURVES}/{name}" if name in _ERRORS_OF_CURVES else f"{PREFIX}/{name}"
+
+
+def history_names(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """The probe's numbers in a log, by their names in the history: what `scalars` has named."""
+    groups = (f"{PREFIX}/", f"{PREFIX}_{CURVES}/")
+    return {name.partition("/")[2]: x for name, x in logs.items() if name.startswith(groups)}
 
 
 def band(key: str) -> tuple[str, ...]:

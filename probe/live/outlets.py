@@ -7,7 +7,7 @@ from typing import Any
 
 from probe.errors.exceptions import ConfigError
 from probe.live.lines import cost_line, probe_line
-from probe.live.names import PREFIX, band, scalars
+from probe.live.names import band, full_name, scalars
 from probe.live.outcome import Outcome
 from probe.live.say import say
 from probe.live.schedule import Schedule
@@ -36,6 +36,18 @@ LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
             "Multiline",
             ("cumulative_H_tok", "cumulative_deltaH1_tok", "cumulative_deltaH_true_tok"),
         ),
+    },
+    "Entropy: predicted and realised, with 95 % interval": {
+        "predicted: the first probe's plus the sum of deltaH1, nats per token": (
+            "Margin",
+            band("H_predicted"),
+        ),
+        "measured: the same plus the sum of deltaH_true, nats per token": ("Margin", band("H_tracked")),
+    },
+    "Change of entropy since the first probe, with 95 % interval": {
+        "of the level, nats per token": ("Margin", band("cumulative_H")),
+        "sum of deltaH1 (predicted), nats per token": ("Margin", band("cumulative_deltaH1")),
+        "sum of deltaH_true (measured), nats per token": ("Margin", band("cumulative_deltaH_true")),
     },
     "Change of entropy per step, with 95 % interval": {
         "deltaH1 (predicted), nats per token": ("Margin", band("deltaH1")),
@@ -70,7 +82,7 @@ def tensorboard_layout(prefix: str = "") -> dict[str, dict[str, list[Any]]]:
     """
 
     def tags(kind: str, names: tuple[str, ...]) -> list[str]:
-        full = [f"{prefix}{PREFIX}/{name}" for name in names]
+        full = [prefix + full_name(name) for name in names]
         # in charts of several lines TensorBoard takes tags for regular expressions
         return [f"^{name}$" for name in full] if kind == "Multiline" else full
 

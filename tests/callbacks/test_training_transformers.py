@@ -319,7 +319,7 @@ def test_results_reach_the_log_and_tensorboard(tmp_path, caplog):
     reader.Reload()
     tags = [tag for tag in reader.Tags()["scalars"] if "entropy_probe" in tag]
     assert "train/entropy_probe/H_orig_tok" in tags
-    assert all(tag.startswith("train/entropy_probe/") for tag in tags)
+    assert all(tag.startswith(("train/entropy_probe/", "train/entropy_probe_curves/")) for tag in tags)
     for name in ("H_orig_tok", "deltaH_true_tok"):
         points = [(e.step, e.value) for e in reader.Scalars(f"train/entropy_probe/{name}")]
         assert points == [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in history]

@@ -17,7 +17,7 @@ from torch import nn
 from probe.forecast.forecast import Forecast
 from probe.live import WatchSettings
 from probe.live.lines import Outlook, alarm_line, cost_line, probe_line
-from probe.live.names import LIVE_KEYS, LIVE_NUMBERS, LIVE_TEXTS, PREFIX, scalars
+from probe.live.names import LIVE_KEYS, LIVE_NUMBERS, LIVE_TEXTS, PREFIX, full_name, history_names, scalars
 from probe.live.outlets import LAYOUT, tensorboard_layout
 from probe.live.reference import reference_page
 from probe.live.schedule import Schedule
@@ -108,8 +108,30 @@ def test_all_charts_show_documented_names():
     assert names <= documented()
     layout = tensorboard_layout("train/")
     shown = {n.strip("^$") for charts in layout.values() for _, chart in charts.values() for n in chart}
-    assert shown == {f"train/{PREFIX}/{n}" for n in names}
+    assert shown == {f"train/{full_name(n)}" for n in names}
     assert {kind for charts in layout.values() for kind, _ in charts.values()} == {"Multiline", "Margin"}
+
+
+def test_the_errors_of_curves_are_logged_and_charted_behind_a_prefix_of_their_own():
+    with seeded():
+        loop = small_loop(steps=3)
+        watch = attach(loop.model, loop.optimizers[0], every=1)
+        loop.run()
+    entry, logged = watch.last, scalars(watch.last)
+    layout = tensorboard_layout()
+    bands = [chart for charts in layout.values() for kind, chart in charts.values() if kind == "Margin"]
+    for curve in ("H_predicted", "H_tracked", "cumulative_H", "cumulative_deltaH1", "cumulative_deltaH_true"):
+        value, se = entry[f"{curve}_tok"], logged[f"{PREFIX}_curves/{curve}_tok_se"]
+        ends = [f"{PREFIX}_curves/{curve}_tok_ci95_{end}" for end in ("low", "high")]
+        assert [logged[end] for end in ends] == pytest.approx(
+            [value - 1.96 * se, value + 1.96 * se], rel=1e-3
+        )
+        assert se == entry[f"{curve}_tok_se"] > 0
+        assert [f"{PREFIX}/{curve}_tok", *ends] in bands
+    extra = [name for name in logged if not name.startswith(f"{PREFIX}/")]
+    assert len(extra) == 15
+    assert sorted(logged)[-15:] == sorted(extra)  # behind all others, wherever names are sorted
+    assert history_names({**logged, "loss": 1.0}) == {name: entry[name] for name in history_names(logged)}
 
 
 def test_only_finite_numbers_are_logged():
