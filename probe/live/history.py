@@ -21,7 +21,7 @@ from probe.forecast.readings import (
 )
 from probe.live.alarm import AlarmStates, ThresholdAlarm
 from probe.live.lines import Outlook
-from probe.live.names import STEPS, flat_values
+from probe.live.names import ALARMS, STEPS, flat_values
 from probe.live.outcome import Outcome
 from probe.live.seen import Run, band_of, look_ahead, settle_band
 from probe.live.settings import WatchSettings
@@ -116,6 +116,10 @@ class History:
         last = None
         for given in entries:
             entry = dict(given)
+            if any(name in entry for name in ALARMS.values()) and "H_orig_tok" not in entry:
+                if self.run.history:  # of the last probe before it
+                    self.run.history[-1].setdefault("alarms", []).append(entry["step"])
+                continue
             if last is not None and entry["step"] <= last:
                 raise ConfigError(f"entries: expected increasing steps, found {entry['step']} after {last}")
             last = entry["step"]

@@ -100,6 +100,9 @@ _FORECAST = {
     "entropy_rate": "mean relative change of H_orig_tok per step now, as the forecast takes it",
     "collapse_entropy": "the entropy that counts as collapse, nats per token",
     "explosion_entropy": "the entropy that counts as explosion, nats per token; absent where none does",
+    "collapse_alarm": "1 for the step after which an alarm of a collapse was raised, by a probe or by an entropy that "
+    "the training has logged; in logs alone, the history has `alarms`",
+    "explosion_alarm": "the same of an explosion",
     "verdict_code": "0 trustworthy, 1 caution, 2 unresolved, 3 invalid: how far this probe's numbers can be believed",
 }
 _COST = {
@@ -136,13 +139,17 @@ count the scatter of steps between probes too."""
 LIVE_NUMBERS: dict[str, str] = {**_FORECAST, **_shared_numbers(), **_COST}
 """Further numbers, without a suffix."""
 STEPS = ("steps_to_collapse", "steps_to_collapse_low", "steps_to_collapse_high")
+ALARMS = {False: "collapse_alarm", True: "explosion_alarm"}
+"""Under what alarms are logged, by whether the entropy rises."""
 LIVE_TEXTS: dict[str, str] = {
     "verdict_reasons": "why the verdict is not better, a list of sentences",
+    "alarms": "optimizer steps after which an alarm was raised, from this probe on until the next, a list; absent "
+    "where there was none",
     "shares_reason": "why there are no parts of momentum and decay; absent where there are",
     "outlook": "the forecast in words; `flattening` where entropy moves towards a threshold at a rate that would "
     "reach it within 3,000 steps, and more likely than not does not, `no collapse in sight` where it is far",
 }
-"""Texts in the history; they are not logged."""
+"""Texts and lists in the history; they are not logged."""
 
 
 _ERRORS_OF_CURVES = {

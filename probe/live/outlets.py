@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from probe.errors.exceptions import ConfigError
+from probe.live.alarm import Alarm
 from probe.live.lines import cost_line, probe_line
-from probe.live.names import band, full_name, scalars
+from probe.live.names import ALARMS, band, full_name, scalars
 from probe.live.outcome import Outcome
 from probe.live.say import say
 from probe.live.schedule import Schedule
@@ -60,9 +61,9 @@ LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         ),
     },
     "Forecast": {
-        "chance of collapse and of explosion within the horizon": (
+        "chance of collapse and of explosion within the horizon, and alarms": (
             "Multiline",
-            ("collapse_chance", "explosion_chance"),
+            ("collapse_chance", "explosion_chance", *ALARMS.values()),
         ),
         # the upper end is often far away, and would set the scale
         "steps to collapse, and the lower end of the interval": (
@@ -180,6 +181,11 @@ class Outlets:
         if self._log is not None:
             self._log.send(scalars(entry), entry["step"])
         self._watch_for_standstill(outcome.moved)
+
+    def publish_alarms(self, alarms: Sequence[Alarm]) -> None:
+        """Log alarms under the step after which they were raised, which may be one that was not probed."""
+        if self._log is not None and alarms:
+            self._log.send(scalars({ALARMS[one.forecast.rising]: 1.0 for one in alarms}), alarms[0].step)
 
     def say_cost(self) -> None:
         """The cost model, once, when a training step and a probe have been timed that was not the first one.

@@ -23,7 +23,7 @@ there is one. In logs all have the prefix `entropy_probe/`, errors and ends of t
 
 {numbers}
 
-## Texts
+## Texts and lists
 
 In the history alone; they are not logged.
 

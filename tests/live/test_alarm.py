@@ -14,6 +14,7 @@ import torch
 from probe.forecast.forecast import ALARM_CHANCE, Forecast
 from probe.live import Alarm
 from probe.live.alarm import ThresholdAlarm
+from probe.live.names import PREFIX, history_names
 from tests.support.live_loops import Loop, attach, full_model, seeded, sgd, two_optimizers
 
 
@@ -111,7 +112,7 @@ def test_an_alarm_is_raised_before_the_collapse_and_stops(caplog):
     watch, loop = run_falling(on_alarm=seen.append, **settings)
     assert len(seen) == 1
     (alarm,) = seen
-    entry = next(e for e in watch.history if e.get("alarm"))
+    entry = next(e for e in watch.history if e.get("alarms"))
     assert alarm.entry is entry
     assert alarm.step == entry["step"] < 12
     assert entry["H_orig_tok"] > entry["collapse_entropy"]
@@ -119,7 +120,7 @@ def test_an_alarm_is_raised_before_the_collapse_and_stops(caplog):
     assert not alarm.forecast.rising
     assert alarm.model is loop.model
     assert alarm.optimizers == loop.optimizers
-    assert sum(bool(e.get("alarm")) for e in watch.history) == 1
+    assert sum(len(e.get("alarms", ())) for e in watch.history) == 1
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert warnings == [f"entropy probe: {alarm.message}"]
     assert not watch.should_stop
@@ -180,9 +181,27 @@ def logged_loop(**settings: Any) -> tuple[Any, Loop]:
     return watch, loop
 
 
+def check_no_second_alarm(watch: Any, logged: list[tuple[dict[str, float], int]]) -> None:
+    """A training that goes on from the log knows of the alarm, though no probe raised it."""
+    model = full_model()
+    again = attach(model, sgd(model, lr=0.1), first_step=24)
+    again.replay({"step": step, **history_names(numbers)} for numbers, step in logged)
+    assert again._alarms.state == watch._alarms.state
+    assert not again._alarms.state.collapse.armed
+    assert [entry["step"] for entry in again.history] == [1, 9, 17]
+    assert again.last["alarms"] == [24]
+    again.detach()
+
+
 def test_logged_entropies_enter_the_forecast_and_may_raise_an_alarm():
     seen: list[Alarm] = []
-    watch, _ = logged_loop(collapse_fraction=0.1, horizon=20, on_alarm=seen.append)
+    logged: list[tuple[dict[str, float], int]] = []
+    watch, _ = logged_loop(
+        collapse_fraction=0.1,
+        horizon=20,
+        on_alarm=seen.append,
+        log=lambda numbers, step: logged.append((numbers, step)),
+    )
     assert watch.last["collapse_chance"] < ALARM_CHANCE
     H = watch.last["H_orig_tok"]
     for step in range(1, 15):
@@ -196,7 +215,13 @@ def test_logged_entropies_enter_the_forecast_and_may_raise_an_alarm():
     assert len(seen) == 1
     assert seen[0].step == watch.step == 24
     assert watch.last["H_orig_tok"] > seen[0].forecast.H
-    assert watch.last["alarm"] is True
+    assert watch.last["alarms"] == [24]  # the entry is that of step 17
+    assert (watch.last["step"], watch.summary().alarms) == (17, (24,))
+    assert [(step, numbers) for numbers, step in logged if f"{PREFIX}/collapse_alarm" in numbers] == [
+        (24, {f"{PREFIX}/collapse_alarm": 1.0})
+    ]
+    assert [step for _, step in logged] == [1, 9, 17, 24]
+    check_no_second_alarm(watch, logged)
 
 
 def test_a_forecast_counts_from_the_current_step_whatever_step_was_noted():
@@ -256,7 +281,7 @@ def test_an_alarm_that_was_raised_before_a_resume_is_not_raised_again():
     settings: dict[str, Any] = {"collapse_fraction": 0.5, "horizon": 50}
     first, _ = run_falling(on_alarm=seen.append, **settings)
     assert len(seen) == 1
-    logged = [{k: v for k, v in entry.items() if k != "alarm"} for entry in first.history]
+    logged = [{k: v for k, v in entry.items() if k != "alarms"} for entry in first.history]
     with seeded():
         loop = falling_loop(2)
         again = attach(

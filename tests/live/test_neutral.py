@@ -365,7 +365,7 @@ def test_errors_of_the_alarms_callback_are_raised(other_hook):
         assert not watch.active
         loop.run(2)
     assert len(watch.history) == 3
-    assert watch.history[-1]["alarm"] is True
+    assert watch.history[-1]["alarms"] == [3]
 
 
 # ---------------------------------------------------------------- the context manager itself

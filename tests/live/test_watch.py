@@ -17,7 +17,16 @@ from torch import nn
 from probe.forecast.forecast import Forecast
 from probe.live import WatchSettings
 from probe.live.lines import Outlook, alarm_line, cost_line, probe_line
-from probe.live.names import LIVE_KEYS, LIVE_NUMBERS, LIVE_TEXTS, PREFIX, full_name, history_names, scalars
+from probe.live.names import (
+    ALARMS,
+    LIVE_KEYS,
+    LIVE_NUMBERS,
+    LIVE_TEXTS,
+    PREFIX,
+    full_name,
+    history_names,
+    scalars,
+)
 from probe.live.outlets import LAYOUT, tensorboard_layout
 from probe.live.reference import reference_page
 from probe.live.schedule import Schedule
@@ -39,7 +48,7 @@ from tests.support.live_loops import (
 
 def documented() -> set[str]:
     """Every key that an entry may have."""
-    names = {"step", "verdict", "alarm", *LIVE_NUMBERS, *LIVE_TEXTS}
+    names = {"step", "verdict", *LIVE_NUMBERS, *LIVE_TEXTS}
     for key in LIVE_KEYS:
         for suffix in ("", "_tok"):
             names |= {key + suffix + end for end in ("", "_se", "_df", "_ci95_low", "_ci95_high")}
@@ -100,7 +109,8 @@ def test_every_documented_name_occurs():
         loop.run()
     found = {name for entry in watch.history for name in entry}
     missing = {*LIVE_KEYS, *(f"{key}_tok" for key in LIVE_KEYS), *LIVE_NUMBERS} - found
-    assert missing <= {"momentum_share_tok", "decay_share_tok"}  # only where the total is told from 0
+    # shares only where the total is told from 0, alarms in logs alone
+    assert missing <= {"momentum_share_tok", "decay_share_tok", *ALARMS.values()}
 
 
 def test_all_charts_show_documented_names():
@@ -138,7 +148,7 @@ def test_only_finite_numbers_are_logged():
     entry = {
         "step": 3,
         "verdict": "caution",
-        "alarm": True,
+        "alarms": [3],
         "verdict_reasons": ["x"],
         "every": 1,
         "H_orig_tok": 0.5,
