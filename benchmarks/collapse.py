@@ -187,7 +187,7 @@ class Run:
     @property
     def alarms(self) -> list[int]:
         """Steps after which an alarm was raised."""
-        return [entry["step"] for entry in self.history if entry.get("alarm")]
+        return [step for entry in self.history for step in entry.get("alarms", ())]
 
 
 def train(

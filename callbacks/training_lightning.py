@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -75,8 +76,7 @@ class EntropyProbeCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what the update brought, at the step under which Lightning logs this batch."""
-        for numbers in self._host.take():
-            self._loggers.send(trainer.loggers, numbers, counted_steps(trainer))
+        self._host.hand_on(partial(self._loggers.send, trainer.loggers), counted_steps(trainer))
         if self._host.asks_to_stop():
             trainer.should_stop = True
 

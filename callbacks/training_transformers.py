@@ -80,8 +80,7 @@ class EntropyProbeTrainerCallback(TrainerCallback):
     ) -> None:
         """Log what the step brought, now that the trainer has counted it."""
         asked = control.should_log
-        for numbers in self._host.take():
-            self._log.send(numbers, state.global_step)
+        self._host.hand_on(self._log.send, state.global_step)
         control.should_log = asked  # logging takes it back, and the trainer's own log is still to come
         if self._host.asks_to_stop():
             control.should_training_stop = True
@@ -89,8 +88,9 @@ class EntropyProbeTrainerCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The entropy that TRL logs of its own batches is one more reading for the forecast."""
+        """The entropy that TRL logs of its own batches is one more reading for the forecast, and may raise an alarm."""
         note_logged_entropy(self.watch, state, kwargs.get("logs"))
+        self._host.hand_on(self._log.send, state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -70,6 +70,18 @@ class Pilot:
     df: float
     size: int
 
+    def __post_init__(self) -> None:
+        """Refuse what says nothing: searches for a size would end somewhere.
+
+        Raises:
+            ValueError: a number is out of its range, or not a number.
+        """
+        known = math.isfinite(self.value) and math.isfinite(self.se) and self.se > 0.0
+        if not (known and self.df >= 1.0 and self.size >= 1):
+            raise ValueError(
+                f"expected a finite change with an error above 0 and df of at least 1, found {self}"
+            )
+
     @property
     def z(self) -> float:
         """The value in standard errors, without its sign."""
@@ -174,15 +186,15 @@ def needed_updates(pilot: Pilot, sd: float, batch: int, share: float, power: flo
 
     Args:
         pilot: the change.
-        sd: its standard deviation over update batches, nats, above 0.
+        sd: its standard deviation over update batches, nats.
         batch: prompts of U, at least 2.
         share: between 0 and 1.
         power: see `needed_size`.
 
     Returns:
-        None where the spread is not known: of fewer than two prompts.
+        None where the spread is not known: a batch of one prompt has none, nor has one that is not finite and above 0.
     """
-    if batch < 2 or sd <= 0.0:
+    if batch < 2 or not (math.isfinite(sd) and sd > 0.0):
         return None
     w, weights = _chi(pilot.df)
     v, v_weights = _chi(batch - 1)

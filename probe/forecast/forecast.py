@@ -36,8 +36,8 @@ FALLING = 2.0
 class Forecast:
     """Optimizer steps left until the token entropy reaches a threshold.
 
-    Steps are counted from the step after the last reading's: the level forecast from is the entropy after that step,
-    and `steps = 12.3` means that the 13th step from there ends beyond the threshold.
+    Steps are counted from the training's current step, whatever step the last reading is of: the level forecast from is
+    the entropy after `step`, and `steps = 12.3` means that the 13th step from there ends beyond the threshold.
 
     Attributes:
         steps: median, optimizer steps; 0 if the entropy is at the threshold or beyond, infinite if it is more likely
@@ -46,13 +46,14 @@ class Forecast:
         high: upper end, optimizer steps; infinite if it may well never be reached.
         rate: mean relative change of `H` per optimizer step now (of `log H`).
         rate_se: its standard error.
-        H: token entropy after the last reading's step, nats per token: what all readings say of it.
+        H: token entropy after `step`, nats per token: what all readings say of it.
         threshold: nats per token.
         readings_used: number of readings in the window, logged levels included.
         horizon: optimizer steps.
         chance: probability that the threshold is reached within `horizon`.
         ever: probability that it is reached at all, within 3,000 steps.
         rising: whether the threshold is above the entropy.
+        step: the optimizer step from whose end everything here is counted; in a training the last one taken.
     """
 
     steps: float
@@ -67,6 +68,7 @@ class Forecast:
     chance: float
     ever: float
     rising: bool = False
+    step: int = 0
 
     @property
     def reached(self) -> bool:
@@ -75,8 +77,8 @@ class Forecast:
 
     @property
     def expected(self) -> bool:
-        """Whether the threshold is reached within the horizon with a chance that calls for an alarm."""
-        return self.reached or self.chance >= ALARM_CHANCE
+        """Whether what is forecast calls for an alarm."""
+        return calls_for_alarm(self.reached, self.chance)
 
     @property
     def flattening(self) -> bool:
@@ -90,6 +92,16 @@ class Forecast:
         return abs(math.log(self.H / self.threshold)) <= FARTHEST * towards
 
 
+def calls_for_alarm(reached: bool, chance: float) -> bool:
+    """Whether a threshold calls for an alarm.
+
+    Args:
+        reached: whether the entropy is there already.
+        chance: of getting there within the horizon.
+    """
+    return reached or chance >= ALARM_CHANCE
+
+
 def forecast(
     readings: Sequence[EntropyReading],
     threshold: float,
@@ -98,6 +110,7 @@ def forecast(
     shape: float | None = None,
     horizon: float = 50,
     rising: bool = False,
+    now: int | None = None,
 ) -> Forecast | None:
     """Forecasts the number of optimizer steps until the token entropy falls to `threshold`, or rises to it.
 
@@ -113,14 +126,15 @@ def forecast(
             exponentially, 1 along a straight line. None weighs both.
         horizon: optimizer steps within which the chance is given, at most 3,000.
         rising: whether the threshold is to be reached from below.
+        now: the last optimizer step taken, from whose end steps are counted; None where it is the last reading's.
 
     Returns:
         The forecast, or None with fewer than three measured changes.
 
     Raises:
         ValueError: if `threshold` is not positive, `window` is below 3, `momentum` is not in [0, 1), `shape` not in
-            [0, 1], `horizon` not positive, steps do not increase, an `H` is not positive or a standard error is
-            negative.
+            [0, 1], `horizon` not positive or too large, steps do not increase, `now` is before the last of them, an
+            `H` is not positive or a standard error is negative.
 
     Example:
         >>> fall = [EntropyReading(k, 2.0 * 0.99**k, 0.0, -0.01 * 2.0 * 0.99**k, 0.0) for k in range(20)]
@@ -128,14 +142,18 @@ def forecast(
         100
     """
     _check(threshold, horizon)  # also where there are too few readings
-    found = trend_of(readings, window, momentum, shape)
+    found = trend_of(readings, window, momentum, shape, now)
     return None if found is None else forecast_of(*found, threshold, horizon, rising)
 
 
 def trend_of(
-    readings: Sequence[EntropyReading], window: int, momentum: float, shape: float | None = None
+    readings: Sequence[EntropyReading],
+    window: int,
+    momentum: float,
+    shape: float | None = None,
+    now: int | None = None,
 ) -> tuple[Trend, int] | None:
-    """The trend that readings show, and how many of them; None with fewer than three measured changes.
+    """The trend that readings show after step `now`, and how many of them; None with fewer than three measured changes.
 
     Args and errors: see `forecast`.
     """
@@ -143,7 +161,7 @@ def trend_of(
     used = in_window(usable_readings(readings), window)
     if sum(one.has_change for one in used) < LEAST_READINGS:
         return None
-    return fit_trend(as_arrays([used]), hypotheses(shape), momentum), len(used)
+    return fit_trend(as_arrays([used]), hypotheses(shape), momentum, now), len(used)
 
 
 def forecast_of(trend: Trend, readings_used: int, threshold: float, horizon: float, rising: bool) -> Forecast:
@@ -153,11 +171,11 @@ def forecast_of(trend: Trend, readings_used: int, threshold: float, horizon: flo
         trend: from `trend_of`.
         readings_used: that it was made from.
         threshold: nats per token.
-        horizon: optimizer steps within which the chance is given.
+        horizon: optimizer steps within which the chance is given, at most 3,000.
         rising: whether the threshold is to be reached from below.
 
     Raises:
-        ValueError: if `threshold` or `horizon` is not positive.
+        ValueError: if `threshold` is not positive, or `horizon` is not or too large.
     """
     _check(threshold, horizon)
     reached = arrival(trend, np.array([threshold]), rising)
@@ -173,9 +191,10 @@ def forecast_of(trend: Trend, readings_used: int, threshold: float, horizon: flo
         threshold=threshold,
         readings_used=readings_used,
         horizon=horizon,
-        chance=float(reached.within(min(horizon, FARTHEST))[0]),
+        chance=float(reached.within(horizon)[0]),
         ever=float(reached.chance[0, -1]),
         rising=rising,
+        step=trend.step,
     )
 
 
@@ -207,8 +226,10 @@ def _check(threshold: float, horizon: float) -> None:
     """Refuse what no forecast can be made of; see `forecast`."""
     if not (threshold > 0 and math.isfinite(threshold)):
         raise ValueError(f"threshold must be a positive entropy in nats per token, not {threshold}")
-    if not horizon > 0:
-        raise ValueError(f"horizon must be a positive number of optimizer steps, not {horizon}")
+    if not 0 < horizon <= FARTHEST:
+        raise ValueError(
+            f"horizon must be a positive number of optimizer steps up to {FARTHEST}, not {horizon}"
+        )
 
 
 def _check_fit(window: int, momentum: float, shape: float | None) -> None:

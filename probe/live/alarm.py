@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from probe.errors.exceptions import ConfigError
-from probe.forecast.forecast import ALARM_CHANCE, Forecast
+from probe.forecast.forecast import ALARM_CHANCE, Forecast, calls_for_alarm
 from probe.live.lines import Outlook, alarm_line
+from probe.live.names import ALARMS
 from probe.live.say import say
 
 GROUP_RATES, SCHEDULER_RATES = {"lr", "initial_lr", "max_lr", "min_lr"}, {"base_lrs", "max_lrs"}
@@ -130,8 +131,8 @@ class ThresholdAlarm:
     def _take(self, reached: bool, chance: float, step: int) -> bool:
         """Whether an alarm starts, with what a forecast says of the threshold."""
         if self.armed:
-            if reached or chance >= ALARM_CHANCE:
-                self.armed, self.calm_readings, self.last_alarm = False, 0, step
+            if calls_for_alarm(reached, chance):
+                self.raised(step)
                 return True
             return False
         calm = not reached and chance < CALM_CHANCE
@@ -150,6 +151,10 @@ class ThresholdAlarm:
         if chance is not None:
             self._take(reached, chance, step)
 
+    def raised(self, step: int) -> None:
+        """Be as after an alarm of an earlier training at `step`."""
+        self.armed, self.calm_readings, self.last_alarm = False, 0, step
+
 
 @dataclass
 class AlarmStates:
@@ -159,7 +164,10 @@ class AlarmStates:
     explosion: ThresholdAlarm = field(default_factory=ThresholdAlarm)
 
     def replay(self, entry: Mapping[str, Any]) -> None:
-        """Be as after an entry of an earlier training's history."""
+        """Be as after an entry of an earlier training's history, or an alarm in its log."""
+        for rising, state in ((False, self.collapse), (True, self.explosion)):
+            if entry.get(ALARMS[rising]):
+                state.raised(entry["step"])
         H, low, high = (entry.get(name) for name in ("H_orig_tok", "collapse_entropy", "explosion_entropy"))
         if H is None:
             return
@@ -200,7 +208,7 @@ class Alarms:
         self._model, self._optimizers, self._on_alarm = model, optimizers, on_alarm
 
     def raised(self, ahead: Outlook, entry: dict[str, Any], step: int, probed: bool = True) -> list[Alarm]:
-        """New alarms, each with its warning and its mark in the history's `entry`.
+        """New alarms, each with its warning; its step is noted in the history's `entry`.
 
         Args:
             ahead: what is forecast.
@@ -219,7 +227,7 @@ class Alarms:
         alarms = []
         for forecast in new:
             message = alarm_line(forecast, entry.get("momentum_share_tok"))
-            entry["alarm"] = True
+            entry["alarms"] = [*entry.get("alarms", ()), step]
             say(message, warn=True)
             alarms.append(
                 Alarm(

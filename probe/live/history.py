@@ -10,6 +10,7 @@ from typing import Any
 
 from probe.errors.exceptions import ConfigError
 from probe.estimand import ESTIMANDS, SEQUENCE, TOKEN, Estimand
+from probe.estimators.estimate import NORMAL_975
 from probe.estimators.pooled_error import ErrorSize
 from probe.forecast.curves import Anchor, CumulativeSum, level_change
 from probe.forecast.mean_change import ProbedChange, mean_change
@@ -21,7 +22,7 @@ from probe.forecast.readings import (
 )
 from probe.live.alarm import AlarmStates, ThresholdAlarm
 from probe.live.lines import Outlook
-from probe.live.names import STEPS, flat_values
+from probe.live.names import ALARMS, STEPS, flat_values
 from probe.live.outcome import Outcome
 from probe.live.pooling import ErrorMemory
 from probe.live.seen import Run, band_of, look_ahead, settle_band
@@ -118,6 +119,10 @@ class History:
         last = None
         for given in entries:
             entry = dict(given)
+            if any(name in entry for name in ALARMS.values()) and "H_orig_tok" not in entry:
+                if self.run.history:  # of the last probe before it
+                    self.run.history[-1].setdefault("alarms", []).append(entry["step"])
+                continue
             if last is not None and entry["step"] <= last:
                 raise ConfigError(f"entries: expected increasing steps, found {entry['step']} after {last}")
             last = entry["step"]
@@ -223,8 +228,11 @@ class History:
 
 
 def _with_error(estimand: Estimand, name: str, value: float, se: float) -> dict[str, float]:
-    """A number and its standard error under their names."""
-    return {estimand.key(name): value, estimand.key(name, "_se"): se}
+    """A number of a curve, its standard error and the ends of its interval under their names."""
+    # an error of 0 is that of the first probe's sum, which is 0 by definition
+    half = NORMAL_975 * se
+    ends = Part("_ci95", "", interval=True).flat(estimand.key(name, "_ci95"), (value - half, value + half))
+    return {estimand.key(name): value, estimand.key(name, "_se"): se, **ends}
 
 
 def check_first_step(value: Any) -> None:

@@ -108,7 +108,7 @@ def cost_line(schedule: Schedule, B_E: int, length: float, timing: Mapping[str, 
 
 
 def alarm_line(ahead: Forecast, momentum_share: float | None) -> str:
-    """The warning, with its remedy.
+    """The warning, with the step that the number of steps left counts from, and its remedy.
 
     Args:
         ahead: what is forecast.
@@ -124,14 +124,18 @@ def alarm_line(ahead: Forecast, momentum_share: float | None) -> str:
     )
     if ahead.reached:
         what = (
-            f"the policy's entropy has {ended}: {ahead.H:.3g} nats/token, at or {end} {ahead.threshold:.3g}"
+            f"the policy's entropy has {ended} after step {ahead.step}: {ahead.H:.3g} nats/token, at or {end} "
+            f"{ahead.threshold:.3g}"
         )
     else:
         when = f"in {forecast_words(ahead)}" if math.isfinite(ahead.steps) else ""
         chance = (
             f"with a chance of {100 * ahead.chance:.0f} % within the horizon of {ahead.horizon:.0f} steps"
         )
-        what = f"entropy {name} forecast: from {ahead.H:.3g} to {ahead.threshold:.3g} nats/token {when or chance}"
+        what = (
+            f"entropy {name} forecast after step {ahead.step}: from {ahead.H:.3g} to {ahead.threshold:.3g} nats/token "
+            f"{when or chance}"
+        )
     inertia = (
         f" {100 * momentum_share:.0f} % of the change is momentum, so a lower rate acts with delay."
         if momentum_share is not None and momentum_share > 0.5

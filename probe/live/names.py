@@ -23,27 +23,48 @@ def _errors(logged: tuple[Estimand, ...] = ()) -> tuple[Part, ...]:
 
 
 _DELTA_ERRORS, _MEAN_ERRORS = _errors(), _errors(logged=(TOKEN,))
+_CURVE_ERRORS = (
+    Part("_se", "its standard error", logged=(TOKEN,)),
+    Part("_ci95", "1.96 of these on either side: a sum over many probes", interval=True, logged=(TOKEN,)),
+)
+CURVES = "curves"
+"""Group of the errors of curves: with a prefix of their own they leave TensorBoard's first page to the numbers."""
 OF_A_TRAINING: tuple[Quantity, ...] = (
     Quantity(
         "cumulative_deltaH1",
         "sum of deltaH1 over all steps since the first probe, interpolated linearly between probes",
         per_token=True,
-        parts=_ERROR,
+        parts=_CURVE_ERRORS,
+        group=CURVES,
     ),
-    Quantity("cumulative_deltaH_true", "the same of deltaH_true", per_token=True, parts=_ERROR),
+    Quantity(
+        "cumulative_deltaH_true",
+        "the same of deltaH_true",
+        per_token=True,
+        parts=_CURVE_ERRORS,
+        group=CURVES,
+    ),
     Quantity(
         "cumulative_H",
         "H_orig now minus H_orig at the first probe: what the two above should be",
         per_token=True,
-        parts=_ERROR,
+        parts=_CURVE_ERRORS,
+        group=CURVES,
     ),
     Quantity(
         "H_predicted",
         "entropy at the first probe, by the levels of all probes so far, plus cumulative_deltaH1",
         per_token=True,
-        parts=_ERROR,
+        parts=_CURVE_ERRORS,
+        group=CURVES,
     ),
-    Quantity("H_tracked", "the same plus cumulative_deltaH_true", per_token=True, parts=_ERROR),
+    Quantity(
+        "H_tracked",
+        "the same plus cumulative_deltaH_true",
+        per_token=True,
+        parts=_CURVE_ERRORS,
+        group=CURVES,
+    ),
     Quantity(
         "mean_deltaH1",
         "mean of deltaH1 per optimizer step from the first to the last of the last `average_over` probes, the steps "
@@ -66,19 +87,22 @@ OF_A_TRAINING: tuple[Quantity, ...] = (
         parts=_DELTA_ERRORS,
     ),
 )
-"""Quantities that only a training has: changes of entropy with errors."""
+"""Quantities that only a training has: changes of entropy with errors; those of `CURVES` are sums over the training."""
 _FORECAST = {
     "momentum_share_tok": "deltaH1_momentum_tok / deltaH1_tok; absent where deltaH1_tok cannot be told from 0",
     "decay_share_tok": "deltaH1_decay_tok / deltaH1_tok; absent likewise",
-    "steps_to_collapse": "optimizer steps until H_orig_tok falls to `collapse_entropy`, the median; None before the "
-    "third probe, infinite where it is more likely not to",
+    "steps_to_collapse": "optimizer steps from the end of this one until H_orig_tok falls to `collapse_entropy`, the "
+    "median; None before the third probe, infinite where it is more likely not to",
     "steps_to_collapse_low": "lower end of its 95 % interval",
     "steps_to_collapse_high": "upper end of its 95 % interval; absent where it is infinite",
-    "collapse_chance": "probability that H_orig_tok falls to `collapse_entropy` within `horizon` steps",
-    "explosion_chance": "probability that H_orig_tok rises to `explosion_entropy` within `horizon` steps",
+    "collapse_chance": "probability that H_orig_tok falls to `collapse_entropy` within `horizon` steps from this one",
+    "explosion_chance": "probability that H_orig_tok rises to `explosion_entropy` within `horizon` steps from this one",
     "entropy_rate": "mean relative change of H_orig_tok per step now, as the forecast takes it",
     "collapse_entropy": "the entropy that counts as collapse, nats per token",
     "explosion_entropy": "the entropy that counts as explosion, nats per token; absent where none does",
+    "collapse_alarm": "1 for the step after which an alarm of a collapse was raised, by a probe or by an entropy that "
+    "the training has logged; in logs alone, the history has `alarms`",
+    "explosion_alarm": "the same of an explosion",
     "verdict_code": "0 trustworthy, 1 caution, 2 unresolved, 3 invalid: how far this probe's numbers can be believed",
 }
 _COST = {
@@ -115,13 +139,26 @@ count the scatter of steps between probes too."""
 LIVE_NUMBERS: dict[str, str] = {**_FORECAST, **_shared_numbers(), **_COST}
 """Further numbers, without a suffix."""
 STEPS = ("steps_to_collapse", "steps_to_collapse_low", "steps_to_collapse_high")
+ALARMS = {False: "collapse_alarm", True: "explosion_alarm"}
+"""Under what alarms are logged, by whether the entropy rises."""
 LIVE_TEXTS: dict[str, str] = {
     "verdict_reasons": "why the verdict is not better, a list of sentences",
+    "alarms": "optimizer steps after which an alarm was raised, from this probe on until the next, a list; absent "
+    "where there was none",
     "shares_reason": "why there are no parts of momentum and decay; absent where there are",
     "outlook": "the forecast in words; `flattening` where entropy moves towards a threshold at a rate that would "
     "reach it within 3,000 steps, and more likely than not does not, `no collapse in sight` where it is far",
 }
-"""Texts in the history; they are not logged."""
+"""Texts and lists in the history; they are not logged."""
+
+
+_ERRORS_OF_CURVES = {
+    name
+    for one in OF_A_TRAINING
+    if one.group == CURVES
+    for key, part in one.keyed_parts().items()
+    for name in part.flat(key, None)
+}
 
 
 def _logged(one: Quantity) -> list[str]:
@@ -138,18 +175,33 @@ def _logged(one: Quantity) -> list[str]:
 def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers of a history entry that are logged, by their full names.
 
-    Not logged are the errors of parts and sums, nor these per response.
+    Not logged are the errors of parts, nor these and sums per response.
 
-    >>> scalars({"step": 3, "H_orig_tok": 0.5, "pareto_k": None, "steps_to_collapse": math.inf, "verdict": "caution"})
-    {'entropy_probe/H_orig_tok': 0.5}
+    >>> scalars({"step": 3, "H_orig_tok": 0.5, "pareto_k": None, "ESS": math.inf, "H_tracked_tok_se": 0.1})
+    {'entropy_probe/H_orig_tok': 0.5, 'entropy_probe_curves/H_tracked_tok_se': 0.1}
     """
     logged = {name for one in _changes() for name in _logged(one)}.union(LIVE_NUMBERS)
     found = {}
     for name, value in entry.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if name in logged and number and math.isfinite(value):
-            found[f"{PREFIX}/{name}"] = float(value)
+            found[full_name(name)] = float(value)
     return found
+
+
+def full_name(name: str) -> str:
+    """The name under which loggers get a number of the history.
+
+    >>> full_name("H_tracked_tok"), full_name("H_tracked_tok_ci95_low")
+    ('entropy_probe/H_tracked_tok', 'entropy_probe_curves/H_tracked_tok_ci95_low')
+    """
+    return f"{PREFIX}_{CURVES}/{name}" if name in _ERRORS_OF_CURVES else f"{PREFIX}/{name}"
+
+
+def history_names(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """The probe's numbers in a log, by their names in the history: what `scalars` has named."""
+    groups = (f"{PREFIX}/", f"{PREFIX}_{CURVES}/")
+    return {name.partition("/")[2]: x for name, x in logs.items() if name.startswith(groups)}
 
 
 def band(key: str) -> tuple[str, ...]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from probe.errors.exceptions import ConfigError
+from probe.live.alarm import Alarm
 from probe.live.lines import cost_line, probe_line
-from probe.live.names import PREFIX, band, scalars
+from probe.live.names import ALARMS, band, full_name, scalars
 from probe.live.outcome import Outcome
 from probe.live.say import say
 from probe.live.schedule import Schedule
@@ -37,6 +38,18 @@ LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
             ("cumulative_H_tok", "cumulative_deltaH1_tok", "cumulative_deltaH_true_tok"),
         ),
     },
+    "Entropy: predicted and realised, with 95 % interval": {
+        "predicted: the first probe's plus the sum of deltaH1, nats per token": (
+            "Margin",
+            band("H_predicted"),
+        ),
+        "measured: the same plus the sum of deltaH_true, nats per token": ("Margin", band("H_tracked")),
+    },
+    "Change of entropy since the first probe, with 95 % interval": {
+        "of the level, nats per token": ("Margin", band("cumulative_H")),
+        "sum of deltaH1 (predicted), nats per token": ("Margin", band("cumulative_deltaH1")),
+        "sum of deltaH_true (measured), nats per token": ("Margin", band("cumulative_deltaH_true")),
+    },
     "Change of entropy per step, with 95 % interval": {
         "deltaH1 (predicted), nats per token": ("Margin", band("deltaH1")),
         "deltaH_true (measured), nats per token": ("Margin", band("deltaH_true")),
@@ -48,9 +61,9 @@ LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         ),
     },
     "Forecast": {
-        "chance of collapse and of explosion within the horizon": (
+        "chance of collapse and of explosion within the horizon, and alarms": (
             "Multiline",
-            ("collapse_chance", "explosion_chance"),
+            ("collapse_chance", "explosion_chance", *ALARMS.values()),
         ),
         # the upper end is often far away, and would set the scale
         "steps to collapse, and the lower end of the interval": (
@@ -70,7 +83,7 @@ def tensorboard_layout(prefix: str = "") -> dict[str, dict[str, list[Any]]]:
     """
 
     def tags(kind: str, names: tuple[str, ...]) -> list[str]:
-        full = [f"{prefix}{PREFIX}/{name}" for name in names]
+        full = [prefix + full_name(name) for name in names]
         # in charts of several lines TensorBoard takes tags for regular expressions
         return [f"^{name}$" for name in full] if kind == "Multiline" else full
 
@@ -168,6 +181,11 @@ class Outlets:
         if self._log is not None:
             self._log.send(scalars(entry), entry["step"])
         self._watch_for_standstill(outcome.moved)
+
+    def publish_alarms(self, alarms: Sequence[Alarm]) -> None:
+        """Log alarms under the step after which they were raised, which may be one that was not probed."""
+        if self._log is not None and alarms:
+            self._log.send(scalars({ALARMS[one.forecast.rising]: 1.0 for one in alarms}), alarms[0].step)
 
     def say_cost(self) -> None:
         """The cost model, once, when a training step and a probe have been timed that was not the first one.

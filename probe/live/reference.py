@@ -14,7 +14,8 @@ This page is made from the tables of the code (`probe.live.names`). How to read 
 
 In nats per response under these names, and in nats per token with `_tok` behind them; `_se` is the standard error,
 `_ci95_low` and `_ci95_high` are the ends of the 95 % interval, `_df` are the degrees of freedom of the error, where
-there is one.
+there is one. In logs all have the prefix `entropy_probe/`, errors and ends of the sums and of the two curves
+`entropy_probe_curves/`; the interval of these is 1.96 standard errors on either side.
 
 {changes}
 
@@ -22,7 +23,7 @@ there is one.
 
 {numbers}
 
-## Texts
+## Texts and lists
 
 In the history alone; they are not logged.
 

@@ -44,7 +44,7 @@ class Run:
 
 
 def look_ahead(run: Run, settings: WatchSettings, momentum: float) -> Outlook:
-    """What is forecast from all that was read so far.
+    """What is forecast from all that was read so far; its steps are counted from the last optimizer step taken.
 
     Args:
         run: what was seen.
@@ -59,8 +59,8 @@ def look_ahead(run: Run, settings: WatchSettings, momentum: float) -> Outlook:
         [*run.readings, *(one for one in logged if one.step >= first)],
         key=lambda one: (one.step, one.logged),
     )
-
-    found = trend_of(readings, settings.window, momentum)
+    # an older reading may be the last one: entropies are logged late, and a step of exactly 0 leaves none
+    found = trend_of(readings, settings.window, momentum, now=max(run.step, readings[-1].step))
     if found is None:
         return Outlook()
     up = None if run.ceiling is None else forecast_of(*found, run.ceiling, settings.horizon, rising=True)

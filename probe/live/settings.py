@@ -12,9 +12,10 @@ import torch
 from probe.config.batches import GenerationConfig
 from probe.config.numbers import check_numbers
 from probe.errors.exceptions import ConfigError, nearest
+from probe.forecast.arrival import FARTHEST
 
 UNBOUNDED = ("every", "at_least_every", "horizon", "window", "average_over")
-"""Numbers of steps and probes, of which a large one is none at all."""
+"""Numbers of steps and probes, of which nothing is made so many times; the horizon has a bound of its own."""
 SMALLEST_E = 16
 """Fewest responses that E is made smaller to, to keep the budget."""
 
@@ -68,7 +69,7 @@ class WatchSettings:
     """Lowest and highest entropy, nats per token, between which training is to stay; takes the place of the
     three above."""
     horizon: int = 50
-    """Warn when collapse or explosion is likely within this many optimizer steps."""
+    """Warn when collapse or explosion is likely within this many optimizer steps, at most 3,000."""
     window: int = 60
     """Probes that the forecast is made from: the last so many, as far as they lie within four horizons."""
     average_over: int = 10
@@ -119,7 +120,11 @@ class WatchSettings:
                 _is_band(self.entropy_band),
                 "two numbers (low, high) with 0 < low < high, or None",
             ),
-            ("horizon", self.horizon >= 1, "an integer of at least 1"),
+            (
+                "horizon",
+                1 <= self.horizon <= FARTHEST,
+                f"an integer from 1 to {FARTHEST}, as far as a forecast looks (50 is the default)",
+            ),
             ("window", self.window >= 3, "an integer of at least 3"),
             ("average_over", self.average_over >= 2, "an integer of at least 2"),
             ("seed", self.seed >= 0, "an integer of at least 0"),

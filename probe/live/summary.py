@@ -31,7 +31,7 @@ class Summary:
         measured: the same of deltaH_true.
         worst: step and measured change of the probed updates with the largest resolved falls, at most three.
         rises: the same of the largest resolved rises.
-        alarms: steps of the probes at which, or after which, an alarm was raised.
+        alarms: steps after which an alarm was raised.
         verdicts: number of probes by the word of their verdict.
         cost_share: time in probes over training time without them; None where it was not timed.
         outlook: the last forecast, in words.
@@ -106,7 +106,7 @@ def summary_of(history: Sequence[Mapping[str, Any]], steps: int, cost_share: flo
         measured=_pair(last, "cumulative_deltaH_true_tok"),
         worst=tuple(falls[:WORST]),
         rises=tuple(rises[:WORST]),
-        alarms=tuple(entry["step"] for entry in history if entry.get("alarm")),
+        alarms=tuple(step for entry in history for step in entry.get("alarms", ())),
         verdicts={word: counted[word] for word in WORDS if counted[word]},
         cost_share=cost_share,
         outlook=last.get("outlook", ""),

@@ -118,7 +118,9 @@ class ProbedUpdates:
             self._resumed += spent
         if ahead is not None:
             entry, now = history.run.history[-1], history.run.step
-            self._act_on(self._alarms.raised(ahead, entry, now, probed=False))
+            alarms = self._alarms.raised(ahead, entry, now, probed=False)
+            self._outlets.publish_alarms(alarms)
+            self._act_on(alarms)
 
     def between(self) -> None:
         """The update has ended, and nothing of the next one has begun."""
@@ -201,7 +203,9 @@ class ProbedUpdates:
         self._schedule.add_probe(entry["seconds"], entry["step"], outcome.sizes.B_E)
         entry |= {"cost_share": self._schedule.share, "every": self._schedule.interval}
         self._outlets.publish(entry, outcome)
-        return self._alarms.raised(ahead, entry, entry["step"])
+        alarms = self._alarms.raised(ahead, entry, entry["step"])
+        self._outlets.publish_alarms(alarms)
+        return alarms
 
     def _may_have_moved(self) -> bool:
         """Whether a step of exactly 0 may be one whose update was made before it, and whose gradients are used up."""

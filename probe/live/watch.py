@@ -182,7 +182,8 @@ class Watch(AbstractContextManager["Watch"]):
 
         Args:
             entries: one per probe in the order of their `step`, with numbers by the names of `LIVE_KEYS` and
-                `LIVE_NUMBERS`. What is absent in one is taken as not known.
+                `LIVE_NUMBERS`. What is absent in one is taken as not known. Alarms are entries of their own, with
+                their step.
             logged: steps and entropies as `note_entropy` gets them.
         """
         for step, H in logged:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -45,12 +47,17 @@ class Controls:
     Attributes:
         fitted: `Z` of each sequence, from functions fitted on other prompts.
         earlier: how many earlier batches they were fitted on too.
-        learnt: the memory with this batch in it.
+        learn: makes the memory with this batch in it.
     """
 
     fitted: ControlVariates
     earlier: int
-    learnt: FitMemory
+    learn: Callable[[], FitMemory]
+
+    @cached_property
+    def learnt(self) -> FitMemory:
+        """The memory with this batch in it."""
+        return self.learn()
 
 
 def controls_of_prediction(
@@ -114,7 +121,7 @@ def fitted_controls(E: RolloutBatch, passes: AlongStep, memory: FitMemory, draw:
     return Controls(
         fitted=fitted,
         earlier=len(earlier),
-        learnt=memory.with_batch(E, fitted.statistics, draw),
+        learn=lambda: memory.with_batch(E, fitted.statistics, draw),
     )
 
 

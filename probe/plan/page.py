@@ -138,6 +138,11 @@ def _sentences(plan: Plan) -> Iterator[str]:
             "B_U: for a result about such updates, and not about this draw of U. A larger U is another update (its "
             "step is averaged, and Adam normalises it): deltaH1 itself will be another one."
         )
+    elif one is not None:
+        yield (
+            "No B_U: how much deltaH1 owes to this draw of U (deltaH1_sd_U) is not known; that takes two prompts in U "
+            "and probe_rework.update_spread."
+        )
     yield "Time: the pilot's passes, in proportion to B_E and B_U, on this machine; loading included."
 
 

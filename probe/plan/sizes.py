@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from probe.config.numbers import is_finite
 from probe.estimand import ESTIMANDS, Estimand, PerEstimand
 from probe.estimators.power import Pilot, Size, needed_size, needed_updates, resolvable, size_for
 from probe.plan.passes import Cost, Pass, cost_of
@@ -205,7 +206,7 @@ def _pilot(facts: Facts, name: str, estimand: Estimand, draws: int) -> Pilot | N
     given, change = facts.number(name, estimand), facts.change(name, estimand)
     if given is None or change.value is None or not change.se:
         return None
-    df = draws - 1.0 if given.df is None else given.df
+    df = given.df if given.df is not None and is_finite(given.df) else draws - 1.0
     return Pilot(change.value, change.se, max(df, 1.0), draws)
 
 

@@ -46,23 +46,9 @@ def heavy_tail(facts: Facts) -> Finding | None:
             ".",
         )
     limit = pareto_limit(facts)
-    share = ess_share(facts)
-    # k comes from the few largest weights: at 64 responses a dozen, and k above 1 is then often noise
-    least = None if size is None else k - ONE_SIDED * pareto_k_error(k, size)
-    uneven = share is None or share < EVEN_ESS
-    if uneven and (k if least is None else least) >= PARETO_K_NO_MEAN:
+    if why := _invalidating(k, size, ess_share(facts)):
         return invalid(
-            f"Pareto k of the importance weights is {k:.2f}: from {PARETO_K_NO_MEAN:g} on their mean is not finite "
-            "and deltaH_true estimates nothing; ",
-            Remedy.SMALLER_STEP_OR_LARGER_E,
-            ".",
-        )
-    if k > PARETO_K_LIMIT and share is not None and share < ESS_LOW and (least is None or least > 0):
-        return invalid(
-            f"Pareto k of the importance weights is {k:.2f}, above {PARETO_K_LIMIT:g}, and they leave an ESS of "
-            f"{percent(share)} of E: a few responses decide deltaH_true; ",
-            Remedy.SMALLER_STEP_OR_LARGER_E,
-            ".",
+            f"Pareto k of the importance weights is {k:.2f}{why}; ", Remedy.SMALLER_STEP_OR_LARGER_E, "."
         )
     if k > limit:
         return caution(
@@ -72,6 +58,31 @@ def heavy_tail(facts: Facts) -> Finding | None:
             ".",
         )
     return None
+
+
+def _invalidating(k: float, size: float | None, share: float | None) -> str:
+    """Why a tail makes the result invalid, the end of a sentence; empty where it does not.
+
+    `k` comes from the few largest weights, at 64 responses from a dozen, and is then often noise: it counts only with
+    the lower end of its one-sided interval, and the more so the less is left of E to outweigh the tail. That end has to
+    reach 1, where weights have no mean, if weights are even (never, above an ESS of `EVEN_ESS`) or half so; and to be
+    above 0, so that there is a heavy tail at all, where the ESS is below `ESS_LOW` and `k` itself above the limit of
+    reliable estimates.
+
+    Args:
+        k: of the weights.
+        size: responses in E; where it is not known `k` is taken as it is.
+        share: effective sample size over `size`; where it is not known only a tail without a mean invalidates.
+    """
+    least = k if size is None else k - ONE_SIDED * pareto_k_error(k, size)
+    if least >= PARETO_K_NO_MEAN and (share is None or share < EVEN_ESS):
+        return f": from {PARETO_K_NO_MEAN:g} on their mean is not finite and deltaH_true estimates nothing"
+    if least > 0 and k > PARETO_K_LIMIT and share is not None and share < ESS_LOW:
+        return (
+            f", above {PARETO_K_LIMIT:g}, and they leave an ESS of {percent(share)} of E: a few responses decide "
+            "deltaH_true"
+        )
+    return ""
 
 
 def effective_sample_size(facts: Facts) -> Finding | None:

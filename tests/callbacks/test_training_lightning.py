@@ -354,7 +354,7 @@ def test_an_alarm_stops_training(tmp_path):
     assert trainer.should_stop
     # the first step of the warm-up was none: three readings after four steps
     assert state["steps"] == callback.watch.last["step"] == 4
-    assert callback.watch.last["alarm"] is True
+    assert callback.watch.last["alarms"] == [callback.watch.last["step"]]
 
 
 def test_an_alarm_is_passed_on(tmp_path):

@@ -58,8 +58,11 @@ class Observer(TrainerCallback):
 
 def own_logs(trainer: Trainer) -> list[str]:
     """The trainer's own log entries, without times and without those of the probe."""
-    entries = [entry for entry in trainer.state.log_history if "entropy_probe/H_orig_tok" not in entry]
-    assert not [name for entry in entries for name in entry if name.startswith("entropy_probe")]
+    entries = [
+        entry
+        for entry in trainer.state.log_history
+        if not any(name.startswith("entropy_probe") for name in entry)
+    ]
     return [repr({k: v for k, v in entry.items() if k not in TIMES}) for entry in entries]
 
 
@@ -319,7 +322,7 @@ def test_results_reach_the_log_and_tensorboard(tmp_path, caplog):
     reader.Reload()
     tags = [tag for tag in reader.Tags()["scalars"] if "entropy_probe" in tag]
     assert "train/entropy_probe/H_orig_tok" in tags
-    assert all(tag.startswith("train/entropy_probe/") for tag in tags)
+    assert all(tag.startswith(("train/entropy_probe/", "train/entropy_probe_curves/")) for tag in tags)
     for name in ("H_orig_tok", "deltaH_true_tok"):
         points = [(e.step, e.value) for e in reader.Scalars(f"train/entropy_probe/{name}")]
         assert points == [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in history]
@@ -414,9 +417,33 @@ def test_an_alarm_stops_training(tmp_path):
     trainer = language_model(tmp_path)
     _, callback = train(trainer, collapsed(on_alarm="stop"))
     assert trainer.state.global_step == 3
-    assert callback.watch.last["alarm"] is True
+    assert callback.watch.last["alarms"] == [callback.watch.last["step"]]
     assert len(probe_logs(trainer)) == 3
     assert own_logs(trainer)[2].startswith("{'loss'")  # the third step's own log came all the same
+
+
+class Falling(TrainerCallback):
+    """Logs an entropy after every step, as TRL does; it falls to nothing from step 9 on."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        level = 3.0 * (1 + 0.01 * (state.global_step % 2)) * 0.3 ** max(state.global_step - 9, 0)
+        Trainer.log(self.trainer, {"entropy": level})
+
+
+def test_an_alarm_from_a_logged_entropy_is_logged_under_its_own_step(tmp_path):
+    alarms: list[Alarm] = []
+    trainer = language_model(tmp_path, max_steps=14, logging_steps=1)
+    trainer.add_callback(Falling(trainer))
+    _, callback = train(trainer, LM_PROBE | {"every": 4, "on_alarm": alarms.append})
+    (alarm,) = alarms
+    assert 9 < alarm.step < 13  # between two probes
+    logged = [entry for entry in trainer.state.log_history if "entropy_probe/collapse_alarm" in entry]
+    assert [(entry["step"], entry["entropy_probe/collapse_alarm"]) for entry in logged] == [(alarm.step, 1.0)]
+    assert [entry["step"] for entry in probe_logs(trainer)] == [1, 5, 9, 13]
+    assert callback.watch.history[2]["alarms"] == [alarm.step]
 
 
 def test_an_alarm_is_passed_on(tmp_path):

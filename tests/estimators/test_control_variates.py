@@ -254,6 +254,23 @@ def test_statistics_add_up_and_do_not_depend_on_the_size_of_the_step(space):
     torch.testing.assert_close(scaled.own[:, 0], 100 * of_rows(space, rows, group).own[:, 0])
 
 
+def test_statistics_are_made_where_they_are_asked_for(space, monkeypatch):
+    """The parts of a step have control variates of their own, which nobody learns from."""
+    made: list[int] = []
+
+    def counted(sums):
+        made.append(len(sums))
+        return statistics_of(sums)
+
+    statistics_of = module._statistics
+    monkeypatch.setattr(module, "_statistics", counted)
+    g = torch.Generator().manual_seed(5)
+    found = of_rows(space, *sample_rows(space.probability, 60, 1, space.batch.group, g))
+    assert module.FOLDS not in made  # fits leave out one fold or two
+    assert found.statistics is found.statistics
+    assert made.count(module.FOLDS) == 1
+
+
 def test_more_sequences_than_a_chunk_holds_are_the_same(space, monkeypatch):
     g = torch.Generator().manual_seed(6)
     rows, group = sample_rows(space.probability, 50, 2, space.batch.group, g)

@@ -39,6 +39,33 @@ def paired(
         yield (name, which), with_, without
 
 
+@pytest.mark.parametrize("family", ["light", "low", "branch 1/50"])
+def test_the_leverage_is_below_the_number_of_features_on_the_tokens_that_count_in_the_fit(
+    family, monkeypatch
+):
+    """Equal to it without the penalty; in the fit's own weights, and not over all tokens alike."""
+    space, g = tabular(*FAMILIES[family]), torch.Generator().manual_seed(3)
+    rows = torch.multinomial(space.probability, 256, replacement=True, generator=g)
+    old, first, psi = (
+        take_scores(space.old, rows),
+        take_tangents(space.first, rows),
+        space.sampled_features[rows],
+    )
+    states, everything = module._state_features(old, torch.arange(256)), old.mask
+    sums = module._FoldSums(everything.shape[1])
+    sums.add(states, psi, first.logprob, module._targets(old, torch.arange(256)), everything)
+    weight = (first.logprob.square() * psi.square().sum(-1))[everything]
+    F, mean, own = states.shape[-1], {}, module.PENALTY
+    for penalty in (own, 1e-9):
+        monkeypatch.setattr(module, "PENALTY", penalty)
+        precision = module._solve([sums], [], F, psi.shape[-1]).precision
+        leverage = torch.einsum("bti,ij,btj->bt", states, precision, states)[everything]
+        mean[penalty] = float((weight * leverage).sum() / weight.sum())
+    # where few states have a weight their span is smaller than the number of features
+    assert mean[1e-9] == pytest.approx(F if family != "low" else 8, rel=0.02)
+    assert 2 < mean[own] < 10 < F
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_never_more_variance_than_without(family):

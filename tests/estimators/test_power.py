@@ -110,6 +110,22 @@ def test_spread_over_updates():
     assert needed_updates(sharp, 0.5, 1, 0.5) is None
 
 
+@pytest.mark.parametrize("sd", [math.nan, math.inf, 0.0, -1.0])
+def test_a_spread_that_is_not_known_recommends_nothing(sd):
+    """One prompt of U leaves NaN, which is neither above nor below anything a search compares it with."""
+    assert needed_updates(Pilot(-1.0, 0.4, 30, 64), sd, 8, 0.5) is None
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [(math.nan, 1.0, 9, 64), (math.inf, 1.0, 9, 64), (1.0, math.nan, 9, 64), (1.0, math.inf, 9, 64), (1.0, 0.0, 9, 64),
+     (1.0, 1.0, math.nan, 64), (1.0, 1.0, 0.5, 64), (1.0, 1.0, 9, 0)],
+)  # fmt: skip
+def test_a_pilot_that_says_nothing_is_refused(numbers):
+    with pytest.raises(ValueError, match="expected a finite change with an error above 0"):
+        Pilot(*numbers)
+
+
 def test_spread_over_updates_is_a_quantile():
     """In distribution: with the recommended size the true spread is small enough in the planned share of cases."""
     pilot, sd, B_U, draws = Pilot(0.5, 0.1, 12.0, 64), 0.4, 9, 200_000

@@ -86,6 +86,13 @@ def test_a_fall_that_is_merely_slow_does_not_flatten():
     assert not found(along(curve), 0.4).flattening
 
 
+def test_a_horizon_counts_to_the_farthest_step():
+    """1,941 steps to the threshold of a straight line."""
+    curve = [2 - 0.0008 * k for k in range(60)]
+    far = found(along(curve), 0.4, horizon=3000)
+    assert far.chance == far.ever > found(along(curve), 0.4, horizon=1900).chance
+
+
 def test_a_fall_that_speeds_up_is_seen_in_time():
     curve = [1 - 0.9 * (k / 100) ** 2 for k in range(100)]
     at = next(n for n in range(5, 100) if found(along(curve[:n], reading=0.02), 0.1, momentum=0.9).expected)
@@ -147,6 +154,24 @@ def test_after_a_remedy_the_alarm_is_calmed(momentum):
     assert later.low < 230 < later.high
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_count_from_the_current_one_whatever_the_last_reading_is_of(momentum):
+    """Read up to step 29; the training is at step 45, and the threshold 60 steps after the last reading."""
+    readings, threshold = decay(-0.01, list(range(30))), 2.0 * math.exp(-0.01 * 90)
+    settings = {"momentum": momentum, "shape": 0.0, "horizon": 50}
+    then = found(readings, threshold, **settings)
+    now = found(readings, threshold, now=45, **settings)
+    assert (then.step, now.step) == (29, 45)
+    # rising chances to be there as time goes by: 16 steps fewer from here, the same step in the end
+    assert now.steps == pytest.approx(then.steps - 16, rel=0.01)
+    assert now.low == pytest.approx(then.low - 16, rel=0.02)
+    assert now.chance == pytest.approx(found(readings, threshold, **{**settings, "horizon": 66}).chance)
+    assert pytest.approx(2.0 * math.exp(-0.01 * 46), rel=0.01) == now.H
+    assert found(readings, threshold, now=29, **settings) == then
+    with pytest.raises(ValueError, match="now must not be before the last reading's step 29, but is 28"):
+        forecast(readings, threshold, now=28)
+
+
 def test_too_few_readings():
     readings = decay(-0.01, [0, 1, 2])
     assert forecast([], 0.5) is None
@@ -199,7 +224,7 @@ def test_invalid_input():
     for shape in (-0.1, 1.1):
         with pytest.raises(ValueError, match="shape"):
             forecast(readings, 0.5, shape=shape)
-    for horizon in (0, -1, math.nan):
+    for horizon in (0, -1, math.nan, 3001, math.inf):
         with pytest.raises(ValueError, match="horizon"):
             forecast(readings, 0.5, horizon=horizon)
     with pytest.raises(ValueError, match="increasing"):
@@ -278,12 +303,13 @@ def walks(
     seed: int = 3,
     shape: float = 0.0,
     reading: float = 0.1,
+    correlation: float = 0.0,
 ) -> tuple[list[list[EntropyReading]], np.ndarray]:
     """Random walks of `(H^shape - 1) / shape` (log for 0) to a threshold of 1 from 1 above it, and their times.
 
     `noise` is the step noise in units of the drift, `phi` its autocorrelation. Levels are read with 3 % error, changes
-    with an error of `reading` times the mean change. A walk that does not get there within `horizon` has an
-    infinite time.
+    with an error of `reading` times the mean change, correlated by `correlation` with that of the level. A walk that
+    does not get there within `horizon` has an infinite time.
     """
     rng = np.random.default_rng(seed)
     past = (n - 1) * every + 1
@@ -297,8 +323,10 @@ def walks(
     inverse = np.exp if shape == 0 else lambda y: (1 + shape * y) ** (1 / shape)
     H = inverse(level[:, step])
     change_se = reading * abs(RATE) * H ** (1 - shape)
-    change = inverse(level[:, step + 1]) - H + change_se * rng.standard_normal(H.shape)
-    read = H * np.exp(0.03 * rng.standard_normal(H.shape))
+    of_change, of_level = rng.standard_normal(H.shape), rng.standard_normal(H.shape)
+    of_level = correlation * of_change + math.sqrt(1 - correlation**2) * of_level
+    change = inverse(level[:, step + 1]) - H + change_se * of_change
+    read = H * np.exp(0.03 * of_level)
     future = level[:, past:]
     after = (future <= 0).argmax(1)
     row = np.arange(repetitions)
@@ -331,6 +359,15 @@ def test_interval_covers_the_time_of_collapse(n, every, phi, noise, shape):
     readings, time = walks(200, n, every, phi, noise, shape=shape)
     held, _ = coverage(readings, time, momentum=phi)
     # 95 % with a standard error of 1.5 points; a steady drift is less than what the interval allows for
+    assert held >= 0.95 - 3 * 0.0154
+
+
+@pytest.mark.parametrize("correlation", [-0.9, 0.9])
+@pytest.mark.parametrize("every", [1, 5])
+def test_errors_that_level_and_change_share_leave_the_interval_covering(correlation, every):
+    """Both are measured on one E; the filter takes their errors as independent."""
+    readings, time = walks(200, 30, every, 0.9, 0.3, reading=1.0, correlation=correlation)
+    held, _ = coverage(readings, time, momentum=0.9)
     assert held >= 0.95 - 3 * 0.0154
 
 

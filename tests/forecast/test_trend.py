@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from probe.forecast.arrival import AHEAD, Arrival, arrival
+from probe.forecast.arrival import AHEAD, FARTHEST, Arrival, arrival
 from probe.forecast.hypotheses import Hypotheses, hypotheses
 from probe.forecast.trend import (
     FIRST_DRIFT,
@@ -148,10 +150,6 @@ def test_variances_by_doubling_are_those_step_by_step(x, n):
     for _ in range(n):
         level, both, drift = level + 2 * both + drift, x * (both + drift), x * x * drift + 1
     assert [float(v) for v in added_variance(x, n)] == pytest.approx([level, both, drift], rel=1e-10)
-    first = added_variance(x, n // 3)
-    assert [float(v) for v in added_variance(x, n - n // 3, first)] == pytest.approx(
-        [level, both, drift], rel=1e-10
-    )
 
 
 def test_prior_probabilities_add_up_to_one():
@@ -168,7 +166,7 @@ def test_the_chance_of_lying_beyond_the_threshold_is_that_of_simulated_trainings
     mean = np.array([0.0, 0.004 if rising else -0.004, 0.001, 0.0])
     wander, noise = 1e-7, 1e-5
     trend = Trend(
-        given, phi, np.ones((1, 1)), mean[:, None, None], covariance[:, :, None, None],
+        0, given, phi, np.ones((1, 1)), mean[:, None, None], covariance[:, :, None, None],
         np.full((1, 1), wander), np.full((1, 1), noise), np.ones((1, 1)),
     )  # fmt: skip
     threshold = 1.12 if rising else 0.88
@@ -189,11 +187,54 @@ def test_the_chance_of_lying_beyond_the_threshold_is_that_of_simulated_trainings
     assert checked > 30
 
 
-def test_quantiles_of_an_arrival():
-    chance = np.zeros((2, len(AHEAD)))
-    chance[0] = np.minimum(AHEAD / 100, 0.9)
-    chance[1] = 1.0
-    found = Arrival(chance)
-    assert found.quantile(0.5) == pytest.approx([50, 0])
-    assert found.quantile(0.975)[0] == np.inf
-    assert found.within(25) == pytest.approx([0.25, 1.0])
+def every_step(found: Arrival) -> np.ndarray:
+    """Probability of having arrived within 0, 1, ... steps, all of them looked at."""
+    beyond = [found.crossing.beyond(np.array([k])) for k in range(FARTHEST + 1)]
+    return np.maximum.accumulate(np.concatenate(beyond))
+
+
+@pytest.mark.parametrize(("threshold", "rising"), [(0.2, False), (1.0, False), (1.7, False), (2.2, True)])
+def test_quantiles_are_those_of_every_single_step(threshold, rising):
+    """A steady fall tells the time of arrival to 1 %, much less than the first steps looked at lie apart."""
+    data = some_readings(list(range(40)), [])
+    exact = dataclasses.replace(
+        data,
+        level=2 * np.exp(-0.01 * data.step)[None],
+        level_se=np.full((1, 40), 1e-3),
+        change=2 * np.expm1(-0.01) * np.exp(-0.01 * data.step)[None],
+        change_se=np.full((1, 40), 1e-4),
+    )
+    found = arrival(fit_trend(exact, hypotheses(), 0.9), np.array([threshold]), rising)
+    chance = every_step(found)
+    for probability in (0.025, 0.3, 0.5, 0.975):
+        after = int((chance >= probability).argmax())
+        got = float(found.quantile(probability)[0])
+        if chance[-1] < probability:
+            assert got == np.inf
+        else:
+            share = (probability - chance[after - 1]) / (chance[after] - chance[after - 1]) if after else 1.0
+            assert got == pytest.approx(after - 1 + share if after else 0.0, rel=1e-9)
+    for steps in (0, 1, 7, 50, 172, 2999, 3000):
+        assert found.within(steps)[0] == pytest.approx(chance[steps], abs=1e-12)
+    assert found.within(50.25)[0] == pytest.approx(0.75 * chance[50] + 0.25 * chance[51], abs=1e-12)
+
+
+def test_trainings_have_quantiles_of_their_own():
+    data = some_readings(list(range(12)), [])
+    two = dataclasses.replace(
+        data,
+        level=np.concatenate([data.level, 2 - 0.06 * data.step[None]]),
+        level_se=np.full((2, 12), 0.02),
+        change=np.full((2, 12), -0.02) * np.array([[1.0], [3.0]]),
+        change_se=np.full((2, 12), 0.004),
+    )
+    both = arrival(fit_trend(two, hypotheses(), 0.5), np.array([0.3, 0.3]))
+    for row in range(2):
+        alone = dataclasses.replace(
+            two, **{x: getattr(two, x)[row : row + 1] for x in ("level", "level_se", "change", "change_se")}
+        )
+        one_alone = arrival(fit_trend(alone, hypotheses(), 0.5), np.array([0.3]))
+        for probability in (0.025, 0.5, 0.9):
+            assert both.quantile(probability)[row] == pytest.approx(one_alone.quantile(probability)[0])
+        assert both.within(40)[row] == pytest.approx(one_alone.within(40)[0])
+    assert both.quantile(0.5)[1] < both.quantile(0.5)[0]

@@ -14,6 +14,7 @@ import torch
 from probe.forecast.forecast import ALARM_CHANCE, Forecast
 from probe.live import Alarm
 from probe.live.alarm import ThresholdAlarm
+from probe.live.names import PREFIX, history_names
 from tests.support.live_loops import Loop, attach, full_model, seeded, sgd, two_optimizers
 
 
@@ -62,6 +63,17 @@ def test_alarm_at_the_threshold_or_beyond(rising):
     assert alarm.calm_readings == 0
 
 
+@pytest.mark.parametrize("H", [1.0, 0.5, 0.4])
+@pytest.mark.parametrize("chance", [0.0, ALARM_CHANCE - 1e-9, ALARM_CHANCE, 1.0])
+def test_an_alarm_starts_where_the_forecast_expects_the_threshold(H, chance):
+    """The benchmark's rule, the log's replay and the watch's alarm are one."""
+    found = ahead(chance, H=H)
+    assert ThresholdAlarm().update(found, 1) is found.expected
+    replayed = ThresholdAlarm()
+    replayed.replay(found.reached, chance, 1)
+    assert replayed.armed is not found.expected
+
+
 def test_alarm_state_survives_saving():
     alarm = ThresholdAlarm()
     alarm.update(ahead(0.5), 1)
@@ -100,7 +112,7 @@ def test_an_alarm_is_raised_before_the_collapse_and_stops(caplog):
     watch, loop = run_falling(on_alarm=seen.append, **settings)
     assert len(seen) == 1
     (alarm,) = seen
-    entry = next(e for e in watch.history if e.get("alarm"))
+    entry = next(e for e in watch.history if e.get("alarms"))
     assert alarm.entry is entry
     assert alarm.step == entry["step"] < 12
     assert entry["H_orig_tok"] > entry["collapse_entropy"]
@@ -108,7 +120,7 @@ def test_an_alarm_is_raised_before_the_collapse_and_stops(caplog):
     assert not alarm.forecast.rising
     assert alarm.model is loop.model
     assert alarm.optimizers == loop.optimizers
-    assert sum(bool(e.get("alarm")) for e in watch.history) == 1
+    assert sum(len(e.get("alarms", ())) for e in watch.history) == 1
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert warnings == [f"entropy probe: {alarm.message}"]
     assert not watch.should_stop
@@ -169,9 +181,27 @@ def logged_loop(**settings: Any) -> tuple[Any, Loop]:
     return watch, loop
 
 
+def check_no_second_alarm(watch: Any, logged: list[tuple[dict[str, float], int]]) -> None:
+    """A training that goes on from the log knows of the alarm, though no probe raised it."""
+    model = full_model()
+    again = attach(model, sgd(model, lr=0.1), first_step=24)
+    again.replay({"step": step, **history_names(numbers)} for numbers, step in logged)
+    assert again._alarms.state == watch._alarms.state
+    assert not again._alarms.state.collapse.armed
+    assert [entry["step"] for entry in again.history] == [1, 9, 17]
+    assert again.last["alarms"] == [24]
+    again.detach()
+
+
 def test_logged_entropies_enter_the_forecast_and_may_raise_an_alarm():
     seen: list[Alarm] = []
-    watch, _ = logged_loop(collapse_fraction=0.1, horizon=20, on_alarm=seen.append)
+    logged: list[tuple[dict[str, float], int]] = []
+    watch, _ = logged_loop(
+        collapse_fraction=0.1,
+        horizon=20,
+        on_alarm=seen.append,
+        log=lambda numbers, step: logged.append((numbers, step)),
+    )
     assert watch.last["collapse_chance"] < ALARM_CHANCE
     H = watch.last["H_orig_tok"]
     for step in range(1, 15):
@@ -185,7 +215,33 @@ def test_logged_entropies_enter_the_forecast_and_may_raise_an_alarm():
     assert len(seen) == 1
     assert seen[0].step == watch.step == 24
     assert watch.last["H_orig_tok"] > seen[0].forecast.H
-    assert watch.last["alarm"] is True
+    assert watch.last["alarms"] == [24]  # the entry is that of step 17
+    assert (watch.last["step"], watch.summary().alarms) == (17, (24,))
+    assert [(step, numbers) for numbers, step in logged if f"{PREFIX}/collapse_alarm" in numbers] == [
+        (24, {f"{PREFIX}/collapse_alarm": 1.0})
+    ]
+    assert [step for _, step in logged] == [1, 9, 17, 24]
+    check_no_second_alarm(watch, logged)
+
+
+def test_a_forecast_counts_from_the_current_step_whatever_step_was_noted():
+    """A steady fall of 10 % per step, noted up to step 22 of 24, and up to 24: the entropy now is the same in both."""
+    found = []
+    for last in (22, 24):
+        seen: list[Alarm] = []
+        watch, _ = logged_loop(collapse_fraction=0.1, horizon=50, on_alarm=seen.append)
+        H = watch.last["H_orig_tok"]
+        for step in range(1, last + 1):
+            watch.note_entropy(H * math.exp(-0.1 * max(step - 14, 0)) * (1 + 0.005 * (-1) ** step), step)
+        watch.detach()
+        (alarm,) = seen
+        assert alarm.step == alarm.forecast.step == 24
+        assert "after step 24" in alarm.message
+        found.append(watch._history.look_ahead(0.9).collapse)
+    late, fresh = found
+    assert (late.step, fresh.step) == (24, 24)
+    assert pytest.approx(fresh.H, rel=0.05) == late.H
+    assert late.steps == pytest.approx(fresh.steps, rel=0.15)
 
 
 @pytest.mark.parametrize("outlier", [0.3, 0.1, 0.01, 1e-6, 20.0])
@@ -225,7 +281,7 @@ def test_an_alarm_that_was_raised_before_a_resume_is_not_raised_again():
     settings: dict[str, Any] = {"collapse_fraction": 0.5, "horizon": 50}
     first, _ = run_falling(on_alarm=seen.append, **settings)
     assert len(seen) == 1
-    logged = [{k: v for k, v in entry.items() if k != "alarm"} for entry in first.history]
+    logged = [{k: v for k, v in entry.items() if k != "alarms"} for entry in first.history]
     with seeded():
         loop = falling_loop(2)
         again = attach(

@@ -357,13 +357,15 @@ def test_errors_of_the_alarms_callback_are_raised(other_hook):
         watch = attach(loop.model, loop.optimizers[0], **settings)
         if other_hook:
             loop.optimizers[0].register_step_post_hook(lambda *_: None)
-        with pytest.raises(LookupError, match=r"the policy's entropy has collapsed: .* at or below 100;"):
+        with pytest.raises(
+            LookupError, match=r"the policy's entropy has collapsed after step 3: .* at or below 100;"
+        ):
             loop.run()
         assert len(loop.losses) == 2  # a forecast needs three probes
         assert not watch.active
         loop.run(2)
     assert len(watch.history) == 3
-    assert watch.history[-1]["alarm"] is True
+    assert watch.history[-1]["alarms"] == [3]
 
 
 # ---------------------------------------------------------------- the context manager itself

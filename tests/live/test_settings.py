@@ -81,7 +81,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"collapse_fraction": 1.0}, "collapse_fraction: expected a number between 0 and 1, found 1.0"),
     ({"collapse_fraction": 0}, "collapse_fraction: expected a number between 0 and 1, found 0"),
-    ({"horizon": 0}, "horizon: expected an integer of at least 1, found 0"),
+    (
+        {"horizon": 0},
+        "horizon: expected an integer from 1 to 3000, as far as a forecast looks (50 is the default), found 0",
+    ),
+    ({"horizon": 3001}, "horizon: expected an integer from 1 to 3000, as far as a forecast looks"),
+    ({"horizon": 10**9}, "horizon: expected an integer from 1 to 3000, as far as a forecast looks"),
     ({"window": 2}, "window: expected an integer of at least 3, found 2"),
     ({"seed": -1}, "seed: expected an integer of at least 0, found -1"),
     # those of generation, under the probe's own names

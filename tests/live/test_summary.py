@@ -37,7 +37,7 @@ def test_what_a_history_comes_to():
         entry(1, -0.05),
         entry(2, -0.01, se=0.02),  # not resolved
         entry(3, -0.20, verdict="invalid"),
-        entry(4, -0.07, alarm=True),
+        entry(4, -0.07, alarms=[4, 5]),
         entry(5, +0.03, verdict="trustworthy", outlook="flattening"),
         entry(6, -0.01),
         entry(7, -0.02, outlook="collapse in about 9 steps"),
@@ -46,7 +46,7 @@ def test_what_a_history_comes_to():
     assert found is not None
     assert found.worst == ((4, -0.07), (1, -0.05), (7, -0.02))
     assert found.rises == ((5, 0.03),)
-    assert found.alarms == (4,)
+    assert found.alarms == (4, 5)
     assert found.verdicts == {"trustworthy": 1, "caution": 5, "invalid": 1}
     assert found.measured == (pytest.approx(-0.77), 0.003)
     assert json.loads(json.dumps(found.as_mapping()))["steps"] == 9
@@ -54,7 +54,7 @@ def test_what_a_history_comes_to():
     assert "7 of 9 steps probed" in text
     assert "0.300 +/- 0.010 (-67 %)" in text
     assert "step 4 (-0.07), step 1 (-0.05)" in text
-    assert "alarms            step 4" in text
+    assert "alarms            step 4, step 5" in text
     assert "1 trustworthy, 5 caution, 1 invalid" in text
     assert "4.8 % of the training time" in text
     assert len(text.splitlines()) <= 15

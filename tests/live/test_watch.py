@@ -17,7 +17,16 @@ from torch import nn
 from probe.forecast.forecast import Forecast
 from probe.live import WatchSettings
 from probe.live.lines import Outlook, alarm_line, cost_line, probe_line
-from probe.live.names import LIVE_KEYS, LIVE_NUMBERS, LIVE_TEXTS, PREFIX, scalars
+from probe.live.names import (
+    ALARMS,
+    LIVE_KEYS,
+    LIVE_NUMBERS,
+    LIVE_TEXTS,
+    PREFIX,
+    full_name,
+    history_names,
+    scalars,
+)
 from probe.live.outlets import LAYOUT, tensorboard_layout
 from probe.live.reference import reference_page
 from probe.live.schedule import Schedule
@@ -39,7 +48,7 @@ from tests.support.live_loops import (
 
 def documented() -> set[str]:
     """Every key that an entry may have."""
-    names = {"step", "verdict", "alarm", *LIVE_NUMBERS, *LIVE_TEXTS}
+    names = {"step", "verdict", *LIVE_NUMBERS, *LIVE_TEXTS}
     for key in LIVE_KEYS:
         for suffix in ("", "_tok"):
             names |= {key + suffix + end for end in ("", "_se", "_df", "_ci95_low", "_ci95_high")}
@@ -100,7 +109,8 @@ def test_every_documented_name_occurs():
         loop.run()
     found = {name for entry in watch.history for name in entry}
     missing = {*LIVE_KEYS, *(f"{key}_tok" for key in LIVE_KEYS), *LIVE_NUMBERS} - found
-    assert missing <= {"momentum_share_tok", "decay_share_tok"}  # only where the total is told from 0
+    # shares only where the total is told from 0, alarms in logs alone
+    assert missing <= {"momentum_share_tok", "decay_share_tok", *ALARMS.values()}
 
 
 def test_all_charts_show_documented_names():
@@ -108,15 +118,37 @@ def test_all_charts_show_documented_names():
     assert names <= documented()
     layout = tensorboard_layout("train/")
     shown = {n.strip("^$") for charts in layout.values() for _, chart in charts.values() for n in chart}
-    assert shown == {f"train/{PREFIX}/{n}" for n in names}
+    assert shown == {f"train/{full_name(n)}" for n in names}
     assert {kind for charts in layout.values() for kind, _ in charts.values()} == {"Multiline", "Margin"}
+
+
+def test_the_errors_of_curves_are_logged_and_charted_behind_a_prefix_of_their_own():
+    with seeded():
+        loop = small_loop(steps=3)
+        watch = attach(loop.model, loop.optimizers[0], every=1)
+        loop.run()
+    entry, logged = watch.last, scalars(watch.last)
+    layout = tensorboard_layout()
+    bands = [chart for charts in layout.values() for kind, chart in charts.values() if kind == "Margin"]
+    for curve in ("H_predicted", "H_tracked", "cumulative_H", "cumulative_deltaH1", "cumulative_deltaH_true"):
+        value, se = entry[f"{curve}_tok"], logged[f"{PREFIX}_curves/{curve}_tok_se"]
+        ends = [f"{PREFIX}_curves/{curve}_tok_ci95_{end}" for end in ("low", "high")]
+        assert [logged[end] for end in ends] == pytest.approx(
+            [value - 1.96 * se, value + 1.96 * se], rel=1e-3
+        )
+        assert se == entry[f"{curve}_tok_se"] > 0
+        assert [f"{PREFIX}/{curve}_tok", *ends] in bands
+    extra = [name for name in logged if not name.startswith(f"{PREFIX}/")]
+    assert len(extra) == 15
+    assert sorted(logged)[-15:] == sorted(extra)  # behind all others, wherever names are sorted
+    assert history_names({**logged, "loss": 1.0}) == {name: entry[name] for name in history_names(logged)}
 
 
 def test_only_finite_numbers_are_logged():
     entry = {
         "step": 3,
         "verdict": "caution",
-        "alarm": True,
+        "alarms": [3],
         "verdict_reasons": ["x"],
         "every": 1,
         "H_orig_tok": 0.5,
@@ -173,7 +205,9 @@ def test_lines():
         "step 12: H 1.250 +/- 0.010 nats/token; this step -0.0200 +/- 0.0030 predicted, not resolved measured "
         "(trustworthy); no collapse in sight"
     )
-    falling = Forecast(31.4, 22.0, math.inf, -0.05, 0.01, 1.25, 0.125, 9, horizon=50, chance=0.7, ever=0.9)
+    falling = Forecast(
+        31.4, 22.0, math.inf, -0.05, 0.01, 1.25, 0.125, 9, horizon=50, chance=0.7, ever=0.9, step=40
+    )
     far = replace(falling, steps=501.0, chance=0.01)
     rising = replace(far, rising=True, threshold=3.0)
 
@@ -191,11 +225,13 @@ def test_lines():
     assert words(far, replace(rising, steps=40.0)) == "explosion in about 40 steps (within 50: 1 %)"
     assert words(None, None) == ""
     text = alarm_line(falling, 0.8)
-    assert "from 1.25 to 0.125 nats/token in about 31 steps" in text
+    assert "forecast after step 40: from 1.25 to 0.125 nats/token in about 31 steps" in text
     assert "80 % of the change is momentum" in text
-    assert "has collapsed: 0.1 nats/token, at or below 0.125" in alarm_line(replace(falling, H=0.1), None)
+    assert "has collapsed after step 40: 0.1 nats/token, at or below 0.125" in alarm_line(
+        replace(falling, H=0.1), None
+    )
     assert (
-        "explosion forecast: from 1.25 to 3 nats/token with a chance of 40 % within the horizon"
+        "explosion forecast after step 40: from 1.25 to 3 nats/token with a chance of 40 % within the horizon"
         in alarm_line(replace(rising, steps=math.inf, chance=0.4), None)
     )
     schedule = Schedule(10, 0.05)

@@ -109,6 +109,16 @@ def test_a_change_that_is_mostly_this_draw_asks_for_a_larger_update_batch():
     assert spread.B_U.size == steadier.B_U
 
 
+@pytest.mark.parametrize("sd_U", [math.nan, math.inf, 0.0])
+def test_an_unknown_spread_over_updates_is_said_and_recommends_nothing(sd_U):
+    plan = plan_of(pilot(-4e-3, sd_U=sd_U), PASSES, PlanConfig())
+    assert plan.updates == PerEstimand(None, None)
+    assert "No B_U: how much deltaH1 owes to this draw of U (deltaH1_sd_U) is not known" in " ".join(
+        page(plan).split()
+    )
+    assert "No B_U" not in page(plan_of(pilot(-4e-3), PASSES, PlanConfig()))
+
+
 @pytest.mark.parametrize("value", [None, 0.0])
 def test_a_pilot_without_a_change_has_a_page_all_the_same(value):
     """Null is below the noise floor; 0 with an error is a change that is too noisy."""

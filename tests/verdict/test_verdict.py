@@ -161,6 +161,13 @@ RULES = {
         "invalid",
         r"is 0\.70, above 0\.7, and they leave an ESS of 50 % of E",
     ),
+    # 0.75 is not above 0 for certain: its standard error from 13 weights is 0.49
+    "k above its limit by chance": (
+        {"pareto_k": 0.75, "ESS": 64 * ESS_LOW * BELOW, "B_E": 64, "pareto_k_limit": 0.45},
+        "caution",
+        r"is 0\.75, above its limit of 0\.45 for 64",
+    ),
+    "k of an unknown ESS": ({"pareto_k": 0.9, "ESS": None}, "caution", "above its limit"),
     "k without a mean": ({"pareto_k": 1.6, "ESS": 700.0}, "invalid", r"is 1\.60: .* mean is not finite"),
     # 1.4 is 0.4 above 1, and its standard error from 96 weights 0.245
     "k above 1 by chance": ({"pareto_k": 1.4, "ESS": 700.0}, "caution", "above its limit"),

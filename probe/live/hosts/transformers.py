@@ -13,7 +13,7 @@ from probe.errors.exceptions import ConfigError, DataError, ProbeError, RolloutE
 from probe.from_checkpoint.options import READ
 from probe.live.alarm import OnAlarm
 from probe.live.hosts.trl import sampling_changes, trainer_prompts
-from probe.live.names import PREFIX
+from probe.live.names import ALARMS, history_names
 from probe.live.outlets import Log, tensorboard_layout
 from probe.live.say import say
 from probe.live.settings import WatchSettings
@@ -185,12 +185,10 @@ def log_through(trainer: Trainer, numbers: Mapping[str, float], step: int) -> No
 
 
 def logged_entries(state: TrainerState) -> list[dict[str, Any]]:
-    """The probe's entries in a trainer's log, by the names of the history."""
+    """The probe's entries and alarms in a trainer's log, by the names of the history."""
     entries = []
     for logs in state.log_history:
-        own = {
-            name.removeprefix(f"{PREFIX}/"): x for name, x in logs.items() if name.startswith(f"{PREFIX}/")
-        }
-        if "H_orig_tok" in own:
+        own = history_names(logs)
+        if any(name in own for name in ("H_orig_tok", *ALARMS.values())):
             entries.append({"step": logs["step"], **own})
     return entries
