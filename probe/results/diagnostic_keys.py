@@ -108,6 +108,7 @@ DIAGNOSTICS: tuple[Quantity, ...] = (
         "responses of E that differ from each other; error bars know nothing of those never drawn",
         integer=True,
         row=Shown("distinct", "count", "responses of E that differ from each other", of="B_E"),
+        live="responses of E that differ from each other; error bars know nothing of those never drawn",
     ),
     Quantity(
         "zero_advantage_groups",

@@ -42,7 +42,11 @@ QUANTITIES: tuple[Quantity, ...] = (
         core=True,
         row=Shown("H before", "level", "entropy of the policy as it is"),
         live="entropy of the policy before the step",
-        live_parts=(Part("_se", "standard error of H_orig over E, nats per response", logged=_BOTH),),
+        live_parts=(
+            Part("_se", "standard error of H_orig over E, nats per response", logged=_BOTH),
+            Part("_ci95", "its 95 % interval", interval=True, logged=(TOKEN,)),
+            Part("_df", "of its error"),
+        ),
         logged=_BOTH,
     ),
     Quantity(

@@ -13,6 +13,8 @@ from probe.verdict.words import MATERIAL, Finding, caution, invalid, unresolved
 PRECISE = 4.0
 """How many times its standard error a change has to be to be called trustworthy. What merely excludes 0 was often
 overestimated, and its interval misses more often than one time in twenty; see the table in `docs/verdict.md`."""
+ROUNDING = 1e-12
+"""Standard errors below this share of their value are what sums in float64 round."""
 LEAST_FREEDOM = 20.0
 """Degrees of freedom below which the standard error is carried by a few responses. Twenty light-tailed prompts have as
 many; of a policy whose rare responses derail, some hundred to some thousand."""
@@ -134,5 +136,8 @@ def near_noise_floor(facts: Facts, estimand: Estimand) -> Finding | None:
 
 
 def _is_error(error: float, value: float) -> bool:
-    """Whether a standard error says something: it is finite, and 0 only beside a value of exactly 0."""
-    return is_finite(error) and (error > 0 or value == 0)
+    """Whether a standard error says something: it is finite, and 0 only beside a value of exactly 0.
+
+    One that is rounding alone counts as 0: contributions of equal responses are equal up to that.
+    """
+    return is_finite(error) and (error > ROUNDING * abs(value) or value == 0)

@@ -83,6 +83,11 @@ RULES = {
     ),
     "error null": ({"deltaH_true_tok_se": None}, "invalid", r"has the standard error None.*now 1024"),
     "error 0": ({"deltaH1_tok_se": 0.0}, "invalid", r"deltaH1_tok = -0\.001 .* standard error 0\.0"),
+    "error of rounding": (
+        {"deltaH1_tok_se": 1e-18},
+        "invalid",
+        r"deltaH1_tok = -0\.001 .* standard error 1e-18",
+    ),
     "at the floor's limit": ({"noise_floor_tok": 0.00098 * MATERIAL * BELOW}, "trustworthy", ""),
     "above the floor's limit": (
         {"noise_floor_tok": 0.00098 * MATERIAL * ABOVE},
