@@ -2,15 +2,17 @@
 
 The standard error of one sample knows only the responses in it. Where few responses carry the error, the samples that
 lack them are wrong by more than their own error says, and nothing in them tells so. A training draws one sample after
-the other from nearly the same policy: its errors are all of about one size, once the length of the step and the number
-of prompts are taken out, and the mean of their variances counts those responses at the rate at which they come.
+the other from nearly the same policy. Once the length of the step and the number of prompts are taken out, their errors
+are draws from one distribution of sizes (steps of one length in other directions have other sizes too), and the mean of
+their variances counts the rare responses at the rate at which they come. Intervals so made cover on average over
+probes, which is what single samples fail at; for one probe they are as wide as its neighbours' errors ask for.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 POOLED_SAMPLES = 10
 """Samples whose variances are pooled, the newest among them."""
@@ -35,11 +37,11 @@ class ErrorSize:
 def pooled_error(own: ErrorSize, earlier: Sequence[ErrorSize]) -> ErrorSize:
     """The size of the newest sample's error, from it and those before it.
 
-    The mean of the variances, with Satterthwaite's degrees of freedom `(sum v)^2 / sum (v^2 / df)`. Where the newest
-    variance is larger than the mean of the earlier ones by more than `CONTRADICTION` errors of their ratio
-    (`log v` has the variance `2 / df`), the policy or the step is of another kind now, and the newest counts alone: an
-    interval is never narrowed against what its own sample says. One that is smaller is pooled all the same: that is
-    how a sample looks that lacks what carries the error.
+    The mean of the variances, with Satterthwaite's degrees of freedom `(sum v)^2 / sum (v^2 / df)`, or the newest
+    variance where that is larger: an error is never made smaller than its own sample says, as errors that grow from
+    sample to sample would be. Where the newest variance is larger than the mean of the earlier ones by more than
+    `CONTRADICTION` errors of their ratio (`log v` has the variance `2 / df`), the policy or the step is of another
+    kind now, and its degrees of freedom are its own too.
 
     Args:
         own: of the newest sample.
@@ -57,7 +59,8 @@ def pooled_error(own: ErrorSize, earlier: Sequence[ErrorSize]) -> ErrorSize:
     error = CONTRADICTION * math.sqrt(2 / own.df + 2 / before.df)
     if own.variance > before.variance * math.exp(error):
         return own
-    return _pooled([*recent, own])
+    together = _pooled([*recent, own])
+    return replace(together, variance=max(together.variance, own.variance))
 
 
 def _pooled(sizes: Sequence[ErrorSize]) -> ErrorSize:

@@ -8,23 +8,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from probe.estimand import ESTIMANDS, Number, Numbers, from_mapping
+from probe.estimand import ESTIMANDS, TOKEN, Number, Numbers, from_mapping
 from probe.estimators.pooled_error import POOLED_SAMPLES, ErrorSize, pooled_error
 from probe.estimators.student import student_quantile
 from probe.live.outcome import Outcome
 
-LEVELS, SECOND_ORDER = ("H_orig",), ("residual",)
-"""What does not depend on the length of the step, and what goes with its square; all else goes with it."""
-POOLED = (
-    "H_orig",
-    "deltaH1",
-    "deltaH_true",
-    "residual",
-    "deltaH1_momentum",
-    "deltaH1_decay",
-    "deltaH1_gradient",
-)
-"""What a log holds with errors that are pooled."""
+POOLED = {"H_orig": 0, "deltaH1": 1, "deltaH_true": 1}
+"""What is pooled, and the power of the step's length that it goes with. Others have errors of their own alone: the
+same-E difference is of second order or rounding, and parts go with the lengths of their own parts of the step."""
 
 
 @dataclass
@@ -50,16 +41,10 @@ class ErrorMemory:
         if B_E is None:
             return outcome
         pool = partial(self.numbers, B_E=B_E, length=length)
-        found, parts = outcome.changes, outcome.parts
+        found = outcome.changes
         return replace(
             outcome,
-            changes=replace(
-                found,
-                prediction=pool(found.prediction),
-                measurement=pool(found.measurement),
-                difference=pool(found.difference),
-            ),
-            parts=None if parts is None else replace(parts, numbers=pool(parts.numbers)),
+            changes=replace(found, prediction=pool(found.prediction), measurement=pool(found.measurement)),
         )
 
     def numbers(self, quantities: Mapping[str, Numbers], B_E: int, length: float) -> dict[str, Numbers]:
@@ -73,21 +58,31 @@ class ErrorMemory:
         Returns:
             The same with pooled errors; what has none stays as it is.
         """
-        return {name: self._pooled(name, numbers, B_E, length) for name, numbers in quantities.items()}
+        return {
+            name: self._pooled(name, numbers, B_E, length) if name in POOLED else numbers
+            for name, numbers in quantities.items()
+        }
 
     def replay(self, entry: Mapping[str, Any]) -> None:
         """Take in the errors of a logged entry; they are pooled ones already, and smoother than those of one probe.
 
-        Degrees of freedom are not logged everywhere: where they are absent they are those of light tails.
+        Their degrees of freedom are shared out among the probes that were pooled. They are not logged everywhere:
+        where they are absent they are those of light tails.
         """
         B_E, length = entry.get("B_E"), entry.get("step_norm")
         if not B_E or length is None:
             return
 
-        def known(number: Number | None) -> Number | None:
-            return None if number is None else replace(number, df=number.df or max(B_E - 1.0, 1.0))
+        for name in POOLED:
+            count = min(len(self.sizes.get(TOKEN.key(name), ())) + 1, POOLED_SAMPLES)
 
-        self.numbers({name: from_mapping(entry, name).map(known) for name in POOLED}, B_E, length)
+            def known(number: Number | None, count: int = count) -> Number | None:
+                if number is None:
+                    return None
+                df = B_E - 1.0 if number.df is None else number.df / count
+                return replace(number, df=max(df, 1.0))
+
+            self._pooled(name, from_mapping(entry, name).map(known), B_E, length)
 
     def _pooled(self, name: str, numbers: Numbers, B_E: int, length: float) -> Numbers:
         """Both estimands of a quantity with pooled errors."""
@@ -114,5 +109,4 @@ class ErrorMemory:
 
 def _unit(name: str, B_E: int, length: float) -> float:
     """The variance that counts as 1."""
-    order = 0 if name in LEVELS else 2 if name in SECOND_ORDER else 1
-    return length ** (2 * order) / B_E
+    return length ** (2 * POOLED[name]) / B_E

@@ -108,6 +108,13 @@ def few_responses(facts: Facts) -> Finding | None:
     drawn, different = facts.size, number(facts.diagnostics, "distinct_responses")
     prompts = number(facts.diagnostics, "prompts_E")
     effective = number(facts.diagnostics, "ESS") if facts.reweighted else None
+    if different == 1 and drawn is not None and drawn > 1:
+        return invalid(
+            f"All {drawn:g} responses of E are the same one: what the policy says otherwise, and how often, is in no "
+            "number here; raise ",
+            Remedy.B_E,
+            ".",
+        )
     if drawn is not None and drawn < FEW_RESPONSES:
         what = f"E has {drawn:g} responses"
     elif prompts is not None and prompts < FEW_RESPONSES:

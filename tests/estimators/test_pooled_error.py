@@ -30,7 +30,8 @@ def test_a_larger_error_counts_alone_where_noise_does_not_explain_it(factor, alo
     own = ErrorSize(factor, 40.0)
     found = pooled_error(own, [ErrorSize(1.0, 40.0)] * 9)
     assert (found == own) is alone
-    assert alone or found.variance == pytest.approx(1 + (factor - 1) / 10)
+    assert found.variance == factor  # never less than its own sample says
+    assert alone or found.df > 300
 
 
 def test_a_smaller_error_never_counts_alone():
