@@ -50,7 +50,8 @@ class Forecast:
         threshold: nats per token.
         readings_used: number of readings in the window, logged levels included.
         horizon: optimizer steps.
-        chance: probability that the threshold is reached within `horizon`.
+        chance: probability of being at the threshold or beyond after one of the next `horizon` steps, the likeliest
+            of them: a lower bound of that of having been there at any.
         ever: probability that it is reached at all, within 3,000 steps.
         rising: whether the threshold is above the entropy.
         step: the optimizer step from whose end everything here is counted; in a training the last one taken.

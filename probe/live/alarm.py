@@ -243,6 +243,22 @@ class Alarms:
             )
         return alarms
 
+    def begin(self, entry: Mapping[str, Any]) -> None:
+        """Take in the first probe: an entropy that starts outside its band raises no alarm before it was inside."""
+        H = entry["H_orig_tok"]
+        low, high = entry.get("collapse_entropy"), entry.get("explosion_entropy")
+        for state, end, outside, where in (
+            (self.state.collapse, low, low is not None and low >= H, "at or below collapse_entropy"),
+            (self.state.explosion, high, high is not None and high <= H, "at or above explosion_entropy"),
+        ):
+            if outside:
+                state.armed = False
+                say(
+                    f"entropy starts at {H:.3g} nats/token, {where} = {end:.3g}: no alarm of that before it has been "
+                    f"inside for {CALM_READINGS} readings",
+                    warn=True,
+                )
+
     def act_on(self, alarm: Alarm) -> None:
         """Do what the user wants done; exceptions of a user's function are the user's."""
         if self._on_alarm == "stop":

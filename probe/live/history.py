@@ -47,19 +47,20 @@ class History:
         run: what was seen so far.
     """
 
-    def __init__(self, settings: WatchSettings, first_step: int = 0) -> None:
+    def __init__(self, settings: WatchSettings, first_step: int = 0, most: float = math.inf) -> None:
         """Nothing is seen yet.
 
         Args:
             settings: of the forecast.
             first_step: optimizer steps taken before.
+            most: the largest entropy that the policy can have, nats per token.
 
         Raises:
             ConfigError: `first_step` is no integer of at least 0.
         """
         check_first_step(first_step)
         self.run = Run(step=first_step)
-        self._settings = settings
+        self._settings, self._most = settings, most
 
     def add(self, outcome: Outcome, momentum: float) -> tuple[dict[str, Any], Outlook]:
         """Take in what this step did.
@@ -75,19 +76,26 @@ class History:
         entry = {"step": self.run.step, **flat_values(known.values), **self._cumulative(known, momentum)}
         self._read(known)
         ahead = self.look_ahead(momentum)
-        down, up = ahead.collapse, ahead.explosion
+        down = ahead.collapse
         steps = (None, None, None) if down is None else (down.steps, down.low, down.high)
         entry |= {
             "collapse_entropy": self.run.threshold,
             **({} if self.run.ceiling is None else {"explosion_entropy": self.run.ceiling}),
             **dict(zip(STEPS, steps, strict=True)),
             "collapse_chance": None if down is None else down.chance,
-            "explosion_chance": None if up is None else up.chance,
+            "explosion_chance": self._explosion_chance(ahead),
             "entropy_rate": None if down is None else down.rate,
             "outlook": ahead.in_words,
         }
         self.run.history.append(entry)
         return entry, ahead
+
+    def _explosion_chance(self, ahead: Outlook) -> float | None:
+        """See `explosion_chance`: 0 where no policy over this vocabulary has such an entropy."""
+        if ahead.explosion is not None:
+            return ahead.explosion.chance
+        beyond = self.run.ceiling is not None and self.run.ceiling >= self._most
+        return 0.0 if beyond and ahead.collapse is not None else None
 
     def note_logged(self, step: int, H: float) -> bool:
         """Take in an entropy that the training has logged itself.
@@ -107,7 +115,7 @@ class History:
 
     def look_ahead(self, momentum: float) -> Outlook:
         """What is forecast from all that was read so far; `momentum` correlates neighbouring steps."""
-        return look_ahead(self.run, self._settings, momentum)
+        return look_ahead(self.run, self._settings, momentum, self._most)
 
     def adopt(self, run: Run) -> None:
         """Go on from what another watch has seen; what the settings say of the band goes before what it had."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from probe.forecast.forecast import Forecast
+from probe.forecast.forecast import Forecast, calls_for_alarm
 from probe.live.schedule import Schedule
 from probe.report.numbers import with_error
 
@@ -66,29 +66,47 @@ def threshold_words(ahead: Forecast) -> str:
     if ahead.reached:
         return "exploded" if ahead.rising else "collapsed"
     if ahead.steps <= IN_SIGHT * ahead.horizon:
-        return f"{what} in {forecast_words(ahead)}"
+        return f"{what} {forecast_words(ahead)}"
     if ahead.chance >= WORTH_SAYING:
-        return f"{what} within {ahead.horizon:.0f} steps: {100 * ahead.chance:.0f} %"
+        return f"{what} within {ahead.horizon:.0f} steps: {chance_words(ahead.chance)}"
     return ""
+
+
+def chance_words(chance: float) -> str:
+    """A chance in per cent; small ones are not known better than that they are small.
+
+    >>> chance_words(0.31), chance_words(0.004)
+    ('31 %', 'under 5 %')
+    """
+    return f"{100 * chance:.0f} %" if chance >= WORTH_SAYING else f"under {100 * WORTH_SAYING:.0f} %"
 
 
 def forecast_words(ahead: Forecast) -> str:
     """The median number of steps, with its interval where that has an upper end, else with the chance.
 
+    Where the chance calls for an alarm and the median is beyond the horizon, the chance is what there is to say.
+
     >>> import dataclasses
     >>> far = Forecast(31.2, 21.9, math.inf, -0.1, 0.01, 1.0, 0.1, 9, horizon=50, chance=0.62, ever=0.9)
     >>> forecast_words(far), forecast_words(dataclasses.replace(far, high=55.0))
-    ('about 31 steps (within 50: 62 %)', 'about 31 steps (95 %: 22 to 55)')
+    ('in about 31 steps (within 50: 62 %)', 'in about 31 steps (95 %: 22 to 55)')
+    >>> forecast_words(dataclasses.replace(far, steps=418.0, chance=0.31))
+    'within 50 steps with a chance of 31 %'
     """
+    steps = f"{ahead.steps:.0f}"
+    about = f"in about {steps} step{'' if steps == '1' else 's'}"
     if math.isfinite(ahead.high):
-        return f"about {ahead.steps:.0f} steps (95 %: {ahead.low:.0f} to {ahead.high:.0f})"
-    return f"about {ahead.steps:.0f} steps (within {ahead.horizon:.0f}: {100 * ahead.chance:.0f} %)"
+        return f"{about} (95 %: {ahead.low:.0f} to {ahead.high:.0f})"
+    if ahead.steps > ahead.horizon and calls_for_alarm(ahead.reached, ahead.chance):
+        return f"within {ahead.horizon:.0f} steps with a chance of {chance_words(ahead.chance)}"
+    return f"{about} (within {ahead.horizon:.0f}: {chance_words(ahead.chance)})"
 
 
 def cost_line(schedule: Schedule, B_E: int, length: float, timing: Mapping[str, float]) -> str:
     """The cost model in a line."""
     parts = ", ".join(f"{name.replace('_', ' ')} {seconds:.2g}" for name, seconds in timing.items())
-    line = f"a probe of {B_E} responses of {length:.0f} tokens takes {schedule.expected_cost:.2g} s ({parts})"
+    what = f"a probe of {B_E} responses of {length:.3g} tokens on average"
+    line = f"{what} takes {schedule.expected_cost:.2g} s ({parts})"
     if schedule.step_seconds is None or schedule.interval is None:
         return line
     line += f", a training step {schedule.step_seconds:.2g} s"
@@ -128,13 +146,9 @@ def alarm_line(ahead: Forecast, momentum_share: float | None) -> str:
             f"{ahead.threshold:.3g}"
         )
     else:
-        when = f"in {forecast_words(ahead)}" if math.isfinite(ahead.steps) else ""
-        chance = (
-            f"with a chance of {100 * ahead.chance:.0f} % within the horizon of {ahead.horizon:.0f} steps"
-        )
         what = (
             f"entropy {name} forecast after step {ahead.step}: from {ahead.H:.3g} to {ahead.threshold:.3g} nats/token "
-            f"{when or chance}"
+            f"{forecast_words(ahead)}"
         )
     inertia = (
         f" {100 * momentum_share:.0f} % of the change is momentum, so a lower rate acts with delay."

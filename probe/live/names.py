@@ -95,8 +95,9 @@ _FORECAST = {
     "median; None before the third probe, infinite where it is more likely not to",
     "steps_to_collapse_low": "lower end of its 95 % interval",
     "steps_to_collapse_high": "upper end of its 95 % interval; absent where it is infinite",
-    "collapse_chance": "probability that H_orig_tok falls to `collapse_entropy` within `horizon` steps from this one",
-    "explosion_chance": "probability that H_orig_tok rises to `explosion_entropy` within `horizon` steps from this one",
+    "collapse_chance": "probability that H_orig_tok is at `collapse_entropy` or below after one of the next `horizon` "
+    "steps, the likeliest of them; that a wavering entropy is there at any of them is somewhat likelier",
+    "explosion_chance": "the same of `explosion_entropy` or above",
     "entropy_rate": "mean relative change of H_orig_tok per step now, as the forecast takes it",
     "collapse_entropy": "the entropy that counts as collapse, nats per token",
     "explosion_entropy": "the entropy that counts as explosion, nats per token; absent where none does",

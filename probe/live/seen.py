@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,13 +44,14 @@ class Run:
     errors: ErrorMemory = field(default_factory=ErrorMemory)
 
 
-def look_ahead(run: Run, settings: WatchSettings, momentum: float) -> Outlook:
+def look_ahead(run: Run, settings: WatchSettings, momentum: float, most: float = math.inf) -> Outlook:
     """What is forecast from all that was read so far; its steps are counted from the last optimizer step taken.
 
     Args:
         run: what was seen.
         settings: of the forecast.
         momentum: what correlates the updates of neighbouring steps, in [0, 1).
+        most: the largest entropy that there can be, the logarithm of the vocabulary: beyond it nothing is forecast.
     """
     if run.threshold is None or not run.readings:
         return Outlook()
@@ -63,7 +65,9 @@ def look_ahead(run: Run, settings: WatchSettings, momentum: float) -> Outlook:
     found = trend_of(readings, settings.window, momentum, now=max(run.step, readings[-1].step))
     if found is None:
         return Outlook()
-    up = None if run.ceiling is None else forecast_of(*found, run.ceiling, settings.horizon, rising=True)
+    up = None
+    if run.ceiling is not None and run.ceiling < most:
+        up = forecast_of(*found, run.ceiling, settings.horizon, rising=True)
     return Outlook(forecast_of(*found, run.threshold, settings.horizon, rising=False), up)
 
 

@@ -26,6 +26,7 @@ class Summary:
         probes: steps that were probed.
         H_first: entropy at the first probe, with its standard error.
         H_last: entropy at the last probe, likewise.
+        last_step: step of the last probe.
         change: `H_last` minus `H_first`, likewise: of the levels, which are independent of the changes.
         predicted: sum of deltaH1 over all steps from the first probe to the last, likewise.
         measured: the same of deltaH_true.
@@ -41,6 +42,7 @@ class Summary:
     probes: int
     H_first: tuple[float, float]
     H_last: tuple[float, float]
+    last_step: int
     change: tuple[float, float]
     predicted: tuple[float, float]
     measured: tuple[float, float]
@@ -60,7 +62,7 @@ class Summary:
         lines = [
             f"{self.probes} of {self.steps} steps probed; entropy in nats per token",
             f"  first probe       {with_error(*self.H_first)}",
-            f"  last probe        {with_error(*self.H_last)} ({relative:+.0f} %)",
+            f"  last probe        {with_error(*self.H_last)} ({relative:+.0f} %), step {self.last_step}",
             f"  change of levels  {with_error(*self.change)}",
             f"  predicted         {with_error(*self.predicted)}",
             f"  measured          {with_error(*self.measured)}",
@@ -73,9 +75,12 @@ class Summary:
             f"  verdicts          {', '.join(f'{count} {word}' for word, count in self.verdicts.items())}"
         )
         if self.outlook:
-            lines.append(f"  outlook           {self.outlook}")
+            past = f" (as of step {self.last_step})" if self.last_step < self.steps else ""
+            lines.append(f"  outlook           {self.outlook}{past}")
         if self.cost_share is not None:
-            lines.append(f"  cost              {100 * self.cost_share:.1f} % of the training time")
+            lines.append(
+                f"  cost              {100 * self.cost_share:.1f} % of the training time, first probes included"
+            )
         return "\n".join(lines)
 
 
@@ -101,6 +106,7 @@ def summary_of(history: Sequence[Mapping[str, Any]], steps: int, cost_share: flo
         probes=len(history),
         H_first=_pair(first, "H_orig_tok"),
         H_last=_pair(last, "H_orig_tok"),
+        last_step=last["step"],
         change=_pair(last, "cumulative_H_tok"),
         predicted=_pair(last, "cumulative_deltaH1_tok"),
         measured=_pair(last, "cumulative_deltaH_true_tok"),

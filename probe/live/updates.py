@@ -199,6 +199,8 @@ class ProbedUpdates:
             self.probe_early(f"step {self._history.run.step} has changed nothing, at a learning rate above 0")
             return []
         entry, ahead = self._history.add(outcome, momentum(self._optimizers))
+        if len(self._history.run.history) == 1:
+            self._alarms.begin(entry)
         entry["seconds"] = self._draw_seconds + (time.perf_counter() - start)
         self._schedule.add_probe(entry["seconds"], entry["step"], outcome.sizes.B_E)
         entry |= {"cost_share": self._schedule.share, "every": self._schedule.interval}

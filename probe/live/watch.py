@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -53,7 +54,8 @@ class Watch(AbstractContextManager["Watch"]):
             settings.every, settings.budget, settings.B_E, SMALLEST_E, settings.at_least_every
         )
         self._alarms = Alarms(on.model, on.optimizers, on_alarm)
-        self._history = History(settings, first_step)
+        rows = on.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        self._history = History(settings, first_step, most=math.log(rows))
         self._probe = UpdateProbe(on.model, on.parameters, on.tokenizer, on.prompts, settings)
         self._updates = ProbedUpdates(
             self._probe,

@@ -121,8 +121,8 @@ def few_responses(facts: Facts) -> Finding | None:
         what = f"E has {prompts:g} prompts, which are its independent units"
     elif different is not None and different < FEW_RESPONSES:
         return caution(
-            f"E has {different:g} different responses among {count_text(drawn)}: what the policy can say but did not "
-            f"is in no error bar (limit {FEW_RESPONSES}); raise ",
+            f"E has only {different:g} different responses among {count_text(drawn)}: what the policy can say "
+            f"but did not is in no error bar (limit {FEW_RESPONSES}); raise ",
             Remedy.B_E,
             ", or take more varied prompts.",
         )

@@ -101,13 +101,14 @@ _PER_ESTIMAND: tuple[Callable[[Facts, Estimand], Finding | None], ...] = (
     is_null,
     contains_zero,
     prediction_contains_zero,
+    # what is seen goes before what is not known well enough
+    residual_stands_out,
+    intervals_disagree,
+    bends,
     near_noise_floor,
     imprecise,
     few_carry_the_error,
-    bends,
     may_bend,
-    residual_stands_out,
-    intervals_disagree,
 )
 _OVERALL: tuple[Callable[[Facts], Finding | None], ...] = (
     heavy_tail,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -137,6 +138,37 @@ def test_a_replayed_step_of_exactly_0_counts_in_the_sums():
     watch = replayed([first, logged_entry(11, 2.0), logged_entry(21, 1.9)])
     # interpolated from 0 to -0.01 over the first ten steps, -0.01 in each of the next ten
     assert watch._history.run.sums["deltaH_true_tok"].total == pytest.approx(-0.045 - 0.1)
+
+
+def test_no_explosion_is_forecast_beyond_the_vocabulary():
+    model = full_model()
+    most = math.log(model.get_input_embeddings().weight.shape[0])
+    entries = []
+    for k, H in enumerate(most * x for x in (0.5, 0.6, 0.7, 0.8, 0.9)):
+        entries.append(
+            {"step": k + 1, "H_orig_tok": H, "H_orig_tok_se": 0.01, "H_orig": H, "H_orig_se": 0.01}
+            | {
+                "deltaH_true_tok": 0.1 * most,
+                "deltaH_true_tok_se": 0.01,
+                "collapse_entropy": 0.1,
+                "verdict_code": 1,
+            }
+        )
+    for factor, forecast in ((1.5, True), (2.5, False)):
+        watch = replayed([{**one, "explosion_entropy": factor * 0.5 * most} for one in entries])
+        ahead = watch._history.look_ahead(0.9)
+        assert ahead.collapse is not None
+        assert (ahead.explosion is not None) is forecast
+
+
+def test_a_start_outside_the_band_is_said_and_raises_no_alarm(caplog):
+    with seeded(), caplog.at_level("WARNING"):
+        loop = small_loop(steps=5)
+        watch = attach(loop.model, loop.optimizers[0], entropy_band=(0.1, 0.5))
+        loop.run()
+    assert "at or above explosion_entropy = 0.5: no alarm of that before it has been inside" in caplog.text
+    assert "has exploded" not in caplog.text
+    assert not any(entry.get("alarms") for entry in watch.history)
 
 
 def test_what_the_settings_say_of_the_band_goes_before_the_log():

@@ -222,7 +222,7 @@ def test_lines():
     assert words(replace(far, steps=math.inf, ever=0.3, rate_se=0.05), rising) == "no collapse in sight"
     assert words(replace(falling, H=0.1)) == "collapsed"
     assert words(far, replace(rising, H=3.0)) == "exploded"
-    assert words(far, replace(rising, steps=40.0)) == "explosion in about 40 steps (within 50: 1 %)"
+    assert words(far, replace(rising, steps=40.0)) == "explosion in about 40 steps (within 50: under 5 %)"
     assert words(None, None) == ""
     text = alarm_line(falling, 0.8)
     assert "forecast after step 40: from 1.25 to 0.125 nats/token in about 31 steps" in text
@@ -231,7 +231,7 @@ def test_lines():
         replace(falling, H=0.1), None
     )
     assert (
-        "explosion forecast after step 40: from 1.25 to 3 nats/token with a chance of 40 % within the horizon"
+        "explosion forecast after step 40: from 1.25 to 3 nats/token within 50 steps with a chance of 40 %"
         in alarm_line(replace(rising, steps=math.inf, chance=0.4), None)
     )
     schedule = Schedule(10, 0.05)
