@@ -244,18 +244,17 @@ class Alarms:
         return alarms
 
     def begin(self, entry: Mapping[str, Any]) -> None:
-        """Take in the first probe: an entropy that starts outside its band raises no alarm before it was inside."""
+        """Take in the first probe: say if the entropy starts outside its band, where an alarm says nothing new."""
         H = entry["H_orig_tok"]
         low, high = entry.get("collapse_entropy"), entry.get("explosion_entropy")
-        for state, end, outside, where in (
-            (self.state.collapse, low, low is not None and low >= H, "at or below collapse_entropy"),
-            (self.state.explosion, high, high is not None and high <= H, "at or above explosion_entropy"),
+        for end, outside, where in (
+            (low, low is not None and low >= H, "at or below collapse_entropy"),
+            (high, high is not None and high <= H, "at or above explosion_entropy"),
         ):
             if outside:
-                state.armed = False
                 say(
-                    f"entropy starts at {H:.3g} nats/token, {where} = {end:.3g}: no alarm of that before it has been "
-                    f"inside for {CALM_READINGS} readings",
+                    f"entropy starts at {H:.3g} nats/token, {where} = {end:.3g}: an alarm of that will say no more "
+                    "than this; give thresholds on both sides of it",
                     warn=True,
                 )
 

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from probe.config.numbers import check_numbers
 from probe.errors.exceptions import require
 
-LEAST_PILOT = 8
-"""Prompts below which a pilot's errors say nothing of their own size: what it recommended would mostly fail."""
-
 
 @dataclass(frozen=True)
 class PlanConfig:
@@ -26,12 +23,7 @@ class PlanConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         check_numbers(self, "plan.")
-        require(
-            self.pilot_B_E >= LEAST_PILOT,
-            "plan.pilot_B_E",
-            f"an integer of at least {LEAST_PILOT}",
-            self.pilot_B_E,
-        )
+        require(self.pilot_B_E >= 2, "plan.pilot_B_E", "an integer of at least 2", self.pilot_B_E)
         require(
             self.pilot_B_U is None or self.pilot_B_U >= 1,
             "plan.pilot_B_U",

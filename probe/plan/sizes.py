@@ -47,6 +47,10 @@ class Wanted:
         return cls(size, round_up(least) if low is None else low, high)
 
 
+LEAST_PILOT = 8
+"""Prompts below which a pilot says too little of the size of its own error to recommend more than a second pilot."""
+
+
 @dataclass(frozen=True)
 class ChangePlan:
     """What one change of entropy asks for.
@@ -212,13 +216,16 @@ def _pilot(facts: Facts, name: str, estimand: Estimand, draws: int) -> Pilot | N
 
 def _change_plan(pilot: Pilot, power: float) -> ChangePlan:
     """What a change asks for."""
+    resolves, precise = needed_size(pilot, power), needed_size(pilot, power, PRECISE)
+    if pilot.size < LEAST_PILOT:
+        resolves, precise = replace(resolves, recommended=None), replace(precise, recommended=None)
     return ChangePlan(
         value=pilot.value,
         se=pilot.se,
         df=pilot.df,
         resolved=pilot.resolved,
-        resolves=Wanted.of(needed_size(pilot, power), FEW_RESPONSES),
-        precise=Wanted.of(needed_size(pilot, power, PRECISE), FEW_RESPONSES),
+        resolves=Wanted.of(resolves, FEW_RESPONSES),
+        precise=Wanted.of(precise, FEW_RESPONSES),
         resolvable=resolvable(pilot, pilot.size, power),
         of_one_se=round_up(max(size_for(pilot, 1.0, power), FEW_RESPONSES)),
     )
