@@ -15,6 +15,11 @@ Columns: `false`, alarms per 100 steps in trainings that do not collapse; `cried
 `missed`, share of the collapses without an alarm before; `lead`, median number of steps from the first alarm to the
 collapse; `early`, share of first alarms more than two horizons before it; `covers`, share of the intervals with an
 upper end that hold the step of the collapse; `ends`, share of the readings that have such an interval.
+
+Two more tables follow. One counts the readings from the step at which a fall stops without notice to the first one
+after which the outlook is `flattening` or `no collapse in sight`, for trainings whose noise goes on and for trainings
+that stand still from there on, as with a learning rate of 0; forecasts are made every fifth step. The other one says
+how often the collapse came within the horizon, by the chance of it that was given, over all families.
 """
 
 from __future__ import annotations
@@ -22,8 +27,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +43,7 @@ from probe.forecast.hypotheses import Array, hypotheses
 from probe.forecast.readings import EntropyReading, logged_readings
 from probe.forecast.trend import ReadingArrays, fit_trend
 from probe.live.alarm import CALM_CHANCE, CALM_READINGS, ThresholdAlarm
+from probe.live.lines import IN_SIGHT, WORTH_SAYING
 
 STEPS, HORIZON, WINDOW = 200, 50, 60
 FRACTION = 0.1
@@ -44,6 +51,10 @@ FLOOR = 0.02
 """Share of the first entropy that curves end at."""
 LEVEL_ERROR, CHANGE_ERROR = 0.03, 0.2
 MOMENTUM = 0.9
+STILL = 0.01
+"""Error of the changes of a training that stands still, as a share of that before: both are as small as the step."""
+CHANCES = (0.0, 0.02, 0.05, 0.15, 0.3, 0.6, 1.0)
+"""Ends of the bins of chances."""
 
 
 # ---------------------------------------------------------------- trainings
@@ -120,15 +131,21 @@ class Trainings:
         readings: before and of every step.
         threshold: `(S,)`.
         end: `(S,)`, the first step that starts from a collapsed policy; infinite where there is none.
+        stop: `(S,)`, the step from which on the curve is level; infinite where it moves to the end.
     """
 
     readings: ReadingArrays
     threshold: Array
     end: Array
+    stop: Array
 
 
 def synthetic(
-    family: Callable[[np.random.Generator, Array], Array], series: int, phi: float, seed: int
+    family: Callable[[np.random.Generator, Array], Array],
+    series: int,
+    phi: float,
+    seed: int,
+    stands: bool = False,
 ) -> Trainings:
     """Trainings of a family.
 
@@ -137,19 +154,26 @@ def synthetic(
         series: their number.
         phi: autocorrelation of the steps' noise; its long-run variance does not depend on it.
         seed: of the random numbers.
+        stands: whether nothing moves any more, and the errors of the changes are small, once the curve is level.
     """
     rng = np.random.default_rng([seed, *family.__name__.encode(), round(10 * phi)])
-    H = np.empty((series, STEPS + 1))
-    for row in H:
+    H, stop = np.empty((series, STEPS + 1)), np.full(series, np.inf)
+    for place, row in enumerate(H):
         curve = np.maximum(family(rng, np.arange(STEPS + 1.0)), FLOOR)
         usual = float(np.clip(np.abs(np.diff(np.log(curve))).mean(), 0.003, 0.015))
         size = rng.uniform(0.2, 1.0) * usual * math.sqrt((1 - phi) / (1 + phi))
         noise = rng.standard_normal(STEPS)
         for k in range(1, STEPS):
             noise[k] = phi * noise[k - 1] + math.sqrt(1 - phi**2) * noise[k]
+        moves = np.flatnonzero(np.diff(curve))
+        if len(moves) and moves[-1] < STEPS - 1:
+            stop[place] = moves[-1] + 1
+            noise[int(stop[place]) if stands else STEPS :] = 0
         row[:] = curve * np.exp(np.concatenate([[0], size * noise.cumsum()]))
     change = np.diff(H, axis=1)
     error = CHANGE_ERROR * np.abs(change).mean(1, keepdims=True) * np.ones_like(change)
+    if stands:
+        error *= np.where(np.arange(STEPS) < stop[:, None], 1, STILL)
     level = H[:, :-1] * np.exp(LEVEL_ERROR * rng.standard_normal(change.shape))
     threshold = FRACTION * level[:, 0]
     below = threshold[:, None] >= H
@@ -162,7 +186,7 @@ def synthetic(
         change=change + error * rng.standard_normal(change.shape),
         change_se=error,
     )
-    return Trainings(readings, threshold, np.where(below.any(1), below.argmax(1), np.inf))
+    return Trainings(readings, threshold, np.where(below.any(1), below.argmax(1), np.inf), stop)
 
 
 # ---------------------------------------------------------------- forecasts
@@ -178,6 +202,8 @@ class Said:
         calm: whether it is not, by far.
         low: lower end of the interval, steps from `step`.
         high: its upper end.
+        chance: of the collapse within the horizon.
+        quiet: whether the outlook is `flattening` or `no collapse in sight`.
     """
 
     step: int
@@ -185,6 +211,8 @@ class Said:
     calm: np.ndarray
     low: Array
     high: Array
+    chance: Array
+    quiet: np.ndarray
 
 
 def probe_says(trainings: Trainings, every: int, momentum: float) -> Iterator[Said]:
@@ -194,8 +222,9 @@ def probe_says(trainings: Trainings, every: int, momentum: float) -> Iterator[Sa
         read = trainings.readings.part(at[max(0, n - WINDOW) : n])
         reached = arrival(fit_trend(read, hypotheses(), momentum), trainings.threshold)
         chance = reached.within(HORIZON)
-        low, high = reached.quantile(0.025), reached.quantile(0.975)
-        yield Said(int(at[n - 1]) + 1, chance >= ALARM_CHANCE, chance < CALM_CHANCE, low, high)
+        low, steps, high = (reached.quantile(p) for p in (0.025, 0.5, 0.975))
+        quiet = (steps > IN_SIGHT * HORIZON) & (chance < WORTH_SAYING)
+        yield Said(int(at[n - 1]) + 1, chance >= ALARM_CHANCE, chance < CALM_CHANCE, low, high, chance, quiet)
 
 
 def rival_says(trainings: Trainings, every: int) -> Iterator[Said]:
@@ -222,7 +251,15 @@ def rival_projection(read: ReadingArrays, threshold: Array) -> Said:
         left.append(np.where(falls, np.maximum(distance / np.where(falls, fit[:, 1], -1.0), 0.0), np.inf))
     steps = np.where(misfit[0] <= misfit[1], left[0], left[1])
     nothing = np.full(len(steps), np.inf)
-    return Said(int(read.step[-1]) + 1, steps <= HORIZON, steps > 2 * HORIZON, nothing, nothing)
+    return Said(
+        int(read.step[-1]) + 1,
+        steps <= HORIZON,
+        steps > 2 * HORIZON,
+        nothing,
+        nothing,
+        (steps <= HORIZON).astype(np.float64),
+        steps > IN_SIGHT * HORIZON,
+    )
 
 
 # ---------------------------------------------------------------- what they are worth
@@ -241,7 +278,7 @@ class Worth:
     ends: float
 
 
-def worth(said: Iterator[Said], end: Array) -> Worth:
+def worth(said: Iterable[Said], end: Array) -> Worth:
     """Count alarms and intervals.
 
     Args:
@@ -278,6 +315,53 @@ def worth(said: Iterator[Said], end: Array) -> Worth:
     )
 
 
+def readings_to_quiet(said: Sequence[Said], stop: Array, every: int) -> Array:
+    """Readings after a stop until the outlook is quiet, of trainings where it was not before; infinite if it never is.
+
+    Args:
+        said: after each reading.
+        stop: `(S,)`, the step from which on nothing moves; infinite where there is none.
+        every: steps from one reading to the next.
+    """
+    loud, first = np.zeros(len(stop), dtype=bool), np.full(len(stop), np.inf)
+    for one in said:
+        before = one.step <= stop
+        loud = np.where(before, ~one.quiet, loud)
+        first = np.where(~before & one.quiet, np.minimum(first, one.step), first)
+    return np.ceil((first - stop)[loud & np.isfinite(stop)] / every)
+
+
+@dataclass
+class Calibration:
+    """How often a collapse came within the horizon, by the chance that was given.
+
+    Attributes:
+        given: number of forecasts in each bin of `CHANCES`.
+        chances: their sum.
+        came: of these, those within whose horizon it came.
+    """
+
+    given: Array
+    chances: Array
+    came: Array
+
+    @classmethod
+    def of(cls, said: Sequence[Said], end: Array) -> Calibration:
+        """Forecasts before the collapse whose horizon ends within the training."""
+        count = len(CHANCES) - 1
+        given, chances, came = np.zeros((3, count))
+        for one in said:
+            known = (one.step < end) & (one.step + HORIZON < STEPS)
+            place = np.searchsorted(CHANCES[1:-1], one.chance[known], side="right")
+            given += np.bincount(place, minlength=count)
+            chances += np.bincount(place, one.chance[known], count)
+            came += np.bincount(place, end[known] <= one.step + HORIZON, count)
+        return cls(given, chances, came)
+
+    def __add__(self, other: Calibration) -> Calibration:
+        return Calibration(self.given + other.given, self.chances + other.chances, self.came + other.came)
+
+
 HEADER = (
     "| family | noise | probes every | collapse | false | rival | cried | rival | missed | rival | lead | rival "
     "| early | rival | covers | ends |"
@@ -285,19 +369,21 @@ HEADER = (
 
 
 def print_synthetic(series: int, seed: int) -> None:
-    """The table of synthetic trainings, as Markdown."""
+    """The tables of synthetic trainings, as Markdown."""
     print(HEADER)
     print("|" + "---|" * (HEADER.count("|") - 1))
+    calibration: dict[tuple[float, int], Calibration] = {}
     for family in FAMILIES:
         for phi in (0.0, MOMENTUM):
             for every in (1, 5):
                 trainings = synthetic(family, series, phi, seed)
-                ours = worth(probe_says(trainings, every, phi), trainings.end)
+                said = list(probe_says(trainings, every, phi))
+                ours = worth(said, trainings.end)
                 rival = worth(rival_says(trainings, every), trainings.end)
+                found = Calibration.of(said, trainings.end)
+                calibration[phi, every] = calibration[phi, every] + found if family != FAMILIES[0] else found
                 cells = [
-                    family.__name__.replace("_", " "),
-                    "correlated" if phi else "white",
-                    str(every),
+                    *_cell_names(family.__name__, phi, every),
                     str(int(np.isfinite(trainings.end).sum())),
                     *(_cell(x, 2) for x in (ours.false, rival.false)),
                     *(_percent(x) for x in (ours.cried, rival.cried, ours.missed, rival.missed)),
@@ -305,6 +391,53 @@ def print_synthetic(series: int, seed: int) -> None:
                     *(_percent(x) for x in (ours.early, rival.early, ours.covers, ours.ends)),
                 ]
                 print("| " + " | ".join(cells) + " |", flush=True)
+    print_stops(series, seed)
+    print_calibration(calibration)
+
+
+def print_stops(series: int, seed: int) -> None:
+    """The table of readings until the outlook is quiet, as Markdown."""
+    print("\n| after the stop | noise | probes every | trainings | readings: median | 90 % |")
+    print("|" + "---|" * 6)
+    for stands in (False, True):
+        for phi in (0.0, MOMENTUM):
+            for every in (1, 5):
+                trainings = synthetic(fall_that_stops, series, phi, seed, stands)
+                said = list(probe_says(trainings, every, phi))
+                # a training whose noise has it collapse in the end has not stopped
+                stop = np.where(np.isfinite(trainings.end), np.inf, trainings.stop)
+                found = np.sort(readings_to_quiet(said, stop, every))
+                cells = [
+                    *_cell_names("nothing moves" if stands else "noise goes on", phi, every),
+                    str(len(found)),
+                    *(f"{found[int(share * (len(found) - 1))]:.0f}" for share in (0.5, 0.9)),
+                ]
+                print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def print_calibration(calibration: dict[tuple[float, int], Calibration]) -> None:
+    """The table of chances, as Markdown.
+
+    Args:
+        calibration: by autocorrelation of the noise and steps between probes.
+    """
+    names = [" ".join(_cell_names("", phi, every)[1:]) for phi, every in calibration]
+    print("\n| chance | " + " | ".join(f"{one}: mean chance | came | of" for one in names) + " |")
+    print("|" + "---|" * (3 * len(names) + 1))
+    for place, (low, high) in enumerate(pairwise(CHANCES)):
+        cells = [f"{100 * low:.0f} to {100 * high:.0f} %"]
+        for one in calibration.values():
+            given = one.given[place] or math.nan
+            cells += [
+                _percent(one.chances[place] / given),
+                _percent(one.came[place] / given),
+                _cell(given, 0),
+            ]
+        print("| " + " | ".join(cells) + " |")
+
+
+def _cell_names(family: str, phi: float, every: int) -> list[str]:
+    return [family.replace("_", " "), "correlated" if phi else "white", str(every)]
 
 
 def print_runs(folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 In RL runs entropy falls along a straight line or exponentially, slows down and flattens, speeds up, or turns. What
 readings cannot tell apart yet stays open: the forecast averages over hypotheses (`probe.forecast.hypotheses`), each
-weighed by how well it has foretold the readings so far, and by a probability from before. Level, drift and their
+weighed by how well it has foretold the readings so far, and by a probability from before. Among them are that
+everything but the level is of another kind since the last 8, 16 or 32 readings. Level, drift and their
 errors under each are those of a Kalman filter (`probe.forecast.trend`), which takes the measured changes, the measured
 levels and the levels that the training has logged itself. The probability that the threshold has been reached within
 so many steps follows (`probe.forecast.arrival`), and from it everything here: the median, the ends of the 95 %
@@ -10,7 +11,8 @@ interval, and the chance of an alarm. There is an upper end only if the threshol
 least 97.5 %.
 
 How well this does on synthetic trainings of nine shapes and on real ones is in `benchmarks/forecast.py` and
-`benchmarks/RESULTS.md`. Nothing announces a fall that stops from one step to the next.
+`benchmarks/RESULTS.md`. Nothing announces a fall that stops from one step to the next; some eight readings later it is
+known.
 """
 
 from __future__ import annotations

@@ -10,13 +10,15 @@ Each is one choice of
   speed up, slow down and turn;
 - noise `nu`: the scatter of single steps about the drift, in the same units.
 
+That what came before some reading was of another kind is a matter of `probe.forecast.trend.SPLITS`.
+
 Persistence below 1 is the damped trend of Gardner and McKenzie (Management Science 31, 1985).
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +49,11 @@ class Hypotheses:
     wander: Array
     noise: Array
     log_prior: Array
+
+    def joined(self, others: Hypotheses) -> Hypotheses:
+        """These, and then those."""
+        names = (one.name for one in fields(self))
+        return Hypotheses(*(np.concatenate([getattr(self, name), getattr(others, name)]) for name in names))
 
     def transform(self, H: Array) -> Array:
         """`g(H)`; `H` above 0 is `(..., 1)` or `(..., G)`, in units of the first level."""

@@ -18,6 +18,12 @@ probe's. Everything is linear and Gaussian: the filter gives mean and covariance
 of the readings, which weighs the hypotheses (West and Harrison, Bayesian Forecasting and Dynamic Models, 1997,
 chapters 4 and 12).
 
+A training may change its kind, as where the learning rate is cut. So there are hypotheses of a split (`SPLITS`): from
+one reading on, drift and noise are drawn anew and are of a hypothesis of their own, with a usual step that the readings
+from there on tell; the level goes on where it is. Their probability is the prior one of the split, times the likelihood
+of the readings before it, averaged over the hypotheses of the same coordinate, times that of the readings after it. The
+average over hypotheses is handed on as a normal distribution of level and offset, with its mean and covariance.
+
 Level and change of one probe are measured on one E, and their errors are taken as independent. They are correlated,
 with a sign that depends on the update: between -0.9 and 0.8 on the enumerated policies of known tails, within 0.1 on
 the demo policy with control variates (-0.45 without). That matters little, as many levels say what a level's error was.
@@ -28,6 +34,7 @@ falls that flatten have 0.02, 0.03 and 0.06 false alarms per 100 steps.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -49,6 +56,11 @@ LEAST_SHARE = 0.05
 LEAST_LEVEL_ERROR, LEAST_CHANGE_ERROR = 1e-6, 1e-3
 """Errors that readings have at least: levels in units of the first one, changes in units of the usual step. Without any
 they would leave nothing of the state's covariance but rounding."""
+SPLITS = {32: 0.1, 16: 0.1, 8: 0.1}
+"""Measured changes since which everything but the level may be of another kind than before, as after a change of the
+learning rate, with the probability of that before any reading, in units of that of no such split."""
+LEAST_EARLY = 4
+"""Fewest measured changes before a split."""
 LEVEL, DRIFT, NOISE, OFF = range(4)
 """Places in the state."""
 
@@ -92,7 +104,7 @@ class Trend:
 
     Attributes:
         step: that step.
-        given: the hypotheses.
+        given: the hypotheses: those without a split, then those of each split.
         phi: autocorrelation of the noise.
         unit: `(S, 1)` nats per token: levels are in units of this.
         mean: `(4, S, G)` of level, drift, noise, offset, in the hypothesis' coordinate.
@@ -130,7 +142,13 @@ class Trend:
         return mean, np.sqrt((self.weight * square).sum(1))
 
 
-def fit_trend(readings: ReadingArrays, given: Hypotheses, momentum: float, now: int | None = None) -> Trend:
+def fit_trend(
+    readings: ReadingArrays,
+    given: Hypotheses,
+    momentum: float,
+    now: int | None = None,
+    splits: Mapping[int, float] = SPLITS,
+) -> Trend:
     """What the readings say of level and drift after a step.
 
     Args:
@@ -138,6 +156,7 @@ def fit_trend(readings: ReadingArrays, given: Hypotheses, momentum: float, now: 
         given: the hypotheses.
         momentum: autocorrelation `phi` of the noise from one step to the next, in [0, 1).
         now: the step, not before the last reading's; None where it is that.
+        splits: see `SPLITS`.
 
     Raises:
         ValueError: `now` is before the last reading's step.
@@ -150,16 +169,21 @@ def fit_trend(readings: ReadingArrays, given: Hypotheses, momentum: float, now: 
     own = readings.in_units_of(unit)
     size = _usual_step(own, given)
     state = _Filter(given, momentum, own, size)
+    starts = split_places(own, splits)
     for j in range(len(own.step)):
         if j:
             state.advance(int(own.step[j] - own.step[j - 1]))
+        if j in starts:
+            state.split(j, starts[j])
         state.take_level(j)
         if own.has_change[j]:
             state.take_change(j)
     state.advance(now + 1 - last)  # a level is that before its step
     weight = np.exp(state.log_weight - state.log_weight.max(1, keepdims=True))
     weight /= weight.sum(1, keepdims=True)
-    return Trend(now, given, momentum, unit, state.mean, state.covariance, state.wander, state.noise, weight)
+    return Trend(
+        now, state.given, momentum, unit, state.mean, state.covariance, state.wander, state.noise, weight
+    )
 
 
 class _Filter:
@@ -174,8 +198,8 @@ class _Filter:
             readings: in units of the first level.
             size: `(S, G)`, the usual size of a step.
         """
-        self._given, self._phi, self._readings = given, phi, readings
-        self._size = size
+        self.given, self._phi, self._readings = given, phi, readings
+        self._first, self._size = given, size
         self.wander, self.noise = (given.wander * size) ** 2, (given.noise * size) ** 2
         self.mean = np.zeros((4, *size.shape))
         self.covariance = np.zeros((4, 4, *size.shape))
@@ -189,9 +213,40 @@ class _Filter:
         self.covariance[OFF, OFF] = OFFSET**2
         self.log_weight = np.broadcast_to(given.log_prior, size.shape).copy()
 
+    def split(self, j: int, prior: float) -> None:
+        """Join hypotheses whose drift, noise and usual step are drawn anew at reading `j`.
+
+        What all readings before say of level and offset stays, averaged over the hypotheses of the same coordinate, as
+        does how well these have foretold them.
+
+        Args:
+            j: the first reading of the late segment.
+            prior: probability of the split, in units of that of none.
+        """
+        given = self._first
+        size = _usual_step(self._readings.part(slice(j, None)), given)
+        late = _Filter(given, self._phi, self._readings, size)
+        for power in np.unique(given.power):
+            of = np.flatnonzero(given.power == power)
+            top = self.log_weight[:, of].max(1, keepdims=True)
+            weight = np.exp(self.log_weight[:, of] - top)
+            total = weight.sum(1, keepdims=True)
+            weight = weight / total
+            means = {k: (weight * self.mean[k][:, of]).sum(1, keepdims=True) for k in (LEVEL, OFF)}
+            for (k, mean), (n, other) in itertools.product(means.items(), repeat=2):
+                apart = (self.mean[k][:, of] - mean) * (self.mean[n][:, of] - other)
+                spread = weight * (self.covariance[k, n][:, of] + apart)
+                late.mean[k][:, of] = mean
+                late.covariance[k, n][:, of] = spread.sum(1, keepdims=True)
+            # the prior of the coordinate is in the evidence of the early segment
+            late.log_weight[:, of] += top + np.log(total * prior / np.exp(given.log_prior[of]).sum())
+        self.given = self.given.joined(given)
+        for name in ("_size", "wander", "noise", "mean", "covariance", "log_weight"):
+            setattr(self, name, np.concatenate([getattr(self, name), getattr(late, name)], axis=-1))
+
     def advance(self, steps: int) -> None:
         """So many optimizer steps pass."""
-        given, phi = self._given, self._phi
+        given, phi = self.given, self._phi
         a, b = geometric(given.persistence, steps), geometric(phi, steps)
         rho, fade = given.persistence**steps, phi**steps
 
@@ -215,18 +270,18 @@ class _Filter:
     def take_level(self, j: int) -> None:
         """Take the level of reading `j` in."""
         H, se = self._readings.level[:, j, None], self._readings.level_se[:, j, None]
-        slope = self._given.slope(H)
+        slope = self.given.slope(H)
         of = {LEVEL: np.ones(1), OFF: H * slope} if self._readings.logged[j] else {LEVEL: np.ones(1)}
         variance = (slope * se) ** 2 + (slope * LEAST_LEVEL_ERROR) ** 2
-        self._take(of, self._given.transform(H), variance, slope)
+        self._take(of, self.given.transform(H), variance, slope)
 
     def take_change(self, j: int) -> None:
         """Take the change of reading `j` in, from the level that all readings up to this one give."""
         read = self._readings.level[:, j, None]
-        H = self._given.inverse(self.mean[LEVEL], LEAST_SHARE * read)
+        H = self.given.inverse(self.mean[LEVEL], LEAST_SHARE * read)
         relative = np.maximum(self._readings.change[:, j, None] / H, -LARGEST_FALL)
-        change = self._given.transform(H * (1 + relative)) - self._given.transform(H)
-        slope = self._given.slope(H * (1 + relative))  # of g(H + change) by the change
+        change = self.given.transform(H * (1 + relative)) - self.given.transform(H)
+        slope = self.given.slope(H * (1 + relative))  # of g(H + change) by the change
         error = slope * self._readings.change_se[:, j, None]
         self._take(
             {DRIFT: np.ones(1), NOISE: np.ones(1)},
@@ -252,6 +307,14 @@ class _Filter:
         gain = with_state / total
         self.mean = self.mean + gain * surprise
         self.covariance = self.covariance - gain[:, None] * with_state[None]
+
+
+def split_places(readings: ReadingArrays, splits: Mapping[int, float]) -> dict[int, float]:
+    """First reading of each late segment, and the prior probability of its split; see `SPLITS`."""
+    measured = np.flatnonzero(readings.has_change)
+    return {
+        int(measured[-late]): prior for late, prior in splits.items() if len(measured) >= late + LEAST_EARLY
+    }
 
 
 def geometric(x: Array | float, n: int) -> Array:

@@ -151,7 +151,34 @@ def test_after_a_remedy_the_alarm_is_calmed(momentum):
     assert found(along(curve[:21], reading=0.02), 0.1, momentum=momentum).expected
     later = found(along(curve, reading=0.02), 0.1, momentum=momentum)
     assert later.chance < ALARM_CHANCE / 2
-    assert later.low < 230 < later.high
+    assert later.low < (curve[-1] - 0.1) / 0.0008 < later.high
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_fall_that_has_stopped_is_found_within_ten_readings(momentum, seed):
+    """By 0.012 a step for 60 steps, then by a 270th of that: a learning rate that went to next to nothing."""
+    rng = np.random.default_rng(seed)
+    changes = np.concatenate(
+        [-0.012 + 0.003 * rng.standard_normal(60), -4.5e-5 + 1e-5 * rng.standard_normal(60)]
+    )
+    curve = list(1.8 + np.concatenate([[0], changes.cumsum()]))
+    read = along(curve, reading=0.02, seed=seed)
+    assert found(read[:60], 0.18, momentum=momentum).steps < 200
+    for n in range(70, 120, 7):
+        result = found(read[:n], 0.18, momentum=momentum)
+        assert (result.steps, result.chance < 0.01) == (math.inf, True), n
+        assert result.rate == pytest.approx(0, abs=2e-4)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_fall_that_starts_is_found_within_ten_readings(momentum):
+    """40 steps of nothing but noise, then 0.015 a step."""
+    rng = np.random.default_rng(0)
+    curve = list(1 + np.concatenate([0.003 * rng.standard_normal(40), np.full(12, -0.015)]).cumsum())
+    result = found(along(curve, reading=0.02)[:50], 0.1, momentum=momentum)
+    assert result.steps == pytest.approx((curve[50] - 0.1) / 0.015, rel=0.2)
+    assert result.expected
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -19,6 +19,7 @@ from probe.forecast.trend import (
     Trend,
     added_variance,
     fit_trend,
+    split_places,
 )
 
 
@@ -132,6 +133,113 @@ def test_hypotheses_are_weighed_by_the_likelihood_of_the_readings():
 
     ratio = np.exp(density(1.5) - density(0.1))
     assert weight[1] / weight[0] == pytest.approx(ratio, rel=1e-4)
+
+
+def usual_step(data: ReadingArrays, unit: float) -> float:
+    """In the coordinate `H`, where no more than two levels are logged."""
+    changes = data.change[0, data.has_change] / unit
+    error = data.change_se[0, data.has_change] / unit
+    return float(
+        np.sqrt(max((changes**2).mean() - 0.5 * (error**2).mean(), 0.1 * (changes**2).mean())) + 1e-9
+    )
+
+
+def written_out(
+    data: ReadingArrays, given: Hypotheses, phi: float, late: int | None
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Log density of the readings, mean and covariance of level, drift, noise and offset after them, in `H`.
+
+    Args:
+        data: of one training.
+        given: one hypothesis of power 1.
+        phi: autocorrelation of the noise.
+        late: place of the reading before which drift, noise and usual step are drawn anew; None for none.
+    """
+    unit, steps = float(data.level[0, 0]), data.step - data.step[0]
+    n, size = int(steps[-1]) + 1, usual_step(data, unit)
+    start = n + 1 if late is None else int(steps[late])
+    sizes = np.full(n + 1, size)
+    if late is not None:
+        sizes[start:] = usual_step(data.part(slice(late, None)), unit)
+    kappa, nu, rho = (float(x[0]) for x in (given.wander, given.noise, given.persistence))
+    # columns are causes of variance 1: first level, drift and noise, what is new in each step, offset, late first ones
+    level, drift, rough = (np.zeros((n + 1, 6 + 2 * n)) for _ in range(3))
+    level[0, 0], drift[0, 1], rough[0, 2] = FIRST_LEVEL, FIRST_DRIFT * size, nu * size
+    for k in range(n):
+        level[k + 1] = level[k] + drift[k] + rough[k]
+        drift[k + 1], rough[k + 1] = rho * drift[k], phi * rough[k]
+        drift[k + 1, 3 + k] += kappa * sizes[k]
+        rough[k + 1, 3 + n + k] += np.sqrt(1 - phi**2) * nu * sizes[k]
+        if k + 1 == start:
+            drift[k + 1], rough[k + 1] = 0, 0
+            drift[k + 1, -2], rough[k + 1, -1] = FIRST_DRIFT * sizes[start], nu * sizes[start]
+    offset = np.zeros(6 + 2 * n)
+    offset[-3] = OFFSET
+    rows, values, errors = [], [], []
+    for place, k in enumerate(steps):
+        H = data.level[0, place] / unit
+        rows.append(level[k] + (offset * H if data.logged[place] else 0))
+        values.append(H - 1)
+        errors.append((data.level_se[0, place] / unit) ** 2 + LEAST_LEVEL_ERROR**2)
+        if data.has_change[place]:
+            rows.append(drift[k] + rough[k])
+            values.append(data.change[0, place] / unit)
+            errors.append((data.change_se[0, place] / unit) ** 2 + (LEAST_CHANGE_ERROR * sizes[k]) ** 2)
+    design, reading = np.array(rows), np.array(values)
+    V = design @ design.T + np.diag(errors)
+    state = np.array([level[n], drift[n], rough[n], offset])
+    both = state @ design.T
+    density = -0.5 * (np.linalg.slogdet(V)[1] + reading @ np.linalg.solve(V, reading))
+    return (
+        float(density),
+        both @ np.linalg.solve(V, reading),
+        state @ state.T - both @ np.linalg.solve(V, both.T),
+    )
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.9])
+@pytest.mark.parametrize("given", [one(1.0, 1.0, 0.1, 0.3), one(1.0, 0.94, 0.03, 1.5)])
+@pytest.mark.parametrize(
+    "steps", [list(range(9)), [0, 1, 2, 5, 6, 8, 8, 9, 12], [3, 4, 9, 11, 11, 14, 20, 21, 23]]
+)
+def test_a_split_is_the_joint_normal_whose_drift_and_noise_are_drawn_anew(given, phi, steps):
+    """Evidence, mean and covariance, with the level going on: exact for one hypothesis."""
+    logged = [place for place in range(1, len(steps)) if steps[place] == steps[place - 1]]
+    data = some_readings(steps, logged)
+    data.change[:, -3:] *= 0.2  # the late segment has a usual step of its own
+    late = int(np.flatnonzero(data.has_change)[-3])
+    trend = fit_trend(data, given, phi, splits={3: 0.25})
+    whole, split = (written_out(data, given, phi, place) for place in (None, late))
+    weight = trend.weight[0]
+    assert np.log(weight[1] / weight[0]) == pytest.approx(np.log(0.25) + split[0] - whole[0], rel=1e-4)
+    for place, (_, mean, covariance) in enumerate((whole, split)):
+        assert trend.mean[:, 0, place] == pytest.approx(mean, rel=1e-4, abs=1e-7)
+        assert trend.covariance[:, :, 0, place] == pytest.approx(covariance, rel=1e-3, abs=1e-8)
+
+
+def test_splits_need_readings_before_them():
+    for count, places in ((11, {}), (12, {4: 0.1}), (20, {12: 0.1, 4: 0.1})):
+        data = some_readings(list(range(count)), [])
+        assert split_places(data, {16: 0.1, 8: 0.1}) == places
+
+
+def test_after_a_split_level_and_weight_are_those_of_all_hypotheses_together():
+    """A reading that nothing could foretell better or worse: the split has its prior weight, the level its mean."""
+    data = some_readings(list(range(12)), [])
+    data.change_se[:, -8:], data.level_se[:, -8:] = 1e6, 1e6
+    given = hypotheses()
+    split, whole = fit_trend(data, given, 0.0, splits={8: 0.1}), fit_trend(data, given, 0.0, splits={})
+    G = len(given.power)
+    assert split.weight[0, G:].sum() == pytest.approx(0.1 / 1.1, rel=1e-3)
+    assert len(split.given.power) == 2 * G
+    early = fit_trend(data.part(slice(0, 4)), given, 0.0, splits={})
+    # a split forgets the drift, so that the level stays where the early segment ends: known to some percent, and the
+    # weights of the hypotheses that it is averaged with depend on the usual step a little
+    for power in (0.0, 1.0):
+        of = given.power == power
+        ends = (early.weight[0, of] * early.mean[0, 0, of]).sum() / early.weight[0, of].sum()
+        assert split.mean[0, 0, G:][of] == pytest.approx(ends, abs=0.01)
+    assert split.weight[0, :G] * 1.1 == pytest.approx(whole.weight[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
