@@ -28,6 +28,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -368,51 +369,68 @@ HEADER = (
 )
 
 
-def print_synthetic(series: int, seed: int) -> None:
+def print_synthetic(series: int, seed: int, workers: int) -> None:
     """The tables of synthetic trainings, as Markdown."""
     print(HEADER)
     print("|" + "---|" * (HEADER.count("|") - 1))
+    rows = [
+        (family, phi, every, series, seed)
+        for family in FAMILIES
+        for phi in (0.0, MOMENTUM)
+        for every in (1, 5)
+    ]
     calibration: dict[tuple[float, int], Calibration] = {}
-    for family in FAMILIES:
-        for phi in (0.0, MOMENTUM):
-            for every in (1, 5):
-                trainings = synthetic(family, series, phi, seed)
-                said = list(probe_says(trainings, every, phi))
-                ours = worth(said, trainings.end)
-                rival = worth(rival_says(trainings, every), trainings.end)
-                found = Calibration.of(said, trainings.end)
-                calibration[phi, every] = calibration[phi, every] + found if family != FAMILIES[0] else found
-                cells = [
-                    *_cell_names(family.__name__, phi, every),
-                    str(int(np.isfinite(trainings.end).sum())),
-                    *(_cell(x, 2) for x in (ours.false, rival.false)),
-                    *(_percent(x) for x in (ours.cried, rival.cried, ours.missed, rival.missed)),
-                    *(_cell(x, 0) for x in (ours.lead, rival.lead)),
-                    *(_percent(x) for x in (ours.early, rival.early, ours.covers, ours.ends)),
-                ]
-                print("| " + " | ".join(cells) + " |", flush=True)
-    print_stops(series, seed)
+    with ProcessPoolExecutor(workers) as pool:
+        stops = [
+            pool.submit(stop_row, stands, phi, every, series, seed)
+            for stands in (False, True)
+            for phi in (0.0, MOMENTUM)
+            for every in (1, 5)
+        ]
+        for (_, phi, every, *_), (line, found) in zip(rows, pool.map(_row, rows), strict=True):
+            print(line, flush=True)
+            before = calibration.get((phi, every))
+            calibration[phi, every] = before + found if before else found
+    print("\n| after the stop | noise | probes every | trainings | readings: median | 90 % |")
+    print("|" + "---|" * 6)
+    for one in stops:
+        print(one.result())
     print_calibration(calibration)
 
 
-def print_stops(series: int, seed: int) -> None:
-    """The table of readings until the outlook is quiet, as Markdown."""
-    print("\n| after the stop | noise | probes every | trainings | readings: median | 90 % |")
-    print("|" + "---|" * 6)
-    for stands in (False, True):
-        for phi in (0.0, MOMENTUM):
-            for every in (1, 5):
-                trainings = synthetic(fall_that_stops, series, phi, seed, stands)
-                said = list(probe_says(trainings, every, phi))
-                # a training whose noise has it collapse in the end has not stopped
-                stop = np.where(np.isfinite(trainings.end), np.inf, trainings.stop)
-                found = np.sort(readings_to_quiet(said, stop, every))
-                cells = [
-                    *_cell_names("nothing moves" if stands else "noise goes on", phi, every),
-                    str(len(found)),
-                    *(f"{found[int(share * (len(found) - 1))]:.0f}" for share in (0.5, 0.9)),
-                ]
-                print("| " + " | ".join(cells) + " |", flush=True)
+def _row(
+    of: tuple[Callable[[np.random.Generator, Array], Array], float, int, int, int],
+) -> tuple[str, Calibration]:
+    """One row of the first table, and how often its chances came."""
+    family, phi, every, series, seed = of
+    trainings = synthetic(family, series, phi, seed)
+    said = list(probe_says(trainings, every, phi))
+    ours = worth(said, trainings.end)
+    rival = worth(rival_says(trainings, every), trainings.end)
+    cells = [
+        *_cell_names(family.__name__, phi, every),
+        str(int(np.isfinite(trainings.end).sum())),
+        *(_cell(x, 2) for x in (ours.false, rival.false)),
+        *(_percent(x) for x in (ours.cried, rival.cried, ours.missed, rival.missed)),
+        *(_cell(x, 0) for x in (ours.lead, rival.lead)),
+        *(_percent(x) for x in (ours.early, rival.early, ours.covers, ours.ends)),
+    ]
+    return "| " + " | ".join(cells) + " |", Calibration.of(said, trainings.end)
+
+
+def stop_row(stands: bool, phi: float, every: int, series: int, seed: int) -> str:
+    """Readings until the outlook is quiet, a row of Markdown; the arguments are those of `synthetic`."""
+    trainings = synthetic(fall_that_stops, series, phi, seed, stands)
+    said = list(probe_says(trainings, every, phi))
+    # a training whose noise has it collapse in the end has not stopped
+    stop = np.where(np.isfinite(trainings.end), np.inf, trainings.stop)
+    found = np.sort(readings_to_quiet(said, stop, every))
+    cells = [
+        *_cell_names("nothing moves" if stands else "noise goes on", phi, every),
+        str(len(found)),
+        *(f"{found[int(share * (len(found) - 1))]:.0f}" for share in (0.5, 0.9)),
+    ]
+    return "| " + " | ".join(cells) + " |"
 
 
 def print_calibration(calibration: dict[tuple[float, int], Calibration]) -> None:
@@ -534,10 +552,11 @@ def main() -> int:
     )
     parser.add_argument("--series", type=int, default=1000, help="synthetic trainings of each family")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="processes for synthetic trainings")
     parser.add_argument("--runs", default=None, help="real trainings instead, kept in this folder")
     options = parser.parse_args()
     if options.runs is None:
-        print_synthetic(options.series, options.seed)
+        print_synthetic(options.series, options.seed, options.workers)
     else:
         print_runs(Path(options.runs))
     return 0

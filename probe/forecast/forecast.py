@@ -11,8 +11,8 @@ interval, and the chance of an alarm. There is an upper end only if the threshol
 least 97.5 %.
 
 How well this does on synthetic trainings of nine shapes and on real ones is in `benchmarks/forecast.py` and
-`benchmarks/RESULTS.md`. Nothing announces a fall that stops from one step to the next; some eight readings later it is
-known.
+`benchmarks/RESULTS.md`. Nothing announces a fall that stops from one step to the next; some eight to fifteen
+readings later it is known.
 """
 
 from __future__ import annotations
