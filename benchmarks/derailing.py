@@ -39,7 +39,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from probe.config.files import read_config_file
-from probe.config.parsing import parse_config
 from probe.data.batch import PromptExample, RolloutBatch
 from probe.demo import DemoRecipe, ensure_demo_checkpoint
 from probe.demo.cache import default_cache_dir
@@ -51,7 +50,6 @@ from probe.module import EntropyProbe
 from probe.phases.sample import drawn_prompts
 from probe.rollouts.draw import stream_seed
 from probe.rollouts.sampling import sample_rollouts
-from probe.runner import TrainerSection
 from probe.scoring.features import FeatureBasis
 from probe.scoring.forward_mode import scores_and_tangents
 from probe.scoring.score import score_tokens
@@ -59,6 +57,7 @@ from probe.scoring.scores import TokenScores, TokenTangents
 from probe.snapshot import evaluation_mode, one_thread, parameters_at
 from tests.support.coverage import ESTIMATES_HEAD, VERDICTS_HEAD, Coverage
 from tests.support.experiment import PREDICTIONS, Drawn, Scored, estimates_of, exact_values, judged
+from tests.support.loaded import loaded_probe
 
 RECIPE = DemoRecipe(derailing=0.03)
 """The demo's own, but for 3 % of its texts."""
@@ -111,9 +110,7 @@ def make_update(recipe: DemoRecipe, cache: Path, seed: int = 0, **batches: int) 
         "memory_config": {"microbatch_size": 256, "head_chunk_tokens": 4096},
         "probe_rework": {**config["probe_rework"], "control_variates": "on"},
     }
-    resolved = parse_config({**sections, "seed_everything": seed}, TrainerSection)
-    probe = EntropyProbe(resolved.probe, resolved.seed, resolved.given)
-    probe.load(torch.device("cpu"))
+    probe = loaded_probe({**sections, "seed_everything": seed})
     with evaluation_mode(probe):
         sample = probe.sample()
         taken = probe.update(sample)

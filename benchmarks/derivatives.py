@@ -11,36 +11,34 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from probe.config.files import read_config_file
-from probe.config.parsing import parse_config
 from probe.errors.exceptions import NumericalError
 from probe.estimators.entropy_gradient import entropy_gradient
 from probe.estimators.prediction import first_order, token_first_order
-from probe.module import EntropyProbe
-from probe.runner import TrainerSection
 from probe.scoring.differences import choose_scale, difference_pair
 from probe.scoring.forward_mode import forward_tangents, second_order_tangents
 from probe.scoring.score import score_tokens
 from probe.snapshot import evaluation_mode, one_thread
+from tests.support.loaded import loaded_probe
 
 
 def compare(config: dict[str, Any], dtype: str, learning_rate: float, rounds: int) -> list[str]:
     """One row of the table."""
-    resolved = parse_config(
+    module = loaded_probe(
         {
             **config,
             "checkpoint": {**config["checkpoint"], "dtype": dtype},
             "batch_config": {**config["batch_config"], "B_E": 256},
             "probe_rework": {"learning_rate": learning_rate},
-        },
-        TrainerSection,
+        }
     )
-    module = EntropyProbe(resolved.probe, resolved.seed, resolved.given)
-    module.load(torch.device("cpu"))
     with evaluation_mode(module):
         sample = module.sample()
         update, policy, E, scores = module.update(sample), module.policy, sample.E, sample.E_scores

@@ -27,17 +27,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from probe.config.files import read_config_file
-from probe.config.parsing import parse_config
 from probe.estimators.control_variates import FitStatistics, control_variates
 from probe.estimators.estimate import Estimate
 from probe.estimators.ground_truth import change_by, reweighted_change
 from probe.estimators.prediction import token_first_order
-from probe.module import EntropyProbe
-from probe.runner import TrainerSection
 from probe.scoring.forward_mode import forward_tangents
 from probe.scoring.scores import TokenScores, TokenTangents
 from probe.snapshot import evaluation_mode, one_thread
 from tests.support.experiment import Drawn, variance_ratio
+from tests.support.loaded import loaded_probe
 from tests.support.tabular import FAMILIES, Tabular, draw, tabular
 
 SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -50,17 +48,14 @@ class Scored:
         """Sample and score."""
         batch = {"B_E": responses // per_prompt, "G_E": per_prompt}
         rework = {"control_variates": "on", "update_spread": False}
-        resolved = parse_config(
+        module = loaded_probe(
             {
                 **config,
                 "batch_config": {**config["batch_config"], **batch},
                 "probe_rework": rework,
                 "seed_everything": seed,
-            },
-            TrainerSection,
+            }
         )
-        module = EntropyProbe(resolved.probe, resolved.seed, resolved.given)
-        module.load(torch.device("cpu"))
         with evaluation_mode(module):
             sample = module.sample()
             step = module.update(sample)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from probe.estimand import PerEstimand
 from probe.estimators.groups import index_groups, sum_per_group
-from probe.estimators.student import student_quantile
+from probe.estimators.student import student_interval
 
 NORMAL_975 = 1.959963984540054
 """0.975 quantile of the standard normal distribution: half the width of a 95 % interval in standard errors."""
@@ -81,8 +81,7 @@ class Estimate:
     @property
     def ci95(self) -> tuple[float, float]:
         """`value` minus and plus `t` standard errors, with Student's `t` for `df` degrees of freedom."""
-        half = 0.0 if self.se == 0.0 else student_quantile(self.df) * self.se
-        return self.value - half, self.value + half
+        return student_interval(self.value, self.se, self.df)
 
     def __sub__(self, other: Estimate) -> Estimate:
         """The paired difference of two estimates from the same batch."""

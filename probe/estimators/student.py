@@ -30,3 +30,13 @@ def student_quantile(freedom: float, confidence: float = CONFIDENCE) -> float:
     density = np.cos(x).clip(0.0) ** (freedom - 1)
     mass = np.append(0.0, (density[1:] + density[:-1]).cumsum())
     return math.sqrt(freedom) * math.tan(float(np.interp(confidence * mass[-1], mass, x)))
+
+
+def student_interval(value: float, se: float, freedom: float) -> tuple[float, float]:
+    """The ends of a 95 % interval: `value` minus and plus Student's quantile times its standard error.
+
+    >>> [round(end, 3) for end in student_interval(1.0, 0.1, 9)]
+    [0.774, 1.226]
+    """
+    half = 0.0 if se == 0.0 else student_quantile(freedom) * se
+    return value - half, value + half

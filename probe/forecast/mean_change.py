@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from probe.estimand import Number
-from probe.estimators.student import student_quantile
+from probe.estimators.student import student_interval
 from probe.forecast.curves import CumulativeSum, scatter
 
 LEAST_PROBES = 2
@@ -89,8 +89,7 @@ def mean_change(changes: Sequence[ProbedChange], phi: float = 0.0) -> Number | N
     variance = sampling + max(sums.scattering, 0.0)
     df = _freedom(usable, phi, variance, sums.step_variance)
     se = math.sqrt(variance) / steps
-    half = student_quantile(df) * se
-    return Number(value, se, (value - half, value + half), df=df)
+    return Number(value, se, student_interval(value, se, df), df=df)
 
 
 def _freedom(changes: Sequence[ProbedChange], phi: float, variance: float, step_variance: float) -> float:

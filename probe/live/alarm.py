@@ -156,6 +156,12 @@ class ThresholdAlarm:
         self.armed, self.calm_readings, self.last_alarm = False, 0, step
 
 
+def outside_band(entry: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether the entropy of a history entry counts as collapsed, and as exploded; an end it lacks is never reached."""
+    H, low, high = entry["H_orig_tok"], entry.get("collapse_entropy"), entry.get("explosion_entropy")
+    return low is not None and low >= H, high is not None and high <= H
+
+
 @dataclass
 class AlarmStates:
     """The alarms at both ends of the band; see `ThresholdAlarm`."""
@@ -168,10 +174,9 @@ class AlarmStates:
         for rising, state in ((False, self.collapse), (True, self.explosion)):
             if entry.get(ALARMS[rising]):
                 state.raised(entry["step"])
-        H, low, high = (entry.get(name) for name in ("H_orig_tok", "collapse_entropy", "explosion_entropy"))
-        if H is None:
+        if entry.get("H_orig_tok") is None:
             return
-        collapsed, exploded = low is not None and low >= H, high is not None and high <= H
+        collapsed, exploded = outside_band(entry)
         self.collapse.replay(collapsed, entry.get("collapse_chance"), entry["step"])
         self.explosion.replay(exploded, entry.get("explosion_chance"), entry["step"])
 
@@ -245,16 +250,12 @@ class Alarms:
 
     def begin(self, entry: Mapping[str, Any]) -> None:
         """Take in the first probe: say if the entropy starts outside its band, where an alarm says nothing new."""
-        H = entry["H_orig_tok"]
-        low, high = entry.get("collapse_entropy"), entry.get("explosion_entropy")
-        for end, outside, where in (
-            (low, low is not None and low >= H, "at or below collapse_entropy"),
-            (high, high is not None and high <= H, "at or above explosion_entropy"),
-        ):
+        ends = (("below", "collapse_entropy"), ("above", "explosion_entropy"))
+        for outside, (side, end) in zip(outside_band(entry), ends, strict=True):
             if outside:
                 say(
-                    f"entropy starts at {H:.3g} nats/token, {where} = {end:.3g}: an alarm of that will say no more "
-                    "than this; give thresholds on both sides of it",
+                    f"entropy starts at {entry['H_orig_tok']:.3g} nats/token, at or {side} {end} = {entry[end]:.3g}: "
+                    "an alarm of that will say no more than this; give thresholds on both sides of it",
                     warn=True,
                 )
 

@@ -17,6 +17,7 @@ from probe.live.prompts import prompt_examples, prompts_with_room
 from probe.live.say import say
 from probe.live.settings import WatchSettings
 from probe.loading.quantization import find_4bit_layers
+from probe.scoring.room import Room
 
 _FULL_BYTES = 4
 """Bytes of a float32 number."""
@@ -227,7 +228,7 @@ def check_tokenizer(tokenizer: Any, model: nn.Module) -> None:
         raise ConfigError(
             "tokenizer: expected an EOS token, found none: responses could not end; set tokenizer.eos_token"
         )
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = Room.of(model).tokens
     if tokenizer.eos_token_id >= vocabulary:
         raise ConfigError(
             f"tokenizer: expected tokens of the model's vocabulary of {vocabulary}, found EOS with the id "

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from probe.estimand import ESTIMANDS, TOKEN, Number, Numbers, from_mapping
+from probe.estimand import SEQUENCE, TOKEN, Number, Numbers, PerEstimand, from_mapping
 from probe.estimators.pooled_error import POOLED_SAMPLES, ErrorSize, pooled_error
-from probe.estimators.student import student_quantile
+from probe.estimators.student import student_interval
 from probe.live.outcome import Outcome
 
 POOLED = {"H_orig": 0, "deltaH1": 1, "deltaH_true": 1}
@@ -72,7 +72,6 @@ class ErrorMemory:
         B_E, length = entry.get("B_E"), entry.get("step_norm")
         if not B_E or length is None:
             return
-
         for name in POOLED:
             count = min(len(self.sizes.get(TOKEN.key(name), ())) + 1, POOLED_SAMPLES)
 
@@ -85,28 +84,21 @@ class ErrorMemory:
             self._pooled(name, from_mapping(entry, name).map(known), B_E, length)
 
     def _pooled(self, name: str, numbers: Numbers, B_E: int, length: float) -> Numbers:
-        """Both estimands of a quantity with pooled errors."""
-        pairs = {
-            one: self._pooled_number(one.key(name), numbers[one], _unit(name, B_E, length))
-            for one in ESTIMANDS
-        }
-        return Numbers(**{estimand.name: number for estimand, number in pairs.items()})
+        """Both estimands of a quantity with pooled errors; variances are kept in the unit of step and sample."""
+        unit = length ** (2 * POOLED[name]) / B_E
+        return PerEstimand.of(
+            [self._pooled_number(one.key(name), numbers[one], unit) for one in (SEQUENCE, TOKEN)]
+        )
 
     def _pooled_number(self, key: str, number: Number | None, unit: float) -> Number | None:
         """A number with its pooled error, given the variance that counts as 1; one without an error as it is."""
         if number is None or number.se is None or number.df is None or unit == 0.0:
             return number
         own = ErrorSize(number.se**2 / unit, number.df)
-        earlier = self.sizes.setdefault(key, [])
+        earlier = self.sizes.get(key, [])
         size = pooled_error(own, earlier)
         if size.variance < math.inf:
             self.sizes[key] = [*earlier, own][-(POOLED_SAMPLES - 1) :]
         se = (size.variance * unit) ** 0.5
-        half = 0.0 if se == 0.0 else student_quantile(size.df) * se
-        ends = None if number.value is None else (number.value - half, number.value + half)
+        ends = None if number.value is None else student_interval(number.value, se, size.df)
         return replace(number, se=se, df=size.df, ci95=ends)
-
-
-def _unit(name: str, B_E: int, length: float) -> float:
-    """The variance that counts as 1."""
-    return length ** (2 * POOLED[name]) / B_E

@@ -23,6 +23,7 @@ from probe.live.settings import SMALLEST_E, WatchSettings
 from probe.live.step import UpdateProbe
 from probe.live.summary import Summary, summary_of
 from probe.live.updates import ProbedUpdates
+from probe.scoring.room import Room
 
 
 class Watch(AbstractContextManager["Watch"]):
@@ -54,8 +55,7 @@ class Watch(AbstractContextManager["Watch"]):
             settings.every, settings.budget, settings.B_E, SMALLEST_E, settings.at_least_every
         )
         self._alarms = Alarms(on.model, on.optimizers, on_alarm)
-        rows = on.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        self._history = History(settings, first_step, most=math.log(rows))
+        self._history = History(settings, first_step, most=math.log(Room.of(on.model).tokens))
         self._probe = UpdateProbe(on.model, on.parameters, on.tokenizer, on.prompts, settings)
         self._updates = ProbedUpdates(
             self._probe,
