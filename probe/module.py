@@ -29,6 +29,7 @@ from probe.loading import (
     other_base,
     training_dropout,
 )
+from probe.phases.attribution import has_update_spread
 from probe.phases.entropy_gradient import Derivative, entropy_gradient
 from probe.phases.ground_truth import ground_truth
 from probe.phases.prediction import Predicted, prediction
@@ -211,7 +212,9 @@ class EntropyProbe(LightningModule):
 
     def entropy_gradient(self, sample: Sample, progress: MakeProgress = no_progress) -> Derivative:
         """Phase 1: how to differentiate, and X on E where it is needed; see `probe.phases.entropy_gradient`."""
-        return entropy_gradient(self.policy, sample, self.config.probe_rework, progress)
+        rework, whole = self.config.probe_rework, self.config.detailed_logging.per_sequence
+        spread = has_update_spread(self.loaded_optimizer, rework)
+        return entropy_gradient(self.policy, sample, rework, progress, spread, whole)
 
     def update(self, sample: Sample, progress: MakeProgress = no_progress) -> Update:
         """Phase 2: the optimizer's step from U, taken on a snapshot; see `probe.phases.update`."""

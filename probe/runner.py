@@ -25,6 +25,7 @@ from probe.config.trainer import Precision, TrainerConfig
 from probe.errors.exceptions import ConfigError, ProbeError
 from probe.estimators.ground_truth import GroundTruth
 from probe.module import EntropyProbe
+from probe.phases.costs import PassRecord
 from probe.phases.entropy_gradient import Derivative
 from probe.phases.prediction import Predicted
 from probe.phases.sample import Sample
@@ -154,7 +155,12 @@ class ProbeRunner(TrainerSection):
         """
 
         def of_pass(what: str) -> Progress:
-            return lambda done, total: self.fabric.call("on_progress", self, name, done, total, what)
+            def report(done: int, total: int) -> None:
+                if done >= total:
+                    self.state.passes.append(PassRecord(what, total))
+                self.fabric.call("on_progress", self, name, done, total, what)
+
+            return report
 
         start, end = HOOKS[name]
         self.fabric.call(start, self, module)

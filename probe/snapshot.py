@@ -147,9 +147,26 @@ def standing_in(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[Non
     Raises:
         ValueError: a name is neither.
     """
-    if not values:  # most passes: there is no need to go through the module
+    with replaced(stand_ins(module, values)):
         yield
-        return
+
+
+Places = Sequence[tuple[dict[str, Any], str, Any]]
+"""Entries of mappings and what they are to hold: `(mapping, key, value)`."""
+
+
+def stand_ins(module: nn.Module, values: Mapping[str, Tensor]) -> Places:
+    """Where `standing_in` puts which values; for passes that use the same ones many times.
+
+    Args:
+        module: any module.
+        values: by a name of `named_parameters` or `named_buffers`.
+
+    Raises:
+        ValueError: a name is neither.
+    """
+    if not values:  # most passes: there is no need to go through the module
+        return []
     own = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
@@ -159,21 +176,18 @@ def standing_in(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[Non
         raise ValueError(f"expected values for parameters or buffers of the module, found {unknown[:10]}")
     wanted = {id(own[name]): value for name, value in values.items()}
     # plain attributes too: some modules keep a tied weight as one
-    places: list[tuple[dict[str, Any], str, Tensor]] = [
-        (holder, key, tensor)
+    return [
+        (holder, key, wanted[id(tensor)])
         for part in module.modules()
         for holder in (part._parameters, part._buffers, vars(part))
         for key, tensor in holder.items()
         if isinstance(tensor, Tensor) and id(tensor) in wanted
     ]
 
-    with _entries_replaced([(holder, key, wanted[id(tensor)]) for holder, key, tensor in places]):
-        yield
-
 
 @contextmanager
-def _entries_replaced(places: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
-    """Give entries of mappings, `(mapping, key, value)`, other values, and then the very objects that they held."""
+def replaced(places: Places) -> Iterator[None]:
+    """Give entries of mappings other values, and then the very objects that they held."""
     held = [(holder, key, holder[key]) for holder, key, _ in places]
 
     def restore() -> None:
@@ -193,7 +207,7 @@ def attributes_replaced(places: Sequence[tuple[nn.Module, str, Any]]) -> Iterato
     Args:
         places: `(module, name, value)`; the module has an attribute of that name of its own.
     """
-    with _entries_replaced([(vars(module), name, value) for module, name, value in places]):
+    with replaced([(vars(module), name, value) for module, name, value in places]):
         yield
 
 

@@ -92,14 +92,14 @@ class ProbeReworkConfig:
     """How deltaH1 is differentiated: forward mode, backward, or differences of forwards (any attention kernel,
     quantised or sharded). `auto` takes the first of these that the model allows."""
     curvature: Literal["auto", "jvp", "finite_difference", "off"] = "auto"
-    """The second-order term deltaH2: nested forward mode, or the even part of the measured change; `auto` takes the
-    first where `derivative_mode` is `jvp`."""
+    """The second-order term deltaH2: nested forward mode, or the even part of the change over both sides of the step;
+    `auto` takes the second, and the first where differences do not give the step's derivatives to 5 %."""
     control_variates: Literal["auto", "on", "off"] = "auto"
     """Subtract exactly zero-mean terms fitted on other prompts; `auto`: from 64 prompts in E on."""
     control_variates_path: str | None = None
     """File with what earlier batches of the same policy taught the control variates; this run's is added to it."""
     update_spread: bool = True
-    """Also report how much deltaH1 varies over update batches of this size (`deltaH1_sd_U`)."""
+    """Also report how much deltaH1 varies over update batches of this size (`deltaH1_sd_U`), with X from some of E."""
     derivative_check: bool = True
     """Compare one directional derivative by backward and by finite differences before trusting the gradients."""
 

@@ -35,6 +35,11 @@ class DetailedLoggingConfig:
     max_files: int | None = None
     """Keep at most this many runs in `output_directory`; the oldest are deleted. Default: keep all."""
 
+    @property
+    def per_sequence(self) -> bool:
+        """Whether there is a log with every sequence, and what X weighs its tokens with."""
+        return self.enabled and self.level in ("detailed", "debug")
+
     def __post_init__(self) -> None:
         """Check the template and the count."""
         check_numbers(self, "detailed_logging.")

@@ -60,7 +60,22 @@ class DerivativeCheck:
     blocks: int
 
 
-def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
+@dataclass(frozen=True)
+class OwnGradient:
+    """The gradient that both checks compare with.
+
+    Attributes:
+        scores: of the batch.
+        weights: `w[i, t]`, the entropy still to come, `(B, T)`.
+        gradient: of `sum_(i,t) h + w l` by backward, by parameter name.
+    """
+
+    scores: TokenScores
+    weights: Tensor
+    gradient: Mapping[str, Tensor]
+
+
+def derivative_check(policy: Policy, batch: RolloutBatch, own: OwnGradient | None = None) -> DerivativeCheck:
     """Compare backward with difference quotients, block by block.
 
     The function is `f = sum_(i,t) h + w l` with `w` the entropy still to come, the one the entropy's gradient is
@@ -71,12 +86,14 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
     Args:
         policy: the policy; its parameters are not touched.
         batch: a few sequences are enough; the cost is one gradient and about ten scorings of them.
+        own: `own_gradient` of the two, where it is there already.
 
     Raises:
         DerivativeMismatchError: they disagree.
         NumericalError: the gradient is zero throughout.
     """
-    scores, weights, gradient = own_gradient(policy, batch)
+    own = own_gradient(policy, batch) if own is None else own
+    scores, weights, gradient = own.scores, own.weights, own.gradient
     terms = scores.entropy + weights * scores.logprob
     here, size = float(terms.sum()), float(terms.abs().sum())  # rounding goes by the size of the terms
     parameters = policy.parameters
@@ -110,8 +127,8 @@ def derivative_check(policy: Policy, batch: RolloutBatch) -> DerivativeCheck:
     return DerivativeCheck(relative_error=worst, tolerance=tolerance, blocks=len(blocks))
 
 
-def own_gradient(policy: Policy, batch: RolloutBatch) -> tuple[TokenScores, Tensor, dict[str, Tensor]]:
-    """Scores, the weights `w` of the log-probs, and the gradient of `sum h + w l` by backward."""
+def own_gradient(policy: Policy, batch: RolloutBatch) -> OwnGradient:
+    """Scores of a batch and the gradient of `sum h + w l` by backward."""
     scores = score_tokens(policy, batch)
     weights = still_to_come(scores.entropy)
 
@@ -120,7 +137,7 @@ def own_gradient(policy: Policy, batch: RolloutBatch) -> tuple[TokenScores, Tens
 
     with whole_gradients(policy.model):
         (gradient,), _ = token_gradients(policy, batch, token_weights, 1)
-    return scores, weights, gradient
+    return OwnGradient(scores, weights, gradient)
 
 
 REMEDY = (

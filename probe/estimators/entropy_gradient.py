@@ -25,12 +25,12 @@ from probe.scoring.scores import TokenScores
 
 @dataclass(frozen=True)
 class EntropyGradient:
-    """X in three parts, from which the gradient of both estimands follows.
+    """X, from which the gradient of both estimands follows.
 
     Attributes:
-        pathwise: `mean_i sum_t grad h[i, t]`, by parameter name.
-        score: `mean_i sum_t entropy_weight[i, t] grad l[i, t]`.
+        total: `grad H_seq = mean_i sum_t grad h[i, t] + entropy_weight[i, t] grad l[i, t]`, by parameter name.
         length: `mean_i sum_t length_weight[i, t] grad l[i, t]`, the gradient of `E[T]`.
+        pathwise: `mean_i sum_t grad h[i, t]`, the part of `total` inside the states visited; None where nobody asked.
         H_seq: mean of `N` on this batch, nats per response.
         H_tok: `mean(N) / mean(T)`, nats per token.
         mean_length: mean of `T`, tokens.
@@ -38,9 +38,9 @@ class EntropyGradient:
         weighting: `causal` or `matched`.
     """
 
-    pathwise: Mapping[str, Tensor]
-    score: Mapping[str, Tensor]
+    total: Mapping[str, Tensor]
     length: Mapping[str, Tensor]
+    pathwise: Mapping[str, Tensor] | None
     H_seq: float
     H_tok: float
     mean_length: float
@@ -49,11 +49,16 @@ class EntropyGradient:
 
     def sequence(self, name: str) -> Tensor:
         """`grad H_seq` with respect to the parameter `name`."""
-        return self.pathwise[name] + self.score[name]
+        return self.total[name]
 
     def token(self, name: str) -> Tensor:
         """`grad H_tok` with respect to the parameter `name`."""
-        return (self.sequence(name) - self.H_tok * self.length[name]) / self.mean_length
+        return (self.total[name] - self.H_tok * self.length[name]) / self.mean_length
+
+    @property
+    def responses(self) -> int:
+        """How many responses it was taken from."""
+        return len(self.weights.entropy)
 
 
 def entropy_gradient(
@@ -64,6 +69,7 @@ def entropy_gradient(
     baseline: Baseline = "loo_position",
     sequence_weights: Tensor | None = None,
     progress: Progress | None = None,
+    parts: bool = True,
 ) -> EntropyGradient:
     """The gradient of the entropy from samples of the policy itself.
 
@@ -78,6 +84,7 @@ def entropy_gradient(
         baseline: see `score_weights`.
         sequence_weights: `(B,)` probabilities of the sequences where `batch` enumerates them; by default `1 / B`.
         progress: called after each microbatch.
+        parts: also give `pathwise`, for one more backward through the network.
 
     Raises:
         RolloutError: all responses are empty.
@@ -90,19 +97,21 @@ def entropy_gradient(
         else sequence_weights.double()
     )
     weights = score_weights(scores, weighting, baseline, w)
+    objectives = 3 if parts else 2
 
     def token_weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        of_logprob = torch.stack([torch.zeros_like(l), weights.entropy[i, t], weights.length[i, t]])
-        of_entropy = torch.stack([torch.ones_like(h), torch.zeros_like(h), torch.zeros_like(h)])
+        zero, one = torch.zeros_like(h), torch.ones_like(h)
+        of_logprob = torch.stack([weights.entropy[i, t], weights.length[i, t], zero][:objectives])
+        of_entropy = torch.stack([one, zero, one][:objectives])
         return w[i] * of_logprob, w[i] * of_entropy
 
     with whole_gradients(policy.model):
-        (pathwise, score, length), _ = token_gradients(policy, batch, token_weights, 3, progress)
+        (total, length, *pathwise), _ = token_gradients(policy, batch, token_weights, objectives, progress)
     H_seq, mean_length = float((w * scores.sequence_entropy).sum()), float((w * scores.lengths).sum())
     return EntropyGradient(
-        pathwise=pathwise,
-        score=score,
+        total=total,
         length=length,
+        pathwise=pathwise[0] if parts else None,
         H_seq=H_seq,
         H_tok=H_seq / mean_length,
         mean_length=mean_length,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from probe.data.batch import RolloutBatch
-from probe.estimators.derivative_check import own_gradient
+from probe.estimators.derivative_check import OwnGradient, own_gradient
 from probe.parameters import norm
 from probe.scoring.forward_mode import ForwardModeError, forward_tangents
 from probe.scoring.policy import Policy
@@ -35,7 +35,9 @@ class ForwardModeCheck:
     reason: str
 
 
-def forward_mode_check(policy: Policy, batch: RolloutBatch) -> ForwardModeCheck:
+def forward_mode_check(
+    policy: Policy, batch: RolloutBatch, own: OwnGradient | None = None
+) -> ForwardModeCheck:
     """Run forward mode along the gradient of the function of `derivative_check`: it must give the gradient's norm.
 
     Where backward or forward mode fails with an error of torch's or of the model's, forward mode is not usable, and
@@ -44,13 +46,15 @@ def forward_mode_check(policy: Policy, batch: RolloutBatch) -> ForwardModeCheck:
     Args:
         policy: the policy.
         batch: a few sequences are enough; the cost is a gradient and a forward-mode pass of them.
+        own: `own_gradient` of the two, where it is there already.
     """
     try:
-        scores, weights, gradient = own_gradient(policy, batch)
+        own = own_gradient(policy, batch) if own is None else own
     except _MEMORY:
         raise
     except RuntimeError as error:  # reentrant checkpointing, custom kernels without a backward
         return ForwardModeCheck(False, f"the model has no gradient to compare with: {_first_line(error)}")
+    scores, weights, gradient = own.scores, own.weights, own.gradient
     length = norm(gradient)
     if length == 0.0:
         if not bool(scores.undecided.any()):

@@ -17,6 +17,7 @@ from probe.estimand import PerEstimand
 from probe.estimators.entropy_change import Reweighting, entropy, entropy_change
 from probe.estimators.estimate import Estimates, estimate
 from probe.estimators.importance_weights import WeightDiagnostics, weight_diagnostics
+from probe.estimators.noise_floor import NoiseFloor
 from probe.scoring.scores import TokenScores
 
 
@@ -32,8 +33,7 @@ class GroundTruth:
         weights: diagnostics of the sequences' importance weights.
         scores_new: scores of E at `theta + step`.
         clipped_fraction: share of the log-weights that clipping changed; None without clipping.
-        noise_floor: size that a change of exactly 0 can seem to have by rounding, nats per response and per token; None
-            where it was not measured.
+        noise_floor: size that a change of exactly 0 can seem to have by rounding; None where it was not measured.
     """
 
     estimates: Mapping[str, Estimates]
@@ -42,7 +42,7 @@ class GroundTruth:
     weights: WeightDiagnostics
     scores_new: TokenScores
     clipped_fraction: float | None = None
-    noise_floor: PerEstimand[float] | None = None
+    noise_floor: NoiseFloor | None = None
 
     @property
     def change(self) -> Estimates:

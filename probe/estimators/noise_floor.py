@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,26 @@ from probe.scoring.scores import TokenScores
 SHAM_SIZE = 1 / 32
 """Size of the move that draws rounding anew, relative to the step, where no number has 16 bits: its curvature, a
 thousandth of the step's, stays out of the noise floor. Coarser numbers do not move unless the weights really do."""
+
+
+FEWEST_RESPONSES = 64
+"""Responses that a noise floor begins with."""
+FINE_ENOUGH = 0.01
+"""A noise floor below this share of the measured change, or of its standard error, is known well enough."""
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """The noise floor of one measurement.
+
+    Attributes:
+        size: nats per response and per token.
+        responses: how many of E were scored again for it. Of a part of E it is an upper bound for all: the error of the
+            mean is larger there.
+    """
+
+    size: PerEstimand[float]
+    responses: int
 
 
 def noise_floor(old: TokenScores, plus: TokenScores, minus: TokenScores, group: Tensor) -> PerEstimand[float]:
@@ -51,33 +71,60 @@ def rescored_noise_floor(
     scores: TokenScores,
     step: Mapping[str, Tensor],
     seed: int,
+    enough: PerEstimand[float],
     progress: Callable[[str], Progress] | None = None,
-) -> PerEstimand[float]:
+) -> NoiseFloor:
     """What rounding makes of a change of 0: E scored again, in other batch shapes, at weights moved to and fro.
 
-    The move is the step with random signs; a small part of it where nothing is in 16 bits. It costs two scorings.
+    The move is the step with random signs; a small part of it where nothing is in 16 bits. It begins with 64 responses
+    of prompts at random and doubles them until the floor, which falls like one over the root of their number, is below
+    what is `enough`, or all of E is scored again. In float32 that is a small part of two scorings.
 
     Args:
         policy: the policy, at `theta`.
         batch: E.
         scores: its scores at `theta`.
         step: by parameter name.
-        seed: of the signs.
+        seed: of the signs, and of the order of the prompts.
+        enough: a floor below this needs to be known no better, nats per response and per token.
         progress: makes a progress callback from the name of a pass.
 
     Returns:
-        See `noise_floor`.
+        See `noise_floor`; of the responses that were needed.
     """
-    order = torch.arange(len(batch)).flip(0)
-    shuffled = batch.subset(order)
     size = policy.microbatch_size
     other = replace(policy, microbatch_size=size // 2 if size > 1 else 2)
-    sides = []
-    for values in _sham_step(policy, step, seed):
-        report = None if progress is None else progress("score E for the noise floor")
-        again = score_tokens(other.at(values), shuffled, report)
-        sides.append(TokenScores(again.logprob[order], again.entropy[order], again.mask[order]))
-    return noise_floor(scores, sides[0], sides[1], batch.group)
+    moved = [other.at(values) for values in _sham_step(policy, step, seed)]
+    order, sides = _by_prompt(batch, seed), [_nothing(scores) for _ in moved]
+    done, few = 0, FEWEST_RESPONSES
+    while True:
+        rows = order[done:few]
+        if bool(batch.mask[rows].any()):  # empty responses have no scores
+            for side, there in zip(sides, moved, strict=True):
+                report = None if progress is None else progress("score E for the noise floor")
+                again = score_tokens(there, batch.subset(rows), report)
+                side.logprob[rows], side.entropy[rows] = again.logprob, again.entropy
+        done = len(order[:few])
+        seen = order[:done]
+        if bool(batch.mask[seen].any()):
+            found = noise_floor(
+                scores.rows(seen), sides[0].rows(seen), sides[1].rows(seen), batch.group[seen]
+            )
+            if done == len(batch) or all(x <= limit for x, limit in zip(found, enough, strict=True)):
+                return NoiseFloor(found, done)
+        few *= 2
+
+
+def _by_prompt(batch: RolloutBatch, seed: int) -> Tensor:
+    """The responses in a random order of their prompts."""
+    _, member = batch.group.unique(return_inverse=True)
+    place = torch.randperm(int(member.max()) + 1, generator=torch.Generator().manual_seed(seed))
+    return place[member].argsort(stable=True)
+
+
+def _nothing(scores: TokenScores) -> TokenScores:
+    """Scores to be filled in."""
+    return TokenScores(torch.zeros_like(scores.logprob), torch.zeros_like(scores.entropy), scores.mask)
 
 
 def _sham_step(

@@ -112,30 +112,44 @@ class Prediction:
         )
 
 
-def first_order(x: EntropyGradient, step: Mapping[str, Tensor], learning_rate: float) -> Prediction:
-    """Put X and the step together; inner products are accumulated in float64.
+def change_along(x: EntropyGradient, step: Mapping[str, Tensor]) -> PerEstimand[float]:
+    """DeltaH1 by backward: `<X, step>` in nats, accumulated in float64.
 
     Args:
         x: the entropy's gradient.
         step: `theta_new - theta_old` by parameter name.
+
+    Raises:
+        ValueError: the names differ.
+    """
+    if set(step) != set(x.total):
+        raise ValueError(
+            f"expected a step for the parameters of X, found a difference in {set(step) ^ set(x.total)}"
+        )
+    total, length = (inner_product(of.__getitem__, step) for of in (x.total, x.length))
+    return PerEstimand(total, (total - x.H_tok * length) / x.mean_length)
+
+
+def first_order(x: EntropyGradient, step: Mapping[str, Tensor], learning_rate: float) -> Prediction:
+    """DeltaH1 by backward and its two parts, where there are no derivatives per token; see `change_along`.
+
+    Args:
+        x: the entropy's gradient, with its pathwise part.
+        step: `theta_new - theta_old` by parameter name.
         learning_rate: `eta > 0`.
 
     Raises:
-        ValueError: the names differ, or the learning rate is not positive.
+        ValueError: the names differ, the pathwise part is not there, or the learning rate is not positive.
     """
-    if set(step) != set(x.pathwise):
-        raise ValueError(
-            f"expected a step for the parameters of X, found a difference in {set(step) ^ set(x.pathwise)}"
-        )
+    if x.pathwise is None:
+        raise ValueError("expected X with its pathwise part, found none; ask `entropy_gradient` for `parts`")
     if not learning_rate > 0:
         raise ValueError(f"learning_rate: expected a number above 0, found {learning_rate}")
-    pathwise = inner_product(x.pathwise.__getitem__, step)
-    score = inner_product(x.score.__getitem__, step)
-    length = inner_product(x.length.__getitem__, step)
+    total = change_along(x, step)
+    sequence = inner_product(x.pathwise.__getitem__, step)
+    pathwise = PerEstimand(sequence, sequence / x.mean_length)
     return Prediction(
-        pathwise=PerEstimand(pathwise, pathwise / x.mean_length),
-        score=PerEstimand(score, (score - x.H_tok * length) / x.mean_length),
-        learning_rate=learning_rate,
+        pathwise=pathwise, score=total.with_other(operator.sub, pathwise), learning_rate=learning_rate
     )
 
 

@@ -103,7 +103,7 @@ def _parameter_shapes(state: ProbeState) -> dict[str, torch.Size]:
     if state.update is not None:
         return {name: step.shape for name, step in state.update.step.items()}
     if state.entropy_gradient is not None:
-        return {name: part.shape for name, part in state.entropy_gradient.pathwise.items()}
+        return {name: part.shape for name, part in state.entropy_gradient.total.items()}
     return {}
 
 

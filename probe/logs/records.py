@@ -164,9 +164,10 @@ def _token_arrays(state: ProbeState, name: str) -> dict[str, Tensor]:
         if state.ground_truth is not None:
             new = state.ground_truth.scores_new
             found |= {"logprob_after": new.logprob, "entropy_after": new.entropy}
-        if state.entropy_gradient is not None:
-            found["score_weight_entropy"] = state.entropy_gradient.weights.entropy
-            found["score_weight_length"] = state.entropy_gradient.weights.length
+        X = state.entropy_gradient
+        if X is not None and state.E is not None and X.responses == len(state.E):
+            found["score_weight_entropy"] = X.weights.entropy
+            found["score_weight_length"] = X.weights.length
     elif state.update is not None:
         found |= {
             "logprob_before": state.update.scores.logprob,

@@ -16,12 +16,17 @@ from probe.estimators.entropy_gradient import EntropyGradient
 from probe.estimators.groups import index_groups, sum_per_group
 from probe.loading.optimizer import LoadedOptimizer
 from probe.parameters import norm
-from probe.phases.passes import Way, tangents_of
+from probe.phases.passes import AlongStep, tangents_of
 from probe.phases.update import Update, closed_form
 from probe.scoring.collector import MakeProgress
 from probe.scoring.policy import Policy
 
 logger = logging.getLogger(__name__)
+
+
+def has_update_spread(loaded: LoadedOptimizer, rework: ProbeReworkConfig) -> bool:
+    """Whether the spread over update batches is asked for, and known: for Adam's rule, of a step that it takes."""
+    return rework.update_spread and isinstance(loaded.optimizer, torch.optim.Adam) and rework.predicts_a_step
 
 
 def update_spread(
@@ -31,7 +36,7 @@ def update_spread(
     update: Update,
     loaded: LoadedOptimizer,
     rework: ProbeReworkConfig,
-    way: Way,
+    passes: AlongStep,
     progress: MakeProgress,
 ) -> PerEstimand[float] | None:
     """Standard deviation of deltaH1 over update batches, nats; None where there is none.
@@ -39,15 +44,14 @@ def update_spread(
     Args:
         policy: at the checkpoint's weights.
         U: the update batch.
-        X: the entropy's gradient on E.
+        X: the entropy's gradient on E, or on a part of it.
         update: the step from U.
-        loaded: the optimizer; the spread is known for Adam's rule.
+        loaded: the optimizer, see `has_update_spread`.
         rework: the section `probe_rework`.
-        way: to differentiate.
+        passes: over E along the step.
         progress: makes a progress callback from the name of a pass.
     """
-    adam = isinstance(loaded.optimizer, torch.optim.Adam)
-    if not rework.update_spread or X is None or not adam or not rework.predicts_a_step:
+    if X is None or not has_update_spread(loaded, rework):
         return None
     linear = closed_form(policy, loaded, update).gradient_map
     sizes = sum_per_group(U.lengths.double(), *index_groups(U.group)) if rework.loss in TOKEN_MEANS else None
@@ -55,9 +59,9 @@ def update_spread(
     for of in (X.sequence, X.token):
         u = preconditioned(linear, {name: of(name) for name in linear})
         try:
-            tangents = tangents_of(policy, U, u, way, norm(update.step), progress)
+            tangents = tangents_of(policy, U, u, passes, norm(update.step), progress)
         except NumericalError as error:
-            if way.mode == "jvp":
+            if passes.way.mode == "jvp" and passes.difference_scale is None:
                 raise
             logger.warning("deltaH1_sd_U is left out: %s", error)
             return None

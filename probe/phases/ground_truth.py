@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -9,11 +10,10 @@ from torch import Tensor
 
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import ConfigError
-from probe.estimand import PerEstimand
 from probe.estimators.entropy_change import Reweighting
 from probe.estimators.estimate import Estimates
 from probe.estimators.ground_truth import GroundTruth, resampled_change, reweighted_change
-from probe.estimators.noise_floor import rescored_noise_floor
+from probe.estimators.noise_floor import FINE_ENOUGH, NoiseFloor, rescored_noise_floor
 from probe.phases.controls import Controls, controls_of_measurement
 from probe.phases.prediction import Predicted
 from probe.phases.sample import BatchSource, Sample, sample_evaluation
@@ -31,7 +31,7 @@ def ground_truth(
     sample: Sample,
     update: Update,
     predicted: Predicted | None = None,
-    noise_floor: PerEstimand[float] | None = None,
+    noise_floor: NoiseFloor | None = None,
     progress: MakeProgress = no_progress,
 ) -> GroundTruth:
     """DeltaH_true of the optimizer's step. The parameters are not touched, but by `resample`, which puts them back.
@@ -111,8 +111,14 @@ def with_noise_floor(
     seed: int,
     progress: MakeProgress = no_progress,
 ) -> GroundTruth:
-    """The measurement with the size that a change of 0 can seem to have by rounding, see `rescored_noise_floor`."""
-    return replace(truth, noise_floor=rescored_noise_floor(policy, E, scores, step, seed, progress))
+    """The measurement with the size that a change of 0 can seem to have by rounding, see `rescored_noise_floor`.
+
+    It is known well enough below a hundredth of the change, or of its standard error where that is larger.
+    """
+    enough = truth.change.map(
+        lambda one: FINE_ENOUGH * max(abs(one.value), one.se if math.isfinite(one.se) else 0.0)
+    )
+    return replace(truth, noise_floor=rescored_noise_floor(policy, E, scores, step, seed, enough, progress))
 
 
 def _resampled(source: BatchSource, sample: Sample, update: Update, progress: MakeProgress) -> Estimates:

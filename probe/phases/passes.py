@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from torch import Tensor
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import NumericalError
 from probe.errors.remedies import Remedy
+from probe.estimators.derivative_check import TOLERANCE, OwnGradient
 from probe.estimators.forward_mode_check import forward_mode_check
 from probe.estimators.step_check import StepCheck, step_check, stopped_gradients
 from probe.parameters import norm
@@ -25,6 +27,8 @@ from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
 from probe.scoring.scores import TokenScores, TokenTangents
 
+CHECK_RESPONSES = 8
+"""Responses that a way to differentiate is tried on, and the scale of differences."""
 Mode = Literal["jvp", "reverse", "finite_difference"]
 
 
@@ -66,6 +70,21 @@ class AlongStep:
     check: StepCheck | None = None
     new: TokenScores | None = None
 
+    @property
+    def difference_scale(self) -> float | None:
+        """The scale, in units of the step, at which differences of forwards are known to give these derivatives.
+
+        None where there was no comparison, or differences and derivatives did not come within 5 % of each other.
+        """
+        if self.pair is not None:
+            return self.pair.scale
+        known = self.check is not None and self.check.difference <= TOLERANCE
+        return 4.0**self.check.scale if known and self.check is not None else None
+
+    def rows(self, rows: Tensor) -> AlongStep:
+        """Scores and derivatives of some responses, without what they were checked by."""
+        return AlongStep(self.scores.rows(rows), self.tangents.rows(rows), self.way)
+
 
 @dataclass(frozen=True)
 class StepOnBatch:
@@ -90,7 +109,13 @@ class StepOnBatch:
     progress: MakeProgress = no_progress
 
 
-def choose_way(policy: Policy, few: RolloutBatch, wanted: str, otherwise: Mode = "reverse") -> Way:
+def choose_way(
+    policy: Policy,
+    few: RolloutBatch,
+    wanted: str,
+    otherwise: Mode = "reverse",
+    own: OwnGradient | None = None,
+) -> Way:
     """The way to differentiate a model.
 
     Args:
@@ -98,13 +123,14 @@ def choose_way(policy: Policy, few: RolloutBatch, wanted: str, otherwise: Mode =
         few: a few responses to try forward mode on.
         wanted: `auto` or a mode.
         otherwise: the mode where forward mode cannot be had.
+        own: `own_gradient` of those responses, where it is there already.
 
     Raises:
         NumericalError: forward mode is asked for and cannot be had.
     """
     if wanted in ("reverse", "finite_difference"):
         return Way(wanted, "as configured")  # type: ignore[arg-type]
-    check = forward_mode_check(policy, few)
+    check = forward_mode_check(policy, few, own)
     if check.usable:
         return Way("jvp", check.reason)
     if wanted == "jvp":
@@ -165,8 +191,20 @@ def pair_along(on: StepOnBatch, scores: TokenScores) -> tuple[DifferencePair, To
     Raises:
         NumericalError: no difference step is usable.
     """
-    few = few_responses(on.batch, on.policy.microbatch_size, scores)
-    scale, error = choose_scale(on.policy, few, on.step)
+    few = few_responses(on.batch, CHECK_RESPONSES, scores)
+    return pair_at(on, *choose_scale(on.policy, few, on.step))
+
+
+def pair_at(
+    on: StepOnBatch, scale: float, error: float = math.nan
+) -> tuple[DifferencePair, TokenScores | None]:
+    """See `pair_along`; at a scale that is known already.
+
+    Args:
+        on: E and the step.
+        scale: of the differences, in units of the step.
+        error: what `choose_scale` found.
+    """
     upper = on.after if scale == 1.0 else None
     pair = difference_pair(on.policy, on.batch, on.step, scale, error, upper, on.basis, on.progress)
     return pair, None if upper is None else pair.plus
@@ -190,30 +228,40 @@ def tangents_of(
     policy: Policy,
     batch: RolloutBatch,
     direction: Mapping[str, Tensor],
-    way: Way,
+    along: AlongStep,
     move: float,
     progress: MakeProgress = no_progress,
 ) -> TokenTangents:
-    """Derivatives of another batch's scores along a direction of any length.
+    """Derivatives of another batch's scores along a direction of any length, by the cheapest way that is known to hold.
+
+    Two forwards cost less than a pass in forward mode. They are differenced over the Euclidean length over which
+    differences along the step agreed with its derivatives; where they did not, forward mode takes their place, and
+    where there is none, the scale is searched for.
 
     Args:
         policy: at `theta`.
         batch: any.
         direction: by parameter name.
-        way: to differentiate.
-        move: Euclidean length at which differences begin to look for their step, that of the optimizer's.
+        along: the passes over E along the step.
+        move: Euclidean length of the step.
         progress: makes a progress callback from the name of a pass.
 
     Raises:
         NumericalError: no difference step is usable.
     """
-    if way.mode == "jvp":
+    scale = along.difference_scale if move > 0 else None
+    if along.way.mode == "jvp" and scale is None:
         return forward_tangents(policy, batch, direction, progress=progress("forward mode on U"))
-    factor = move / max(norm(direction), 1e-300)
-    along = {name: factor * change for name, change in direction.items()}
-    scale, _ = choose_scale(policy, few_responses(batch, policy.microbatch_size), along)
-    differences = difference_pair(policy, batch, along, scale).tangents
-    return TokenTangents(differences.logprob / factor, differences.entropy / factor)
+    factor = (move if move > 0 else 1.0) / max(norm(direction), 1e-300)
+    moved = {name: factor * change for name, change in direction.items()}
+    if scale is None:
+        scale, _ = choose_scale(policy, few_responses(batch, CHECK_RESPONSES), moved)
+    sides = {1: "score U along X", -1: "score U against X"}
+    plus, minus = (
+        score_tokens(policy.moved(moved, side * scale), batch, progress(what)) for side, what in sides.items()
+    )
+    differences = DifferencePair(plus, minus, scale * factor, math.nan).tangents
+    return TokenTangents(differences.logprob, differences.entropy)
 
 
 def few_responses(batch: RolloutBatch, count: int, scores: TokenScores | None = None) -> RolloutBatch:

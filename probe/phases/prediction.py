@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import operator
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -11,16 +11,24 @@ from torch import Tensor
 
 from probe.config.estimation import ProbeReworkConfig
 from probe.errors.exceptions import NumericalError
+from probe.estimand import PerEstimand
 from probe.estimators.curvature import nested_curvature, symmetric_curvature
 from probe.estimators.entropy_gradient import EntropyGradient
-from probe.estimators.prediction import Prediction, first_order, from_tokens, token_first_order
+from probe.estimators.entropy_gradient import entropy_gradient as gradient_of_entropy
+from probe.estimators.prediction import (
+    Prediction,
+    change_along,
+    first_order,
+    from_tokens,
+    token_first_order,
+)
 from probe.estimators.step_check import StepCheck, agreement_check, stopped_gradients
 from probe.estimators.weighting import Baseline, Weighting
 from probe.loading.optimizer import LoadedOptimizer
 from probe.phases.attribution import update_spread
 from probe.phases.controls import Controls, controls_of_prediction, fitted_controls
 from probe.phases.entropy_gradient import Derivative
-from probe.phases.passes import AlongStep, StepOnBatch, Way, along_step, pair_along
+from probe.phases.passes import AlongStep, StepOnBatch, Way, along_step, pair_along, pair_at
 from probe.phases.sample import Sample
 from probe.phases.update import Update, predicted_step
 from probe.scoring.collector import MakeProgress, no_progress
@@ -39,7 +47,7 @@ class Predicted:
 
     Attributes:
         prediction: deltaH1.
-        X: the entropy's gradient; None where there is none, or forwards contradict it.
+        X: the entropy's gradient, on all of E or on a part; None where there is none, or forwards contradict it.
         passes: over E along the step; None where the arithmetic allows none.
         controls: control variates of the step; None without.
     """
@@ -94,13 +102,11 @@ def prediction(
     except NumericalError as error:
         if derivative.way.mode != "reverse" or derivative.X is None:
             raise
-        return _without_errors(
-            derivative.X, on.step, update, rework, f"{derivative.way.reason}; no error bars: {error}"
-        )
-    predicted, X, way = _checked(on, passes, derivative, update, rework)
+        return _without_errors(on, sample, update, rework, f"{derivative.way.reason}; no error bars: {error}")
+    predicted, X, passes = _checked(on, passes, derivative, update, rework)
     predicted = replace(
         predicted,
-        sd_U=update_spread(policy, sample.U, X, update, loaded, rework, way, progress),
+        sd_U=update_spread(policy, sample.U, X, update, loaded, rework, passes, progress),
     )
     controls = None
     if memory is None:
@@ -154,44 +160,47 @@ def _checked(
     derivative: Derivative,
     update: Update,
     rework: ProbeReworkConfig,
-) -> tuple[Prediction, EntropyGradient | None, Way]:
+) -> tuple[Prediction, EntropyGradient | None, AlongStep]:
     """DeltaH1 by the way that holds: backward and derivatives per token agree, or forwards are believed."""
-    predicted = predict(passes, on.batch.group, update.learning_rate, rework.weighting, rework.baseline)
+    group = on.batch.group
+    predicted = predict(passes, group, update.learning_rate, rework.weighting, rework.baseline)
     if passes.way != derivative.way:  # X takes the same for a constant as what the forwards contradict
         logger.warning("deltaH1 by %s: %s", passes.way.mode, passes.way.reason)
-        return predicted, None, passes.way
-    X = derivative.X
+        return predicted, None, passes
+    X, rows = derivative.X, derivative.rows
     if X is None:
-        return predicted, None, passes.way
-    backward = first_order(X, on.step, update.learning_rate)
-    agreement = _agreement(backward, predicted, on.policy.half_precision)
+        return predicted, None, passes
+    backward, tokens = change_along(X, on.step), predicted
+    if rows is not None:  # by derivatives of the same responses
+        part = passes.rows(rows)
+        tokens = predict(part, group[rows], update.learning_rate, rework.weighting, rework.baseline)
+    agreement = _agreement(backward, tokens, on.policy.half_precision)
     if passes.way.mode != "reverse":
-        return replace(predicted, agreement=agreement), X, passes.way
+        return replace(predicted, agreement=agreement), X, passes
     check = None
     if passes.pair is not None and rework.derivative_check:
         check = _agreement_check(backward, predicted, passes.pair.error)
     if check is not None and check.contradicted and rework.derivative_mode == "auto":
         forwards = Way("finite_difference", stopped_gradients(check))
         logger.warning("deltaH1 by %s: %s", forwards.mode, forwards.reason)
-        return replace(predicted, mode=forwards.mode, reason=forwards.reason), None, forwards
-    errors = ("estimates", "reported", "mode", "reason", "difference_scale", "difference_error")
+        return replace(predicted, mode=forwards.mode, reason=forwards.reason), None, passes
     predicted = replace(
-        backward,
-        **{name: getattr(predicted, name) for name in errors},
+        predicted,
+        score=backward.with_other(operator.sub, predicted.pathwise),
         agreement=agreement,
         step_difference=None if check is None else check.difference,
         step_difference_error=None if check is None else check.error,
     )
-    return predicted, X, passes.way
+    return predicted, X, passes
 
 
-def _agreement_check(backward: Prediction, tokens: Prediction, known: float) -> StepCheck:
+def _agreement_check(backward: PerEstimand[float], tokens: Prediction, known: float) -> StepCheck:
     """Backward beside differences of forwards, which are known to `known`."""
     sizes = tokens.pathwise.with_other(lambda path, score: max(abs(path), abs(score)), tokens.score)
-    return agreement_check(backward.deltaH1, tokens.estimates[tokens.reported], sizes, known)
+    return agreement_check(backward, tokens.estimates[tokens.reported], sizes, known)
 
 
-def _agreement(backward: Prediction, tokens: Prediction, half_precision: bool) -> float:
+def _agreement(backward: PerEstimand[float], tokens: Prediction, half_precision: bool) -> float:
     """Relative difference of deltaH1 by backward and by derivatives per token.
 
     Relative to the larger of the parts that deltaH1 is the sum of, since these may nearly cancel.
@@ -199,8 +208,8 @@ def _agreement(backward: Prediction, tokens: Prediction, half_precision: bool) -
     Raises:
         NumericalError: they disagree by more than the arithmetic allows.
     """
-    by_backward, by_tokens = backward.deltaH1.sequence, tokens.deltaH1.sequence
-    size = max(abs(backward.pathwise.sequence), abs(backward.score.sequence), abs(by_backward), 1e-300)
+    by_backward, by_tokens = backward.sequence, tokens.deltaH1.sequence
+    size = max(abs(tokens.pathwise.sequence), abs(tokens.score.sequence), abs(by_backward), 1e-300)
     off = abs(by_backward - by_tokens) / size
     limit = HALF_AGREEMENT_LIMIT if half_precision else AGREEMENT_LIMIT
     if tokens.mode == "jvp" and not off <= limit:
@@ -213,22 +222,34 @@ def _agreement(backward: Prediction, tokens: Prediction, half_precision: bool) -
 
 
 def _without_errors(
-    X: EntropyGradient, step: Mapping[str, Tensor], update: Update, rework: ProbeReworkConfig, reason: str
+    on: StepOnBatch, sample: Sample, update: Update, rework: ProbeReworkConfig, reason: str
 ) -> Predicted:
-    """DeltaH1 by backward alone, where the arithmetic gives no derivatives per token."""
+    """DeltaH1 by backward alone, where the arithmetic gives no derivatives per token; X once more, with its parts."""
     logger.warning("deltaH1 by reverse: %s", reason)
-    predicted = first_order(X, step, update.learning_rate)
+    X = gradient_of_entropy(
+        on.policy,
+        on.batch,
+        sample.E_scores,
+        rework.weighting,
+        rework.baseline,
+        progress=on.progress("gradient on E"),
+    )
+    predicted = first_order(X, on.step, update.learning_rate)
     return Predicted(replace(predicted, reported=rework.weighting, reason=reason), X)
 
 
 def _with_curvature(
     on: StepOnBatch, predicted: Prediction, passes: AlongStep, wanted: str
 ) -> tuple[Prediction, AlongStep]:
-    """Add deltaH2 by the way that is asked for; its passes may have scored E after the step."""
+    """Add deltaH2 by the way that is asked for; its passes may have scored E after the step.
+
+    Differences cost one forward beside that of the ground truth. Where they are not known to give the step's
+    derivatives (16-bit forwards, routers of experts), nested forward mode takes their place if it can be had.
+    """
     if wanted == "off":
         return predicted, passes
-    scores, group = passes.scores, on.batch.group
-    if wanted == "jvp" or (wanted == "auto" and predicted.mode == "jvp"):
+    scores, group, scale = passes.scores, on.batch.group, passes.difference_scale
+    if wanted == "jvp" or (wanted == "auto" and predicted.mode == "jvp" and scale is None):
         try:
             first, second = second_order_tangents(on.policy, on.batch, on.step, on.progress("curvature on E"))
             return replace(
@@ -239,7 +260,8 @@ def _with_curvature(
                 raise
             logger.info("deltaH2 by differences: %s", error)
     if passes.pair is None:
-        pair, new = pair_along(replace(on, basis=None), scores)
+        bare = replace(on, basis=None)
+        pair, new = pair_along(bare, scores) if scale is None else pair_at(bare, scale)
         passes = replace(passes, pair=pair, new=new)
     else:
         pair = passes.pair

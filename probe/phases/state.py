@@ -11,6 +11,7 @@ from probe.data.batch import RolloutBatch
 from probe.estimators.entropy_gradient import EntropyGradient
 from probe.estimators.ground_truth import GroundTruth
 from probe.estimators.prediction import Prediction
+from probe.phases.costs import PassRecord, passes_over
 from probe.phases.entropy_gradient import Derivative
 from probe.phases.prediction import Predicted
 from probe.phases.sample import Sample
@@ -34,6 +35,7 @@ class ProbeState:
         predicted: deltaH1, and what the passes for it gave.
         ground_truth: deltaH_true and its diagnostics.
         timing: seconds per phase that ran.
+        passes: over E and U, as they were made.
     """
 
     sample: Sample | None = None
@@ -42,6 +44,7 @@ class ProbeState:
     predicted: Predicted | None = None
     ground_truth: GroundTruth | None = None
     timing: dict[str, float] = field(default_factory=dict)
+    passes: list[PassRecord] = field(default_factory=list)
 
     def keep(self, result: PhaseResult) -> None:
         """Keep what a phase found."""
@@ -100,12 +103,17 @@ class ProbeState:
         """Numbers of single phases for the result's `diagnostics`, as far as they were computed."""
         found: dict[str, float | int | None] = {}
         if self.sample is not None:
+            if self.passes:
+                found["passes_E"] = passes_over(self.passes, "E", len(self.sample.E))
+                found["passes_U"] = passes_over(self.passes, "U", len(self.sample.U))
             found |= {
                 "sampling_scoring_gap": self.sample.sampling_gap,
                 "on_policy_z": self.sample.on_policy_z,
             }
         if self.derivative is not None:
             found["derivative_check_error"] = self.derivative.check_error
+        if self.entropy_gradient is not None:
+            found["X_responses"] = self.entropy_gradient.responses
         if self.update is not None:
             found["zero_advantage_groups"] = self.update.zero_advantage_groups
         return MappingProxyType({name: value for name, value in found.items() if value is not None})

@@ -89,7 +89,7 @@ def _costs(plan: Plan) -> list[str]:
         return one.what, str(one.B_E), str(one.B_U), f"{one.responses:,}", seconds, MEANINGS[one.what]
 
     heads = (
-        f"Cost: {plan.cost.passes_E} passes over E, {plan.cost.passes_U} over U; responses: all passes together",
+        f"Cost: {plan.cost.passes_E} passes over all of E, {plan.cost.passes_U} over U; responses: all together",
     )
     return [
         *heads,

@@ -29,11 +29,13 @@ class Pass:
         what: its name, such as `score E`.
         phase: that it belongs to.
         seconds: that it took.
+        responses: that it went over.
     """
 
     what: str
     phase: str
     seconds: float
+    responses: int
 
     @property
     def is_of_update(self) -> bool:
@@ -46,7 +48,7 @@ class Cost:
     """Seconds of a run, by what they grow with.
 
     Attributes:
-        passes_E: over E, sampling included.
+        passes_E: over all of E, sampling included; those over a part of it do not grow with it.
         passes_U: over U.
         E: seconds that grow with `B_E`.
         U: seconds that grow with `B_U`.
@@ -98,22 +100,34 @@ class PassClock(ProbeCallback):
         began, first = self._first
         # what ran before the first microbatch may be no part of this pass: its time is taken for that of the others
         seconds = now - self._last if first >= total else (now - began) * total / (total - first)
-        self.passes.append(Pass(what, phase, min(seconds, now - self._last)))
+        self.passes.append(Pass(what, phase, min(seconds, now - self._last), total))
         self._last, self._first = now, None
 
 
 def cost_of(passes: Sequence[Pass], timing: Mapping[str, float]) -> Cost:
     """What the time of a run grows with.
 
+    Passes over a part of E take as many responses as the precision asks for that they are needed to: X as many as U has
+    prompts for (`spread_responses`), the noise floor a fixed number.
+
     Args:
         passes: of the run.
         timing: its seconds per phase.
 
-    >>> cost_of([Pass("sample E", "sample", 2.0), Pass("sample U", "sample", 1.0)], {"load": 4.0, "sample": 3.5})
+    >>> made = [Pass("sample E", "sample", 2.0, 64), Pass("sample U", "sample", 1.0, 16)]
+    >>> cost_of(made, {"load": 4.0, "sample": 3.5})
     Cost(passes_E=1, passes_U=1, E=2.0, U=1.5, fixed=4.0)
     """
-    over_E, over_U = ([one for one in passes if one.is_of_update is U] for U in (False, True))
+    over_U = [one for one in passes if one.is_of_update]
+    size = max((one.responses for one in passes if not one.is_of_update), default=0)
+    over_E = [one for one in passes if not one.is_of_update and one.responses == size]
+    parts = [one for one in passes if not one.is_of_update and one.responses < size]
     E, U, fixed = (sum(one.seconds for one in over) for over in (over_E, over_U, ()))
+    for one in parts:
+        if one.what == "gradient on E":
+            U += one.seconds
+        else:
+            fixed += one.seconds
     for phase, seconds in timing.items():
         rest = max(seconds - sum(one.seconds for one in passes if one.phase == phase), 0.0)
         if phase in REST_OF_E:

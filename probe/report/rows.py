@@ -170,6 +170,10 @@ def _floor(found: Mapping[str, Any], key: str, of: str) -> str:
     return "\n".join(f"{number_text(floor)} {unit}" for floor, unit in floors)
 
 
+def _passes(found: Mapping[str, Any], key: str, of: str) -> str:
+    return f"{found['passes_E']:.1f} over E, {found['passes_U']:.1f} over U"
+
+
 def _if_there(text: Callable[[Any], str]) -> Callable[[Mapping[str, Any], str, str], str | None]:
     """The form of a value that has no row where it is null."""
     return lambda found, key, of: None if found[key] is None else text(found[key]) + of
@@ -189,6 +193,7 @@ _FORMS: Mapping[str, Callable[[Mapping[str, Any], str, str], str | None]] = {
     "pareto": _pareto,
     "weights": _weights,
     "floor": _floor,
+    "passes": _passes,
 }
 """How a diagnostic is shown, by form: from the diagnostics, its key and what it is a part of; None for no row."""
 

@@ -141,7 +141,7 @@ def _measured(truth: GroundTruth, per_token: bool, rounded: bool) -> dict[str, N
     Of a step that the training rounds away it stays: how little is left of it is what there is to know.
     """
     change, before = truth.change, truth.H_orig
-    floor = PerEstimand(0.0, 0.0) if rounded or truth.noise_floor is None else truth.noise_floor
+    floor = PerEstimand(0.0, 0.0) if rounded or truth.noise_floor is None else truth.noise_floor.size
     seen = change.with_other(lambda found, least: None if abs(found.value) < least else found.value, floor)
     after = seen.with_other(lambda value, H: Number(None if value is None else H + value), before)
     numbers: dict[str, Numbers] = {

@@ -46,11 +46,24 @@ DIAGNOSTICS: tuple[Quantity, ...] = (
         live="size that a change of 0 can seem to have by rounding, nats per token",
     ),
     Quantity(
+        "noise_floor_responses",
+        "responses of E scored again for the noise floor; of fewer than all it is an upper bound",
+        integer=True,
+        row=Shown(
+            "  from", "count", "responses scored again for it; of a part of E it is an upper bound", of="B_E"
+        ),
+    ),
+    Quantity(
         "derivative_mode",
         "how deltaH1 was differentiated: jvp, reverse or finite_difference",
         row=Shown("derivative", "derivative", "how deltaH1 was differentiated"),
     ),
     Quantity("derivative_reason", "why that way"),
+    Quantity(
+        "X_responses",
+        "responses of E that the entropy's gradient was taken from: all, or those that deltaH1_sd_U needs",
+        integer=True,
+    ),
     Quantity(
         "derivative_agreement",
         "relative difference of deltaH1 by backward and by derivatives per token",
@@ -81,6 +94,12 @@ DIAGNOSTICS: tuple[Quantity, ...] = (
         "how deltaH2 was computed: jvp (nested) or finite_difference",
         row=Shown("second order", "words", "how deltaH2 was differentiated"),
     ),
+    Quantity(
+        "passes_E",
+        "passes over E, in forwards and backwards over all of it; sampling and checks on a few responses apart",
+        row=Shown("passes", "passes", "one: a forward and backward of all responses; without sampling"),
+    ),
+    Quantity("passes_U", "the same over U"),
     Quantity(
         "is_mode",
         "the estimator that deltaH_true is reported from",
@@ -121,7 +140,7 @@ DIAGNOSTICS: tuple[Quantity, ...] = (
     Quantity("step_norm", "norm of the optimizer's step", live="Euclidean norm of the step"),
     Quantity(
         "derivative_check_error",
-        "relative difference of backward and finite differences on the first microbatch",
+        "relative difference of backward and finite differences on a few responses",
     ),
     Quantity(
         "sampling_scoring_gap",

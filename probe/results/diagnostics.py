@@ -86,7 +86,8 @@ def ground_truth_diagnostics(truth: GroundTruth) -> dict[str, Any]:
     if truth.clipped_fraction is not None:
         values["clipped_fraction"] = truth.clipped_fraction
     if truth.noise_floor is not None:
-        values |= as_mapping({"noise_floor": truth.noise_floor.map(Number)})
+        values |= as_mapping({"noise_floor": truth.noise_floor.size.map(Number)})
+        values["noise_floor_responses"] = truth.noise_floor.responses
     return values
 
 

@@ -12,7 +12,7 @@ LOW_HIGH = ("low", "high")
 Form = Literal[
     "level", "change", "plain",
     "number", "count", "share", "difference", "words", "name",
-    "pareto", "weights", "floor", "derivative", "estimator", "switch", "flags",
+    "pareto", "weights", "floor", "derivative", "estimator", "switch", "flags", "passes",
 ]  # fmt: skip
 """How a report shows a quantity, see `probe.report.rows`: a value per estimand; one value; one that says more."""
 

@@ -61,33 +61,28 @@ def collate(batch: RolloutBatch, indices: list[int], device: torch.device) -> Mi
     Raises:
         ValueError: a prompt has no token, so that nothing predicts the first response token.
     """
-    rows, columns, sequences, positions, labels, inputs = [], [], [], [], [], []
-    lengths = batch.mask[indices].sum(dim=1).tolist()
-    for row, (i, length) in enumerate(zip(indices, lengths, strict=True)):
-        prompt = batch.prompt_ids[i]
-        if not prompt:
-            raise ValueError(f"prompt {i}: expected at least one token (a BOS at least), found none")
-        response = batch.completion_ids[i, :length]
-        inputs.append(torch.cat([torch.tensor(prompt, dtype=torch.int64), response[:-1]]))
-        steps = torch.arange(length)
-        rows.append(torch.full((length,), row))
-        columns.append(steps + len(prompt) - 1)
-        sequences.append(torch.full((length,), i))
-        positions.append(steps)
-        labels.append(response)
-    widest = max(len(ids) for ids in inputs)
-    input_ids = torch.zeros(len(indices), widest, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(inputs):
-        input_ids[row, : len(ids)] = ids
-        attention_mask[row, : len(ids)] = 1
+    rows, prompts = torch.tensor(indices), [batch.prompt_ids[i] for i in indices]
+    if not all(prompts):
+        empty = next(i for i, prompt in zip(indices, prompts, strict=True) if not prompt)
+        raise ValueError(f"prompt {empty}: expected at least one token (a BOS at least), found none")
+    responses, lengths = batch.completion_ids[rows], batch.mask[rows].sum(dim=1)
+    before = torch.tensor([len(prompt) for prompt in prompts])
+    inputs = before + lengths - 1  # the last token predicts nothing
+    columns = torch.arange(int(inputs.max()))
+    attention_mask = columns < inputs.unsqueeze(1)
+    input_ids = torch.zeros(attention_mask.shape, dtype=torch.int64)
+    input_ids[columns < before.unsqueeze(1)] = torch.tensor([token for prompt in prompts for token in prompt])
+    row, position = (torch.arange(responses.shape[1]) < lengths.unsqueeze(1)).nonzero(as_tuple=True)
+    labels, column = responses[row, position], before[row] - 1 + position
+    goes_in = position < lengths[row] - 1
+    input_ids[row[goes_in], column[goes_in] + 1] = labels[goes_in]
     return MicroBatch(
         input_ids=input_ids.to(device),
-        attention_mask=attention_mask.to(device),
-        sequence=torch.cat(sequences),
-        position=torch.cat(positions),
-        row=torch.cat(rows),
-        column=torch.cat(columns),
-        labels=torch.cat(labels),
+        attention_mask=attention_mask.long().to(device),
+        sequence=rows[row],
+        position=position,
+        row=row,
+        column=column,
+        labels=labels,
         size=len(indices),
     )

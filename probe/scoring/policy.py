@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from probe.loading import trainable_parameters
 from probe.scoring.head import OutputHead
 from probe.scoring.microbatch import MicroBatch, microbatches
 from probe.scoring.room import check_batch
-from probe.snapshot import standing_in
+from probe.snapshot import Places, replaced, stand_ins
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ class Policy:
         with self.autocast():
             return torch.is_autocast_enabled(self.device.type)
 
+    @cached_property
+    def _places(self) -> Places:
+        """Where `values` go; found once, and not for every microbatch."""
+        return stand_ins(self.model, self.values or {})
+
     def microbatches(self, batch: RolloutBatch) -> Iterator[MicroBatch]:
         """The sequences of a batch as inputs of the model.
 
@@ -103,7 +109,7 @@ class Policy:
             "attention_mask": inputs.attention_mask,
             "use_cache": False,
         }
-        with head.capture() as captured, self.autocast(), standing_in(self.model, self.values or {}):
+        with head.capture() as captured, self.autocast(), replaced(self._places):
             output = self.model(**arguments)
         with self.autocast():
             head.check(captured[-1], output.logits)

@@ -350,7 +350,7 @@ def test_numbers_do_not_depend_on_the_microbatch_size(monkeypatch):
         U = replace(batch, advantages=torch.linspace(-1, 1, len(batch), dtype=torch.float64))
         g = loss_gradient(policy, U, LossSettings(loss="dapo")).gradient
         results.append(
-            torch.cat([flat(x.pathwise), flat(x.score), flat(x.length), flat(g), scores.logprob.flatten()])
+            torch.cat([flat(x.total), flat(x.length), flat(x.pathwise), flat(g), scores.logprob.flatten()])
         )
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-10, atol=1e-12)

@@ -628,7 +628,9 @@ def test_a_learning_rate_measured_afterwards_is_the_run_at_that_rate(config):
         "deltaH_true_tok_se",
         "residual_tok",
     ):
-        assert found[key] == pytest.approx(own[key], rel=1e-6, abs=1e-12), key
+        # the even part of a change has fourth orders in it, which do not scale like the second
+        rel = 1e-3 if key == "deltaH2" else 1e-6
+        assert found[key] == pytest.approx(own[key], rel=rel, abs=1e-12), key
 
 
 @pytest.mark.parametrize("mode", ["jvp", "reverse", "finite_difference"])
@@ -639,7 +641,7 @@ def test_every_way_to_the_derivative_gives_one_number(config, mode):
     for suffix in ("", "_tok"):
         assert found[f"deltaH1{suffix}"] == pytest.approx(other[f"deltaH1{suffix}"], rel=2e-2, abs=1e-6)
         assert found[f"deltaH1{suffix}_se"] == pytest.approx(other[f"deltaH1{suffix}_se"], rel=2e-2)
-    assert ("deltaH1_sd_U" in found) == (mode != "finite_difference")
+    assert found["deltaH1_sd_U"] == pytest.approx(other["deltaH1_sd_U"], rel=2e-2)
     assert ("difference_scale" in found["diagnostics"]) == (mode != "jvp")
 
 

@@ -28,8 +28,8 @@ def test_a_pass_of_one_microbatch_takes_the_time_since_the_last_one(clock):
     at(3.0, 8, 8, "forward mode on E")
     at(4.0, 8, 8, "forward mode on U")
     assert made.passes == [
-        Pass("forward mode on E", "prediction", 3.0),
-        Pass("forward mode on U", "prediction", 1.0),
+        Pass("forward mode on E", "prediction", 3.0, 8),
+        Pass("forward mode on U", "prediction", 1.0, 8),
     ]
 
 
@@ -38,16 +38,16 @@ def test_what_runs_before_a_pass_is_not_its_own(clock):
     made, at = clock
     for k in range(4):
         at(11.0 + k, 2 * (k + 1), 8, "curvature on E")
-    assert made.passes == [Pass("curvature on E", "prediction", 4.0)]
+    assert made.passes == [Pass("curvature on E", "prediction", 4.0, 8)]
 
 
 def test_every_second_is_counted_once():
     found = cost_of(
         [
-            Pass("sample E", "sample", 4.0),
-            Pass("sample U", "sample", 2.0),
-            Pass("gradient on U", "update", 3.0),
-            Pass("score E after the step", "ground_truth", 1.0),
+            Pass("sample E", "sample", 4.0, 24),
+            Pass("sample U", "sample", 2.0, 16),
+            Pass("gradient on U", "update", 3.0, 16),
+            Pass("score E after the step", "ground_truth", 1.0, 24),
         ],
         {
             "make_demo": 99.0,
@@ -62,3 +62,16 @@ def test_every_second_is_counted_once():
     assert found == Cost(passes_E=2, passes_U=2, E=7.0, U=5.5, fixed=5.5)
     assert found.seconds(1, 1) == 18.0
     assert found.seconds(3, 2) == 5.5 + 21.0 + 11.0
+
+
+def test_a_pass_over_a_part_of_the_batch_does_not_grow_with_it():
+    found = cost_of(
+        [
+            Pass("score E", "sample", 4.0, 240),
+            Pass("gradient on E", "entropy_gradient", 2.0, 64),
+            Pass("score E for the noise floor", "ground_truth", 1.0, 32),
+            Pass("gradient on U", "update", 3.0, 16),
+        ],
+        {"sample": 4.0, "entropy_gradient": 2.0, "ground_truth": 1.0, "update": 3.0, "total": 10.0},
+    )
+    assert found == Cost(passes_E=1, passes_U=1, E=4.0, U=5.0, fixed=1.0)

@@ -16,7 +16,7 @@ from probe.plan.sizes import plan_of
 from probe.results.changes import Changes
 from probe.results.result import BatchSizes, ProbeResult
 
-PASSES = [Pass("sample E", "sample", 2.0), Pass("gradient on U", "update", 1.0)]
+PASSES = [Pass("sample E", "sample", 2.0, 64), Pass("gradient on U", "update", 1.0, 256)]
 
 
 def pilot(value, se=1e-3, sd_U=2e-4, controls="off: 64 prompts in E", truth=True):

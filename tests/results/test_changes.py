@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from probe.estimand import SEQUENCE, TOKEN, PerEstimand
+from probe.estimators.noise_floor import NoiseFloor
 from probe.results.changes import Changes, changes
 from tests.support.synthetic_run import make_state
 
@@ -39,7 +40,7 @@ def test_every_number_is_there_for_both_estimands(state):
 
 
 def test_a_change_below_the_noise_floor_is_null_and_keeps_its_error(state):
-    deep = replace(state.ground_truth, noise_floor=PerEstimand(1e9, 0.0))
+    deep = replace(state.ground_truth, noise_floor=NoiseFloor(PerEstimand(1e9, 0.0), 64))
     found = changes(None, deep).measurement
     assert found["deltaH_true"].sequence.value is found["H_upd"].sequence.value is None
     assert found["deltaH_true"].sequence.se == deep.change.sequence.se

@@ -18,6 +18,7 @@ from probe.estimand import PerEstimand
 from probe.estimators.entropy_gradient import EntropyGradient
 from probe.estimators.estimate import Estimate
 from probe.estimators.ground_truth import reweighted_change
+from probe.estimators.noise_floor import NoiseFloor
 from probe.estimators.prediction import Prediction, first_order
 from probe.estimators.weighting import ScoreWeights
 from probe.from_checkpoint.sources import SettingSources
@@ -133,8 +134,8 @@ def make_state(
     E_scores, U_scores = scores(generator, E.mask), scores(generator, U.mask)
     step, gradient = parameters(generator, layers, shape, 1e-6), parameters(generator, layers, shape, 1e-3)
     gradient_of_entropy = EntropyGradient(
+        total=parameters(generator, layers, shape, 1e-2),
         pathwise=parameters(generator, layers, shape, 1e-2),
-        score=parameters(generator, layers, shape, 1e-2),
         length=parameters(generator, layers, shape, 1e-2),
         H_seq=float(E_scores.sequence_entropy.mean()),
         H_tok=float(E_scores.sequence_entropy.mean() / E_scores.lengths.mean()),
@@ -176,7 +177,7 @@ def make_state(
         ),
         ground_truth=replace(
             reweighted_change(E_scores, nudged(generator, E_scores, 0.01), reported="per_decision"),
-            noise_floor=PerEstimand(2e-6, 2e-8),
+            noise_floor=NoiseFloor(PerEstimand(2e-6, 2e-8), B_E),
         ),
         timing={
             "sample": 12.3,
