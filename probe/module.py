@@ -40,6 +40,7 @@ from probe.rollouts.draw import stream_seed
 from probe.scoring.collector import MakeProgress, no_progress
 from probe.scoring.policy import Policy
 from probe.scoring.reference import no_reference
+from probe.scoring.traffic import Traffic
 
 
 class EntropyProbe(LightningModule):
@@ -77,6 +78,7 @@ class EntropyProbe(LightningModule):
         self.optimizer: LoadedOptimizer | None = None
         self.other_base: tuple[str, str] | None = None
         self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.traffic = Traffic()
 
     # ---------------------------------------------------------------- loading
 
@@ -159,8 +161,10 @@ class EntropyProbe(LightningModule):
         return Policy(
             model=self.model,
             temperature=self.config.generation.temperature,
-            microbatch_size=memory.microbatch_size,
+            microbatch_size=None if memory.microbatch_size == "auto" else memory.microbatch_size,
+            tokens_per_microbatch=memory.tokens_per_microbatch,
             head_chunk_tokens=memory.head_chunk_tokens,
+            traffic=self.traffic,
             autocast=self.autocast,
         )
 

@@ -34,7 +34,7 @@ from probe.phases.update import Update
 from probe.results.build import build_result
 from probe.results.result import ProbeResult
 from probe.scoring.collector import MakeProgress, Progress
-from probe.snapshot import evaluation_mode, exact_float32, isolated_rng
+from probe.snapshot import evaluation_mode, exact_float32, isolated_rng, operator_threads
 from probe.text import shown
 from probe.timing import Clock
 
@@ -164,8 +164,11 @@ class ProbeRunner(TrainerSection):
 
         start, end = HOOKS[name]
         self.fabric.call(start, self, module)
-        with self._timed(name):
+        traffic, threads = module.traffic, self.config.memory_config.number_of_threads
+        useful, padded = traffic.useful, traffic.padded
+        with self._timed(name), operator_threads(threads):
             result = compute(of_pass)
+        self.state.traffic[name] = (traffic.useful - useful, traffic.padded - padded)
         self.state.keep(result)
         self.fabric.call(end, self, module)
         return result

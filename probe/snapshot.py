@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -81,12 +81,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> AbstractContextManager[None]:
     """Run torch's operators on one thread."""
+    return operator_threads(1)
+
+
+@contextmanager
+def operator_threads(count: int | None) -> Iterator[None]:
+    """Run torch's operators on so many threads; None for as many as now."""
     threads = torch.get_num_threads()
+    if count is None or count == threads:
+        yield
+        return
     with put_back_by(lambda: torch.set_num_threads(threads)):
-        torch.set_num_threads(1)
+        torch.set_num_threads(count)
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from probe.config.numbers import check_numbers
 from probe.errors.exceptions import ConfigError, require
@@ -154,17 +154,31 @@ class GenerationConfig:
 class MemoryConfig:
     """What bounds memory. None of it changes a result beyond the last digits."""
 
-    microbatch_size: int = 2
-    """Sequences per forward or backward pass."""
+    microbatch_size: int | Literal["auto"] = "auto"
+    """Sequences that go through the model at a time; `auto`: as many as `tokens_per_microbatch` holds, which is more of
+    short ones. What memory does not suffice for is run again in halves."""
+    tokens_per_microbatch: int | None = None
+    """Tokens that go through the model at a time, padding included. null: 2048, or what a short trial on E finds the
+    fastest where E is large enough for one; with a number for `microbatch_size`, no limit."""
+    threads: int | Literal["auto"] = "auto"
+    """Threads of torch's operators on a CPU. `auto`: as many as the process has, or 1 where a short trial on E finds
+    that faster, as it is where other jobs keep the cores busy."""
     head_chunk_tokens: int = 256
-    """Response tokens whose logits over the whole vocabulary are held at a time."""
+    """Response tokens whose logits over the whole vocabulary are held at a time, where they are."""
+
+    @property
+    def number_of_threads(self) -> int | None:
+        """`threads`, where it is a number."""
+        return None if isinstance(self.threads, str) else self.threads
 
     def __post_init__(self) -> None:
         """Check ranges."""
         check_numbers(self, "memory_config.")
-        require(
-            self.microbatch_size >= 1, "memory_config.microbatch_size", "at least 1", self.microbatch_size
-        )
+        for key in ("microbatch_size", "tokens_per_microbatch", "threads"):
+            value = getattr(self, key)
+            require(
+                not isinstance(value, int) or value >= 1, f"memory_config.{key}", "at least 1, or auto", value
+            )
         require(
             self.head_chunk_tokens >= 1,
             "memory_config.head_chunk_tokens",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -92,8 +92,7 @@ def rescored_noise_floor(
     Returns:
         See `noise_floor`; of the responses that were needed.
     """
-    size = policy.microbatch_size
-    other = replace(policy, microbatch_size=size // 2 if size > 1 else 2)
+    other = policy.in_other_shapes()
     moved = [other.at(values) for values in _sham_step(policy, step, seed)]
     order, sides = _by_prompt(batch, seed), [_nothing(scores) for _ in moved]
     done, few = 0, FEWEST_RESPONSES

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -44,8 +44,8 @@ class WatchSettings:
     """A response ends with the token that completes one of these, or with EOS."""
     generation_batch_size: int = 64
     """Sequences generated at a time."""
-    microbatch_size: int = 8
-    """Sequences per scoring or forward-mode pass."""
+    microbatch_size: int | Literal["auto"] = "auto"
+    """Sequences that go through the model at a time; `auto`: as many as 2048 tokens hold."""
     head_chunk_tokens: int = 256
     """Tokens whose logits are held at a time."""
     derivative: Literal["auto", "jvp", "finite_difference"] = "auto"
@@ -102,7 +102,11 @@ class WatchSettings:
             ("temperature", self.temperature > 0, "a finite number above 0"),
             ("stop_strings", all(self.stop_strings), "texts that are not empty"),
             ("generation_batch_size", self.generation_batch_size >= 1, "an integer of at least 1"),
-            ("microbatch_size", self.microbatch_size >= 1, "an integer of at least 1"),
+            (
+                "microbatch_size",
+                self.microbatch_size == "auto" or self.microbatch_size >= 1,
+                "an integer of at least 1, or auto",
+            ),
             ("head_chunk_tokens", self.head_chunk_tokens >= 1, "an integer of at least 1"),
             (
                 "collapse_entropy",
@@ -199,7 +203,7 @@ def _accepts(hint: Any, value: Any) -> bool:
     kind, parts = get_origin(hint), get_args(hint)
     if kind is Literal:
         return value in parts
-    if kind is UnionType:
+    if kind in (UnionType, Union):
         return any(_accepts(part, value) for part in parts)
     if kind is tuple:
         return isinstance(value, (tuple, list)) and all(_accepts(parts[0], x) for x in value)
@@ -213,7 +217,7 @@ def _words(hint: Any) -> str:
     kind, parts = get_origin(hint), get_args(hint)
     if kind is Literal:
         return "one of " + ", ".join(map(repr, parts))
-    if kind is UnionType:
+    if kind in (UnionType, Union):
         return " or ".join(map(_words, parts))
     if kind is tuple:
         return "a list of texts" if parts[0] is str else "a list of numbers"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ from probe.rollouts.sampling import check_sampling, sample_rollouts
 from probe.scoring.features import feature_basis
 from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
+from probe.scoring.traffic import Traffic
 from probe.snapshot import copied
 from probe.text import error_text
 from probe.timing import Clock
@@ -69,6 +70,7 @@ class UpdateProbe:
         memory: what earlier probes taught the control variates.
         check_scale: the `StepCheck.scale` of the last probe.
         responses: in the next E; None takes as many as the settings say.
+        traffic: of all probes.
     """
 
     model: nn.Module
@@ -80,6 +82,7 @@ class UpdateProbe:
     memory: FitMemory | None = None
     check_scale: int = 0
     responses: int | None = None
+    traffic: Traffic = field(default_factory=Traffic)
 
     @property
     def size(self) -> int:
@@ -89,11 +92,13 @@ class UpdateProbe:
     @property
     def policy(self) -> Policy:
         """The policy at the parameters it has now."""
+        own = self.settings
         return Policy(
             model=self.model,
-            temperature=self.settings.temperature,
-            microbatch_size=self.settings.microbatch_size,
-            head_chunk_tokens=self.settings.head_chunk_tokens,
+            temperature=own.temperature,
+            microbatch_size=None if own.microbatch_size == "auto" else own.microbatch_size,
+            head_chunk_tokens=own.head_chunk_tokens,
+            traffic=self.traffic,
         )
 
     @property

@@ -34,6 +34,8 @@ from probe.scoring.policy import Policy
 from probe.scoring.room import check_batch
 from probe.scoring.score import score_tokens
 from probe.scoring.scores import TokenScores
+from probe.scoring.tuning import tuned
+from probe.snapshot import operator_threads
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +122,10 @@ def sample(source: BatchSource, progress: MakeProgress = no_progress) -> Sample:
     draw = f"seed {source.seed}" if file is None else f"file {Path(file).resolve()}"
     controls = control_source(policy, E, U, source.config.probe_rework, source.checkpoint, draw)
     basis = None if controls.memory is None else controls.memory.basis
-    scores = score_tokens(policy, E, progress("score E"), basis)
+    source = with_tuned_passes(source, E)
+    policy = source.policy
+    with operator_threads(source.config.memory_config.number_of_threads):
+        scores = score_tokens(policy, E, progress("score E"), basis)
     return Sample(
         E=E,
         U=U,
@@ -134,6 +139,27 @@ def sample(source: BatchSource, progress: MakeProgress = no_progress) -> Sample:
         config=source.config,
         sources=source.sources,
     )
+
+
+def with_tuned_passes(source: BatchSource, E: RolloutBatch) -> BatchSource:
+    """The source with the numbers that stand for `auto` in `memory_config`, which E is tried on for.
+
+    What E and U are drawn with never depends on them.
+
+    Args:
+        source: policy and configuration.
+        E: drawn.
+    """
+    memory = source.config.memory_config
+    found = tuned(source.policy, E, memory.number_of_threads)
+    by_tokens = memory.microbatch_size == "auto"
+    memory = replace(
+        memory,
+        threads=found.threads,
+        tokens_per_microbatch=found.tokens if by_tokens else memory.tokens_per_microbatch,
+    )
+    policy = replace(source.policy, tokens_per_microbatch=memory.tokens_per_microbatch)
+    return replace(source, policy=policy, config=replace(source.config, memory_config=memory))
 
 
 def chosen_rewards(batch: BatchConfig) -> tuple[RewardFunction, ...]:

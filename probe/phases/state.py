@@ -36,6 +36,7 @@ class ProbeState:
         ground_truth: deltaH_true and its diagnostics.
         timing: seconds per phase that ran.
         passes: over E and U, as they were made.
+        traffic: per phase, tokens that its passes put through the model, and positions with padding.
     """
 
     sample: Sample | None = None
@@ -45,6 +46,7 @@ class ProbeState:
     ground_truth: GroundTruth | None = None
     timing: dict[str, float] = field(default_factory=dict)
     passes: list[PassRecord] = field(default_factory=list)
+    traffic: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def keep(self, result: PhaseResult) -> None:
         """Keep what a phase found."""
@@ -99,6 +101,15 @@ class ProbeState:
         return self.sample
 
     @property
+    def throughput(self) -> dict[str, dict[str, float]]:
+        """Of every phase with passes: tokens per second without padding, and the share of padding."""
+        return {
+            phase: {"tokens_per_second": useful / self.timing[phase], "padding": 1 - useful / padded}
+            for phase, (useful, padded) in self.traffic.items()
+            if padded and self.timing.get(phase)
+        }
+
+    @property
     def diagnostics(self) -> Mapping[str, float | int]:
         """Numbers of single phases for the result's `diagnostics`, as far as they were computed."""
         found: dict[str, float | int | None] = {}
@@ -106,7 +117,10 @@ class ProbeState:
             if self.passes:
                 found["passes_E"] = passes_over(self.passes, "E", len(self.sample.E))
                 found["passes_U"] = passes_over(self.passes, "U", len(self.sample.U))
+            memory = self.sample.config.memory_config
             found |= {
+                "threads": memory.number_of_threads,
+                "tokens_per_microbatch": memory.tokens_per_microbatch,
                 "sampling_scoring_gap": self.sample.sampling_gap,
                 "on_policy_z": self.sample.on_policy_z,
             }

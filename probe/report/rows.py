@@ -234,8 +234,19 @@ def time_rows(values: Mapping[str, Any]) -> list[Row]:
         "prediction": "deltaH1",
         "ground_truth": "deltaH_true: E scored again after the step",
     }
+    throughput: Mapping[str, Mapping[str, float]] = values.get("throughput") or {}
+
+    def meaning(name: str) -> str:
+        passes = throughput.get(name)
+        if passes is None:
+            return meanings.get(name, "")
+        return (
+            f"{meanings.get(name, name)} ({passes['tokens_per_second']:,.0f} tokens/s, "
+            f"{percent(passes['padding'])} padding)"
+        )
+
     return [
-        Row(name.replace("_", " "), (f"{timing[name]:.1f} s",), meanings.get(name, ""))
+        Row(name.replace("_", " "), (f"{timing[name]:.1f} s",), meaning(name))
         for name in sorted(timing, key=lambda name: name == "total")
         if timing[name] is not None
     ]

@@ -50,6 +50,7 @@ def build_result(
         batch_statistics=batch_statistics(E, U, state.E_scores),
         settings=provenance.sources.as_mapping(),
         timing=dict(state.timing),
+        throughput=state.throughput,
         learning_rate=None if update is None else update.learning_rate,
         training_step=provenance.training_step,
         checkpoint_path=provenance.checkpoint_path,

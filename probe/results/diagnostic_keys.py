@@ -100,6 +100,13 @@ DIAGNOSTICS: tuple[Quantity, ...] = (
         row=Shown("passes", "passes", "one: a forward and backward of all responses; without sampling"),
     ),
     Quantity("passes_U", "the same over U"),
+    Quantity("threads", "threads of torch's operators, as configured or chosen by a trial", integer=True),
+    Quantity(
+        "tokens_per_microbatch",
+        "tokens that went through the model at a time, padding included, as configured or chosen by a trial; absent "
+        "where sequences were counted",
+        integer=True,
+    ),
     Quantity(
         "is_mode",
         "the estimator that deltaH_true is reported from",

@@ -180,6 +180,9 @@ QUANTITIES: tuple[Quantity, ...] = (
         core=True,
     ),
     Quantity("timing", "seconds per phase that ran, and their total", core=True),
+    Quantity(
+        "throughput", "of the passes of every phase: `tokens_per_second` without padding, share of `padding`"
+    ),
     Quantity("diagnostics", "quality of the estimates, see DIAGNOSTIC_KEYS"),
     Quantity("batch_statistics", "lengths, rewards and advantages of E and U"),
     Quantity("checkpoint_path", "the checkpoint that was probed"),

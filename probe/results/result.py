@@ -65,6 +65,7 @@ class ProbeResult(StepResult):
         checkpoint_name: its short name (`step_60`), for file names and tables.
         config: the resolved configuration of the run, sections as mappings (`trainer` and `seed_everything` included).
         started_at: local date and time of the start, ISO 8601.
+        throughput: of the passes of every phase.
     """
 
     batch_statistics: Mapping[str, Any]
@@ -74,6 +75,7 @@ class ProbeResult(StepResult):
     checkpoint_name: str
     config: Mapping[str, Any]
     started_at: str
+    throughput: Mapping[str, Mapping[str, float]]
 
     @cached_property
     def values(self) -> Mapping[str, Any]:
@@ -92,4 +94,5 @@ class ProbeResult(StepResult):
             "diagnostics": self.diagnostics,
             "batch_statistics": self.batch_statistics,
             "timing": self.timing,
+            "throughput": self.throughput,
         }

@@ -96,11 +96,9 @@ def second_order_tangents(
     start = policy.point(direction)
     along = {n: v.to(start[n]) for n, v in direction.items()}
     one = torch.ones((), dtype=torch.float64, device=policy.device)
-    few = policy.microbatch_size
-    order = batch.lengths.argsort(descending=True, stable=True)
     # with grad mode on, torch uses formulas that it can differentiate again; nothing here requires a gradient
     with torch.enable_grad(), forward_mode_kernels(policy.model):
-        for rows in order[batch.lengths[order] > 0].split(few):
+        for rows in map(torch.tensor, policy.split(batch)):
             part = batch.subset(rows)
             places: list[Any] = []
 

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import NumericalError
+from probe.errors.memory import is_out_of_memory
 from probe.scoring.collector import Collector, Progress
-from probe.scoring.head import OutputHead, token_log_probs, token_statistics
+from probe.scoring.fused_head import head_gradients
+from probe.scoring.head import OutputHead
 from probe.scoring.microbatch import MicroBatch
 from probe.scoring.policy import Policy
 from probe.scoring.scores import TokenScores
@@ -54,12 +56,21 @@ def token_gradients(
     totals = _Totals(parameters, objectives)
     collector = Collector(batch, progress)
     head = OutputHead(policy.model)
+    own = {n: p for n, p in parameters.items() if any(p is q for q in head.layer.parameters())}
+
+    def add(inputs: MicroBatch) -> int:
+        hidden = policy.hidden_states(head, inputs)
+        through_head, of_head = _head_gradients(
+            policy, head, hidden, inputs, weights, objectives, collector, own
+        )
+        _network_gradients(hidden, through_head, totals)
+        for k, found in enumerate(of_head):
+            totals.add(k, found, list(found.values()))
+        return inputs.size
+
     with torch.enable_grad():
-        for inputs in policy.microbatches(batch):
-            hidden = policy.hidden_states(head, inputs)
-            through_head = _head_gradients(policy, head, hidden, inputs, weights, totals, collector)
-            _network_gradients(hidden, through_head, totals)
-            collector.advance(inputs.size)
+        for size in policy.each(batch, add):
+            collector.advance(size)
     return totals.finish(), collector.finish()
 
 
@@ -69,44 +80,62 @@ def _head_gradients(
     hidden: Tensor,
     inputs: MicroBatch,
     weights: TokenWeights,
-    totals: _Totals,
+    objectives: int,
     collector: Collector,
-) -> list[Tensor]:
-    """Gradients `(n, D_model)` of each objective by `hidden`, in float32 or better; the head's own go to `totals`."""
-    own = {n: p for n, p in totals.parameters.items() if any(p is q for q in head.layer.parameters())}
-    objectives = len(totals.values)
+    own: Mapping[str, nn.Parameter],
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Gradients of each objective by `hidden`, `(n, D_model)` in float32 or better, and by parameters of the head."""
+    of_head: list[dict[str, Tensor]] = [{} for _ in range(objectives)]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     grads = [torch.zeros_like(hidden, dtype=dtype) for _ in range(objectives)]
     for rows in torch.arange(len(inputs.labels)).split(policy.head_chunk_tokens):
         on_device = rows.to(hidden.device)
-        leaf = hidden.detach()[on_device].to(dtype).requires_grad_()
-        labels = inputs.labels[rows].to(hidden.device)
-        logprob, entropy = token_statistics(token_log_probs(head.logits(leaf), policy.temperature), labels)
         sequence, position = inputs.sequence[rows], inputs.position[rows]
-        a, b = weights(sequence, position, *collector.add(sequence, position, logprob, entropy)[:2])
-        for k in range(objectives):
-            value = (a[k].to(logprob) * logprob + b[k].to(entropy) * entropy).sum()
-            more = k < objectives - 1
-            found = torch.autograd.grad(value, [leaf, *own.values()], retain_graph=more, allow_unused=True)
-            grads[k][on_device] = found[0]
-            totals.add(k, own, found[1:])
-    return grads
+
+        def constants(
+            l: Tensor, h: Tensor, sequence: Tensor = sequence, position: Tensor = position
+        ) -> tuple[Tensor, Tensor]:
+            a, b = weights(sequence, position, *collector.add(sequence, position, l, h)[:2])
+            return a.to(l), b.to(h)
+
+        states, labels = hidden.detach()[on_device].to(dtype), inputs.labels[rows].to(hidden.device)
+        found = head_gradients(head, states, labels, policy.temperature, constants, list(own.values()))
+        for k, (by_states, *by_own) in enumerate(found):
+            if by_states is not None:
+                grads[k][on_device] = by_states
+            for name, grad in zip(own, by_own, strict=True):
+                if grad is not None:
+                    of_head[k][name] = of_head[k][name] + grad if name in of_head[k] else grad
+    return grads, of_head
 
 
 def _network_gradients(hidden: Tensor, grads: list[Tensor], totals: _Totals) -> None:
-    """Carry the gradients by `hidden` down the network and add them to `totals`."""
+    """Carry the gradients by `hidden` down the network and add them to `totals`.
+
+    Raises:
+        torch.OutOfMemoryError: there is no memory for the first; nothing has been added.
+        NumericalError: there is none for a later one.
+    """
     if not hidden.requires_grad:  # only the output layer is trainable
         return
     parameters = list(totals.parameters.values())
     for k, grad in enumerate(grads):
         scale = float16_scale(grad) if hidden.dtype == torch.float16 else 1.0
-        found = torch.autograd.grad(
-            hidden,
-            parameters,
-            grad_outputs=(grad * scale).to(hidden.dtype),
-            retain_graph=k < len(grads) - 1,
-            allow_unused=True,
-        )
+        try:
+            found = torch.autograd.grad(
+                hidden,
+                parameters,
+                grad_outputs=(grad * scale).to(hidden.dtype),
+                retain_graph=k < len(grads) - 1,
+                allow_unused=True,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if k == 0 or not is_out_of_memory(error):
+                raise
+            raise NumericalError(
+                f"expected memory for {len(grads)} backwards of a microbatch, found it gone after {k}: something else "
+                "has taken it meanwhile; run again with a smaller memory_config.tokens_per_microbatch"
+            ) from error
         totals.add(k, totals.parameters, found, scale)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +23,7 @@ class MicroBatch:
         column: `prompt_len - 1 + t`, the position of that hidden state, `(n,)`, CPU.
         labels: the response tokens, `(n,)`, CPU.
         size: `b`.
+        useful: positions that are no padding.
     """
 
     input_ids: Tensor
@@ -34,20 +34,38 @@ class MicroBatch:
     column: Tensor
     labels: Tensor
     size: int
+    useful: int
+
+    @property
+    def padded(self) -> int:
+        """`b L`."""
+        return self.input_ids.numel()
 
 
-def microbatches(batch: RolloutBatch, size: int, device: torch.device) -> Iterator[MicroBatch]:
-    """Yield the sequences of `batch` in microbatches of `size`, longest first; empty responses are left out.
+def split(batch: RolloutBatch, sequences: int | None, tokens: int | None) -> list[list[int]]:
+    """The sequences of each microbatch, longest first; empty responses are left out.
 
     The split depends on the lengths only, so that two passes over the same batch see the same shapes, which is
     what makes the arithmetic of rescoring cancel.
+
+    Args:
+        batch: any.
+        sequences: most sequences of a microbatch; None for any number.
+        tokens: most positions, padding included; a sequence that is longer is alone. None for any number.
     """
     lengths = batch.lengths
     totals = torch.tensor([len(ids) for ids in batch.prompt_ids]) + lengths
     order = torch.argsort(totals, descending=True, stable=True)
     order = order[lengths[order] > 0]
-    for start in range(0, len(order), size):
-        yield collate(batch, order[start : start + size].tolist(), device)
+    indices, longest = order.tolist(), (totals[order] - 1).tolist()
+    found, start = [], 0
+    while start < len(indices):
+        size = len(indices) if sequences is None else sequences
+        if tokens is not None:
+            size = min(size, max(tokens // longest[start], 1))
+        found.append(indices[start : start + size])
+        start += size
+    return found
 
 
 def first_microbatch(batch: RolloutBatch, size: int) -> RolloutBatch:
@@ -85,4 +103,5 @@ def collate(batch: RolloutBatch, indices: list[int], device: torch.device) -> Mi
         column=column,
         labels=labels,
         size=len(indices),
+        useful=int(inputs.sum()),
     )

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from probe.data.batch import RolloutBatch
+from probe.errors.memory import is_out_of_memory
 from probe.loading import trainable_parameters
 from probe.scoring.head import OutputHead
-from probe.scoring.microbatch import MicroBatch, microbatches
+from probe.scoring.microbatch import MicroBatch, collate, split
 from probe.scoring.room import check_batch
+from probe.scoring.traffic import Traffic
 from probe.snapshot import Places, replaced, stand_ins
+
+T = TypeVar("T")
+DEFAULT_TOKENS = 2048
+"""Positions that go through a model at a time where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,10 @@ class Policy:
     Attributes:
         model: a transformers causal LM, possibly wrapped by peft, in evaluation mode.
         temperature: `tau`.
-        microbatch_size: sequences per pass.
+        microbatch_size: sequences that go through the model at a time; None for as many as the tokens allow.
+        tokens_per_microbatch: positions that do, padding included; None for as many as the sequences have, or
+            `DEFAULT_TOKENS` where nothing says how many these are.
+        traffic: what went through it, and what it had no memory for.
         head_chunk_tokens: tokens whose logits are held at a time.
         autocast: a context manager factory for mixed precision (Fabric's `autocast`).
         values: values that stand in for some of the model's parameters, by name; the parameters themselves are not
@@ -34,10 +45,12 @@ class Policy:
 
     model: nn.Module
     temperature: float = 1.0
-    microbatch_size: int = 2
+    microbatch_size: int | None = 2
     head_chunk_tokens: int = 256
     autocast: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
     values: Mapping[str, Tensor] | None = None
+    tokens_per_microbatch: int | None = None
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     def at(self, values: Mapping[str, Tensor]) -> Policy:
         """The policy with other values in the place of its parameters, which stay as they are.
@@ -93,14 +106,63 @@ class Policy:
         """Where `values` go; found once, and not for every microbatch."""
         return stand_ins(self.model, self.values or {})
 
-    def microbatches(self, batch: RolloutBatch) -> Iterator[MicroBatch]:
-        """The sequences of a batch as inputs of the model.
+    def in_other_shapes(self) -> Policy:
+        """The policy with microbatches of half the size, which round differently."""
+        size, tokens = self.microbatch_size, self.tokens_per_microbatch
+        if size is None:
+            return replace(self, tokens_per_microbatch=max((tokens or DEFAULT_TOKENS) // 2, 1))
+        return replace(self, microbatch_size=size // 2 if size > 1 else 2)
+
+    def split(self, batch: RolloutBatch) -> list[list[int]]:
+        """The sequences of each microbatch of a batch.
 
         Raises:
             DataError: the model has no room for one of them.
         """
         check_batch(self.model, batch)
-        return microbatches(batch, self.microbatch_size, self.device)
+        tokens = self.tokens_per_microbatch
+        if self.microbatch_size is None and tokens is None:
+            tokens = DEFAULT_TOKENS
+        limits = [limit for limit in (tokens, self.traffic.most) if limit is not None]
+        return split(batch, self.microbatch_size, min(limits, default=None))
+
+    def microbatches(self, batch: RolloutBatch) -> Iterator[MicroBatch]:
+        """The sequences of a batch as inputs of the model; see `split`."""
+        return (collate(batch, indices, self.device) for indices in self.split(batch))
+
+    def each(self, batch: RolloutBatch, run: Callable[[MicroBatch], T]) -> Iterator[T]:
+        """What `run` gives for the microbatches of a batch.
+
+        One that memory does not suffice for is run again in two halves, and none of later passes is larger than these:
+        nothing is lost but time. Scores of the same sequences in other shapes differ by rounding.
+
+        Args:
+            batch: any.
+            run: leaves nothing behind where it fails.
+
+        Raises:
+            DataError: the model has no room for a sequence.
+            torch.OutOfMemoryError: memory does not suffice for one sequence.
+        """
+        waiting = deque(self.split(batch))
+        while waiting:
+            indices = waiting.popleft()
+            inputs = collate(batch, indices, self.device)
+            try:
+                found = run(inputs)
+            except (RuntimeError, MemoryError) as error:
+                if len(indices) == 1 or not is_out_of_memory(error):
+                    raise
+            else:
+                self.traffic.count(inputs.useful, inputs.padded)
+                yield found
+                continue
+            # only here, where nothing of what was tried is held any more
+            self.traffic.too_much(inputs.padded)
+            half = (len(indices) + 1) // 2
+            waiting.extendleft([indices[half:], indices[:half]])
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def hidden_states(self, head: OutputHead, inputs: MicroBatch) -> Tensor:
         """Hidden states `(n, D_model)` that predict the microbatch's `n` response tokens."""

@@ -42,7 +42,7 @@ def measure_at(runner: ProbeRunner, module: EntropyProbe, learning_rate: float) 
             floor = None if module.policy.half_precision or smaller else known
             state.keep(ground_truth(module.batch_source, state.drawn, state.update, state.predicted, floor))
         seconds = time.perf_counter() - start
-        state.timing, state.passes = {"ground_truth": seconds, "total": seconds}, []
+        state.timing, state.passes, state.traffic = {"ground_truth": seconds, "total": seconds}, [], {}
         return build_result(
             state, module.provenance, runner.config_mapping(module), datetime.now().astimezone()
         )

@@ -33,6 +33,8 @@ OF_ITS_PASSES = {
     "clip_factor",
     "step_norm",
     "derivative_check_error",
+    "threads",
+    "tokens_per_microbatch",
 }
 OF_ITS_PASSES |= {"sampling_scoring_gap", "on_policy_z"}
 """Its diagnostics of the update batch and of sampling."""

@@ -73,7 +73,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"target_se": 0.0}, "target_se: expected a number of nats per token above 0, or None, found 0.0"),
     ({"target_se": -1}, "target_se: expected a number of nats per token above 0, or None, found -1"),
     ({"target_se": float("inf")}, "target_se: expected a finite number, found inf"),
-    ({"microbatch_size": 0}, "microbatch_size: expected an integer of at least 1, found 0"),
+    ({"microbatch_size": 0}, "microbatch_size: expected an integer of at least 1, or auto, found 0"),
     ({"head_chunk_tokens": -1}, "head_chunk_tokens: expected an integer of at least 1, found -1"),
     (
         {"collapse_entropy": 0.0},
