@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import NumericalError
 from probe.scoring.collector import Collector, Progress
-from probe.scoring.head import OutputHead, token_log_probs, token_statistics
+from probe.scoring.fused_head import head_gradients
+from probe.scoring.head import OutputHead
 from probe.scoring.microbatch import MicroBatch
 from probe.scoring.policy import Policy
 from probe.scoring.scores import TokenScores
@@ -79,17 +80,20 @@ def _head_gradients(
     grads = [torch.zeros_like(hidden, dtype=dtype) for _ in range(objectives)]
     for rows in torch.arange(len(inputs.labels)).split(policy.head_chunk_tokens):
         on_device = rows.to(hidden.device)
-        leaf = hidden.detach()[on_device].to(dtype).requires_grad_()
-        labels = inputs.labels[rows].to(hidden.device)
-        logprob, entropy = token_statistics(token_log_probs(head.logits(leaf), policy.temperature), labels)
         sequence, position = inputs.sequence[rows], inputs.position[rows]
-        a, b = weights(sequence, position, *collector.add(sequence, position, logprob, entropy)[:2])
-        for k in range(objectives):
-            value = (a[k].to(logprob) * logprob + b[k].to(entropy) * entropy).sum()
-            more = k < objectives - 1
-            found = torch.autograd.grad(value, [leaf, *own.values()], retain_graph=more, allow_unused=True)
-            grads[k][on_device] = found[0]
-            totals.add(k, own, found[1:])
+
+        def constants(
+            l: Tensor, h: Tensor, sequence: Tensor = sequence, position: Tensor = position
+        ) -> tuple[Tensor, Tensor]:
+            a, b = weights(sequence, position, *collector.add(sequence, position, l, h)[:2])
+            return a.to(l), b.to(h)
+
+        states, labels = hidden.detach()[on_device].to(dtype), inputs.labels[rows].to(hidden.device)
+        found = head_gradients(head, states, labels, policy.temperature, constants, list(own.values()))
+        for k, (by_states, *by_own) in enumerate(found):
+            if by_states is not None:
+                grads[k][on_device] = by_states
+            totals.add(k, own, by_own)
     return grads
 
 

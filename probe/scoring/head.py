@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,9 @@ from probe.errors.exceptions import NumericalError
 from probe.errors.remedies import Remedy
 from probe.scoring.logit_tail import LogitTail, choose_tail, difference, possible_tails
 from probe.snapshot import standing_in
+
+logger = logging.getLogger(__name__)
+HALF = (torch.float16, torch.bfloat16)
 
 
 def token_log_probs(logits: Tensor, temperature: float) -> Tensor:
@@ -74,6 +78,8 @@ class OutputHead:
         )
         self._tail: LogitTail | None = None
         self._promoted: dict[str, Tensor] | None = None
+        self.vocabulary = 0
+        self.divides = False
         own: dict[int, str] = {
             id(p): name for name, p in layer.named_parameters()
         }  # tied weights by identity
@@ -100,23 +106,72 @@ class OutputHead:
         finally:
             handle.remove()
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits `(..., V)` of hidden states `(..., D)`, in float32 or better whatever the model's precision.
+    @property
+    def tail(self) -> LogitTail:
+        """What the model does to the output layer's logits; the plain one before `check` has seen any."""
+        return self._tail or self._tails[0]
 
-        The output layer, adapter on it included, runs with its weights in float32; those that are not are converted
-        once per pass.
+    def logits(self, hidden: Tensor, start: int = 0, end: int | None = None) -> Tensor:
+        """Logits `(..., V)` of hidden states `(..., D)`, or those from `start` to `end`; see `outputs`."""
+        output = self.outputs(hidden, start, end)
+        return self.tail(output) if self.tail.changes else output
+
+    def outputs(self, hidden: Tensor, start: int = 0, end: int | None = None) -> Tensor:
+        """What the output layer gives for hidden states `(..., D)`, in float32 or better whatever its precision.
+
+        The layer, adapter on it included, runs with its weights in float32; those that are not are converted once per
+        pass, or part by part.
+
+        Args:
+            hidden: any.
+            start: first token of the vocabulary.
+            end: one after the last; None for all. A part can be had where the layer `divides`.
         """
-        if self._promoted is None:
-            tensors = {**dict(self.layer.named_parameters()), **dict(self.layer.named_buffers())}
-            half = (torch.float16, torch.bfloat16)
-            self._promoted = {
-                name: t.to(torch.float32) if t.dtype in half else t
-                for name, t in {**tensors, **self._values}.items()
-                if t.dtype in half or name in self._values
-            }
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False), standing_in(self.layer, self._promoted):
-            return (self._tail or self._tails[0])(self.layer(hidden.to(dtype)))
+        values = self._whole() if end is None else self._part(start, end)
+        with torch.autocast(hidden.device.type, enabled=False), standing_in(self.layer, values):
+            return self.layer(hidden.to(dtype))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The layer's parameters and buffers, or what stands in for them."""
+        return {**dict(self.layer.named_parameters()), **dict(self.layer.named_buffers()), **self._values}
+
+    def _whole(self) -> dict[str, Tensor]:
+        """What the layer runs with: stand-ins, and 16-bit weights in float32, converted once."""
+        if self._promoted is None:
+            self._promoted = {
+                name: t.to(torch.float32) if t.dtype in HALF else t
+                for name, t in self._tensors().items()
+                if t.dtype in HALF or name in self._values
+            }
+        return self._promoted
+
+    def _part(self, start: int, end: int, promote: bool = True) -> dict[str, Tensor]:
+        """What a part of the layer runs with: the rows of whatever has one for each token of the vocabulary."""
+        found = {}
+        for name, t in self._tensors().items():
+            rows = t[start:end] if t.dim() and t.shape[0] == self.vocabulary else t
+            found[name] = rows.to(torch.float32) if promote and rows.dtype in HALF else rows
+        return found
+
+    def _can_be_divided(self, last: Tensor, output: Tensor, tolerance: float) -> bool:
+        """Whether parts of the layer give parts of its output: tried at both ends of the vocabulary."""
+        size = min(8, self.vocabulary)
+        try:
+            for start in {0, self.vocabulary - size}:
+                with standing_in(self.layer, self._part(start, start + size, promote=False)):
+                    part = self.layer(last)
+                whole = output[..., start : start + size]
+                if part.shape != whole.shape or not difference(part, whole) <= tolerance:
+                    return False
+        except (
+            RuntimeError,
+            ValueError,
+            IndexError,
+        ) as error:  # packed weights, layers with sizes of their own
+            logger.debug("the output layer is run as a whole: %s", error)
+            return False
+        return True
 
     def check(self, hidden: Tensor, model_logits: Tensor) -> None:
         """Compare the output layer and tail, run at the last position in the model's own type, with the model's logits.
@@ -139,6 +194,8 @@ class OutputHead:
             tolerance = 1e-2 if half else 1e-4  # the tail itself rounds in half precision
             if self._tail is None:
                 self._tail = choose_tail(self._tails, output, own, tolerance)
+                self.vocabulary = output.shape[-1]
+                self.divides = self._can_be_divided(last, output, tolerance)
             worst = difference(self._tail(output), own)
         if not worst <= tolerance:
             raise NumericalError(

@@ -27,6 +27,26 @@ class LogitTail:
             logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
+    @property
+    def changes(self) -> bool:
+        """Whether it does anything to logits."""
+        return self.scale != 1.0 or self.softcap is not None
+
+    def gradient(self, gradient: Tensor, z: Tensor, largest: Tensor, temperature: float) -> Tensor:
+        """Take a gradient by `z = tail(y) / temperature` back to the output layer's logits `y`, in place.
+
+        Args:
+            gradient: by `z`, `(n, V)`; overwritten.
+            z: less `largest`, `(n, V)`; overwritten with a soft cap, and not read without one.
+            largest: `(n, 1)`.
+            temperature: the sampling temperature `tau`.
+        """
+        if self.softcap is not None:  # the tanh is what `z` is of the cap
+            share = (z + largest).mul_(temperature / self.softcap)
+            gradient.mul_(share.square_().neg_().add_(1.0))
+        factor = self.scale / temperature
+        return gradient if factor == 1.0 else gradient.mul_(factor)
+
 
 def possible_tails(config: Any) -> list[LogitTail]:
     """The tails that a configuration allows: first those with the soft cap that it declares, and the plain scale first.

@@ -14,7 +14,9 @@ from torch import Tensor
 from probe.data.batch import RolloutBatch
 from probe.scoring.collector import Collector, Progress
 from probe.scoring.features import FeatureBasis
+from probe.scoring.fused_head import token_values
 from probe.scoring.head import OutputHead, token_log_probs, token_statistics
+from probe.scoring.microbatch import MicroBatch
 from probe.scoring.policy import Policy
 from probe.scoring.scores import TokenScores
 
@@ -66,18 +68,37 @@ class ScoredChunk:
 def scored_chunks(
     policy: Policy, batch: RolloutBatch, basis: FeatureBasis | None = None
 ) -> Iterator[ScoredChunk]:
-    """Run the policy over a batch and yield its scores a few tokens at a time, in whatever grad mode is on."""
+    """Run the policy over a batch and yield its scores, in whatever grad mode is on.
+
+    With grad mode off the vocabulary goes by in tiles (`token_values`); nested derivatives, which need it on, take
+    tables of a few tokens by the vocabulary.
+    """
     head = OutputHead(policy.model, policy.values)
     for inputs in policy.microbatches(batch):
         hidden = policy.hidden_states(head, inputs)
-        for rows in torch.arange(len(inputs.labels)).split(policy.head_chunk_tokens):
-            states = hidden[rows.to(hidden.device)]
-            labels = inputs.labels[rows].to(hidden.device)
-            logp = token_log_probs(head.logits(states), policy.temperature)
-            values: tuple[Tensor, ...] = token_statistics(logp, labels)
-            if basis is not None:
-                values = (*values, *basis.of(logp, states))
-            last = int(rows[-1]) == len(inputs.labels) - 1
-            yield ScoredChunk(
-                inputs.sequence[rows], inputs.position[rows], values, inputs.size if last else 0
-            )
+        labels = inputs.labels.to(hidden.device)
+        if torch.is_grad_enabled():
+            yield from _by_tables(policy, head, inputs, hidden, labels, basis)
+            continue
+        found = token_values(head, hidden, labels, policy.temperature, policy.head_chunk_tokens, basis)
+        yield ScoredChunk(inputs.sequence, inputs.position, found, inputs.size)
+
+
+def _by_tables(
+    policy: Policy,
+    head: OutputHead,
+    inputs: MicroBatch,
+    hidden: Tensor,
+    labels: Tensor,
+    basis: FeatureBasis | None,
+) -> Iterator[ScoredChunk]:
+    """The scores of a microbatch from log-probs of a few tokens by the whole vocabulary."""
+    for rows in torch.arange(len(inputs.labels)).split(policy.head_chunk_tokens):
+        on_device = rows.to(hidden.device)
+        states = hidden[on_device]
+        logp = token_log_probs(head.logits(states), policy.temperature)
+        values: tuple[Tensor, ...] = token_statistics(logp, labels[on_device])
+        if basis is not None:
+            values = (*values, *basis.of(logp, states))
+        last = int(rows[-1]) == len(inputs.labels) - 1
+        yield ScoredChunk(inputs.sequence[rows], inputs.position[rows], values, inputs.size if last else 0)

@@ -24,11 +24,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import NumericalError, RolloutError
 from probe.scoring import Policy, score_tokens, token_gradients
 from probe.scoring.scores import TokenScores
-from tests.support.enumerable import all_sequences, naive_scores, tiny_policy
+from tests.support.enumerable import all_sequences, naive_scores, ragged_batch, tiny_policy
 
 SMALL = {
     "vocab_size": 40,
@@ -102,23 +101,6 @@ def build(name):
         )
         model = get_peft_model(model, adapter)
     return model.eval()
-
-
-def ragged_batch(seed=1):
-    """Prompts and responses of mixed length; token 0 (pad) and 2 (EOS) occur as ordinary tokens too."""
-    g = torch.Generator().manual_seed(seed)
-    prompts = [tuple(torch.randint(0, 40, (n,), generator=g).tolist()) for n in (3, 9, 1, 6)]
-    lengths = torch.tensor([5, 2, 7, 1])
-    mask = torch.arange(7) < lengths.unsqueeze(1)
-    return RolloutBatch(
-        prompts=("",) * 4,
-        completions=("",) * 4,
-        prompt_ids=tuple(prompts),
-        completion_ids=torch.randint(0, 40, (4, 7), generator=g),
-        mask=mask,
-        truncated=torch.zeros(4, dtype=torch.bool),
-        group=torch.arange(4),
-    )
 
 
 MODELS = [

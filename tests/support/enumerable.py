@@ -90,6 +90,23 @@ def as_batch(rows: list[tuple[int, ...]], truncated: list[bool] | None = None) -
     )
 
 
+def ragged_batch(seed: int = 1, vocabulary: int = 40) -> RolloutBatch:
+    """Prompts and responses of mixed length; token 0 (pad) and 2 (EOS) occur as ordinary tokens too."""
+    g = torch.Generator().manual_seed(seed)
+    prompts = [tuple(torch.randint(0, vocabulary, (n,), generator=g).tolist()) for n in (3, 9, 1, 6)]
+    lengths = torch.tensor([5, 2, 7, 1])
+    mask = torch.arange(7) < lengths.unsqueeze(1)
+    return RolloutBatch(
+        prompts=("",) * 4,
+        completions=("",) * 4,
+        prompt_ids=tuple(prompts),
+        completion_ids=torch.randint(0, vocabulary, (4, 7), generator=g),
+        mask=mask,
+        truncated=torch.zeros(4, dtype=torch.bool),
+        group=torch.arange(4),
+    )
+
+
 def naive_scores(policy: Policy, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
     """`(l, h)`, `(B, T)`, one sequence at a time with full logits and autograd: the independent reference."""
     l_rows, h_rows = [], []
