@@ -73,6 +73,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(fused, "TILE", 16)
     monkeypatch.setattr(fused, "TILE_ROWS", 7)
     monkeypatch.setattr(fused, "PIECE", 5)
+    monkeypatch.setattr(fused, "BLOCK", 3)
 
 
 @pytest.fixture
