@@ -1,11 +1,15 @@
-"""The output head beside its floor and beside other libraries': log-prob of the realised token and exact entropy.
+"""Time, memory and accuracy of the output head against the bare matrix products, and against the heads of others.
 
-Every variant runs in a process of its own (peak memory), in turn, on one thread: hidden states `(tokens, hidden)` in
-float32, a frozen output layer. The floor of scoring is the bare matrix product; that of a gradient to the hidden states
-are the two products that it cannot do without. Other libraries are imported from their released packages and never
-rewritten; one that is not installed is named as missing (`pip install trl`, `pip install --no-deps liger-kernel verl`).
+Scoring (log-prob of a token and exact entropy) needs one product of hidden states and output weights, a gradient of `K`
+objectives `1 + K`. Each way runs in a process of its own, so that its peak memory is its own, and takes turns with the
+bare products there; reported are the medians of paired ratios of processor seconds over all rounds. Accuracy is the
+largest difference from float64 of a log-prob and of an entropy, in nats.
 
-    python benchmarks/head.py [--rounds 3] [--tokens 1024] [--hidden 896] [--vocabulary 151936]
+Others are TRL's functions, and the fall-backs in plain torch of verl and Liger; what cannot be imported is named as
+missing. Of verl and Liger one file each is read, which needs torch alone: `pip install --no-deps verl liger-kernel`
+does.
+
+    python benchmarks/head.py [--rounds 3] [--tokens 1024] [--dtype float32] [--vocabulary 151936] [--hidden 896]
 """
 
 from __future__ import annotations
@@ -20,31 +24,72 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from probe.scoring.fused_head import head_gradients, token_values
+from probe.scoring.head import OutputHead, token_log_probs, token_statistics
 
-FLOORS = ("floor: product", "floor: two products")
-PEERS = ("naive logits", "TRL", "verl", "Liger")
-TILE = 256
-"""Rows of the products that the floors are made of."""
+ROWS = 256
+"""Tokens of a gradient at a time, `memory_config.head_chunk_tokens`."""
+TRL_CHUNK = 8192
+"""TRL's default width of a chunk of the vocabulary."""
+Values = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`(hidden, weight, labels) -> (l, h)`, differentiable by `hidden`."""
 
 
-def file_of(package: str, path: str) -> ModuleType:
-    """One file of an installed package, without what its `__init__` imports.
+def naive(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """All logits, in the type of the weights, and their log-softmax in float32."""
+    return token_statistics(token_log_probs((hidden @ weight.T).float(), 1.0), labels)
+
+
+def trl_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """TRL on all logits."""
+    from trl.trainer.utils import selective_log_softmax_and_entropy
+
+    return selective_log_softmax_and_entropy(hidden @ weight.T, labels)
+
+
+def trl_chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """TRL's head in chunks of the vocabulary."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    found = ChunkedLogProbFunction.apply(
+        hidden, weight, None, labels, 1.0, TRL_CHUNK, None, 1.0, ("entropy",)
+    )
+    return found[0], found[1]
+
+
+def verl(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The fused head that verl has for PPO, in chunks of 512 tokens."""
+    sys.modules.setdefault("liger_kernel", None)  # type: ignore[arg-type]  # it would take Liger's, which wants Triton
+    head = _file("verl", "utils/experimental/torch_functional.py").FusedLinearForPPO()
+    return head(hidden, weight, labels)
+
+
+def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Liger's fall-back in torch, in chunks of 512 tokens."""
+    head = _file("liger_kernel", "ops/fused_linear_scaled_cross_entropy.py")
+    nll, entropy = head.LigerFusedLinearScaledCrossEntropyFunction.apply(
+        hidden, weight, labels, 1.0, -100, 1, True
+    )
+    return -nll, entropy
+
+
+def _file(package: str, path: str) -> Any:
+    """One file of a package as a module, without what its package imports.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
     """
     found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        raise ModuleNotFoundError(package)
-    spec = importlib.util.spec_from_file_location(
-        f"bench_{package}", Path(found.submodule_search_locations[0]) / path
-    )
+    if found is None or found.submodule_search_locations is None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    place = Path(next(iter(found.submodule_search_locations))) / path
+    spec = importlib.util.spec_from_file_location(f"{package}_{place.stem}", place)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -52,119 +97,112 @@ def file_of(package: str, path: str) -> ModuleType:
     return module
 
 
-def peer(name: str, weight: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`(hidden, labels) -> (l, h)` of a library, differentiable."""
-    if name == "naive logits":
-
-        def naive(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            logp = torch.log_softmax(hidden @ weight.T, dim=-1)
-            return logp.gather(1, labels.unsqueeze(1)).squeeze(1), -(logp.exp() * logp).sum(1)
-
-        return naive
-    if name == "TRL":
-        trl = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
-        return lambda hidden, labels: trl.apply(
-            hidden, weight, None, labels, 1.0, 8192, None, 1.0, ("entropy",)
-        )[:2]
-    if name == "verl":
-        verl = file_of("verl", "utils/experimental/torch_functional.py").FusedLinearForPPOFunction
-        return lambda hidden, labels: verl.apply(hidden, weight, labels, 1.0, 512)
-    liger = file_of(
-        "liger_kernel", "ops/fused_linear_scaled_cross_entropy.py"
-    )._FusedLinearPPOFallbackFunction
-
-    def scaled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        nll, entropy = liger.apply(hidden, weight, labels, 1.0, -100, True)
-        return -nll, entropy
-
-    return scaled
+OTHERS: dict[str, Values] = {
+    "naive logits": naive,
+    "TRL, logits": trl_logits,
+    "TRL, chunks": trl_chunks,
+    "verl, fused PPO head": verl,
+    "Liger, torch fall-back": liger,
+}
+PASSES = {"score": 0, "gradient K=1": 1, "gradient K=2": 2}
+"""Number of objectives by the name of a pass."""
 
 
-def variant(name: str, tokens: int, hidden_size: int, vocabulary: int) -> Callable[[], object]:
-    """What a variant computes once."""
-    generator = torch.Generator().manual_seed(0)
-    layer = nn.Linear(hidden_size, vocabulary, bias=False).requires_grad_(False)
-    hidden = torch.randn(tokens, hidden_size, generator=generator)
-    labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
-    weight = layer.weight
-    a, b = (torch.randn(2, tokens, generator=generator, dtype=torch.float64) for _ in range(2))
-    if name == "floor: product":
-        return lambda: [rows @ weight.T for rows in hidden.split(TILE)]
-    if name == "floor: two products":
-        return lambda: [(rows @ weight.T) @ weight for rows in hidden.split(TILE)]
-    kind, _, who = name.partition(": ")
-    if who == "probe":
-        from probe.scoring.fused_head import head_gradients, token_values
-        from probe.scoring.head import OutputHead
+class Problem:
+    """A model's output layer, hidden states and labels."""
 
-        head = OutputHead(_Bare(layer))
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Random, with entropies of some nats."""
+        torch.manual_seed(0)
+        dtype = getattr(torch, options.dtype)
+        config = Qwen2Config(
+            vocab_size=options.vocabulary,
+            hidden_size=options.hidden,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
+        model = Qwen2ForCausalLM(config).to(dtype).eval().requires_grad_(False)
+        self.weight = model.lm_head.weight
+        self.hidden = (3.0 * torch.randn(options.tokens, options.hidden)).to(dtype)
+        self.labels = torch.randint(0, options.vocabulary, (options.tokens,))
+        self.weights = torch.randn(2, 2, options.tokens)
+        self.head = OutputHead(model)
+        with torch.no_grad(), self.head.capture() as states:
+            logits = model(torch.zeros(1, 1, dtype=torch.long)).logits
+        self.head.check(states[-1], logits)
+
+    def products(self, objectives: int) -> None:
+        """What no way can do without, of as many tokens as the probe takes at a time."""
         with torch.no_grad():
-            head.check(hidden[None, :1], layer(hidden[None, :1]))
-        if kind == "score":
+            for states in self.hidden.split(ROWS if objectives else len(self.hidden)):
+                z = states @ self.weight.T
+                for _ in range(objectives):
+                    z @ self.weight
 
-            def score() -> object:
-                with torch.no_grad():
-                    return token_values(head, hidden, labels, 1.0, TILE)
-
-            return score
-        count = 2 if kind == "two gradients" else 1
-        return lambda: [
-            head_gradients(
-                head,
-                hidden[rows],
-                labels[rows],
-                1.0,
-                lambda l, h, rows=rows: (a[:count, rows], b[:count, rows]),
-            )
-            for rows in torch.arange(tokens).split(TILE)
-        ]
-    run = peer(who, weight)
-    if kind == "score":
-
-        def scored() -> object:
+    def probe(self, objectives: int) -> tuple[Tensor, Tensor]:
+        """The probe's way."""
+        if not objectives:
             with torch.no_grad():
-                return run(hidden, labels)
+                return token_values(self.head, self.hidden, self.labels, 1.0, ROWS)  # type: ignore[return-value]
+        seen: list[tuple[Tensor, Tensor]] = []
+        gradients = []
+        for rows in torch.arange(len(self.labels)).split(ROWS):
+            a, b = self.weights[:, :objectives, rows]
 
-        return scored
+            def constants(l: Tensor, h: Tensor, a: Tensor = a, b: Tensor = b) -> tuple[Tensor, Tensor]:
+                seen.append((l, h))
+                return a, b
 
-    def gradient() -> object:
-        leaf = hidden.clone().requires_grad_()
-        l, h = run(leaf, labels)
-        return torch.autograd.grad((a[0].float() * l + b[0].float() * h).sum(), leaf)
+            states = self.hidden[rows].float()
+            gradients.append(head_gradients(self.head, states, self.labels[rows], 1.0, constants))
+        l, h = zip(*seen, strict=True)
+        return torch.cat(l), torch.cat(h)
 
-    return gradient
+    def other(self, values: Values, objectives: int) -> tuple[Tensor, Tensor]:
+        """Another way: backward once for each objective."""
+        hidden = self.hidden.detach().clone().requires_grad_(objectives > 0)
+        with torch.set_grad_enabled(objectives > 0):
+            l, h = values(hidden, self.weight, self.labels)
+        for k in range(objectives):
+            value = (self.weights[0, k] * l + self.weights[1, k] * h).sum()
+            torch.autograd.grad(value, hidden, retain_graph=k < objectives - 1)
+        return l.detach(), h.detach()
+
+    def errors(self, found: tuple[Tensor, Tensor]) -> list[float]:
+        """The largest differences from float64 of `l` and of `h`, of the first tokens."""
+        few = slice(0, 64)
+        with torch.no_grad():
+            logits = self.hidden[few].double() @ self.weight.double().T
+            exact = token_statistics(token_log_probs(logits, 1.0), self.labels[few])
+        return [float((x[few] - y).abs().max()) for x, y in zip(found, exact, strict=True)]
 
 
-class _Bare(nn.Module):
-    """As much of a model as an output head looks at."""
+def run_one(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds over those of the products, peak memory in MB above the problem's own, and the errors."""
+    name, what = options.variant.split("/")
+    problem, objectives = Problem(options), PASSES[what]
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer, self.config = layer, argparse.Namespace()
+    def once() -> tuple[Tensor, Tensor]:
+        return problem.probe(objectives) if name == "probe" else problem.other(OTHERS[name], objectives)
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.layer
-
-
-def measured(name: str, options: argparse.Namespace) -> dict[str, float] | None:
-    """Seconds of the faster of two calls after one to warm up, and peak memory in MB; None without its package."""
-    try:
-        compute = variant(name, options.tokens, options.hidden, options.vocabulary)
-        idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        compute()
-    except ModuleNotFoundError:
-        return None
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        compute()
-        seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle
-    return {"seconds": min(seconds), "peak": peak / 1024}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = once()  # also what happens once
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    problem.products(objectives)
+    seconds: list[float] = []
+    for way in (lambda: problem.products(objectives), once) * 2:
+        start = time.process_time()
+        way()
+        seconds.append(time.process_time() - start)
+    ratio = (seconds[1] + seconds[3]) / (seconds[0] + seconds[2])
+    return {"ratio": ratio, "peak": peak, "errors": problem.errors(found)}
 
 
 def main() -> int:
-    """Run all variants in turn and print a Markdown table."""
+    """Run all ways in turn and print a Markdown table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -172,41 +210,44 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=896)
     parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.variant:
-        print(json.dumps(measured(options.variant, options)))
+        try:
+            print(json.dumps(run_one(options)))
+        except ModuleNotFoundError as error:
+            print(json.dumps({"missing": error.name}))
         return 0
-    ours = ("score: probe", "gradient: probe", "two gradients: probe")
-    names = [*FLOORS, *ours, *(f"{kind}: {who}" for who in PEERS for kind in ("score", "gradient"))]
-    found: dict[str, list[dict[str, float] | None]] = {name: [] for name in names}
+    names = ["probe", *OTHERS]
+    found: dict[str, list[dict[str, Any]]] = {f"{name}/{what}": [] for name in names for what in PASSES}
     for _ in range(options.rounds):
-        for name in names:
-            command = [sys.executable, __file__, *sys.argv[1:], "--variant", name]
+        for variant, rounds in found.items():
+            command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            rounds.append(json.loads(done.stdout.splitlines()[-1]))
     print(
-        f"{options.tokens} tokens, hidden {options.hidden}, V = {options.vocabulary:,}, float32, one thread"
+        f"{options.tokens} tokens, hidden {options.hidden}, vocabulary {options.vocabulary}, {options.dtype}:"
     )
-    print("\n| | time / floor | peak above the layer and hidden states, MB |\n|---|---|---|")
-    for name in names[len(FLOORS) :]:
-        rounds = found[name]
-        if any(r is None for r in rounds):
-            print(f"| {name} | not installed | |")
-            continue
-        floors = found["floor: product" if name.startswith("score") else "floor: two products"]
-        times = [r["seconds"] / f["seconds"] for r, f in zip(rounds, floors, strict=True) if r and f]
-        if name.startswith("two"):  # its floor has a third product
-            one = found["floor: product"]
-            times = [
-                r["seconds"] / (2 * f["seconds"] - o["seconds"])
-                for r, f, o in zip(rounds, floors, one, strict=True)
-                if r and f and o
-            ]
-        peak = statistics.median(r["peak"] for r in rounds if r)
-        print(f"| {name} | {statistics.median(times):.2f} | {peak:.0f} |")
+    print("time / bare products, peak MB\n")
+    print("| | " + " | ".join(PASSES) + " | largest error of l, h |")
+    print("|---" * (2 + len(PASSES)) + "|")
+    for name in names:
+        cells = [_cell(found[f"{name}/{what}"]) for what in PASSES]
+        errors = [r["errors"] for r in found[f"{name}/score"] if "errors" in r]
+        cells.append(", ".join(f"{max(e):.1e}" for e in zip(*errors, strict=True)))
+        print(f"| {name} | " + " | ".join(cells) + " |")
     return 0
+
+
+def _cell(rounds: list[dict[str, Any]]) -> str:
+    """What was measured in all rounds, or which module is missing."""
+    missing = {r["missing"] for r in rounds if "missing" in r}
+    if missing:
+        return f"missing: {', '.join(sorted(missing))}"
+    ratio, peak = (statistics.median(r[key] for r in rounds) for key in ("ratio", "peak"))
+    return f"{ratio:.2f}, {peak:.0f}"
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """Log-probs, entropies and their derivatives from hidden states, without a table of tokens by vocabulary.
 
-For logits `z` of one token, `m` their maximum, `Z = sum_v exp(z_v - m)` and `p = exp(z - m) / Z`,
+For logits `z` of one token over the temperature, `m` the largest, `v*` where it is, `r = sum_(v != v*) exp(z_v - m)`,
+`Z = 1 + r` and `p = exp(z - m) / Z`,
 
-    l = z_y - m - log Z                       h = log Z - E_p[z - m]
+    l = z_y - m - log(1 + r)                  h = log(1 + r) - E_p[z - m]
     dl = dz_y - E_p[dz]                       dh = -Cov_p(z, dz)          d E_p[psi] = Cov_p(psi, dz)
     dl / dz = 1_y - p                         dh / dz = -p (z - m - log Z + h)
 
-The sums over the vocabulary are taken tile by tile while the maximum so far is kept (online softmax: Milakov and
-Gimelshein, arXiv:1805.02867), short pieces in the type of the logits and all else in float64. Weights of an objective
-are constants, so that the gradient by the logits is known as soon as a token's sums are: scoring costs one product with
-the output layer and a gradient two, as in fused cross-entropies (Hsu et al., Liger Kernel, arXiv:2410.10989).
+Neither `l` of the likeliest token nor `h`, a sum of terms of one sign, loses digits where a distribution is nearly
+certain: the largest term is left out of the sum. The sums over the vocabulary are taken tile by tile while the
+largest logit so far is kept (online softmax: Milakov and Gimelshein, arXiv:1805.02867), short pieces in the type of the
+logits and all else in float64. Weights of an objective are constants, so that the gradient by the logits is known as
+soon as a token's sums are: scoring costs one product with the output layer and a gradient two, as in fused
+cross-entropies (Hsu et al., Liger Kernel, arXiv:2410.10989).
 """
 
 from __future__ import annotations
@@ -19,16 +22,24 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import get_gradient_edge
 
 from probe.scoring.features import FeatureBasis
 from probe.scoring.head import OutputHead
+from probe.scoring.logit_tail import LogitTail
 
-TILE = 8192
+TILE = 4096
 """Columns of the vocabulary whose logits are held at a time."""
 TILE_ROWS = 1024
 """Tokens whose logits of one tile are held at a time."""
+BLOCK = 128
+"""Tokens whose exponentials of one tile are held at a time: little enough for a processor's cache."""
 PIECE = 512
 """Columns that are summed in the type of the logits; sums of these are in float64."""
+FRESH = ("MmBackward0", "AddmmBackward0", "AddBackward0")
+"""Operations whose backward does not need their result."""
+NO_LOGIT = -1e300
+"""Less than any logit; finite, so that it times 0 is 0."""
 Weights = tuple[Tensor, Tensor]
 """`(a, b)`: constant weights `(K, n)` of `l` and of `h` in `K` objectives."""
 
@@ -51,25 +62,25 @@ def token_values(
         hidden: `(n, D_model)`.
         labels: `(n,)` token ids.
         temperature: the sampling temperature `tau`.
-        rows: tokens whose logits over the whole vocabulary may be held; `TILE_ROWS` by `TILE` of them are where the
-            output layer can be run in parts.
+        rows: tokens whose logits over the whole vocabulary may be held. Where the output layer can be run in parts,
+            `TILE` logits of as many tokens are, or of `TILE_ROWS` where these are more.
         basis: also give the features.
 
     Returns:
         `(l, h)`, both `(n,)` float64 in nats; with a basis `E_pi[psi]`, `(n, K)` float64, and the features of the
         states, `(n, K_state)`, as well. Dual numbers where logits are; of the states' features the values alone.
     """
-    width = head.vocabulary if head.divides and head.vocabulary > TILE else None
-    few = rows if width is None else max(rows, TILE_ROWS)
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "expected grad mode to be off, found it on: gradients do not go through token_values"
+        )
+    few = max(rows, TILE_ROWS) if head.divides else rows
     parts = []
     for states, own in zip(hidden.split(few), labels.split(few), strict=True):
-        sums = _Sums(own, temperature, None if basis is None else basis.tokens)
-        if width is None:
-            sums.add(0, head.logits(states))
-        else:
-            for start in range(0, width, TILE):
-                sums.add(start, head.logits(states, start, min(start + TILE, width)))
-        values = sums.finish()
+        sums = _Sums(own, head.tail, temperature, None if basis is None else basis.tokens)
+        for start, end in head.spans(TILE):
+            sums.add(start, head.outputs(states, start, end))
+        values = sums.values()
         if basis is not None:
             primal = forward_ad.unpack_dual(states).primal
             values = (*values, primal.float() @ basis.directions.to(primal.device))
@@ -78,84 +89,124 @@ def token_values(
 
 
 class _Sums:
-    """Sums over the vocabulary of some tokens, of the tiles seen so far; see the module's own text."""
+    """Sums over the vocabulary of some tokens, of the tiles seen so far; see the module's own text.
 
-    def __init__(self, labels: Tensor, temperature: float, tokens: Tensor | None) -> None:
+    With `z` relative to the largest logit so far and `e = exp(z)`, the columns of `others` are the sums of `e`, `e z`,
+    `e dz` and `e z dz` over all tokens but the likeliest, those of `features` of `e psi` and `e dz psi` over all.
+    """
+
+    def __init__(self, labels: Tensor, tail: LogitTail, temperature: float, tokens: Tensor | None) -> None:
         """Nothing is seen.
 
         Args:
             labels: `(n,)`.
+            tail: what is done to the output layer's logits.
             temperature: `tau`.
             tokens: `psi`, `(V, K)`, or None.
         """
-        self._labels, self._temperature, self._tokens = labels, temperature, tokens
-        self._largest: Tensor | None = None
-        self._sums: list[Tensor] = []
-        self._own: list[Tensor] = []
+        self._labels, self._tail, self._temperature, self._tokens = labels, tail, temperature, tokens
+        self._largest = labels.new_full((len(labels), 1), NO_LOGIT, dtype=torch.float64)
+        self._own, self._d_own, self._d_largest = torch.zeros_like(self._largest).expand(3, -1, -1).clone()
+        self._others = self._largest.new_zeros(len(labels), 4)
+        self._features = self._largest.new_zeros(2, len(labels), 0 if tokens is None else tokens.shape[1])
         self._moves = False
 
-    def add(self, start: int, logits: Tensor) -> None:
-        """Take the logits `(n, width)` of the tokens from `start` on, which are overwritten.
+    def add(self, start: int, outputs: Tensor) -> None:
+        """Take what the output layer gives for the tokens from `start` on, `(n, width)`.
 
-        The sums are those of `e`, `e z`, `e psi`, and of `e dz`, `e z dz`, `e psi dz`, with `e = exp(z)` and `z`
-        relative to the largest logit so far.
+        It is overwritten with the logits over the temperature.
         """
-        if self._temperature != 1.0:
-            logits = logits / self._temperature
-        z, dz = forward_ad.unpack_dual(logits)
-        here, end = self._labels - start, start + z.shape[1]
-        largest = z.amax(1) if self._largest is None else torch.maximum(self._largest, z.amax(1))
-        self._pick(here, z, dz)
-        psi = None if self._tokens is None else self._tokens[start:end].to(z)
-        z = z.sub_(largest.unsqueeze(1))
-        e = z.exp()
-        found = [_rowwise(e), _rowwise(e, z)]
-        if psi is not None:
-            found.append(e @ psi)
+        z, dz = forward_ad.unpack_dual(outputs)
         self._moves = self._moves or dz is not None
-        if dz is None:
-            found += [torch.zeros_like(x) for x in found]
+        for column in range(0, z.shape[1], TILE):
+            columns = slice(column, column + TILE)
+            for row in range(0, len(z), BLOCK):
+                rows = slice(row, row + BLOCK)
+                self._block(rows, start + column, z[rows, columns], None if dz is None else dz[rows, columns])
+
+    def _block(self, rows: slice, start: int, z: Tensor, dz: Tensor | None) -> None:
+        """Take the logits of a few tokens and a tile; `z` is overwritten."""
+        self._tail.scaled(z, self._temperature)
+        if dz is not None:
+            dz = dz * self._tail.slope(z, self._temperature)
+        self._pick(rows, start, z, dz)
+        at = _likeliest(z)
+        here, before = z.gather(1, at).double(), self._largest[rows]
+        moved, largest = here > before, torch.maximum(here, before)
+        z = z - largest.to(z)
+        e = z.exp()
+        w = None if dz is None else e * dz
+        if self._tokens is not None:
+            psi = self._tokens[start : start + z.shape[1]].to(z)
+            features = torch.stack([(e @ psi).double(), torch.zeros(len(z), psi.shape[1]).to(before)])
+            if w is not None:
+                features[1] = w @ psi
         else:
-            w = e.mul_(dz)
-            found += [_rowwise(w), _rowwise(w, z)]
-            if psi is not None:
-                found.append(w @ psi)
-        found = [x.double() for x in found]
-        if self._largest is not None:
-            half, shift = len(found) // 2, (self._largest.double() - largest.double())
-            before = list(self._sums)
-            for first in (0, half):  # the sums with `z` in them move with the maximum
-                before[first + 1] = before[first + 1] + shift * before[first]
-            scale = shift.exp()
-            found = [
-                x + (scale if x.dim() == 1 else scale.unsqueeze(1)) * y
-                for x, y in zip(found, before, strict=True)
-            ]
-        self._largest, self._sums = largest, found
+            features = self._features[:, rows]
+        for x in (e, w):
+            if x is not None:  # the largest so far is not among the others
+                x.scatter_(1, at, x.gather(1, at).masked_fill(moved, 0.0))
+        found = torch.zeros_like(self._others[rows])
+        found[:, 0], found[:, 1] = _rowwise(e), _rowwise(e, z)
+        if w is not None:
+            found[:, 2], found[:, 3] = _rowwise(w), _rowwise(w, z)
+        self._join(rows, before - largest, moved, found, features)
+        self._largest[rows] = largest
+        if dz is not None:
+            self._d_largest[rows] = torch.where(moved, dz.gather(1, at).double(), self._d_largest[rows])
 
-    def _pick(self, here: Tensor, z: Tensor, dz: Tensor | None) -> None:
+    def _join(self, rows: slice, shift: Tensor, moved: Tensor, found: Tensor, features: Tensor) -> None:
+        """Bring the sums so far to the new largest logit, `shift` above, and add those of a tile."""
+        sums = self._others[rows]
+        sums[:, :1] += moved  # what was the largest is one of the others now
+        sums[:, 2:3] += moved * self._d_largest[rows]
+        sums[:, 1::2] += shift * sums[:, 0::2]
+        scale = shift.exp()
+        self._others[rows] = scale * sums + found
+        if self._tokens is not None:
+            self._features[:, rows] = scale * self._features[:, rows] + features
+
+    def _pick(self, rows: slice, start: int, z: Tensor, dz: Tensor | None) -> None:
         """The labels' own logits, where they are in this tile."""
-        index = here.clamp(0, z.shape[1] - 1).unsqueeze(1)
-        found = [z.gather(1, index).squeeze(1).double()]
-        found.append(torch.zeros_like(found[0]) if dz is None else dz.gather(1, index).squeeze(1).double())
-        inside = (here >= 0) & (here < z.shape[1])
-        before = self._own or [torch.zeros_like(found[0])] * 2
-        self._own = [torch.where(inside, x, y) for x, y in zip(found, before, strict=True)]
+        here = (self._labels[rows] - start).unsqueeze(1)
+        inside, index = (here >= 0) & (here < z.shape[1]), here.clamp(0, z.shape[1] - 1)
+        self._own[rows] = torch.where(inside, z.gather(1, index).double(), self._own[rows])
+        if dz is not None:
+            self._d_own[rows] = torch.where(inside, dz.gather(1, index).double(), self._d_own[rows])
 
-    def finish(self) -> tuple[Tensor, ...]:
+    @property
+    def normalizer(self) -> tuple[Tensor, Tensor]:
+        """The largest logits and `log Z` relative to them, both `(n, 1)` float64."""
+        return self._largest, self._others[:, :1].log1p()
+
+    def values(self) -> tuple[Tensor, ...]:
         """`(l, h)` and with features `E_p[psi]`, float64; dual numbers where logits were."""
-        assert self._largest is not None
-        half = len(self._sums) // 2
-        Z, entropy_sum, *features = self._sums[:half]
-        dZ, z_dz, *features_dz = (x / (Z if x.dim() == 1 else Z.unsqueeze(1)) for x in self._sums[half:])
-        mean = entropy_sum / Z
-        expected = [x / Z.unsqueeze(1) for x in features]
-        values = [self._own[0] - self._largest.double() - Z.log(), Z.log() - mean, *expected]
+        r, ez, e_dz, e_z_dz = self._others.unbind(1)
+        Z = 1.0 + r
+        mean, features = ez / Z, self._features[0] / Z.unsqueeze(1)
+        found = [(self._own - self._largest).squeeze(1) - r.log1p(), r.log1p() - mean]
+        found += [] if self._tokens is None else [features]
         if not self._moves:
-            return tuple(values)
-        tangents = [self._own[1] - dZ, dZ * mean - z_dz]
-        tangents += [x - y * dZ.unsqueeze(1) for x, y in zip(features_dz, expected, strict=True)]
-        return tuple(forward_ad.make_dual(x, dx) for x, dx in zip(values, tangents, strict=True))
+            return tuple(found)
+        d_largest = self._d_largest.squeeze(1)
+        drift = (e_dz - r * d_largest) / Z  # E_p[dz] beyond the likeliest token's
+        tangents = [
+            (self._d_own.squeeze(1) - d_largest) - drift,
+            mean * drift - (e_z_dz - d_largest * ez) / Z,
+        ]
+        if self._tokens is not None:
+            tangents.append(self._features[1] / Z.unsqueeze(1) - features * (d_largest + drift).unsqueeze(1))
+        return tuple(forward_ad.make_dual(x, dx) for x, dx in zip(found, tangents, strict=True))
+
+
+def _likeliest(z: Tensor) -> Tensor:
+    """Where each row's largest entry is, `(n, 1)`; in two steps, as maxima without their places are far faster."""
+    whole = z.shape[1] - z.shape[1] % PIECE
+    tops = [z[:, :whole].unflatten(1, (-1, PIECE)).amax(-1)] if whole else []
+    tops += [z[:, whole:].amax(1, keepdim=True)] if whole < z.shape[1] else []
+    piece = torch.cat(tops, dim=1).argmax(1, keepdim=True)
+    columns = (piece * PIECE + torch.arange(PIECE, device=z.device)).clamp_max(z.shape[1] - 1)
+    return columns.gather(1, z.gather(1, columns).argmax(1, keepdim=True))
 
 
 def _rowwise(x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -176,8 +227,9 @@ def head_gradients(
 ) -> list[list[Tensor | None]]:
     """Gradients of `sum_t a_k[t] l[t] + b_k[t] h[t]` by hidden states and by parameters of the output layer.
 
-    One product gives the logits of all objectives, one more by objective its gradient; in between, what is held of the
-    size of the logits is they themselves, their exponentials and one gradient.
+    One product gives the logits of all objectives, one more by objective its gradient. The logits are held meanwhile;
+    beside them a tile, or as many numbers again for each objective but the last where the layer is run as a whole,
+    as it is for gradients of its own parameters.
 
     Args:
         head: the output layer and what follows it.
@@ -190,43 +242,87 @@ def head_gradients(
     Returns:
         For each objective the gradient by `hidden` and those by `own`; None by what it does not depend on.
     """
+    leaf = hidden.detach().requires_grad_()
     with torch.enable_grad():
-        leaf = hidden.detach().requires_grad_()
-        output = head.outputs(leaf)
-    tail, z = head.tail, output.detach()
-    with torch.no_grad():
-        z = tail(z) / temperature if tail.changes or temperature != 1.0 else z.clone()
-        largest = z.amax(1, keepdim=True)
-        e = torch.empty_like(z)
-        Z, mean = (
-            torch.zeros_like(z[:, 0], dtype=torch.float64),
-            torch.zeros_like(z[:, 0], dtype=torch.float64),
-        )
-        own_logit = z.gather(1, labels.unsqueeze(1)).double().squeeze(1)
-        tiles = [slice(start, start + TILE) for start in range(0, z.shape[1], TILE)]
-        for tile in tiles:
-            torch.exp(z[:, tile].sub_(largest), out=e[:, tile])
-            Z += _rowwise(e[:, tile])
-            mean += _rowwise(e[:, tile], z[:, tile])
-        mean /= Z
-        h = Z.log() - mean
-        a, b = weights(own_logit - largest.squeeze(1).double() - Z.log(), h)
-        found: list[list[Tensor | None]] = []
-        for k in range(len(a)):
-            # p (-a - b (z - m - log Z + h)), as e (slope (z - m) + level), and a more at the label
-            slope = (-b[k] / Z).to(z).unsqueeze(1)
-            level = ((-a[k] + b[k] * mean) / Z).to(z).unsqueeze(1)
-            last = k == len(a) - 1
-            gradient = z if last and tail.softcap is None else torch.empty_like(z)
-            for tile in tiles:
-                torch.mul(z[:, tile], slope, out=gradient[:, tile]).add_(level).mul_(e[:, tile])
-            gradient.scatter_add_(1, labels.unsqueeze(1), a[k].to(z).unsqueeze(1))
-            gradient = tail.gradient(gradient, z, largest, temperature)
-            found.append(
-                list(
-                    torch.autograd.grad(
-                        output, [leaf, *own], gradient, retain_graph=not last, allow_unused=True
-                    )
-                )
+        head.converted()  # a backward needs all of them, so that converting tile by tile saves nothing
+    sums = _Sums(labels, head.tail, temperature, None)
+    tiles = []
+    for start, end in [(0, None)] if own else head.spans(TILE):
+        with torch.enable_grad():
+            outputs = head.outputs(leaf, start, end)
+        edge = get_gradient_edge(outputs)
+        kept = edge.node.name() not in FRESH  # what may be needed for its own backward is not overwritten
+        z = outputs.detach().clone() if kept else outputs.detach()
+        sums.add(start, z)
+        tiles.append((start, edge, z))
+    l, h = sums.values()
+    objectives = [
+        _Objective(a, b, l, h, labels, *sums.normalizer) for a, b in zip(*weights(l, h), strict=True)
+    ]
+    found: list[list[Tensor | None]] = [[None] * (1 + len(own)) for _ in objectives]
+    while tiles:
+        start, edge, z = tiles.pop(0)
+        for k, objective in enumerate(objectives):
+            last = k == len(objectives) - 1
+            gradient = z if last else torch.empty_like(z)
+            objective.by_logits(start, z, head.tail, temperature, out=gradient)
+            more = torch.autograd.grad(
+                [edge], [leaf, *own], [gradient], retain_graph=not last, allow_unused=True
             )
+            found[k] = [
+                y if x is None else x if y is None else x + y for x, y in zip(found[k], more, strict=True)
+            ]
     return found
+
+
+class _Objective:
+    """`sum_t a[t] l[t] + b[t] h[t]` of some tokens, whose sums are known.
+
+    Its slope by a logit other than the label's is `-p (a + b (log p + h))`.
+    """
+
+    def __init__(
+        self, a: Tensor, b: Tensor, l: Tensor, h: Tensor, labels: Tensor, largest: Tensor, log_Z: Tensor
+    ) -> None:
+        """Constants of each token.
+
+        Args:
+            a: weights of `l`, `(n,)`.
+            b: weights of `h`, `(n,)`.
+            l: `(n,)` float64.
+            h: `(n,)` float64.
+            labels: `(n,)`.
+            largest: the largest logits, `(n, 1)`.
+            log_Z: relative to these, `(n, 1)`.
+        """
+        self._labels, self._largest, self._log_Z = labels, largest, log_Z
+        a, b, p = a.to(l), b.to(l), l.exp()
+        self._label_slope = -a * torch.expm1(l) - b * p * (
+            l + h
+        )  # 1 - p keeps its digits where p is nearly 1
+        over_Z = (-log_Z).exp()
+        self._factor = -b.unsqueeze(1) * over_Z
+        self._level = -(a.unsqueeze(1) + b.unsqueeze(1) * (h.unsqueeze(1) - log_Z)) * over_Z
+
+    def by_logits(self, start: int, z: Tensor, tail: LogitTail, temperature: float, out: Tensor) -> None:
+        """The gradient by the output layer's logits.
+
+        Args:
+            start: token of the first column.
+            z: logits over the temperature, `(n, width)`.
+            tail: made them of the output layer's.
+            temperature: `tau`.
+            out: `(n, width)`, overwritten; `z` itself is allowed.
+        """
+        largest, factor, level = (x.to(z) for x in (self._largest, self._factor, self._level))
+        here = self._labels - start
+        for column in range(0, z.shape[1], TILE):
+            part, target = (x[:, column : column + TILE] for x in (z, out))
+            slope = tail.slope(part, temperature)
+            shifted = part - largest
+            e = shifted.exp()
+            torch.mul(shifted, factor, out=target).add_(level).mul_(e)
+            mine = ((here >= column) & (here < column + part.shape[1])).nonzero().squeeze(1)
+            target[mine, here[mine] - column] = self._label_slope[mine].to(z)
+            if isinstance(slope, Tensor) or slope != 1.0:
+                target.mul_(slope)

@@ -111,33 +111,35 @@ class OutputHead:
         """What the model does to the output layer's logits; the plain one before `check` has seen any."""
         return self._tail or self._tails[0]
 
-    def logits(self, hidden: Tensor, start: int = 0, end: int | None = None) -> Tensor:
-        """Logits `(..., V)` of hidden states `(..., D)`, or those from `start` to `end`; see `outputs`."""
-        output = self.outputs(hidden, start, end)
-        return self.tail(output) if self.tail.changes else output
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `(..., V)` of hidden states `(..., D)`, in float32 or better; see `outputs`."""
+        return self.tail(self.outputs(hidden))
+
+    def spans(self, width: int) -> list[tuple[int, int | None]]:
+        """Bounds of the parts, of at most `width` tokens, that the layer is run in; one where it can't be divided."""
+        if not self.divides or self.vocabulary <= width:
+            return [(0, None)]
+        starts = range(0, self.vocabulary, width)
+        return [(start, min(start + width, self.vocabulary)) for start in starts]
 
     def outputs(self, hidden: Tensor, start: int = 0, end: int | None = None) -> Tensor:
         """What the output layer gives for hidden states `(..., D)`, in float32 or better whatever its precision.
 
-        The layer, adapter on it included, runs with its weights in float32; those that are not are converted once per
-        pass, or part by part.
+        The layer, adapter on it included, runs with its weights in float32: those of 16 bits are converted part by
+        part, or once per pass where it is run as a whole.
 
         Args:
             hidden: any.
             start: first token of the vocabulary.
-            end: one after the last; None for all. A part can be had where the layer `divides`.
+            end: one after the last; None for the whole layer. A part can be had where the layer `divides`.
         """
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        values = self._whole() if end is None else self._part(start, end)
+        values = self.converted() if end is None else self._part(start, end)
         with torch.autocast(hidden.device.type, enabled=False), standing_in(self.layer, values):
             return self.layer(hidden.to(dtype))
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """The layer's parameters and buffers, or what stands in for them."""
-        return {**dict(self.layer.named_parameters()), **dict(self.layer.named_buffers()), **self._values}
-
-    def _whole(self) -> dict[str, Tensor]:
-        """What the layer runs with: stand-ins, and 16-bit weights in float32, converted once."""
+    def converted(self) -> dict[str, Tensor]:
+        """What the layer runs with: stand-ins, and 16-bit weights in float32, converted once and kept."""
         if self._promoted is None:
             self._promoted = {
                 name: t.to(torch.float32) if t.dtype in HALF else t
@@ -146,30 +148,36 @@ class OutputHead:
             }
         return self._promoted
 
-    def _part(self, start: int, end: int, promote: bool = True) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
+        """The layer's parameters and buffers, or what stands in for them."""
+        return {**dict(self.layer.named_parameters()), **dict(self.layer.named_buffers()), **self._values}
+
+    def _part(self, start: int, end: int, convert: bool = True) -> dict[str, Tensor]:
         """What a part of the layer runs with: the rows of whatever has one for each token of the vocabulary."""
         found = {}
-        for name, t in self._tensors().items():
+        for name, t in {**self._tensors(), **((convert and self._promoted) or {})}.items():
             rows = t[start:end] if t.dim() and t.shape[0] == self.vocabulary else t
-            found[name] = rows.to(torch.float32) if promote and rows.dtype in HALF else rows
+            found[name] = rows.to(torch.float32) if convert and rows.dtype in HALF else rows
         return found
 
     def _can_be_divided(self, last: Tensor, output: Tensor, tolerance: float) -> bool:
         """Whether parts of the layer give parts of its output: tried at both ends of the vocabulary."""
-        size = min(8, self.vocabulary)
+        kind = type(self.layer).__name__
+        if not all(t.is_floating_point() for t in self._tensors().values()):
+            # of a quantised layer, which may prepare itself for good by what it is run with
+            logger.debug("%s is run on the whole vocabulary: its weights are packed", kind)
+            return False
+        size = min(8, (self.vocabulary + 1) // 2)
         try:
-            for start in {0, self.vocabulary - size}:
-                with standing_in(self.layer, self._part(start, start + size, promote=False)):
+            for start in (0, self.vocabulary - size):
+                with standing_in(self.layer, self._part(start, start + size, convert=False)):
                     part = self.layer(last)
                 whole = output[..., start : start + size]
                 if part.shape != whole.shape or not difference(part, whole) <= tolerance:
+                    logger.debug("%s is run on the whole vocabulary: it can't be divided", kind)
                     return False
-        except (
-            RuntimeError,
-            ValueError,
-            IndexError,
-        ) as error:  # packed weights, layers with sizes of their own
-            logger.debug("the output layer is run as a whole: %s", error)
+        except Exception as error:  # layers with sizes of their own raise whatever they like
+            logger.debug("%s is run on the whole vocabulary: %s", kind, error)
             return False
         return True
 

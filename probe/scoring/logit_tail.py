@@ -27,25 +27,28 @@ class LogitTail:
             logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
-    @property
-    def changes(self) -> bool:
-        """Whether it does anything to logits."""
-        return self.scale != 1.0 or self.softcap is not None
+    def scaled(self, logits: Tensor, temperature: float) -> Tensor:
+        """The logits `(..., V)` that the model gives, over the temperature, in place of the output layer's.
 
-    def gradient(self, gradient: Tensor, z: Tensor, largest: Tensor, temperature: float) -> Tensor:
-        """Take a gradient by `z = tail(y) / temperature` back to the output layer's logits `y`, in place.
+        Without a soft cap that is one factor.
+        """
+        if self.softcap is not None:
+            logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / temperature)
+        elif self.scale != temperature:
+            logits.mul_(self.scale / temperature)
+        return logits
+
+    def slope(self, scaled: Tensor, temperature: float) -> Tensor | float:
+        """The derivative of `scaled` by the output layer's logits: a number without a soft cap.
 
         Args:
-            gradient: by `z`, `(n, V)`; overwritten.
-            z: less `largest`, `(n, V)`; overwritten with a soft cap, and not read without one.
-            largest: `(n, 1)`.
+            scaled: what `scaled` gave, `(..., V)`.
             temperature: the sampling temperature `tau`.
         """
-        if self.softcap is not None:  # the tanh is what `z` is of the cap
-            share = (z + largest).mul_(temperature / self.softcap)
-            gradient.mul_(share.square_().neg_().add_(1.0))
         factor = self.scale / temperature
-        return gradient if factor == 1.0 else gradient.mul_(factor)
+        if self.softcap is None:
+            return factor
+        return (scaled * (temperature / self.softcap)).square_().neg_().add_(1.0).mul_(factor)
 
 
 def possible_tails(config: Any) -> list[LogitTail]:
