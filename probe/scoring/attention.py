@@ -63,7 +63,7 @@ def attention_by_queries(model: nn.Module) -> Callable[[Any], ByQueries | None]:
     names = tuple(name for name in _NAMES if all(_own(kind, name) is not None for kind in callers))
     held = {getattr(vars(module).get("config"), IMPLEMENTATION, None) for module in model.modules()} - {None}
     what = ", ".join(sorted(kind.__name__ for kind in kinds if issubclass(kind, PreTrainedModel)))
-    if not callers:
+    if held and not callers:
         _say_whole(f"{what}: its attention does not go through transformers' table of attention functions")
     elif foreign := sorted(str(name) for name in held - set(names)):
         _say_whole(f"{what}: attention by {', '.join(foreign)} is not cut into blocks of queries")
@@ -84,12 +84,11 @@ def _say_whole(reason: str) -> None:
 # ---------------------------------------------------------------- what a model calls
 
 
-@cache
 def _calls_table(kind: type) -> Any:
     """The method in which a class of modules looks its attention function up; None where there is none."""
     if issubclass(kind, PreTrainedModel):  # which checks names of implementations
         return None
-    for base in kind.__mro__:
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         for value in vars(base).values():
             method = inspect.unwrap(value) if inspect.isfunction(value) else None
             if _TABLE in getattr(getattr(method, "__code__", None), "co_names", ()):
@@ -97,7 +96,6 @@ def _calls_table(kind: type) -> Any:
     return None
 
 
-@cache
 def _own(kind: type, name: str) -> Attention | None:
     """The attention function that a class of modules calls under a name; None where that cannot be told.
 
@@ -147,7 +145,9 @@ def _attention(
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if attention_mask is None and name == "sdpa":
-        options["is_causal"] = False  # what each query sees is in the blocks of the mask, or it sees everything
+        options["is_causal"] = (
+            False  # what each query sees is in the blocks of the mask, or it sees everything
+        )
     cells = query.shape[1] * keys
     rows = min(max(CELLS // cells, FEWEST_ROWS), WHOLE)
     sequences = max(CELLS // (rows * cells), 1)
@@ -184,9 +184,7 @@ def _not_cut(module: nn.Module, mask: Tensor | None, options: Mapping[str, Any])
     return None
 
 
-def _block(
-    mask: Tensor | None, start: int, end: int, keys: int, causal: bool, device: torch.device
-) -> Block:
+def _block(mask: Tensor | None, start: int, end: int, keys: int, causal: bool, device: torch.device) -> Block:
     """The mask of some queries, and the range of keys that it is for."""
     if isinstance(mask, MaskByQueries):
         low, high = mask.seen(start, end)
