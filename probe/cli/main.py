@@ -17,6 +17,8 @@ from probe import __version__
 from probe.cli.parser import parse
 from probe.cli.shorthands import shorthands
 from probe.errors.exceptions import ProbeError
+from probe.errors.memory import is_out_of_memory
+from probe.errors.remedies import Remedy
 from probe.sweep.settings import IncompleteSweepError
 from probe.text import error_text, printable, text_of
 
@@ -26,10 +28,6 @@ INCOMPLETE = 3
 """Some points of a sweep failed; the others are there."""
 INTERRUPTED = 130
 TERMINATED = 143
-MEMORY_REMEDY = (
-    "lower memory_config.microbatch_size, memory_config.head_chunk_tokens or generation.batch_size, or take "
-    "checkpoint.dtype: bfloat16 or checkpoint.load_in_4bit: true"
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, kept, TERMINATED if _was_terminated(error) else INTERRUPTED, debug)
     except Exception as error:
         if is_out_of_memory(error):
-            return _fail(error, f"out of memory: {text_of(error)}; {MEMORY_REMEDY}", USAGE_ERROR, debug)
+            return _fail(error, f"out of memory: {text_of(error)}; {Remedy.MEMORY.run}", USAGE_ERROR, debug)
         message = f"unexpected {error_text(error)} (--debug shows where)"
         return _fail(error, message, INTERNAL_ERROR, debug)
     return 0
@@ -97,15 +95,6 @@ def _was_terminated(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, Terminated):
         error = error.__cause__ or error.__context__
     return error is not None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of a device or of the machine, did not suffice."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}  # torch has one of its own
-    if kinds & {"MemoryError", "OutOfMemoryError"}:
-        return True
-    signs = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
-    return isinstance(error, (RuntimeError, OSError)) and any(s in text_of(error).lower() for s in signs)
 
 
 def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:

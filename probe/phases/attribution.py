@@ -55,7 +55,9 @@ def update_spread(
     for of in (X.sequence, X.token):
         u = preconditioned(linear, {name: of(name) for name in linear})
         try:
-            tangents = tangents_of(policy, U, u, way, norm(update.step), progress)
+            tangents = tangents_of(
+                policy, U, u, way, norm(update.step), progress, binding=rework.derivative_mode != "auto"
+            )
         except NumericalError as error:
             if way.mode == "jvp":
                 raise

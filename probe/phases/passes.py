@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from probe.data.batch import RolloutBatch
-from probe.errors.exceptions import NumericalError
+from probe.errors.exceptions import MemoryExhaustedError, NumericalError
+from probe.errors.memory import OutOfMemory, unless_out_of_memory
 from probe.errors.remedies import Remedy
 from probe.estimators.forward_mode_check import forward_mode_check
 from probe.estimators.step_check import StepCheck, step_check, stopped_gradients
@@ -24,6 +27,8 @@ from probe.scoring.microbatch import first_microbatch
 from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
 from probe.scoring.scores import TokenScores, TokenTangents
+
+logger = logging.getLogger(__name__)
 
 Mode = Literal["jvp", "reverse", "finite_difference"]
 
@@ -101,10 +106,13 @@ def choose_way(policy: Policy, few: RolloutBatch, wanted: str, otherwise: Mode =
 
     Raises:
         NumericalError: forward mode is asked for and cannot be had.
+        MemoryExhaustedError: forward mode is asked for and there is no memory for it.
     """
     if wanted in ("reverse", "finite_difference"):
         return Way(wanted, "as configured")  # type: ignore[arg-type]
-    check = forward_mode_check(policy, few)
+    check = unless_out_of_memory(lambda: forward_mode_check(policy, few))
+    if isinstance(check, OutOfMemory):
+        return without_memory("forward mode", check, binding=wanted == "jvp")
     if check.usable:
         return Way("jvp", check.reason)
     if wanted == "jvp":
@@ -116,6 +124,29 @@ def choose_way(policy: Policy, few: RolloutBatch, wanted: str, otherwise: Mode =
     return Way(otherwise, check.reason)
 
 
+def without_memory(what: str, found: OutOfMemory, *, binding: bool) -> Way:
+    """The way that needs least memory, after another one has run out of it.
+
+    Args:
+        what: the way that was tried.
+        found: what it said.
+        binding: that way was asked for.
+
+    Raises:
+        MemoryExhaustedError: it was.
+    """
+    if binding:
+        raise MemoryExhaustedError(
+            Remedy.DERIVATIVE,
+            f": expected memory for {what}, found {found}; ",
+            Remedy.MEMORY,
+            ", or take ",
+            Remedy.DIFFERENCES,
+            ", which needs less",
+        )
+    return Way("finite_difference", f"{what} needs more memory than there is ({found})")
+
+
 def along_step(
     on: StepOnBatch, way: Way, *, check: bool = True, binding: bool = False, check_scale: int = 0
 ) -> AlongStep:
@@ -125,18 +156,23 @@ def along_step(
         on: E, the step and what is known already.
         way: to differentiate.
         check: compare what forward mode gives with differences of forwards.
-        binding: keep to forward mode where these contradict it; otherwise they take its place.
+        binding: keep to forward mode where these contradict it or memory does not suffice; otherwise they take its
+            place.
         check_scale: the `StepCheck.scale` of an earlier check.
 
     Raises:
         NumericalError: a score is not finite, or no difference step is usable.
         ForwardModeError: an operation of the model has no forward-mode derivative.
+        MemoryExhaustedError: memory does not suffice.
     """
     if way.mode != "jvp":
         return _by_differences(on, way)
-    here, tangents = scores_and_tangents(
-        on.policy, on.batch, on.step, on.basis, on.progress("forward mode on E")
+    found = unless_out_of_memory(
+        lambda: scores_and_tangents(on.policy, on.batch, on.step, on.basis, on.progress("forward mode on E"))
     )
+    if isinstance(found, OutOfMemory):
+        return _by_differences(on, without_memory("forward mode", found, binding=binding))
+    here, tangents = found
     passes = AlongStep(here if on.scores is None else on.scores, tangents, way)
     if not check:
         return passes
@@ -150,9 +186,49 @@ def along_step(
 
 def _by_differences(on: StepOnBatch, way: Way) -> AlongStep:
     """See `along_step`; by central differences of forwards."""
-    scores = score_tokens(on.policy, on.batch, basis=on.basis) if on.scores is None else on.scores
-    pair, new = pair_along(on, scores)
-    return AlongStep(scores, pair.tangents, way, pair, new=new)
+
+    def passes() -> AlongStep:
+        scores = score_tokens(on.policy, on.batch, basis=on.basis) if on.scores is None else on.scores
+        pair, new = pair_along(on, scores)
+        return AlongStep(scores, pair.tangents, way, pair, new=new)
+
+    found = unless_out_of_memory(passes)
+    if isinstance(found, OutOfMemory):
+        raise MemoryExhaustedError(
+            f"expected memory for forwards of {len(on.batch)} responses, found {found}; ", Remedy.MEMORY
+        )
+    return found
+
+
+def longest_pass(policy: Policy, longest: RolloutBatch, way: Way, *, binding: bool) -> Way:
+    """The way that there is memory for, tried on the longest responses that can occur.
+
+    Args:
+        policy: at any weights.
+        longest: a microbatch of them.
+        way: to differentiate.
+        binding: keep to that way.
+
+    Raises:
+        MemoryExhaustedError: there is none for that way, or not for a forward.
+    """
+    # what a probe holds beside a pass: the parameters before the step, and the step
+    step = {name: torch.zeros_like(p) for name, p in policy.parameters.items()}
+    here = policy.at({name: p.detach().clone() for name, p in policy.parameters.items()})
+    if way.mode == "jvp":
+        found = unless_out_of_memory(lambda: forward_tangents(here, longest, step))
+        if not isinstance(found, OutOfMemory):
+            return way
+        way = without_memory("forward mode", found, binding=binding)
+    scored = unless_out_of_memory(lambda: score_tokens(here, longest))
+    if isinstance(scored, OutOfMemory):
+        tokens = len(longest.prompt_ids[0]) + int(longest.lengths.max())
+        raise MemoryExhaustedError(
+            f"expected memory for a forward of {len(longest)} responses of the longest length that can occur, "
+            f"{tokens} tokens with the prompt, found {scored}; ",
+            Remedy.MEMORY,
+        )
+    return way
 
 
 def pair_along(on: StepOnBatch, scores: TokenScores) -> tuple[DifferencePair, TokenScores | None]:
@@ -193,6 +269,8 @@ def tangents_of(
     way: Way,
     move: float,
     progress: MakeProgress = no_progress,
+    *,
+    binding: bool = False,
 ) -> TokenTangents:
     """Derivatives of another batch's scores along a direction of any length.
 
@@ -203,12 +281,20 @@ def tangents_of(
         way: to differentiate.
         move: Euclidean length at which differences begin to look for their step, that of the optimizer's.
         progress: makes a progress callback from the name of a pass.
+        binding: keep to forward mode where memory does not suffice; otherwise differences take its place.
 
     Raises:
         NumericalError: no difference step is usable.
+        MemoryExhaustedError: memory does not suffice for forward mode, which is asked for.
     """
     if way.mode == "jvp":
-        return forward_tangents(policy, batch, direction, progress=progress("forward mode on U"))
+        found = unless_out_of_memory(
+            lambda: forward_tangents(policy, batch, direction, progress=progress("forward mode on U"))
+        )
+        if not isinstance(found, OutOfMemory):
+            return found
+        way = without_memory("forward mode on U", found, binding=binding)
+        logger.warning("derivatives of U by %s: %s", way.mode, way.reason)
     factor = move / max(norm(direction), 1e-300)
     along = {name: factor * change for name, change in direction.items()}
     scale, _ = choose_scale(policy, few_responses(batch, policy.microbatch_size), along)
