@@ -22,8 +22,10 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-WHOLE = 128
-"""Queries up to which attention is computed at once: the choice depends on the length alone."""
+WHOLE = 384
+"""Queries up to which attention is computed at once, which is as fast there: the choice depends on the length alone."""
+MOST_ROWS = 128
+"""Queries that are computed at a time at most: few enough to leave out the keys that none of them sees."""
 CELLS = 2**22
 """Scores of queries with keys, over sequences and heads, that are computed at a time."""
 FEWEST_ROWS = 32
@@ -149,7 +151,7 @@ def _attention(
             False  # what each query sees is in the blocks of the mask, or it sees everything
         )
     cells = query.shape[1] * keys
-    rows = min(max(CELLS // cells, FEWEST_ROWS), WHOLE)
+    rows = min(max(CELLS // cells, FEWEST_ROWS), MOST_ROWS)
     sequences = max(CELLS // (rows * cells), 1)
     done = []
     for start in range(0, length, rows):

@@ -853,6 +853,7 @@ def test_the_gradient_on_all_of_e_without_memory(config, monkeypatch, caplog):
     def too_much(*args, **kwargs):
         raise torch.OutOfMemoryError(MESSAGE)
 
+    assert "deltaH1_sd_U" in run(config)
     monkeypatch.setattr("probe.phases.entropy_gradient.gradient_of_entropy", too_much)
     found = run(config)
     assert found["diagnostics"]["derivative_mode"] == "jvp"

@@ -88,6 +88,7 @@ def responses(lengths=(37, 30, 21, 5)):
 def small_blocks(monkeypatch):
     """Blocks that cut the short sequences of the tests: of 6 queries and 2 of the 4 sequences with some 40 keys."""
     monkeypatch.setattr(attention, "WHOLE", 6)
+    monkeypatch.setattr(attention, "MOST_ROWS", 6)
     monkeypatch.setattr(attention, "CELLS", 2000)
 
 
@@ -234,11 +235,23 @@ def test_nothing_grows_with_the_square_of_the_length(monkeypatch, name):
     assert blocks.found < L * L / 2
 
 
-def test_short_sequences_are_computed_at_once(monkeypatch):
+def test_the_choice_depends_on_the_length_alone(monkeypatch):
+    """One token more, one prompt of 2 tokens and the last token that is no input: blocks or none, whoever asks."""
     blocks = counted(monkeypatch)
-    policy = Policy(model_of("Llama", "sdpa"), microbatch_size=4)
-    forward_tangents(policy, responses(), random_step(policy, 1e-2))
-    assert not blocks
+    policy = Policy(model_of("Llama", "sdpa", torch.float32), microbatch_size=1)
+    step = random_step(policy, 1e-2)
+    for length, cut in ((attention.WHOLE - 1, False), (attention.WHOLE, True)):
+        batch = as_batch([(4, 5) * (length // 2) + (6,) * (length % 2)])
+        for use in (lambda batch: forward_tangents(policy, batch, step), lambda batch: scored(policy, batch)):
+            blocks.clear()
+            use(batch)
+            assert bool(blocks) == cut
+
+
+def scored(policy, batch):
+    """Scores with the kernels that forward mode has."""
+    with forward_mode_kernels(policy.model):
+        return score_tokens(policy, batch)
 
 
 @pytest.mark.parametrize("name", ["GPTJ", "Falcon"])
