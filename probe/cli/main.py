@@ -18,6 +18,7 @@ from probe.cli.parser import parse
 from probe.cli.shorthands import shorthands
 from probe.errors.exceptions import ProbeError
 from probe.errors.memory import is_out_of_memory
+from probe.errors.remedies import Remedy
 from probe.sweep.settings import IncompleteSweepError
 from probe.text import error_text, printable, text_of
 
@@ -27,10 +28,6 @@ INCOMPLETE = 3
 """Some points of a sweep failed; the others are there."""
 INTERRUPTED = 130
 TERMINATED = 143
-MEMORY_REMEDY = (
-    "lower memory_config.tokens_per_microbatch, memory_config.head_chunk_tokens or generation.batch_size, or take "
-    "checkpoint.dtype: bfloat16 or checkpoint.load_in_4bit: true"
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, kept, TERMINATED if _was_terminated(error) else INTERRUPTED, debug)
     except Exception as error:
         if is_out_of_memory(error):
-            return _fail(error, f"out of memory: {text_of(error)}; {MEMORY_REMEDY}", USAGE_ERROR, debug)
+            return _fail(error, f"out of memory: {text_of(error)}; {Remedy.MEMORY.run}", USAGE_ERROR, debug)
         message = f"unexpected {error_text(error)} (--debug shows where)"
         return _fail(error, message, INTERNAL_ERROR, debug)
     return 0

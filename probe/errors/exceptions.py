@@ -55,6 +55,10 @@ class NumericalError(ProbeError):
     """A number that should be finite or consistent is not."""
 
 
+class MemoryExhaustedError(ProbeError):
+    """A pass over the model needs more memory than there is, and no other way is left or allowed."""
+
+
 class LogError(ProbeError):
     """A log or result file cannot be written or read."""
 

@@ -36,6 +36,11 @@ class Remedy(Enum):
         "false, and a prompt_template)",
         "use a chat model's tokenizer, or give the prompts as texts",
     )
+    MEMORY = (
+        "lower memory_config.head_chunk_tokens, generation.batch_size or generation.max_new_tokens, or take "
+        "checkpoint.dtype: bfloat16 or checkpoint.load_in_4bit: true",
+        "lower head_chunk_tokens or max_new_tokens",
+    )
     SMALLER_STEP = "lower probe_rework.learning_rate", "the step is large"
     SMALLER_STEP_CAN_BE_MEASURED = ("lower probe_rework.learning_rate", "a smaller step can be measured")
     SMALLER_STEP_OR_LARGER_E = "lower probe_rework.learning_rate or raise batch_config.B_E", "raise B_E"

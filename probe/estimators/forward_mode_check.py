@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from probe.data.batch import RolloutBatch
+from probe.errors.memory import is_out_of_memory
 from probe.estimators.derivative_check import OwnGradient, own_gradient
 from probe.parameters import norm
 from probe.scoring.forward_mode import ForwardModeError, forward_tangents
@@ -16,8 +16,6 @@ from probe.scoring.policy import Policy
 from probe.scoring.scores import TokenTangents
 from probe.text import error_text
 
-_MEMORY = torch.OutOfMemoryError
-"""Says nothing about whether a model can be differentiated."""
 FORWARD_TOLERANCE, HALF_FORWARD_TOLERANCE = 1e-3, 0.05
 """Largest relative difference of forward mode and backward, and the same where forwards run in half precision."""
 
@@ -50,9 +48,9 @@ def forward_mode_check(
     """
     try:
         own = own_gradient(policy, batch) if own is None else own
-    except _MEMORY:
-        raise
     except RuntimeError as error:  # reentrant checkpointing, custom kernels without a backward
+        if is_out_of_memory(error):  # says nothing about whether a model can be differentiated
+            raise
         return ForwardModeCheck(False, f"the model has no gradient to compare with: {_first_line(error)}")
     scores, weights, gradient = own.scores, own.weights, own.gradient
     length = norm(gradient)
@@ -88,11 +86,11 @@ def _forward_tangents(
     """Derivatives by forward mode, or why there are none."""
     try:
         return forward_tangents(policy, batch, direction)
-    except _MEMORY:
-        raise
     except ForwardModeError as error:
         return ForwardModeCheck(False, str(error))
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         return ForwardModeCheck(False, f"the model does not run in forward mode: {_first_line(error)}")
 
 

@@ -33,13 +33,14 @@ from probe.live.outcome import (
     step_taken,
 )
 from probe.live.parts import PartChanges, part_changes
+from probe.live.rehearsal import rehearsed_way
 from probe.live.say import say
 from probe.live.settings import WatchSettings
 from probe.parameters import norm
 from probe.phases.controls import Controls, controls_of_prediction, fitted_controls, too_few_prompts
 from probe.phases.fit_memory import FitMemory
 from probe.phases.ground_truth import measured_change, with_noise_floor
-from probe.phases.passes import AlongStep, StepOnBatch, Way, along_step, choose_way
+from probe.phases.passes import AlongStep, StepOnBatch, Way, along_step
 from probe.phases.prediction import predict
 from probe.rollouts.draw import draw_prompts, stream_seed
 from probe.rollouts.sampling import check_sampling, sample_rollouts
@@ -51,8 +52,6 @@ from probe.snapshot import copied
 from probe.text import error_text
 from probe.timing import Clock
 
-REHEARSAL_RESPONSES, REHEARSAL_TOKENS = 2, 16
-"""Size of the trial when attaching."""
 UNTRIED = Way("jvp", "not tried yet")
 
 
@@ -107,13 +106,13 @@ class UpdateProbe:
         return self.way.mode
 
     def rehearse(self) -> None:
-        """Sample and score a few tokens, and find out how this model can be differentiated.
+        """Sample a few tokens, try the longest responses, and find out how this model can be differentiated.
 
         Raises:
             ProbeError: something that every probe needs does not work with this model.
         """
         try:
-            self._try_out()
+            self.way = rehearsed_way(self.policy, self.tokenizer, self.prompts, self.settings)
         except ProbeError:
             raise
         except Exception as error:  # the model's own code raises what it likes
@@ -122,17 +121,6 @@ class UpdateProbe:
                 f"{' '.join(error_text(error).split())[:300]}; make `model.generate` and a forward of a batch of "
                 "padded prompts run on this model, or train without the probe"
             ) from error
-
-    def _try_out(self) -> None:
-        """See `rehearse`."""
-        settings, policy = self.settings, self.policy
-        longest = max(self.prompts, key=lambda prompt: len(prompt.text))
-        few = replace(settings.generation, max_new_tokens=min(settings.max_new_tokens, REHEARSAL_TOKENS))
-        examples = [longest, self.prompts[0]][:REHEARSAL_RESPONSES]
-        seed = stream_seed(settings.seed, "rehearsal")
-        E, seen = sample_rollouts(policy, self.tokenizer, examples, few, seed)
-        check_sampling(policy, seen, score_tokens(policy, E))
-        self.way = choose_way(policy, E, settings.derivative, otherwise="finite_difference")
 
     def before(self, number: int) -> Before:
         """Draw E from the policy, and copy the parameters.

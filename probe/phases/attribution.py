@@ -59,7 +59,8 @@ def update_spread(
     for of in (X.sequence, X.token):
         u = preconditioned(linear, {name: of(name) for name in linear})
         try:
-            tangents = tangents_of(policy, U, u, passes, norm(update.step), progress)
+            binding = rework.derivative_mode != "auto"
+            tangents = tangents_of(policy, U, u, passes, norm(update.step), progress, binding=binding)
         except NumericalError as error:
             if passes.way.mode == "jvp" and passes.difference_scale is None:
                 raise

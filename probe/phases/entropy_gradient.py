@@ -11,6 +11,7 @@ from torch import Tensor
 from probe.config.estimation import ProbeReworkConfig
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import NumericalError
+from probe.errors.memory import OutOfMemory, unless_out_of_memory
 from probe.estimators.derivative_check import (
     DerivativeMismatchError,
     OwnGradient,
@@ -20,7 +21,7 @@ from probe.estimators.derivative_check import (
 from probe.estimators.entropy_gradient import EntropyGradient
 from probe.estimators.entropy_gradient import entropy_gradient as gradient_of_entropy
 from probe.estimators.forward_mode_check import forward_mode_check
-from probe.phases.passes import CHECK_RESPONSES, Way, choose_way, few_responses
+from probe.phases.passes import CHECK_RESPONSES, Way, choose_way, few_responses, without_memory
 from probe.phases.sample import Sample
 from probe.scoring.collector import MakeProgress, no_progress
 from probe.scoring.policy import Policy
@@ -75,6 +76,7 @@ def entropy_gradient(
     Raises:
         NumericalError: the gradients cannot be trusted (see `derivative_check`), are not finite, or forward mode is
             asked for and cannot be had.
+        MemoryExhaustedError: memory does not suffice for the way that is asked for.
     """
     scores = sample.E_scores
     if not bool(scores.undecided.any()):
@@ -84,17 +86,27 @@ def entropy_gradient(
     few = few_responses(sample.E, CHECK_RESPONSES, scores)
     asked = rework.derivative_mode == "finite_difference"
     found = _by_forwards(policy, few, rework, spread or whole) if asked else _checked(policy, few, rework)
-    logger.info("deltaH1 by %s: %s", found.derivative.way.mode, found.derivative.way.reason)
-    if not found.backward or not (spread or whole or found.derivative.way.mode == "reverse"):
+    way = found.derivative.way
+    logger.info("deltaH1 by %s: %s", way.mode, way.reason)
+    if not found.backward or not (spread or whole or way.mode == "reverse"):
         return found.derivative
     rows = None
-    if not whole and found.derivative.way.mode != "reverse":
+    if not whole and way.mode != "reverse":
         rows = spread_responses(sample.E, len(sample.U.group.unique()))
     on, of = (sample.E, scores) if rows is None else (sample.E.subset(rows), scores.rows(rows))
-    X = gradient_of_entropy(
-        policy, on, of, rework.weighting, rework.baseline, progress=progress("gradient on E"), parts=False
+    X = unless_out_of_memory(
+        lambda: gradient_of_entropy(
+            policy, on, of, rework.weighting, rework.baseline, progress=progress("gradient on E"), parts=False
+        )
     )
-    return replace(found.derivative, X=X, rows=rows)
+    if not isinstance(X, OutOfMemory):
+        return replace(found.derivative, X=X, rows=rows)
+    if way.mode != "reverse":  # X serves the spread over U alone
+        logger.warning("deltaH1_sd_U is left out: a backward pass needs more memory than there is (%s)", X)
+        return found.derivative
+    way = without_memory("a backward pass", X, binding=rework.derivative_mode == "reverse")
+    logger.warning("deltaH1 by %s: %s", way.mode, way.reason)
+    return replace(found.derivative, way=way)
 
 
 def spread_responses(E: RolloutBatch, prompts: int) -> Tensor | None:
@@ -132,8 +144,11 @@ def _checked(policy: Policy, few: RolloutBatch, rework: ProbeReworkConfig) -> _F
     error, own = None, None
     try:
         if rework.derivative_check:
-            own = own_gradient(policy, few)
-            error = derivative_check(policy, few, own).relative_error
+            found = unless_out_of_memory(lambda: _compared(policy, few))
+            if isinstance(found, OutOfMemory):
+                way = without_memory("a backward pass", found, binding=rework.derivative_mode != "auto")
+                return _Found(Derivative(way), backward=False)
+            own, error = found
     except DerivativeMismatchError as mismatch:
         # forward mode only agrees with a backward that is wrong where the model's own code stops gradients
         if rework.derivative_mode != "auto" or not forward_mode_check(policy, few, own).usable:
@@ -144,6 +159,12 @@ def _checked(policy: Policy, few: RolloutBatch, rework: ProbeReworkConfig) -> _F
     return _Found(Derivative(way, check_error=error), backward=True)
 
 
+def _compared(policy: Policy, few: RolloutBatch) -> tuple[OwnGradient, float]:
+    """A gradient, and the relative difference of it and forwards."""
+    own = own_gradient(policy, few)
+    return own, derivative_check(policy, few, own).relative_error
+
+
 def _by_forwards(policy: Policy, few: RolloutBatch, rework: ProbeReworkConfig, wanted: bool) -> _Found:
     """Differences of forwards, as configured; backward beside them, where something wants it and it can be believed."""
     way = choose_way(policy, few, rework.derivative_mode)
@@ -152,11 +173,12 @@ def _by_forwards(policy: Policy, few: RolloutBatch, rework: ProbeReworkConfig, w
     if not rework.derivative_check:
         return _Found(Derivative(way), backward=True)
     try:
-        own: OwnGradient = own_gradient(policy, few)
-        error = derivative_check(policy, few, own).relative_error
-    except torch.OutOfMemoryError:
-        raise
-    except (NumericalError, RuntimeError) as refusal:  # kernels without a backward raise what they like
+        _, error = _compared(policy, few)
+    except (
+        NumericalError,
+        RuntimeError,
+        MemoryError,
+    ) as refusal:  # kernels without a backward raise what they like
         logger.warning("no X, and no deltaH1_sd_U: backward cannot be used: %s", error_text(refusal))
         return _Found(Derivative(way), backward=False)
     return _Found(Derivative(way, check_error=error), backward=True)

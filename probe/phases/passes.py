@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from probe.data.batch import RolloutBatch
-from probe.errors.exceptions import NumericalError
+from probe.errors.exceptions import MemoryExhaustedError, NumericalError
+from probe.errors.memory import OutOfMemory, unless_out_of_memory
 from probe.errors.remedies import Remedy
 from probe.estimators.derivative_check import TOLERANCE, OwnGradient
 from probe.estimators.forward_mode_check import forward_mode_check
@@ -26,6 +29,8 @@ from probe.scoring.microbatch import first_microbatch
 from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
 from probe.scoring.scores import TokenScores, TokenTangents
+
+logger = logging.getLogger(__name__)
 
 CHECK_RESPONSES = 8
 """Responses that a way to differentiate is tried on, and the scale of differences."""
@@ -127,10 +132,13 @@ def choose_way(
 
     Raises:
         NumericalError: forward mode is asked for and cannot be had.
+        MemoryExhaustedError: forward mode is asked for and there is no memory for it.
     """
     if wanted in ("reverse", "finite_difference"):
         return Way(wanted, "as configured")  # type: ignore[arg-type]
-    check = forward_mode_check(policy, few, own)
+    check = unless_out_of_memory(lambda: forward_mode_check(policy, few, own))
+    if isinstance(check, OutOfMemory):
+        return without_memory("forward mode", check, binding=wanted == "jvp")
     if check.usable:
         return Way("jvp", check.reason)
     if wanted == "jvp":
@@ -142,6 +150,29 @@ def choose_way(
     return Way(otherwise, check.reason)
 
 
+def without_memory(what: str, found: OutOfMemory, *, binding: bool) -> Way:
+    """The way that needs least memory, after another one has run out of it.
+
+    Args:
+        what: the way that was tried.
+        found: what it said.
+        binding: that way was asked for.
+
+    Raises:
+        MemoryExhaustedError: it was.
+    """
+    if binding:
+        raise MemoryExhaustedError(
+            Remedy.DERIVATIVE,
+            f": expected memory for {what}, found {found}; ",
+            Remedy.MEMORY,
+            ", or take ",
+            Remedy.DIFFERENCES,
+            ", which needs less",
+        )
+    return Way("finite_difference", f"{what} needs more memory than there is ({found})")
+
+
 def along_step(
     on: StepOnBatch, way: Way, *, check: bool = True, binding: bool = False, check_scale: int = 0
 ) -> AlongStep:
@@ -151,18 +182,23 @@ def along_step(
         on: E, the step and what is known already.
         way: to differentiate.
         check: compare what forward mode gives with differences of forwards.
-        binding: keep to forward mode where these contradict it; otherwise they take its place.
+        binding: keep to forward mode where these contradict it or memory does not suffice; otherwise they take its
+            place.
         check_scale: the `StepCheck.scale` of an earlier check.
 
     Raises:
         NumericalError: a score is not finite, or no difference step is usable.
         ForwardModeError: an operation of the model has no forward-mode derivative.
+        MemoryExhaustedError: memory does not suffice.
     """
     if way.mode != "jvp":
         return _by_differences(on, way)
-    here, tangents = scores_and_tangents(
-        on.policy, on.batch, on.step, on.basis, on.progress("forward mode on E")
+    found = unless_out_of_memory(
+        lambda: scores_and_tangents(on.policy, on.batch, on.step, on.basis, on.progress("forward mode on E"))
     )
+    if isinstance(found, OutOfMemory):
+        return _by_differences(on, without_memory("forward mode", found, binding=binding))
+    here, tangents = found
     passes = AlongStep(here if on.scores is None else on.scores, tangents, way)
     if not check:
         return passes
@@ -176,9 +212,49 @@ def along_step(
 
 def _by_differences(on: StepOnBatch, way: Way) -> AlongStep:
     """See `along_step`; by central differences of forwards."""
-    scores = score_tokens(on.policy, on.batch, basis=on.basis) if on.scores is None else on.scores
-    pair, new = pair_along(on, scores)
-    return AlongStep(scores, pair.tangents, way, pair, new=new)
+
+    def passes() -> AlongStep:
+        scores = score_tokens(on.policy, on.batch, basis=on.basis) if on.scores is None else on.scores
+        pair, new = pair_along(on, scores)
+        return AlongStep(scores, pair.tangents, way, pair, new=new)
+
+    found = unless_out_of_memory(passes)
+    if isinstance(found, OutOfMemory):
+        raise MemoryExhaustedError(
+            f"expected memory for forwards of {len(on.batch)} responses, found {found}; ", Remedy.MEMORY
+        )
+    return found
+
+
+def longest_pass(policy: Policy, longest: RolloutBatch, way: Way, *, binding: bool) -> Way:
+    """The way that there is memory for, tried on the longest responses that can occur.
+
+    Args:
+        policy: at any weights.
+        longest: a microbatch of them.
+        way: to differentiate.
+        binding: keep to that way.
+
+    Raises:
+        MemoryExhaustedError: there is none for that way, or not for a forward.
+    """
+    # what a probe holds beside a pass: the parameters before the step, and the step
+    step = {name: torch.zeros_like(p) for name, p in policy.parameters.items()}
+    here = policy.at({name: p.detach().clone() for name, p in policy.parameters.items()})
+    if way.mode == "jvp":
+        found = unless_out_of_memory(lambda: forward_tangents(here, longest, step))
+        if not isinstance(found, OutOfMemory):
+            return way
+        way = without_memory("forward mode", found, binding=binding)
+    scored = unless_out_of_memory(lambda: score_tokens(here, longest))
+    if isinstance(scored, OutOfMemory):
+        tokens = len(longest.prompt_ids[0]) + int(longest.lengths.max())
+        raise MemoryExhaustedError(
+            f"expected memory for a forward of {len(longest)} responses of the longest length that can occur, "
+            f"{tokens} tokens with the prompt, found {scored}; ",
+            Remedy.MEMORY,
+        )
+    return way
 
 
 def pair_along(on: StepOnBatch, scores: TokenScores) -> tuple[DifferencePair, TokenScores | None]:
@@ -231,6 +307,8 @@ def tangents_of(
     along: AlongStep,
     move: float,
     progress: MakeProgress = no_progress,
+    *,
+    binding: bool = False,
 ) -> TokenTangents:
     """Derivatives of another batch's scores along a direction of any length, by the cheapest way that is known to hold.
 
@@ -245,13 +323,21 @@ def tangents_of(
         along: the passes over E along the step.
         move: Euclidean length of the step.
         progress: makes a progress callback from the name of a pass.
+        binding: keep to forward mode where memory does not suffice; otherwise differences take its place.
 
     Raises:
         NumericalError: no difference step is usable.
+        MemoryExhaustedError: memory does not suffice for forward mode, which is asked for.
     """
     scale = along.difference_scale if move > 0 else None
     if along.way.mode == "jvp" and scale is None:
-        return forward_tangents(policy, batch, direction, progress=progress("forward mode on U"))
+        found = unless_out_of_memory(
+            lambda: forward_tangents(policy, batch, direction, progress=progress("forward mode on U"))
+        )
+        if not isinstance(found, OutOfMemory):
+            return found
+        way = without_memory("forward mode on U", found, binding=binding)
+        logger.warning("derivatives of U by %s: %s", way.mode, way.reason)
     factor = (move if move > 0 else 1.0) / max(norm(direction), 1e-300)
     moved = {name: factor * change for name, change in direction.items()}
     if scale is None:

@@ -10,7 +10,9 @@ from typing import get_args
 from torch import Tensor
 
 from probe.config.estimation import ProbeReworkConfig
-from probe.errors.exceptions import NumericalError
+from probe.errors.exceptions import MemoryExhaustedError, NumericalError
+from probe.errors.memory import OutOfMemory, unless_out_of_memory
+from probe.errors.remedies import Remedy
 from probe.estimand import PerEstimand
 from probe.estimators.curvature import nested_curvature, symmetric_curvature
 from probe.estimators.entropy_gradient import EntropyGradient
@@ -251,10 +253,21 @@ def _with_curvature(
     scores, group, scale = passes.scores, on.batch.group, passes.difference_scale
     if wanted == "jvp" or (wanted == "auto" and predicted.mode == "jvp" and scale is None):
         try:
-            first, second = second_order_tangents(on.policy, on.batch, on.step, on.progress("curvature on E"))
-            return replace(
-                predicted, deltaH2=nested_curvature(scores, first, second, group), curvature_mode="jvp"
-            ), passes
+            found = unless_out_of_memory(
+                lambda: second_order_tangents(on.policy, on.batch, on.step, on.progress("curvature on E"))
+            )
+            if not isinstance(found, OutOfMemory):
+                deltaH2 = nested_curvature(scores, *found, group)
+                return replace(predicted, deltaH2=deltaH2, curvature_mode="jvp"), passes
+            if wanted == "jvp":
+                raise MemoryExhaustedError(
+                    f"probe_rework.curvature: expected memory for nested forward mode, found {found}; ",
+                    Remedy.MEMORY,
+                    ", or take finite_difference, which needs less",
+                )
+            logger.warning(
+                "deltaH2 by differences: nested forward mode needs more memory than there is (%s)", found
+            )
         except ForwardModeError as error:
             if wanted == "jvp":
                 raise

@@ -2,7 +2,8 @@
 
 What some layers compute in one way they differentiate in another, or not at all: fused attention and grouped products
 of experts have no forward mode, and an embedding leaves its padding row out of every backward pass. For the length of
-a pass they are switched to an implementation that computes the same and can be differentiated. What has no such
+a pass they are switched to an implementation that computes the same and can be differentiated; attention to one whose
+memory does not grow with the square of the length (`probe.scoring.attention`). What has no such
 switch is found by `probe.estimators.derivative_check`.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from probe.scoring.attention import IMPLEMENTATION, attention_by_queries
 from probe.snapshot import attributes_replaced
 
 EXPERTS = "_experts_implementation_internal"
@@ -24,24 +26,31 @@ EXPERTS = "_experts_implementation_internal"
 
 @contextmanager
 def forward_mode_kernels(model: nn.Module) -> Iterator[None]:
-    """Only kernels with a forward-mode rule: attention, and the experts of a mixture, one after the other.
+    """Only kernels with a forward-mode rule: attention, block by block, and the experts of a mixture one by one.
 
-    Scores that are to be compared should all use the same kernels.
+    Scores that are to be compared should all use the same kernels. Which ones these are depends on the lengths alone.
 
     Args:
         model: a transformers model, possibly wrapped. Its configuration is not written to: the modules that hold it
             get a copy for the length of the block.
     """
-    eager: dict[int, Any] = {}
+    attention = attention_by_queries(model)
+    copies: dict[int, Any] = {}
     places: list[tuple[nn.Module, str, Any]] = []
     for module in model.modules():
         config = vars(module).get("config")
-        if getattr(config, EXPERTS, None) in (None, "eager"):
+        changes: dict[str, Any] = {}
+        if getattr(config, EXPERTS, None) not in (None, "eager"):
+            changes[EXPERTS] = "eager"
+        if (name := attention(config)) is not None:
+            changes[IMPLEMENTATION] = name
+        if not changes:
             continue
-        if id(config) not in eager:
-            eager[id(config)] = copy.copy(config)
-            setattr(eager[id(config)], EXPERTS, "eager")
-        places.append((module, "config", eager[id(config)]))
+        if id(config) not in copies:
+            copies[id(config)] = copy.copy(config)
+            for attribute, value in changes.items():
+                setattr(copies[id(config)], attribute, value)
+        places.append((module, "config", copies[id(config)]))
     with sdpa_kernel(SDPBackend.MATH), attributes_replaced(places):
         yield
 

@@ -144,7 +144,7 @@ class Policy:
             DataError: the model has no room for a sequence.
             torch.OutOfMemoryError: memory does not suffice for one sequence.
         """
-        waiting = deque(self.split(batch))
+        waiting, most = deque(self.split(batch)), self.traffic.most
         while waiting:
             indices = waiting.popleft()
             inputs = collate(batch, indices, self.device)
@@ -152,6 +152,9 @@ class Policy:
                 found = run(inputs)
             except (RuntimeError, MemoryError) as error:
                 if len(indices) == 1 or not is_out_of_memory(error):
+                    self.traffic.most = (
+                        most  # smaller microbatches were no help; another kind of pass may need none
+                    )
                     raise
             else:
                 self.traffic.count(inputs.useful, inputs.padded)

@@ -162,7 +162,7 @@ def test_the_same_step_both_ways(checkpoint, tmp_path, monkeypatch, mode, contro
     own = {
         path: value
         for path, value in numbers(run).items()
-        if path.split("/")[1] not in {"timing", *OF_A_RUN}
+        if path.split("/")[1] not in {"timing", "throughput", *OF_A_RUN}
         and path.removeprefix("/diagnostics/") not in OF_ITS_PASSES
     }
     others = {

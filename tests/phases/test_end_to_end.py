@@ -20,6 +20,7 @@ from probe.errors.exceptions import (
     ConfigError,
     DataError,
     LogError,
+    MemoryExhaustedError,
     NumericalError,
     OptimizerStateError,
     RolloutError,
@@ -28,6 +29,7 @@ from probe.loading import quiet_libraries
 from probe.results import DIAGNOSTIC_KEYS, RESULT_KEYS
 from probe.rollouts.write import write_rollouts
 from probe.sweep.rescale import measure_at
+from tests.support.little_memory import MESSAGE, backward, forward_mode, without_memory_for
 from tests.support.tiny_models import (
     SHARED_SHAPE,
     adamw,
@@ -108,7 +110,7 @@ def run(config, **sections):
 
 def numbers(results):
     """The results without what depends on time, place, or on how the settings were given."""
-    left_out = ("timing", "checkpoint_path", "training_step", "settings")
+    left_out = ("timing", "throughput", "checkpoint_path", "training_step", "settings")
     return {k: v for k, v in results.items() if k not in left_out}
 
 
@@ -164,7 +166,7 @@ def test_every_key_is_there_and_is_plain(config):
     }
     assert set(results) == set(RESULT_KEYS) | per_token | {"eta_10_tok"}
     differences = {"difference_scale", "difference_error"}  # forward mode needs none
-    of_others = {"clipped_fraction", "dropout", "base_recorded", "base_given"}
+    of_others = {"clipped_fraction", "dropout", "base_recorded", "base_given", "tokens_per_microbatch"}
     of_others |= {key for key in DIAGNOSTIC_KEYS if key.startswith("rounded_")}
     assert set(results["diagnostics"]) == set(DIAGNOSTIC_KEYS) - differences - of_others
     assert set(results["timing"]) == {"load", *PHASES[:-1], "total"}
@@ -800,6 +802,79 @@ class DistortGradients(ProbeCallback):
 
         layer = module.model.get_base_model().model.layers[0]
         layer.register_forward_hook(lambda m, args, output: Distort.apply(output))
+
+
+class LittleMemory(ProbeCallback):
+    """From a phase on, a layer has no memory for some passes; for a backward pass it has some again for the update."""
+
+    def __init__(self, phase, *too_much):
+        setattr(self, f"on_{phase}_start", self.shrink)
+        self.too_much = too_much
+
+    def shrink(self, runner, module):
+        layer = module.model.get_base_model().model.layers[0].mlp
+        self.hook = without_memory_for(layer, *self.too_much)
+
+    def on_entropy_gradient_end(self, runner, module):
+        if backward in self.too_much:
+            self.hook.remove()
+
+
+def with_little_memory(config, phase, *too_much, **rework):
+    """A run whose memory becomes short when a phase starts."""
+    probe_run = OfflineEntropyProbe(changed(config, probe_rework=rework))
+    probe_run.runner.extra_callbacks.append(LittleMemory(phase, *too_much))
+    return probe_run.run_mixed_probe()
+
+
+@pytest.mark.parametrize("phase", ["entropy_gradient", "update", "prediction"])
+def test_a_run_without_memory_for_forward_mode_goes_on_by_differences(config, phase):
+    if phase == "prediction":
+        expected = run(config, probe_rework={"derivative_mode": "finite_difference"})
+        assert expected["diagnostics"]["derivative_mode"] == "finite_difference"
+    found = with_little_memory(config, phase, forward_mode)
+    assert found["diagnostics"]["derivative_mode"] == "finite_difference"
+    assert "forward mode needs more memory" in found["diagnostics"]["derivative_reason"]
+    if phase == "prediction":
+        assert found["deltaH1"] == expected["deltaH1"]
+    with pytest.raises(MemoryExhaustedError, match="derivative_mode: expected memory for forward mode"):
+        with_little_memory(config, phase, forward_mode, derivative_mode="jvp")
+
+
+def test_a_run_without_memory_for_the_gradient_on_e(config):
+    """Differences take its place; the loss's gradient has memory again."""
+    found = with_little_memory(config, "entropy_gradient", backward)
+    assert found["diagnostics"]["derivative_mode"] == "finite_difference"
+    with pytest.raises(MemoryExhaustedError, match="expected memory for a backward pass"):
+        with_little_memory(config, "entropy_gradient", backward, derivative_mode="reverse")
+
+
+def test_the_gradient_on_all_of_e_without_memory(config, monkeypatch, caplog):
+    """The first microbatch had some: in forward mode only the spread over U needs it."""
+
+    def too_much(*args, **kwargs):
+        raise torch.OutOfMemoryError(MESSAGE)
+
+    assert "deltaH1_sd_U" in run(config)
+    monkeypatch.setattr("probe.phases.entropy_gradient.gradient_of_entropy", too_much)
+    found = run(config)
+    assert found["diagnostics"]["derivative_mode"] == "jvp"
+    assert "deltaH1_sd_U is left out" in caplog.text
+    assert "deltaH1_sd_U" not in found
+    with pytest.raises(MemoryExhaustedError, match="expected memory for a backward pass"):
+        run(config, probe_rework={"derivative_mode": "reverse"})
+
+
+def test_nested_forward_mode_without_memory_gives_way_to_differences(config, monkeypatch):
+    def too_much(*args, **kwargs):
+        raise torch.OutOfMemoryError(MESSAGE)
+
+    monkeypatch.setattr("probe.phases.prediction.second_order_tangents", too_much)
+    found = run(config)
+    assert found["diagnostics"]["derivative_mode"] == "jvp"
+    assert found["diagnostics"]["second_order_mode"] == "finite_difference"
+    with pytest.raises(MemoryExhaustedError, match=r"probe_rework\.curvature: expected memory"):
+        run(config, probe_rework={"curvature": "jvp"})
 
 
 class Recorder(ProbeCallback):
