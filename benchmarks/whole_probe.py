@@ -139,6 +139,7 @@ def large_checkpoint(folder: Path) -> Path:
     for name, p in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=1e-3)
+    adapted.peft_config["default"].base_model_name_or_path = str(folder / "base")
     adapted.save_pretrained(folder / "checkpoint")
     tokenizer.save_pretrained(folder / "checkpoint")
     trainable = [p for p in adapted.parameters() if p.requires_grad]
@@ -166,7 +167,7 @@ def main() -> int:
             config["checkpoint"] = {"checkpoint_path": str(path)}
             config["batch_config"] = {**config["batch_config"], "B_E": 64, "B_U": 4, "G": 4}
             config["generation"] = {**config["generation"], "max_new_tokens": 5}
-            config["memory_config"] = {"microbatch_size": 16, "head_chunk_tokens": 256}
+            config["memory_config"] = {"microbatch_size": 16}
         config["probe_rework"] = {**config["probe_rework"], "derivative_mode": options.derivative_mode}
         ratios = measure(loaded_probe(config), options.rounds)
     found = {name: statistics.median(values) for name, values in ratios.items()}
