@@ -39,7 +39,7 @@ class Remedy(Enum):
     MEMORY = (
         "lower memory_config.head_chunk_tokens, generation.batch_size or generation.max_new_tokens, or take "
         "checkpoint.dtype: bfloat16 or checkpoint.load_in_4bit: true",
-        "lower head_chunk_tokens or max_new_tokens",
+        "take a smaller head_chunk_tokens or max_new_tokens",
     )
     SMALLER_STEP = "lower probe_rework.learning_rate", "the step is large"
     SMALLER_STEP_CAN_BE_MEASURED = ("lower probe_rework.learning_rate", "a smaller step can be measured")
