@@ -13,6 +13,7 @@ from probe.data.batch import RolloutBatch
 from probe.estimand import PerEstimand
 from probe.estimators.entropy_change import entropy_change
 from probe.estimators.estimate import estimate
+from probe.estimators.groups import index_groups
 from probe.scoring.collector import Progress
 from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
@@ -116,8 +117,8 @@ def rescored_noise_floor(
 
 def _by_prompt(batch: RolloutBatch, seed: int) -> Tensor:
     """The responses in a random order of their prompts."""
-    _, member = batch.group.unique(return_inverse=True)
-    place = torch.randperm(int(member.max()) + 1, generator=torch.Generator().manual_seed(seed))
+    member, sizes = index_groups(batch.group)
+    place = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
     return place[member].argsort(stable=True)
 
 

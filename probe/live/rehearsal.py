@@ -17,7 +17,7 @@ from probe.phases.passes import Way, choose_way, longest_pass
 from probe.rollouts.draw import stream_seed
 from probe.rollouts.generation import encode_prompts
 from probe.rollouts.sampling import check_sampling, sample_rollouts
-from probe.scoring.policy import DEFAULT_TOKENS, Policy
+from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
 
 REHEARSAL_TOKENS = 16
@@ -47,9 +47,7 @@ def rehearsed_way(
     check_sampling(policy, seen, score_tokens(policy, E))
     way = choose_way(policy, E, settings.derivative, otherwise="finite_difference")
     # where `target_se` chooses the size of E it may grow, and a microbatch is full
-    size: Any = settings.microbatch_size
-    if size == "auto":
-        size = max(DEFAULT_TOKENS // (len(encoded[longest]) + settings.max_new_tokens - 1), 1)
+    size = policy.at_a_time(len(encoded[longest]) + settings.max_new_tokens - 1)
     rows = size if settings.target_se else min(size, settings.B_E)
     batch = longest_responses(encoded[longest], rows, settings.max_new_tokens)
     return longest_pass(policy, batch, way, binding=settings.derivative == "jvp")

@@ -55,11 +55,10 @@ def update_spread(
         return None
     linear = closed_form(policy, loaded, update).gradient_map
     sizes = sum_per_group(U.lengths.double(), *index_groups(U.group)) if rework.loss in TOKEN_MEANS else None
-    found = []
+    found, binding = [], rework.derivative_mode != "auto"
     for of in (X.sequence, X.token):
         u = preconditioned(linear, {name: of(name) for name in linear})
         try:
-            binding = rework.derivative_mode != "auto"
             tangents = tangents_of(policy, U, u, passes, norm(update.step), progress, binding=binding)
         except NumericalError as error:
             if passes.way.mode == "jvp" and passes.difference_scale is None:

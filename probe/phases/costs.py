@@ -56,4 +56,13 @@ def passes_over(records: Sequence[PassRecord], batch: Literal["E", "U"], size: i
     >>> round(passes_over(records, "E", 100), 6), passes_over(records, "U", 8)
     (1.1, 1.0)
     """
-    return sum(one.units * one.responses for one in records if batch in one.what.split()) / size
+    return sum(one.units * one.responses for one in records if goes_over(one.what, batch)) / size
+
+
+def goes_over(what: str, batch: Literal["E", "U"]) -> bool:
+    """Whether a pass of that name goes over that batch.
+
+    >>> goes_over("score U along X", "U"), goes_over("score E", "U")
+    (True, False)
+    """
+    return batch in what.split()

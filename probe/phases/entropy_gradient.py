@@ -21,6 +21,7 @@ from probe.estimators.derivative_check import (
 from probe.estimators.entropy_gradient import EntropyGradient
 from probe.estimators.entropy_gradient import entropy_gradient as gradient_of_entropy
 from probe.estimators.forward_mode_check import forward_mode_check
+from probe.estimators.groups import index_groups
 from probe.phases.passes import CHECK_RESPONSES, Way, choose_way, few_responses, without_memory
 from probe.phases.sample import Sample
 from probe.scoring.collector import MakeProgress, no_progress
@@ -123,10 +124,9 @@ def spread_responses(E: RolloutBatch, prompts: int) -> Tensor | None:
     wanted = max(SPREAD_RESPONSES * prompts, LEAST_SPREAD_RESPONSES)
     if wanted >= len(E):
         return None
-    _, member = E.group.unique(return_inverse=True)
-    order = torch.randperm(int(member.max()) + 1, generator=torch.Generator().manual_seed(0))
-    sizes = torch.bincount(member)[order].cumsum(0)
-    taken = order[: int((sizes < wanted).sum()) + 1]
+    member, sizes = index_groups(E.group)
+    order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(0))
+    taken = order[: int((sizes[order].cumsum(0) < wanted).sum()) + 1]
     rows = torch.isin(member, taken).nonzero().flatten()
     return rows if bool(E.mask[rows].any()) and len(rows) < len(E) else None
 
@@ -151,7 +151,7 @@ def _checked(policy: Policy, few: RolloutBatch, rework: ProbeReworkConfig) -> _F
             own, error = found
     except DerivativeMismatchError as mismatch:
         # forward mode only agrees with a backward that is wrong where the model's own code stops gradients
-        if rework.derivative_mode != "auto" or not forward_mode_check(policy, few, own).usable:
+        if rework.derivative_mode != "auto" or not forward_mode_check(policy, few).usable:
             raise
         reason = f"forward mode and backward agree, and both are wrong: {mismatch}"
         return _Found(Derivative(Way("finite_difference", reason)), backward=False)
@@ -174,11 +174,8 @@ def _by_forwards(policy: Policy, few: RolloutBatch, rework: ProbeReworkConfig, w
         return _Found(Derivative(way), backward=True)
     try:
         _, error = _compared(policy, few)
-    except (
-        NumericalError,
-        RuntimeError,
-        MemoryError,
-    ) as refusal:  # kernels without a backward raise what they like
+    # kernels without a backward raise what they like
+    except (NumericalError, RuntimeError, MemoryError) as refusal:
         logger.warning("no X, and no deltaH1_sd_U: backward cannot be used: %s", error_text(refusal))
         return _Found(Derivative(way), backward=False)
     return _Found(Derivative(way, check_error=error), backward=True)

@@ -342,12 +342,9 @@ def tangents_of(
     moved = {name: factor * change for name, change in direction.items()}
     if scale is None:
         scale, _ = choose_scale(policy, few_responses(batch, CHECK_RESPONSES), moved)
-    sides = {1: "score U along X", -1: "score U against X"}
-    plus, minus = (
-        score_tokens(policy.moved(moved, side * scale), batch, progress(what)) for side, what in sides.items()
-    )
-    differences = DifferencePair(plus, minus, scale * factor, math.nan).tangents
-    return TokenTangents(differences.logprob, differences.entropy)
+    names = ("score U along X", "score U against X")
+    pair = difference_pair(policy, batch, moved, scale, progress=progress, names=names)
+    return replace(pair, scale=scale * factor).tangents
 
 
 def few_responses(batch: RolloutBatch, count: int, scores: TokenScores | None = None) -> RolloutBatch:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from probe.callbacks.base import ProbeCallback
+from probe.phases.costs import goes_over
 
 if TYPE_CHECKING:
     from probe.module import EntropyProbe
@@ -40,7 +41,7 @@ class Pass:
     @property
     def is_of_update(self) -> bool:
         """Whether it went over U."""
-        return "U" in self.what.split()
+        return goes_over(self.what, "U")
 
 
 @dataclass(frozen=True)

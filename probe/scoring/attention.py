@@ -147,9 +147,8 @@ def _attention(
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if attention_mask is None and name == "sdpa":
-        options["is_causal"] = (
-            False  # what each query sees is in the blocks of the mask, or it sees everything
-        )
+        # what each query sees is in the blocks of the mask, or it sees everything
+        options["is_causal"] = False
     cells = query.shape[1] * keys
     rows = min(max(CELLS // cells, FEWEST_ROWS), MOST_ROWS)
     sequences = max(CELLS // (rows * cells), 1)

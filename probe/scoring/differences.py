@@ -61,6 +61,7 @@ def difference_pair(
     upper: Mapping[str, Tensor] | None = None,
     basis: FeatureBasis | None = None,
     progress: Callable[[str], Progress] | None = None,
+    names: tuple[str, str] = ("score E after the step", "score E on the other side"),
 ) -> DifferencePair:
     """Score a batch at `theta + scale * direction` and `theta - scale * direction`.
 
@@ -73,15 +74,16 @@ def difference_pair(
         upper: exact values of the upper point, where they are known (the optimizer's own result at scale 1).
         basis: also score the expected token features.
         progress: makes a progress callback from the name of a pass.
+        names: of the two passes.
 
     Raises:
         NumericalError: a score is not finite.
     """
     above = policy.at(upper) if upper is not None else policy.moved(direction, scale)
     of_pass = progress if progress is not None else (lambda what: None)
-    plus = score_tokens(above, batch, of_pass("score E after the step"), basis)  # type: ignore[arg-type]
+    plus = score_tokens(above, batch, of_pass(names[0]), basis)  # type: ignore[arg-type]
     below = policy.moved(direction, -scale)
-    minus = score_tokens(below, batch, of_pass("score E on the other side"), basis)  # type: ignore[arg-type]
+    minus = score_tokens(below, batch, of_pass(names[1]), basis)  # type: ignore[arg-type]
     return DifferencePair(plus=plus, minus=minus, scale=scale, error=error)
 
 

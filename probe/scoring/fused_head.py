@@ -297,9 +297,8 @@ class _Objective:
         """
         self._labels, self._largest, self._log_Z = labels, largest, log_Z
         a, b, p = a.to(l), b.to(l), l.exp()
-        self._label_slope = -a * torch.expm1(l) - b * p * (
-            l + h
-        )  # 1 - p keeps its digits where p is nearly 1
+        # 1 - p keeps its digits where p is nearly 1
+        self._label_slope = -a * torch.expm1(l) - b * p * (l + h)
         over_Z = (-log_Z).exp()
         self._factor = -b.unsqueeze(1) * over_Z
         self._level = -(a.unsqueeze(1) + b.unsqueeze(1) * (h.unsqueeze(1) - log_Z)) * over_Z

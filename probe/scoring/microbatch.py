@@ -60,12 +60,20 @@ def split(batch: RolloutBatch, sequences: int | None, tokens: int | None) -> lis
     indices, longest = order.tolist(), (totals[order] - 1).tolist()
     found, start = [], 0
     while start < len(indices):
-        size = len(indices) if sequences is None else sequences
-        if tokens is not None:
-            size = min(size, max(tokens // longest[start], 1))
+        size = at_a_time(longest[start], sequences, tokens) or len(indices)
         found.append(indices[start : start + size])
         start += size
     return found
+
+
+def at_a_time(length: int, sequences: int | None, tokens: int | None) -> int | None:
+    """How many sequences of so many positions go through the model at a time; None for any number. See `split`.
+
+    >>> at_a_time(30, None, 64), at_a_time(100, 8, 64), at_a_time(10, 2, None)
+    (2, 1, 2)
+    """
+    limits = (sequences, None if tokens is None else max(tokens // length, 1))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def first_microbatch(batch: RolloutBatch, size: int) -> RolloutBatch:

@@ -16,7 +16,7 @@ from probe.data.batch import RolloutBatch
 from probe.errors.memory import is_out_of_memory
 from probe.loading import trainable_parameters
 from probe.scoring.head import OutputHead
-from probe.scoring.microbatch import MicroBatch, collate, split
+from probe.scoring.microbatch import MicroBatch, at_a_time, collate, split
 from probe.scoring.room import check_batch
 from probe.scoring.traffic import Traffic
 from probe.snapshot import Places, replaced, stand_ins
@@ -120,11 +120,22 @@ class Policy:
             DataError: the model has no room for one of them.
         """
         check_batch(self.model, batch)
+        return split(batch, *self._limits)
+
+    def at_a_time(self, length: int) -> int:
+        """How many sequences of so many positions go through the model at a time."""
+        found = at_a_time(length, *self._limits)
+        assert found is not None  # `_limits` has one at least
+        return found
+
+    @property
+    def _limits(self) -> tuple[int | None, int | None]:
+        """Most sequences and most positions of a microbatch."""
         tokens = self.tokens_per_microbatch
         if self.microbatch_size is None and tokens is None:
             tokens = DEFAULT_TOKENS
         limits = [limit for limit in (tokens, self.traffic.most) if limit is not None]
-        return split(batch, self.microbatch_size, min(limits, default=None))
+        return self.microbatch_size, min(limits, default=None)
 
     def microbatches(self, batch: RolloutBatch) -> Iterator[MicroBatch]:
         """The sequences of a batch as inputs of the model; see `split`."""
@@ -152,9 +163,8 @@ class Policy:
                 found = run(inputs)
             except (RuntimeError, MemoryError) as error:
                 if len(indices) == 1 or not is_out_of_memory(error):
-                    self.traffic.most = (
-                        most  # smaller microbatches were no help; another kind of pass may need none
-                    )
+                    # smaller microbatches were no help; another kind of pass may need none
+                    self.traffic.most = most
                     raise
             else:
                 self.traffic.count(inputs.useful, inputs.padded)

@@ -74,9 +74,8 @@ def _threads(policy: Policy, batch: RolloutBatch) -> int:
     if most == 1 or policy.device.type != "cpu" or not bool(batch.mask.any()):
         return most
     small = replace(policy, microbatch_size=None, tokens_per_microbatch=THREAD_TOKENS)
-    few = batch.subset(
-        torch.tensor(small.split(batch)[-1])
-    )  # the shortest, of which there are the most at a time
+    # the shortest, of which there are the most at a time
+    few = batch.subset(torch.tensor(small.split(batch)[-1]))
     with operator_threads(1):
         score_tokens(small, few)  # what happens once
         one = _seconds(small, few)

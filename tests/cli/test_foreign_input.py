@@ -151,7 +151,7 @@ def test_out_of_memory_says_what_to_lower(error, monkeypatch, capsys):
     monkeypatch.setattr(cli, "parse", fail)
     assert cli.main(["run"]) == cli.USAGE_ERROR
     assert "out of memory" in (err := capsys.readouterr().err)
-    assert "lower memory_config.microbatch_size" in err
+    assert "lower memory_config.head_chunk_tokens" in err
 
 
 def test_an_error_without_a_text_ends_in_a_line(monkeypatch, capsys):

@@ -47,6 +47,7 @@ def pilot(value, se=1e-3, sd_U=2e-4, controls="off: 64 prompts in E", truth=True
         checkpoint_path=None,
         checkpoint_name="step_60",
         config={},
+        throughput={},
         started_at="",
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -92,12 +93,12 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(attention, "CELLS", 2000)
 
 
+@contextmanager
 def uncut(monkeypatch):
     """A context without blocks: the kernels that forward mode had before there were any."""
-    context = monkeypatch.context()
-    patch = context.__enter__()
-    patch.setattr(attention, "WHOLE", 10**9)
-    return context
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "WHOLE", 10**9)
+        yield
 
 
 def everything(policy, batch, step):
@@ -122,9 +123,8 @@ def test_blocks_of_queries_give_the_numbers_of_the_math_kernel(monkeypatch, smal
     """In float64: each query's softmax is over the same keys, so that nothing but the order of sums can differ."""
     policy, batch = Policy(model_of(name, "sdpa"), microbatch_size=4), responses()
     step = random_step(policy, 1e-2)
-    context = uncut(monkeypatch)
-    expected = everything(policy, batch, step)
-    context.__exit__(None, None, None)
+    with uncut(monkeypatch):
+        expected = everything(policy, batch, step)
     blocks = counted(monkeypatch)
     found = everything(policy, batch, step)
     assert (6, 12) in blocks
@@ -143,9 +143,8 @@ def test_blocks_of_queries_give_the_numbers_of_eager_attention(
     batch = responses()
     reference = Policy(model_of(name, "eager", torch.float32), microbatch_size=4)
     step = random_step(reference, 1e-2)
-    context = uncut(monkeypatch)
-    expected = everything(reference, batch, step)
-    context.__exit__(None, None, None)
+    with uncut(monkeypatch):
+        expected = everything(reference, batch, step)
     blocks = counted(monkeypatch)
     policy = Policy(model_of(name, implementation, torch.float32), microbatch_size=4)
     found = everything(policy, batch, step)
@@ -175,9 +174,8 @@ def test_a_prefix_of_keys_is_seen_by_every_query(monkeypatch, small_blocks):
     ).eval()
     policy, batch = Policy(model, microbatch_size=4), responses()
     step = random_step(policy, 1e-1)
-    context = uncut(monkeypatch)
-    expected = scores_and_tangents(policy, batch, step)
-    context.__exit__(None, None, None)
+    with uncut(monkeypatch):
+        expected = scores_and_tangents(policy, batch, step)
     blocks = counted(monkeypatch)
     found = scores_and_tangents(policy, batch, step)
     assert blocks
@@ -227,10 +225,8 @@ def test_nothing_grows_with_the_square_of_the_length(monkeypatch, name):
     step = random_step(policy, 1e-3)
     with _Largest() as blocks:
         scores_and_tangents(policy, batch, step)
-    context = uncut(monkeypatch)
-    with _Largest() as whole:
+    with uncut(monkeypatch), _Largest() as whole:
         scores_and_tangents(policy, batch, step)
-    context.__exit__(None, None, None)
     assert whole.found >= 2 * 4 * L * L
     assert blocks.found < L * L / 2
 
@@ -265,9 +261,8 @@ def test_a_model_with_attention_of_its_own_is_right_and_said(monkeypatch, small_
         model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     policy, batch = Policy(model, microbatch_size=4), responses()
     step = random_step(policy, 1e-2)
-    context = uncut(monkeypatch)
-    expected = scores_and_tangents(policy, batch, step)
-    context.__exit__(None, None, None)
+    with uncut(monkeypatch):
+        expected = scores_and_tangents(policy, batch, step)
     attention._say_whole.cache_clear()
     with caplog.at_level(logging.INFO, logger="probe"):
         found = scores_and_tangents(policy, batch, step)
