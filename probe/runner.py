@@ -164,7 +164,8 @@ class ProbeRunner(TrainerSection):
 
         start, end = HOOKS[name]
         self.fabric.call(start, self, module)
-        traffic, threads = module.traffic, self.config.memory_config.number_of_threads
+        drawn, traffic = self.state.sample, module.traffic
+        threads = self.config.memory_config.number_of_threads if drawn is None else drawn.threads
         useful, padded = traffic.useful, traffic.padded
         with self._timed(name), operator_threads(threads):
             result = compute(of_pass)

@@ -93,7 +93,7 @@ def rescored_noise_floor(
     Returns:
         See `noise_floor`; of the responses that were needed.
     """
-    other = policy.in_other_shapes()
+    other = policy.in_other_shapes(batch)
     moved = [other.at(values) for values in _sham_step(policy, step, seed)]
     order, sides = _by_prompt(batch, seed), [_nothing(scores) for _ in moved]
     done, few = 0, FEWEST_RESPONSES

@@ -23,7 +23,7 @@ from probe.scoring.collector import MakeProgress, no_progress
 from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
 from probe.scoring.scores import TokenScores
-from probe.snapshot import parameters_at
+from probe.snapshot import operator_threads, parameters_at
 
 
 def ground_truth(
@@ -130,6 +130,7 @@ def _resampled(source: BatchSource, sample: Sample, update: Update, progress: Ma
         )
     policy = source.policy
     with parameters_at(policy.parameters, update.new_parameters):
-        fresh, _ = sample_evaluation(source, "E after the step", progress("sample E after the step"))
+        with operator_threads(sample.sampling_threads):
+            fresh, _ = sample_evaluation(source, "E after the step", progress("sample E after the step"))
         new = score_tokens(policy, fresh, progress("score E after the step"))
     return resampled_change(sample.E_scores, sample.E.group, new, fresh.group)

@@ -85,6 +85,10 @@ class Sample:
         on_policy_z: see `probe.estimators.on_policy`.
         config: the configuration, with what U's file has settled about its advantages.
         sources: where its settings come from.
+        sampling_threads: threads of torch's operators that E was sampled on: those of the configuration, or else of the
+            process. Never those of a trial, whose choice is the clock's: threads round differently, and a sampled
+            token can depend on it.
+        threads: threads that the passes run on.
     """
 
     E: RolloutBatch
@@ -98,6 +102,8 @@ class Sample:
     on_policy_z: float
     config: ProbeConfig
     sources: SettingSources
+    sampling_threads: int
+    threads: int
 
 
 def sample(source: BatchSource, progress: MakeProgress = no_progress) -> Sample:
@@ -122,9 +128,9 @@ def sample(source: BatchSource, progress: MakeProgress = no_progress) -> Sample:
     draw = f"seed {source.seed}" if file is None else f"file {Path(file).resolve()}"
     controls = control_source(policy, E, U, source.config.probe_rework, source.checkpoint, draw)
     basis = None if controls.memory is None else controls.memory.basis
-    source = with_tuned_passes(source, E)
+    source, threads = with_tuned_passes(source, E)
     policy = source.policy
-    with operator_threads(source.config.memory_config.number_of_threads):
+    with operator_threads(threads):
         scores = score_tokens(policy, E, progress("score E"), basis)
     return Sample(
         E=E,
@@ -138,11 +144,13 @@ def sample(source: BatchSource, progress: MakeProgress = no_progress) -> Sample:
         on_policy_z=on_policy_z(scores),
         config=source.config,
         sources=source.sources,
+        sampling_threads=torch.get_num_threads(),
+        threads=threads,
     )
 
 
-def with_tuned_passes(source: BatchSource, E: RolloutBatch) -> BatchSource:
-    """The source with the numbers that stand for `auto` in `memory_config`, which E is tried on for.
+def with_tuned_passes(source: BatchSource, E: RolloutBatch) -> tuple[BatchSource, int]:
+    """The source with the budget of tokens that E is tried on for, and the threads that its passes are fastest on.
 
     What E and U are drawn with never depends on them.
 
@@ -154,12 +162,10 @@ def with_tuned_passes(source: BatchSource, E: RolloutBatch) -> BatchSource:
     found = tuned(source.policy, E, memory.number_of_threads)
     by_tokens = memory.microbatch_size == "auto"
     memory = replace(
-        memory,
-        threads=found.threads,
-        tokens_per_microbatch=found.tokens if by_tokens else memory.tokens_per_microbatch,
+        memory, tokens_per_microbatch=found.tokens if by_tokens else memory.tokens_per_microbatch
     )
     policy = replace(source.policy, tokens_per_microbatch=memory.tokens_per_microbatch)
-    return replace(source, policy=policy, config=replace(source.config, memory_config=memory))
+    return replace(source, policy=policy, config=replace(source.config, memory_config=memory)), found.threads
 
 
 def chosen_rewards(batch: BatchConfig) -> tuple[RewardFunction, ...]:

@@ -117,10 +117,9 @@ class ProbeState:
             if self.passes:
                 found["passes_E"] = passes_over(self.passes, "E", len(self.sample.E))
                 found["passes_U"] = passes_over(self.passes, "U", len(self.sample.U))
-            memory = self.sample.config.memory_config
             found |= {
-                "threads": memory.number_of_threads,
-                "tokens_per_microbatch": memory.tokens_per_microbatch,
+                "threads": self.sample.threads,
+                "tokens_per_microbatch": self.sample.config.memory_config.tokens_per_microbatch,
                 "sampling_scoring_gap": self.sample.sampling_gap,
                 "on_policy_z": self.sample.on_policy_z,
             }

@@ -66,7 +66,7 @@ def scores_and_tangents(
     here = policy.point(direction)
     with torch.no_grad(), forward_ad.dual_level(), forward_mode_kernels(policy.model), _explained():
         duals = {n: forward_ad.make_dual(here[n], v.to(here[n])) for n, v in direction.items()}
-        for chunk in scored_chunks(policy.at(duals), batch, basis):
+        for chunk in scored_chunks(policy.at(duals), batch, basis, "forward mode"):
             scores.add(chunk.sequence, chunk.position, *(_primal(x) for x in chunk.values))
             parts = chunk.values[:2] if basis is None else chunk.values[:3]
             tangents.add(chunk.sequence, chunk.position, *(_tangent(x) for x in parts))
@@ -98,7 +98,7 @@ def second_order_tangents(
     one = torch.ones((), dtype=torch.float64, device=policy.device)
     # with grad mode on, torch uses formulas that it can differentiate again; nothing here requires a gradient
     with torch.enable_grad(), forward_mode_kernels(policy.model):
-        for rows in map(torch.tensor, policy.split(batch)):
+        for rows in map(torch.tensor, policy.split(batch, "forward mode")):
             part = batch.subset(rows)
             places: list[Any] = []
 

@@ -69,7 +69,7 @@ def token_gradients(
         return inputs.size
 
     with torch.enable_grad():
-        for size in policy.each(batch, add):
+        for size in policy.each(batch, add, "backward"):
             collector.advance(size)
     return totals.finish(), collector.finish()
 

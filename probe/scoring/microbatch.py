@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,11 +44,17 @@ class MicroBatch:
         return self.input_ids.numel()
 
 
+START = 1 / 16
+"""What it costs to put a microbatch through a model at all, as a share of a full one: where a budget is large enough,
+twice of it brings little, so that this share is small."""
+
+
 def split(batch: RolloutBatch, sequences: int | None, tokens: int | None) -> list[list[int]]:
     """The sequences of each microbatch, longest first; empty responses are left out.
 
-    The split depends on the lengths only, so that two passes over the same batch see the same shapes, which is
-    what makes the arithmetic of rescoring cancel.
+    With a budget of tokens, the split of all that keep to it with the least padding, a microbatch's own cost counted
+    (`START`). It depends on the lengths only, so that two passes over the same batch see the same shapes, which is what
+    makes the arithmetic of rescoring cancel.
 
     Args:
         batch: any.
@@ -58,12 +66,40 @@ def split(batch: RolloutBatch, sequences: int | None, tokens: int | None) -> lis
     order = torch.argsort(totals, descending=True, stable=True)
     order = order[lengths[order] > 0]
     indices, longest = order.tolist(), (totals[order] - 1).tolist()
-    found, start = [], 0
-    while start < len(indices):
-        size = at_a_time(longest[start], sequences, tokens) or len(indices)
-        found.append(indices[start : start + size])
-        start += size
-    return found
+    if tokens is None:
+        size = sequences or max(len(indices), 1)
+        sizes = [size] * -(-len(indices) // size)
+    else:
+        sizes = _least_work(
+            longest, [at_a_time(length, sequences, tokens) or 1 for length in longest], tokens
+        )
+    ends = np.cumsum([0, *sizes]).tolist()
+    return [indices[start:end] for start, end in pairwise(ends)]
+
+
+def _least_work(longest: list[int], most: list[int], tokens: int) -> list[int]:
+    """Sizes of the microbatches that sequences in falling order of length are cut into.
+
+    The best cut of those from `i` on begins with `s` sequences, which cost `s longest[i]` and a start, and goes on with
+    the best cut of those from `i + s` on: the least of these sums, for every `i` from the last to the first.
+
+    Args:
+        longest: positions of each sequence, falling.
+        most: sequences of the largest microbatch that begins with each.
+        tokens: of a full microbatch.
+    """
+    rest = np.zeros(len(longest) + 1)
+    size = [0] * len(longest)
+    for i in reversed(range(len(longest))):
+        reach = min(most[i], len(longest) - i)
+        costs = longest[i] * np.arange(1, reach + 1) + rest[i + 1 : i + reach + 1]
+        size[i] = 1 + int(costs.argmin())
+        rest[i] = costs[size[i] - 1] + START * tokens
+    sizes, at = [], 0
+    while at < len(longest):
+        sizes.append(size[at])
+        at += size[at]
+    return sizes
 
 
 def at_a_time(length: int, sequences: int | None, tokens: int | None) -> int | None:

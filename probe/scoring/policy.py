@@ -18,7 +18,7 @@ from probe.loading import trainable_parameters
 from probe.scoring.head import OutputHead
 from probe.scoring.microbatch import MicroBatch, at_a_time, collate, split
 from probe.scoring.room import check_batch
-from probe.scoring.traffic import Traffic
+from probe.scoring.traffic import Kind, Traffic
 from probe.snapshot import Places, replaced, stand_ins
 
 T = TypeVar("T")
@@ -106,56 +106,70 @@ class Policy:
         """Where `values` go; found once, and not for every microbatch."""
         return stand_ins(self.model, self.values or {})
 
-    def in_other_shapes(self) -> Policy:
-        """The policy with microbatches of half the size, which round differently."""
-        size, tokens = self.microbatch_size, self.tokens_per_microbatch
-        if size is None:
-            return replace(self, tokens_per_microbatch=max((tokens or DEFAULT_TOKENS) // 2, 1))
-        return replace(self, microbatch_size=size // 2 if size > 1 else 2)
+    def in_other_shapes(self, batch: RolloutBatch) -> Policy:
+        """The policy with microbatches of half the size of the largest that it makes of a batch, for other rounding.
 
-    def split(self, batch: RolloutBatch) -> list[list[int]]:
+        Half of what the batch fills, which may be less than the limits. Where every sequence is alone, pairs.
+
+        Args:
+            batch: any.
+        """
+        parts = self.split(batch)
+        most = max(map(len, parts), default=0)
+        if most <= 1:
+            return replace(self, microbatch_size=2, tokens_per_microbatch=None)
+        filled = max(collate(batch, part, torch.device("cpu")).padded for part in parts)
+        return replace(self, microbatch_size=most // 2, tokens_per_microbatch=max(filled // 2, 1))
+
+    def split(self, batch: RolloutBatch, kind: Kind = "forward") -> list[list[int]]:
         """The sequences of each microbatch of a batch.
+
+        Args:
+            batch: any.
+            kind: of the pass.
 
         Raises:
             DataError: the model has no room for one of them.
         """
         check_batch(self.model, batch)
-        return split(batch, *self._limits)
+        return split(batch, *self._limits(kind))
 
     def at_a_time(self, length: int) -> int:
         """How many sequences of so many positions go through the model at a time."""
-        found = at_a_time(length, *self._limits)
+        found = at_a_time(length, *self._limits("forward"))
         assert found is not None  # `_limits` has one at least
         return found
 
-    @property
-    def _limits(self) -> tuple[int | None, int | None]:
+    def _limits(self, kind: Kind) -> tuple[int | None, int | None]:
         """Most sequences and most positions of a microbatch."""
         tokens = self.tokens_per_microbatch
         if self.microbatch_size is None and tokens is None:
             tokens = DEFAULT_TOKENS
-        limits = [limit for limit in (tokens, self.traffic.most) if limit is not None]
+        limits = [limit for limit in (tokens, self.traffic.room.get(kind)) if limit is not None]
         return self.microbatch_size, min(limits, default=None)
 
     def microbatches(self, batch: RolloutBatch) -> Iterator[MicroBatch]:
         """The sequences of a batch as inputs of the model; see `split`."""
         return (collate(batch, indices, self.device) for indices in self.split(batch))
 
-    def each(self, batch: RolloutBatch, run: Callable[[MicroBatch], T]) -> Iterator[T]:
+    def each(
+        self, batch: RolloutBatch, run: Callable[[MicroBatch], T], kind: Kind = "forward"
+    ) -> Iterator[T]:
         """What `run` gives for the microbatches of a batch.
 
-        One that memory does not suffice for is run again in two halves, and none of later passes is larger than these:
-        nothing is lost but time. Scores of the same sequences in other shapes differ by rounding.
+        One that memory does not suffice for is run again in two halves, and none of later passes of its kind is larger
+        than these: nothing is lost but time. Scores of the same sequences in other shapes differ by rounding.
 
         Args:
             batch: any.
             run: leaves nothing behind where it fails.
+            kind: of the pass.
 
         Raises:
             DataError: the model has no room for a sequence.
             torch.OutOfMemoryError: memory does not suffice for one sequence.
         """
-        waiting, most = deque(self.split(batch)), self.traffic.most
+        waiting, room = deque(self.split(batch, kind)), dict(self.traffic.room)
         while waiting:
             indices = waiting.popleft()
             inputs = collate(batch, indices, self.device)
@@ -163,15 +177,15 @@ class Policy:
                 found = run(inputs)
             except (RuntimeError, MemoryError) as error:
                 if len(indices) == 1 or not is_out_of_memory(error):
-                    # smaller microbatches were no help; another kind of pass may need none
-                    self.traffic.most = most
+                    # smaller microbatches were no help, so that they say nothing about what fits
+                    self.traffic.room = room
                     raise
             else:
                 self.traffic.count(inputs.useful, inputs.padded)
                 yield found
                 continue
             # only here, where nothing of what was tried is held any more
-            self.traffic.too_much(inputs.padded)
+            self.traffic.too_much(kind, inputs.padded)
             half = (len(indices) + 1) // 2
             waiting.extendleft([indices[half:], indices[:half]])
             if torch.cuda.is_available():

@@ -19,6 +19,7 @@ from probe.scoring.head import OutputHead, token_log_probs, token_statistics
 from probe.scoring.microbatch import MicroBatch
 from probe.scoring.policy import Policy
 from probe.scoring.scores import TokenScores
+from probe.scoring.traffic import Kind
 
 
 def score_tokens(
@@ -66,7 +67,7 @@ class ScoredChunk:
 
 
 def scored_chunks(
-    policy: Policy, batch: RolloutBatch, basis: FeatureBasis | None = None
+    policy: Policy, batch: RolloutBatch, basis: FeatureBasis | None = None, kind: Kind = "forward"
 ) -> Iterator[ScoredChunk]:
     """Run the policy over a batch and yield its scores, in whatever grad mode is on.
 
@@ -83,7 +84,7 @@ def scored_chunks(
             return [ScoredChunk(inputs.sequence, inputs.position, found, inputs.size)]
         return list(_by_tables(policy, head, inputs, hidden, labels, basis))
 
-    for chunks in policy.each(batch, scored):
+    for chunks in policy.each(batch, scored, kind):
         yield from chunks
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 logger = logging.getLogger(__name__)
+
+Kind = Literal["forward", "forward mode", "backward"]
+"""Passes of a kind need the same memory for the same tokens."""
 
 
 @dataclass
@@ -15,22 +19,28 @@ class Traffic:
     Attributes:
         useful: tokens of prompts and responses that went through the model.
         padded: positions that did, padding included.
-        most: positions of the largest microbatch that may still be tried, where a larger one was too much; else None.
+        room: by kind of pass, where a microbatch was too much: positions of the largest that may still be tried. Kinds
+            are kept apart, so that what a derivative has no memory for does not change the shapes that scores are
+            compared in.
     """
 
     useful: int = 0
     padded: int = 0
-    most: int | None = None
+    room: dict[Kind, int] = field(default_factory=dict)
 
     def count(self, useful: int, padded: int) -> None:
         """A microbatch went through."""
         self.useful += useful
         self.padded += padded
 
-    def too_much(self, padded: int) -> None:
-        """A microbatch of so many positions did not fit: from here on none is larger than half of it."""
-        if self.most is None or padded // 2 < self.most:
-            self.most = max(padded // 2, 1)
+    def too_much(self, kind: Kind, padded: int) -> None:
+        """A microbatch of so many positions did not fit: from here on none of its kind is larger than half of it."""
+        most = self.room.get(kind)
+        if most is None or padded // 2 < most:
+            self.room[kind] = max(padded // 2, 1)
             logger.warning(
-                "out of memory with %d tokens at a time: going on with at most %d", padded, self.most
+                "out of memory (%s) with %d tokens at a time: going on with at most %d",
+                kind,
+                padded,
+                self.room[kind],
             )

@@ -93,7 +93,7 @@ def _budget(policy: Policy, batch: RolloutBatch) -> int:
         microbatches = at.split(batch)
         few = batch.subset(torch.tensor(microbatches[len(microbatches) // 2]))
         seconds = _seconds(at, few)
-        if policy.traffic.most is not None:
+        if "forward" in policy.traffic.room:
             break
         rate = _positions(few) / seconds
         if rate > best_rate * RISE:

@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+import probe.phases.ground_truth as phase_of_measuring
+import probe.phases.sample as phase_of_sampling
 from probe import OfflineEntropyProbe, load_log
 from probe.callbacks import PHASES, ProbeCallback
 from probe.errors.exceptions import (
@@ -27,7 +29,11 @@ from probe.errors.exceptions import (
 )
 from probe.loading import quiet_libraries
 from probe.results import DIAGNOSTIC_KEYS, RESULT_KEYS
+from probe.rollouts.sampling import sample_rollouts
 from probe.rollouts.write import write_rollouts
+from probe.scoring.score import score_tokens
+from probe.scoring.tuning import Tuned
+from probe.snapshot import operator_threads
 from probe.sweep.rescale import measure_at
 from tests.support.little_memory import MESSAGE, backward, forward_mode, without_memory_for
 from tests.support.tiny_models import (
@@ -655,6 +661,29 @@ def test_resampling_measures_with_a_fresh_sample(config):
     assert found["B_E"] == 48
     assert found["diagnostics"]["prompts_E"] == 24
     assert found["diagnostics"]["is_mode"] == "resample"
+
+
+def test_nothing_is_sampled_on_threads_that_a_trial_has_chosen(config, monkeypatch):
+    """What the clock says must not reach a sampled token: not of a fresh sample, and not of a second run."""
+    seen = []
+
+    def sample(*args, **options):
+        seen.append(("sampled", torch.get_num_threads()))
+        return sample_rollouts(*args, **options)
+
+    def scores(*args, **options):
+        seen.append(("scored", torch.get_num_threads()))
+        return score_tokens(*args, **options)
+
+    monkeypatch.setattr(phase_of_sampling, "sample_rollouts", sample)
+    monkeypatch.setattr(phase_of_measuring, "score_tokens", scores)
+    monkeypatch.setattr(phase_of_sampling, "tuned", lambda *_: Tuned(2048, 1))
+    probe = OfflineEntropyProbe(changed(config, importance={"is_mode": "resample"}))
+    with operator_threads(2):
+        for _ in range(2):
+            assert probe.run_mixed_probe()["diagnostics"]["threads"] == 1
+        assert torch.get_num_threads() == 2
+    assert set(seen) == {("sampled", 2), ("scored", 1)}
 
 
 def test_clipped_weights_are_a_row_of_their_own(config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import replace
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 import probe.scoring.tuning as tuning
+from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import NumericalError
 from probe.scoring.forward_mode import scores_and_tangents
 from probe.scoring.gradients import token_gradients
-from probe.scoring.microbatch import split
+from probe.scoring.microbatch import START, at_a_time, split
 from probe.scoring.policy import DEFAULT_TOKENS, Policy
 from probe.scoring.score import score_tokens
 from probe.scoring.traffic import Traffic
@@ -20,6 +22,8 @@ from probe.scoring.tuning import Tuned, tuned
 from probe.snapshot import operator_threads
 from tests.support.enumerable import all_sequences, ragged_batch, tiny_policy
 from tests.support.exact import random_step
+
+KINDS = ("forward", "forward mode", "backward")
 
 
 def positions(batch, index: int) -> int:
@@ -44,6 +48,47 @@ def test_a_split_holds_every_sequence_once_and_what_is_allowed(tokens, sequences
 def test_a_budget_of_tokens_takes_more_of_short_sequences():
     batch = ragged_batch()
     assert [len(part) for part in split(batch, None, 14)] == [1, 2, 1]
+
+
+def of_lengths(lengths) -> RolloutBatch:
+    """Responses of those lengths to prompts of one token."""
+    completions = torch.ones(len(lengths), max(lengths), dtype=torch.int64)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return replace(
+        ragged_batch().subset(torch.zeros(len(lengths), dtype=torch.int64)),
+        prompt_ids=[[1]] * len(lengths),
+        completion_ids=completions,
+        mask=mask,
+    )
+
+
+def work(parts, batch, tokens) -> float:
+    """Positions with padding, and what the microbatches cost of their own."""
+    return sum(len(part) * positions(batch, part[0]) + START * tokens for part in parts)
+
+
+@pytest.mark.parametrize("sequences", [2, None])
+@pytest.mark.parametrize("tokens", [8, 20, 64])
+@pytest.mark.parametrize("lengths", [[9, 9, 4, 3, 3, 2, 1], [30, 8, 8, 8, 7, 1], [5] * 7, [12, 11, 10, 3, 2]])
+def test_no_other_cut_costs_less(lengths, tokens, sequences):
+    batch = of_lengths(lengths)
+    found, costs = split(batch, sequences, tokens), []
+    for cuts in itertools.product([False, True], repeat=len(lengths) - 1):
+        ends = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(lengths)]
+        parts = [list(range(start, end)) for start, end in itertools.pairwise(ends)]
+        if all(len(part) <= (at_a_time(lengths[part[0]], sequences, tokens) or 1) for part in parts):
+            costs.append(work(parts, batch, tokens))
+    assert work(found, batch, tokens) == pytest.approx(min(costs), rel=1e-12)
+
+
+def test_lengths_far_apart_are_not_padded_to_the_longest():
+    """Geometric lengths, as of responses that end with the same chance at every token."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.empty(1000).geometric_(1 / 150, generator=generator).long().clamp(2, 1024).tolist()
+    batch = of_lengths(lengths)
+    padded = work(split(batch, None, 2048), batch, 0)
+    useful = sum(positions(batch, i) for i in range(len(batch)))
+    assert 1 - useful / padded < 0.1
 
 
 def test_numbers_do_not_depend_on_the_budget_and_padding_is_counted(monkeypatch):
@@ -106,9 +151,21 @@ def test_out_of_memory_halves_what_goes_through_and_loses_nothing(monkeypatch, c
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     assert done[-1] == (len(batch), len(batch))
     assert [count for count, _ in done] == sorted({count for count, _ in done})
-    assert policy.traffic.most <= 100
-    assert sum(size > 100 for size in full.calls) <= 4  # only until it is known
+    assert {kind: most <= 100 for kind, most in policy.traffic.room.items()} == dict.fromkeys(KINDS, True)
+    assert sum(size > 100 for size in full.calls) <= 4 * len(KINDS)  # only until it is known
     assert "going on with at most" in caplog.text
+
+
+def test_what_a_derivative_has_no_memory_for_changes_no_shape_of_scores(monkeypatch):
+    batch = all_sequences(cap=3)
+    policy = tiny_policy(monkeypatch, microbatch_size=None, tokens_per_microbatch=10_000)
+    before = score_tokens(policy, batch)
+    full = Full(policy, 100)
+    scores_and_tangents(policy, batch, random_step(policy, 0.1))
+    full.room = 10_000
+    after = score_tokens(policy, batch)
+    assert "forward" not in policy.traffic.room
+    torch.testing.assert_close(after.logprob, before.logprob, rtol=0, atol=0)
 
 
 def test_one_sequence_that_does_not_fit_is_an_error(monkeypatch):
@@ -143,11 +200,23 @@ def test_memory_that_goes_in_the_middle_of_the_backwards_is_said(monkeypatch):
         token_gradients(policy, batch, lambda i, t, l, h: (torch.ones(2, len(l)), torch.ones(2, len(l))), 2)
 
 
-def test_half_the_size_rounds_differently_and_is_never_the_same():
-    for size, tokens in ((8, None), (1, None), (None, 4096), (None, None)):
-        policy = Policy(torch.nn.Linear(1, 1), microbatch_size=size, tokens_per_microbatch=tokens)
-        other = policy.in_other_shapes()
-        assert (other.microbatch_size, other.tokens_per_microbatch) != (size, tokens)
+@pytest.mark.parametrize(
+    ("size", "tokens"), [(8, None), (1, None), (None, 4096), (None, None), (None, 1), (3, 40)]
+)
+def test_other_shapes_are_other_ones_however_little_the_batch_fills(monkeypatch, size, tokens):
+    batch = all_sequences(cap=3)
+    policy = tiny_policy(monkeypatch, microbatch_size=size, tokens_per_microbatch=tokens)
+
+    def shapes(of):
+        found = {}
+        for part in of.split(batch):
+            for i in part:
+                found[i] = (len(part), max(positions(batch, j) for j in part))
+        return found
+
+    own, other = shapes(policy), shapes(policy.in_other_shapes(batch))
+    alike = sum(own[i] == other[i] for i in own)
+    assert alike <= 1  # an odd one left over
 
 
 @pytest.fixture

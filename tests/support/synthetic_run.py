@@ -169,6 +169,8 @@ def make_state(
             on_policy_z=0.12,
             config=ProbeConfig(),
             sources=SettingSources("none"),
+            sampling_threads=1,
+            threads=1,
         ),
         derivative=Derivative(Way("reverse", ""), gradient_of_entropy, check_error=3.4e-5),
         update=update,
