@@ -97,6 +97,17 @@ def entropy_change(
     )
 
 
+def first_derivative(q: Tensor, scores: TokenScores, first: TokenTangents, estimator: Reweighting) -> Tensor:
+    """`d/ds [H_seq, H_tok]` of an estimator at `s = 0`, nats, from derivatives per token."""
+
+    def moved(s: Tensor) -> Tensor:
+        h = scores.entropy + s * first.entropy
+        return reweighted_entropy(q, s * first.logprob, h, scores.mask, estimator)
+
+    zero = torch.zeros((), dtype=torch.float64)
+    return torch.func.jvp(moved, (zero,), (torch.ones_like(zero),))[1]  # type: ignore[no-any-return]
+
+
 def second_derivative(
     q: Tensor, scores: TokenScores, first: TokenTangents, second: TokenTangents, estimator: Reweighting
 ) -> Tensor:

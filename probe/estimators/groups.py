@@ -20,3 +20,26 @@ def sum_per_group(values: Tensor, member: Tensor, size: Tensor) -> Tensor:
     """
     empty = torch.zeros(len(size), *values.shape[1:], dtype=values.dtype, device=values.device)
     return empty.index_add_(0, member, values)
+
+
+def random_groups(group: Tensor, wanted: int | None = None, seed: int = 0) -> Tensor:
+    """The members of groups in a random order of these, always the same; groups whole until there are enough members.
+
+    Those for a smaller number are the first of those for a larger one.
+
+    Args:
+        group: `(B,)`.
+        wanted: members at least, as far as there are; None for all.
+        seed: of the order.
+
+    >>> group = torch.tensor([7, 3, 7, 5, 5])
+    >>> group[random_groups(group)].tolist(), group[random_groups(group, 3)].tolist()
+    ([5, 5, 7, 7, 3], [5, 5, 7, 7])
+    """
+    member, size = index_groups(group)
+    place = torch.randperm(len(size), generator=torch.Generator().manual_seed(seed))
+    members = place[member].argsort(stable=True)
+    if wanted is None or wanted >= len(group):
+        return members
+    ends = size[place.argsort()].cumsum(0)
+    return members[: int(ends[ends >= wanted][0])]

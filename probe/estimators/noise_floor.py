@@ -13,10 +13,10 @@ from probe.data.batch import RolloutBatch
 from probe.estimand import PerEstimand
 from probe.estimators.entropy_change import entropy_change
 from probe.estimators.estimate import estimate
-from probe.estimators.groups import index_groups
+from probe.estimators.groups import random_groups
 from probe.scoring.collector import Progress
 from probe.scoring.policy import Policy
-from probe.scoring.score import score_tokens
+from probe.scoring.score import score_rows
 from probe.scoring.scores import TokenScores
 
 SHAM_SIZE = 1 / 32
@@ -95,15 +95,12 @@ def rescored_noise_floor(
     """
     other = policy.in_other_shapes(batch)
     moved = [other.at(values) for values in _sham_step(policy, step, seed)]
-    order, sides = _by_prompt(batch, seed), [_nothing(scores) for _ in moved]
+    order, sides = random_groups(batch.group, seed=seed), [scores.blank() for _ in moved]
     done, few = 0, FEWEST_RESPONSES
     while True:
-        rows = order[done:few]
-        if bool(batch.mask[rows].any()):  # empty responses have no scores
-            for side, there in zip(sides, moved, strict=True):
-                report = None if progress is None else progress("score E for the noise floor")
-                again = score_tokens(there, batch.subset(rows), report)
-                side.logprob[rows], side.entropy[rows] = again.logprob, again.entropy
+        for side, there in zip(sides, moved, strict=True):
+            report = None if progress is None else progress("score E for the noise floor")
+            score_rows(there, batch, order[done:few], side, report)
         done = len(order[:few])
         seen = order[:done]
         if bool(batch.mask[seen].any()):
@@ -113,18 +110,6 @@ def rescored_noise_floor(
             if done == len(batch) or all(x <= limit for x, limit in zip(found, enough, strict=True)):
                 return NoiseFloor(found, done)
         few *= 2
-
-
-def _by_prompt(batch: RolloutBatch, seed: int) -> Tensor:
-    """The responses in a random order of their prompts."""
-    member, sizes = index_groups(batch.group)
-    place = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
-    return place[member].argsort(stable=True)
-
-
-def _nothing(scores: TokenScores) -> TokenScores:
-    """Scores to be filled in."""
-    return TokenScores(torch.zeros_like(scores.logprob), torch.zeros_like(scores.entropy), scores.mask)
 
 
 def _sham_step(

@@ -59,7 +59,9 @@ def update_spread(
     for of in (X.sequence, X.token):
         u = preconditioned(linear, {name: of(name) for name in linear})
         try:
-            tangents = tangents_of(policy, U, u, passes, norm(update.step), progress, binding=binding)
+            tangents = tangents_of(
+                policy, U, u, passes, norm(update.step), progress, here=update.scores, binding=binding
+            )
         except NumericalError as error:
             if passes.way.mode == "jvp" and passes.difference_scale is None:
                 raise

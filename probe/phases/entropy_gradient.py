@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from probe.config.estimation import ProbeReworkConfig
@@ -21,7 +20,7 @@ from probe.estimators.derivative_check import (
 from probe.estimators.entropy_gradient import EntropyGradient
 from probe.estimators.entropy_gradient import entropy_gradient as gradient_of_entropy
 from probe.estimators.forward_mode_check import forward_mode_check
-from probe.estimators.groups import index_groups
+from probe.estimators.groups import random_groups
 from probe.phases.passes import CHECK_RESPONSES, Way, choose_way, few_responses, without_memory
 from probe.phases.sample import Sample
 from probe.scoring.collector import MakeProgress, no_progress
@@ -114,8 +113,8 @@ def spread_responses(E: RolloutBatch, prompts: int) -> Tensor | None:
     """The responses of E that X is taken from for the spread over U; None for all.
 
     Prompts are taken whole, in a random order that is always the same, until there are 8 responses per prompt of U, and
-    at least 64. On the demo policy (32 prompts, so 256 responses) the spread then differs from the one of four times as
-    many responses by 7 %, and is itself known to 13 %.
+    at least 64. What noise is left in X adds to the spread: on two batches of the demo policy (32 prompts, so 256
+    responses) it is 4 % and 24 % larger than with four times as many responses, and is itself known to 13 %.
 
     Args:
         E: the evaluation batch.
@@ -124,10 +123,7 @@ def spread_responses(E: RolloutBatch, prompts: int) -> Tensor | None:
     wanted = max(SPREAD_RESPONSES * prompts, LEAST_SPREAD_RESPONSES)
     if wanted >= len(E):
         return None
-    member, sizes = index_groups(E.group)
-    order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(0))
-    taken = order[: int((sizes[order].cumsum(0) < wanted).sum()) + 1]
-    rows = torch.isin(member, taken).nonzero().flatten()
+    rows = random_groups(E.group, wanted).sort().values
     return rows if bool(E.mask[rows].any()) and len(rows) < len(E) else None
 
 

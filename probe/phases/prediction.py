@@ -10,11 +10,8 @@ from typing import get_args
 from torch import Tensor
 
 from probe.config.estimation import ProbeReworkConfig
-from probe.errors.exceptions import MemoryExhaustedError, NumericalError
-from probe.errors.memory import OutOfMemory, unless_out_of_memory
-from probe.errors.remedies import Remedy
+from probe.errors.exceptions import NumericalError
 from probe.estimand import PerEstimand
-from probe.estimators.curvature import nested_curvature, symmetric_curvature
 from probe.estimators.entropy_gradient import EntropyGradient
 from probe.estimators.entropy_gradient import entropy_gradient as gradient_of_entropy
 from probe.estimators.prediction import (
@@ -29,12 +26,12 @@ from probe.estimators.weighting import Baseline, Weighting
 from probe.loading.optimizer import LoadedOptimizer
 from probe.phases.attribution import update_spread
 from probe.phases.controls import Controls, controls_of_prediction, fitted_controls
+from probe.phases.curvature import with_curvature
 from probe.phases.entropy_gradient import Derivative
-from probe.phases.passes import AlongStep, StepOnBatch, Way, along_step, pair_along, pair_at
+from probe.phases.passes import AlongStep, StepOnBatch, Way, along_step
 from probe.phases.sample import Sample
 from probe.phases.update import Update, predicted_step
 from probe.scoring.collector import MakeProgress, no_progress
-from probe.scoring.forward_mode import ForwardModeError, second_order_tangents
 from probe.scoring.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -118,7 +115,7 @@ def prediction(
         Z = controls_of_prediction(controls, passes, E.group, rework.baseline)
         batches = f" and {controls.earlier} earlier batches" if controls.earlier else ""
         predicted = predicted.with_control_variates(Z, f"on: fitted on other prompts{batches}")
-    predicted, passes = _with_curvature(on, predicted, passes, rework.curvature)
+    predicted, passes = with_curvature(on, predicted, passes, rework.curvature)
     return Predicted(predicted, X, passes, controls)
 
 
@@ -238,45 +235,3 @@ def _without_errors(
     )
     predicted = first_order(X, on.step, update.learning_rate)
     return Predicted(replace(predicted, reported=rework.weighting, reason=reason), X)
-
-
-def _with_curvature(
-    on: StepOnBatch, predicted: Prediction, passes: AlongStep, wanted: str
-) -> tuple[Prediction, AlongStep]:
-    """Add deltaH2 by the way that is asked for; its passes may have scored E after the step.
-
-    Differences cost one forward beside that of the ground truth. Where they are not known to give the step's
-    derivatives (16-bit forwards, routers of experts), nested forward mode takes their place if it can be had.
-    """
-    if wanted == "off":
-        return predicted, passes
-    scores, group, scale = passes.scores, on.batch.group, passes.difference_scale
-    if wanted == "jvp" or (wanted == "auto" and predicted.mode == "jvp" and scale is None):
-        try:
-            found = unless_out_of_memory(
-                lambda: second_order_tangents(on.policy, on.batch, on.step, on.progress("curvature on E"))
-            )
-            if not isinstance(found, OutOfMemory):
-                deltaH2 = nested_curvature(scores, *found, group)
-                return replace(predicted, deltaH2=deltaH2, curvature_mode="jvp"), passes
-            if wanted == "jvp":
-                raise MemoryExhaustedError(
-                    f"probe_rework.curvature: expected memory for nested forward mode, found {found}; ",
-                    Remedy.MEMORY,
-                    ", or take finite_difference, which needs less",
-                )
-            logger.warning(
-                "deltaH2 by differences: nested forward mode needs more memory than there is (%s)", found
-            )
-        except ForwardModeError as error:
-            if wanted == "jvp":
-                raise
-            logger.info("deltaH2 by differences: %s", error)
-    if passes.pair is None:
-        bare = replace(on, basis=None)
-        pair, new = pair_along(bare, scores) if scale is None else pair_at(bare, scale)
-        passes = replace(passes, pair=pair, new=new)
-    else:
-        pair = passes.pair
-    deltaH2 = symmetric_curvature(scores, pair, group)
-    return replace(predicted, deltaH2=deltaH2, curvature_mode="finite_difference"), passes

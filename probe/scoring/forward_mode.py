@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import NumericalError
 from probe.scoring.collector import Collector, Progress
+from probe.scoring.constants import ConstantOperands
 from probe.scoring.differentiable import forward_mode_kernels
 from probe.scoring.features import FeatureBasis
 from probe.scoring.policy import Policy
@@ -64,7 +65,8 @@ def scores_and_tangents(
     """
     scores, tangents = Collector(batch, None), Collector(batch, progress)
     here = policy.point(direction)
-    with torch.no_grad(), forward_ad.dual_level(), forward_mode_kernels(policy.model), _explained():
+    level = forward_ad.dual_level
+    with torch.no_grad(), level(), forward_mode_kernels(policy.model), ConstantOperands(), _explained():
         duals = {n: forward_ad.make_dual(here[n], v.to(here[n])) for n, v in direction.items()}
         for chunk in scored_chunks(policy.at(duals), batch, basis, "forward mode"):
             scores.add(chunk.sequence, chunk.position, *(_primal(x) for x in chunk.values))

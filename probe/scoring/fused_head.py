@@ -33,7 +33,7 @@ TILE = 4096
 TILE_ROWS = 1024
 """Tokens whose logits of one tile are held at a time."""
 BLOCK = 128
-"""Tokens whose exponentials of one tile are held at a time: little enough for a processor's cache."""
+"""Tokens whose exponentials of one tile are held at a time, more of a narrow one: what a processor's cache holds."""
 PIECE = 512
 """Columns that are summed in the type of the logits; sums of these are in float64."""
 FRESH = ("MmBackward0", "AddmmBackward0", "AddBackward0")
@@ -120,8 +120,9 @@ class _Sums:
         self._moves = self._moves or dz is not None
         for column in range(0, z.shape[1], TILE):
             columns = slice(column, column + TILE)
-            for row in range(0, len(z), BLOCK):
-                rows = slice(row, row + BLOCK)
+            few = BLOCK * (TILE // min(z.shape[1] - column, TILE))
+            for row in range(0, len(z), few):
+                rows = slice(row, row + few)
                 self._block(rows, start + column, z[rows, columns], None if dz is None else dz[rows, columns])
 
     def _block(self, rows: slice, start: int, z: Tensor, dz: Tensor | None) -> None:
@@ -201,6 +202,8 @@ class _Sums:
 
 def _likeliest(z: Tensor) -> Tensor:
     """Where each row's largest entry is, `(n, 1)`; in two steps, as maxima without their places are far faster."""
+    if z.shape[1] <= PIECE:
+        return z.argmax(1, keepdim=True)
     whole = z.shape[1] - z.shape[1] % PIECE
     tops = [z[:, :whole].unflatten(1, (-1, PIECE)).amax(-1)] if whole else []
     tops += [z[:, whole:].amax(1, keepdim=True)] if whole < z.shape[1] else []

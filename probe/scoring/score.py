@@ -48,6 +48,26 @@ def score_tokens(
     return collector.finish()
 
 
+def score_rows(
+    policy: Policy, batch: RolloutBatch, rows: Tensor, into: TokenScores, progress: Progress | None = None
+) -> None:
+    """Score some responses of a batch, into scores of all.
+
+    Args:
+        policy: at any point.
+        batch: any.
+        rows: of it; empty responses have no scores.
+        into: of the batch, overwritten at these rows.
+        progress: called after each microbatch.
+
+    Raises:
+        NumericalError: a score is not finite.
+    """
+    if bool(batch.mask[rows].any()):
+        found = score_tokens(policy, batch.subset(rows), progress)
+        into.logprob[rows], into.entropy[rows] = found.logprob, found.entropy
+
+
 @dataclass(frozen=True)
 class ScoredChunk:
     """Scores of `n` response tokens, as a pass comes by them.

@@ -33,6 +33,10 @@ class TokenScores:
         """The scores of some sequences, without features."""
         return TokenScores(self.logprob[rows], self.entropy[rows], self.mask[rows])
 
+    def blank(self) -> TokenScores:
+        """Scores of the same tokens to be filled in, all 0."""
+        return TokenScores(torch.zeros_like(self.logprob), torch.zeros_like(self.entropy), self.mask)
+
     @property
     def sequence_entropy(self) -> Tensor:
         """`N_i = sum_t h[i, t]`, nats per response, `(B,)`."""
@@ -74,6 +78,10 @@ class TokenTangents:
     def rows(self, rows: Tensor) -> TokenTangents:
         """The derivatives of some sequences, without those of features."""
         return TokenTangents(self.logprob[rows], self.entropy[rows])
+
+    def scaled(self, factor: float) -> TokenTangents:
+        """The derivatives along a direction `factor` times as long, without those of features."""
+        return TokenTangents(factor * self.logprob, factor * self.entropy)
 
     def vector(self, rows: Tensor | None = None) -> Tensor:
         """The derivatives of log-probs and then of entropies as one vector, of all responses or of some."""

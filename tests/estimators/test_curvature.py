@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from probe.estimators.curvature import eta_10, nested_curvature, symmetric_curvature
-from probe.estimators.entropy_change import second_derivative
+from probe.estimators.curvature import (
+    corrected_curvature,
+    eta_10,
+    nested_curvature,
+    symmetric_curvature,
+)
+from probe.estimators.entropy_change import entropy_change, first_derivative, second_derivative
 from probe.estimators.estimate import Estimate
+from probe.estimators.groups import random_groups
 from probe.scoring import score_tokens
-from probe.scoring.differences import difference_pair
-from probe.scoring.forward_mode import second_order_tangents
+from probe.scoring.differences import DifferencePair, difference_pair
+from probe.scoring.forward_mode import forward_tangents, second_order_tangents
 from tests.support.enumerable import all_sequences, tiny_policy
 from tests.support.exact import exact, exact_derivatives, random_step, take_scores, take_tangents
 
@@ -71,6 +79,79 @@ def test_both_default_to_per_decision(monkeypatch):
         (symmetric_curvature(scores, pair, group), symmetric_curvature(scores, pair, group, NAMES[1])),
     ):
         assert [e.value for e in default] == [e.value for e in named]
+
+
+@pytest.fixture
+def space(monkeypatch):
+    """A policy's whole space of sequences: probabilities, scores, derivatives and both sides of a step."""
+    policy, batch = tiny_policy(monkeypatch, layers=2), all_sequences(cap=3)
+    step = random_step(policy, 0.001)
+    with torch.no_grad():
+        _, q = exact(policy, batch)
+    return (
+        q,
+        score_tokens(policy, batch),
+        forward_tangents(policy, batch, step),
+        difference_pair(policy, batch, step, 1.0),
+    )
+
+
+def of_rows(space, rows):
+    """Scores, derivatives and both sides of a sample."""
+    _, scores, first, pair = space
+    sides = (take_scores(side, rows) for side in (pair.plus, pair.minus))
+    return (
+        take_scores(scores, rows),
+        take_tangents(first, rows),
+        DifferencePair(*sides, pair.scale, pair.error),
+    )
+
+
+@pytest.mark.parametrize("estimator", NAMES)
+def test_the_first_derivative_is_that_of_the_change(space, estimator):
+    q, scores, first, _ = space
+    small = 1e-5
+
+    def change(s):
+        moved = replace(
+            scores, logprob=scores.logprob + s * first.logprob, entropy=scores.entropy + s * first.entropy
+        )
+        return entropy_change(q, scores, moved, estimator)
+
+    expected = (change(small) - change(-small)) / (2 * small)
+    torch.testing.assert_close(first_derivative(q, scores, first, estimator), expected, rtol=1e-7, atol=1e-12)
+
+
+def test_with_both_sides_of_all_it_is_the_even_part(space):
+    rows = torch.multinomial(space[0], 60, replacement=True, generator=torch.Generator().manual_seed(1))
+    scores, first, pair = of_rows(space, rows)
+    group = torch.arange(60) // 3
+    found, _ = corrected_curvature(scores, first, pair, torch.arange(60), group)
+    for one, other in zip(found, symmetric_curvature(scores, pair, group), strict=True):
+        assert one.value == pytest.approx(other.value, rel=1e-9)
+        assert one.se == pytest.approx(other.se, rel=1e-9)
+
+
+def test_a_part_of_the_lower_side_is_known_with_its_error(space):
+    """In distribution: the even part of the whole space over many samples, and nearly as precise as with all of it."""
+    q, scores, _, pair = space
+    sides = [entropy_change(q, scores, side, "per_decision") for side in (pair.plus, pair.minus)]
+    expected = (sides[0] + sides[1]) / 2
+    draws, B, generator = 120, 240, torch.Generator().manual_seed(2)
+    off, ses, whole = torch.zeros(draws, 2), torch.zeros(draws, 2), torch.zeros(draws, 2)
+    for draw in range(draws):
+        rows = torch.multinomial(q, B, replacement=True, generator=generator)
+        own, first, sides_of_E = of_rows(space, rows)
+        group = torch.arange(B) // 2
+        few = random_groups(group, 60)
+        found, _ = corrected_curvature(own, first, sides_of_E, few, group)
+        off[draw] = torch.tensor([one.value for one in found]) - expected
+        ses[draw] = torch.tensor([one.se for one in found])
+        whole[draw] = torch.tensor([one.se for one in symmetric_curvature(own, sides_of_E, group)])
+    z = off.mean(0) / (off.std(0) / draws**0.5)
+    assert float(z.abs().max()) < 4  # a bias of order 1 / B is a small part of the error
+    torch.testing.assert_close(ses.square().mean(0).sqrt(), off.std(0), rtol=0.25, atol=0)
+    assert bool((ses.mean(0) < 1.5 * whole.mean(0)).all())
 
 
 def resolved(value, se):

@@ -87,12 +87,13 @@ def test_the_spread_over_updates_takes_x_from_a_part_of_the_batch(loaded, a_part
     assert whole.rows is None
     assert whole.X.responses == 48
     # of the same responses backward and derivatives per token are one number
-    limit = 1e-5 if mode == "auto" else 3e-3  # norms in float32; what a difference at scale 1 may be off by
+    # norms in float32; what a difference at scale 1 may be off by; the token estimand is a difference of larger terms
+    limit = 1e-5 if mode == "auto" else 3e-3
     assert found.prediction.agreement < limit
     assert found.prediction.sd_U is not None
     part = predict(found.passes.rows(derivative.rows), sample.E.group[derivative.rows], update.learning_rate)
     for one, other in zip(change_along(derivative.X, update.step), part.deltaH1, strict=True):
-        assert one == pytest.approx(other, rel=limit)
+        assert one == pytest.approx(other, rel=10 * limit)
     # deltaH1 itself is that of all responses
     everywhere = predict(found.passes, sample.E.group, update.learning_rate)
     assert list(found.prediction.estimates["causal"].map(lambda e: e.value)) == pytest.approx(
