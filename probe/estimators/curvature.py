@@ -3,9 +3,9 @@
 Two ways to the same number: second derivatives per token by nested forward mode, put through the estimator; or the even
 part of the measured change, `(deltaH(+c step) + deltaH(-c step)) / (2 c^2)`.
 
-Where the first derivatives are known, what the upper side has beyond them, `(deltaH(+c step) - c dH) / c^2`, is the
-even part and odd terms of third order. These are small beside it and differ little between responses, so that a few of
-E on the lower side are enough to take them off (`corrected_curvature`).
+Where the first derivatives are known, what one side has beyond them, `(deltaH(+c step) - c dH) / c^2`, is the even part
+and odd terms of third order. These are small beside it and differ little between responses, so that both sides of a few
+responses are enough to take them off (`corrected_curvature`).
 """
 
 from __future__ import annotations
@@ -68,40 +68,44 @@ def symmetric_curvature(
 def corrected_curvature(
     scores: TokenScores,
     first: TokenTangents,
+    end: TokenScores,
     pair: DifferencePair,
     rows: Tensor,
     group: Tensor,
+    scale: float = 1.0,
     estimator: Reweighting = "per_decision",
 ) -> tuple[Estimates, Estimates]:
-    """`deltaH2` in nats from one side of all responses, and the other side of some; its error is of fourth order too.
+    """`deltaH2` in nats from one side of all responses, and both sides of some; its error is of fourth order too.
 
-    `mean of all (upper side beyond first order) + mean of some (even part - upper side beyond first order)`: a
-    difference estimator. Both terms are one function of the weights of the prompts, so that the standard error knows
-    that they share some.
+    `mean of all (one side beyond first order) + mean of some (even part - one side beyond first order)`: a difference
+    estimator. Both terms are one function of the weights of the prompts, so that the standard error knows that they
+    share some.
 
     Args:
         scores: scores of E at `theta`.
         first: first derivatives along the step.
-        pair: scores at `theta +- scale * step`; those of the lower side are looked at in `rows` only.
+        end: scores of E at `theta + scale * step`.
+        pair: scores on both sides, at a scale of its own; looked at in `rows` only.
         rows: of several prompts, all responses of each.
         group: `(B,)` prompts.
-        estimator: used on both sides.
+        scale: of `end`.
+        estimator: used everywhere.
 
     Returns:
         `(deltaH2, correction)`: the second term is a part of the first.
     """
-    c, few, upper = pair.scale, scores.rows(rows), pair.plus.rows(rows)
-    lower, few_first = pair.minus.rows(rows), first.rows(rows)
+    few, upper, lower = (side.rows(rows) for side in (scores, pair.plus, pair.minus))
+    few_first, few_end = first.rows(rows), end.rows(rows)
 
     def beyond(q: Tensor, old: TokenScores, new: TokenScores, tangents: TokenTangents) -> Tensor:
         change = entropy_change(q, old, new, estimator)
-        return (change - c * first_derivative(q, old, tangents, estimator)) / c**2
+        return (change - scale * first_derivative(q, old, tangents, estimator)) / scale**2
 
     def both(q: Tensor) -> Tensor:
         own = q[rows]
         sides = [entropy_change(own, few, side, estimator) for side in (upper, lower)]
-        correction = (sides[0] + sides[1]) / (2 * c**2) - beyond(own, few, upper, few_first)
-        return torch.cat([beyond(q, scores, pair.plus, first) + correction, correction])
+        correction = (sides[0] + sides[1]) / (2 * pair.scale**2) - beyond(own, few, few_end, few_first)
+        return torch.cat([beyond(q, scores, end, first) + correction, correction])
 
     found = estimate(both, group)
     return PerEstimand.of(found[:2]), PerEstimand.of(found[2:])

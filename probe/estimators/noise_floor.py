@@ -24,7 +24,7 @@ SHAM_SIZE = 1 / 32
 thousandth of the step's, stays out of the noise floor. Coarser numbers do not move unless the weights really do."""
 
 
-FEWEST_RESPONSES = 64
+FEWEST_RESPONSES = 16
 """Responses that a noise floor begins with."""
 FINE_ENOUGH = 0.01
 """A noise floor below this share of the measured change, or of its standard error, is known well enough."""
@@ -77,7 +77,7 @@ def rescored_noise_floor(
 ) -> NoiseFloor:
     """What rounding makes of a change of 0: E scored again, in other batch shapes, at weights moved to and fro.
 
-    The move is the step with random signs; a small part of it where nothing is in 16 bits. It begins with 64 responses
+    The move is the step with random signs; a small part of it where nothing is in 16 bits. It begins with 16 responses
     of prompts at random and doubles them until the floor, which falls like one over the root of their number, is below
     what is `enough`, or all of E is scored again. In float32 that is a small part of two scorings.
 

@@ -24,8 +24,8 @@ from probe.scoring.score import score_rows
 logger = logging.getLogger(__name__)
 
 CORRECTION_SHARE = 0.5
-"""The lower side is known well enough where its standard error is at most this share of deltaH2's, which then is at
-most a sixth larger than if all of E were there."""
+"""What both sides of a few responses correct is known well enough where its standard error is at most this share of
+deltaH2's, which then is at most a sixth larger than with both sides of all of E."""
 
 
 def with_curvature(
@@ -92,25 +92,30 @@ def _nested(on: StepOnBatch, passes: AlongStep, *, binding: bool) -> Estimates |
 def _from_one_side(
     on: StepOnBatch, predicted: Prediction, passes: AlongStep, scale: float
 ) -> tuple[Estimates, AlongStep]:
-    """From the upper side of all of E, and the lower side of as many prompts as its precision asks for.
+    """From one side of all of E, and both sides of as many prompts as its precision asks for.
 
-    These begin with 64 responses and are doubled until the correction they make is known (`CORRECTION_SHARE`), or
-    deltaH2 is, to a hundredth of deltaH1 or of its standard error.
+    The one side is the step's end, which the ground truth needs as well; further out where the step is too short for
+    the arithmetic. Both sides are at the scale at which differences are known to hold. These begin with a few responses
+    and are doubled until the correction they make is known (`CORRECTION_SHARE`), or deltaH2 is, to a hundredth of
+    deltaH1 or of its standard error.
     """
-    scores, group = passes.scores, on.batch.group
-    plus, new = upper_side(on, scale)
+    scores, group, far = passes.scores, on.batch.group, max(scale, 1.0)
+    end, new = upper_side(on, far)
     passes = replace(passes, new=new)
-    pair = DifferencePair(plus, scores.blank(), scale, math.nan)
-    below = on.policy.moved(on.step, -scale)
+    pair = DifferencePair(end if scale == far else scores.blank(), scores.blank(), scale, math.nan)
+    sides = [(on.policy.moved(on.step, -scale), pair.minus)]
+    if scale != far:
+        sides.append((on.policy.moved(on.step, scale), pair.plus))
     done, wanted = 0, FEWEST_RESPONSES
     while True:
-        rows = random_groups(group, wanted)
-        score_rows(below, on.batch, rows[done:], pair.minus, on.progress("score E on the other side"))
+        rows = random_groups(group, wanted if 2 * wanted < len(group) else None)  # most is hardly less than all
+        for policy, side in sides:
+            score_rows(policy, on.batch, rows[done:], side, on.progress("score E on both sides"))
         done = len(rows)
         if done == len(on.batch):
             return symmetric_curvature(scores, pair, group), passes
         if _several_with_tokens(group[rows], scores.mask[rows]):
-            deltaH2, correction = corrected_curvature(scores, passes.tangents, pair, rows, group)
+            deltaH2, correction = corrected_curvature(scores, passes.tangents, end, pair, rows, group, far)
             limits = predicted.estimates[predicted.reported].map(lambda one: max(abs(one.value), one.se))
             if all(
                 part.se <= max(CORRECTION_SHARE * one.se, FINE_ENOUGH * limit)

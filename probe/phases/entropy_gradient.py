@@ -29,7 +29,7 @@ from probe.text import error_text
 
 logger = logging.getLogger(__name__)
 
-SPREAD_RESPONSES, LEAST_SPREAD_RESPONSES = 8, 64
+SPREAD_RESPONSES, LEAST_SPREAD_RESPONSES = 8, 32
 """Responses of E, per prompt of U and at least, that X is taken from where only the spread over U needs it."""
 
 
@@ -113,7 +113,7 @@ def spread_responses(E: RolloutBatch, prompts: int) -> Tensor | None:
     """The responses of E that X is taken from for the spread over U; None for all.
 
     Prompts are taken whole, in a random order that is always the same, until there are 8 responses per prompt of U, and
-    at least 64. What noise is left in X adds to the spread: on two batches of the demo policy (32 prompts, so 256
+    at least 32. What noise is left in X adds to the spread: on two batches of the demo policy (32 prompts, so 256
     responses) it is 4 % and 24 % larger than with four times as many responses, and is itself known to 13 %.
 
     Args:

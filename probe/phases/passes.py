@@ -31,7 +31,7 @@ from probe.scoring.scores import TokenScores, TokenTangents
 
 logger = logging.getLogger(__name__)
 
-CHECK_RESPONSES = 8
+CHECK_RESPONSES = 4
 """Responses that a way to differentiate is tried on, and the scale of differences."""
 ONE_SIDE = 1 / 8
 """Of the length at which central differences hold, the part at which those of one side are taken."""

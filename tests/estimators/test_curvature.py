@@ -126,7 +126,7 @@ def test_with_both_sides_of_all_it_is_the_even_part(space):
     rows = torch.multinomial(space[0], 60, replacement=True, generator=torch.Generator().manual_seed(1))
     scores, first, pair = of_rows(space, rows)
     group = torch.arange(60) // 3
-    found, _ = corrected_curvature(scores, first, pair, torch.arange(60), group)
+    found, _ = corrected_curvature(scores, first, pair.plus, pair, torch.arange(60), group)
     for one, other in zip(found, symmetric_curvature(scores, pair, group), strict=True):
         assert one.value == pytest.approx(other.value, rel=1e-9)
         assert one.se == pytest.approx(other.se, rel=1e-9)
@@ -144,7 +144,7 @@ def test_a_part_of_the_lower_side_is_known_with_its_error(space):
         own, first, sides_of_E = of_rows(space, rows)
         group = torch.arange(B) // 2
         few = random_groups(group, 60)
-        found, _ = corrected_curvature(own, first, sides_of_E, few, group)
+        found, _ = corrected_curvature(own, first, sides_of_E.plus, sides_of_E, few, group)
         off[draw] = torch.tensor([one.value for one in found]) - expected
         ses[draw] = torch.tensor([one.se for one in found])
         whole[draw] = torch.tensor([one.se for one in symmetric_curvature(own, sides_of_E, group)])

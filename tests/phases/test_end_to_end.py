@@ -898,7 +898,7 @@ def test_nested_forward_mode_without_memory_gives_way_to_differences(config, mon
     def too_much(*args, **kwargs):
         raise torch.OutOfMemoryError(MESSAGE)
 
-    monkeypatch.setattr("probe.phases.prediction.second_order_tangents", too_much)
+    monkeypatch.setattr("probe.phases.curvature.second_order_tangents", too_much)
     found = run(config)
     assert found["diagnostics"]["derivative_mode"] == "jvp"
     assert found["diagnostics"]["second_order_mode"] == "finite_difference"
