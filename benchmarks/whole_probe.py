@@ -5,7 +5,7 @@ vocabulary, log-prob and entropy from their log-softmax, and one backward to the
 turns in one process on one thread; a phase's cost is the median of paired ratios. Sampling is left out on both sides;
 the first scoring of E, which belongs to the phase `sample`, has a row of its own.
 
-    python benchmarks/whole_probe.py [--policy demo|large] [--rounds 5] [--derivative_mode auto]
+    python benchmarks/whole_probe.py [--policy demo|large] [--B_E 256] [--rounds 5] [--derivative_mode auto]
 """
 
 from __future__ import annotations
@@ -157,6 +157,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--policy", choices=("demo", "large"), default="demo")
+    parser.add_argument("--B_E", type=int, help="responses in E")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--derivative_mode", default="auto")
     options = parser.parse_args()
@@ -165,9 +166,11 @@ def main() -> int:
         if options.policy == "large":
             path = large_checkpoint(Path(scratch))
             config["checkpoint"] = {"checkpoint_path": str(path)}
-            config["batch_config"] = {**config["batch_config"], "B_E": 64, "B_U": 4, "G": 4}
+            config["batch_config"] = {**config["batch_config"], "B_E": 256, "B_U": 8, "G": 4}
             config["generation"] = {**config["generation"], "max_new_tokens": 5}
             config["memory_config"] = {"microbatch_size": 16}
+        if options.B_E is not None:
+            config["batch_config"] = {**config["batch_config"], "B_E": options.B_E}
         config["probe_rework"] = {**config["probe_rework"], "derivative_mode": options.derivative_mode}
         ratios = measure(loaded_probe(config), options.rounds)
     found = {name: statistics.median(values) for name, values in ratios.items()}

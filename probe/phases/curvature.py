@@ -108,7 +108,9 @@ def _from_one_side(
         sides.append((on.policy.moved(on.step, scale), pair.plus))
     done, wanted = 0, FEWEST_RESPONSES
     while True:
-        rows = random_groups(group, wanted if 2 * wanted < len(group) else None)  # most is hardly less than all
+        rows = random_groups(
+            group, wanted if 2 * wanted < len(group) else None
+        )  # most is hardly less than all
         for policy, side in sides:
             score_rows(policy, on.batch, rows[done:], side, on.progress("score E on both sides"))
         done = len(rows)

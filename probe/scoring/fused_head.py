@@ -18,6 +18,7 @@ cross-entropies (Hsu et al., Liger Kernel, arXiv:2410.10989).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ TILE = 4096
 """Columns of the vocabulary whose logits are held at a time."""
 TILE_ROWS = 1024
 """Tokens whose logits of one tile are held at a time."""
-BLOCK = 128
+BLOCK = 32
 """Tokens whose exponentials of one tile are held at a time, more of a narrow one: what a processor's cache holds."""
 PIECE = 512
 """Columns that are summed in the type of the logits; sums of these are in float64."""
@@ -120,60 +121,70 @@ class _Sums:
         self._moves = self._moves or dz is not None
         for column in range(0, z.shape[1], TILE):
             columns = slice(column, column + TILE)
-            few = BLOCK * (TILE // min(z.shape[1] - column, TILE))
-            for row in range(0, len(z), few):
-                rows = slice(row, row + few)
-                self._block(rows, start + column, z[rows, columns], None if dz is None else dz[rows, columns])
+            self._tile(start + column, z[:, columns], None if dz is None else dz[:, columns])
 
-    def _block(self, rows: slice, start: int, z: Tensor, dz: Tensor | None) -> None:
-        """Take the logits of a few tokens and a tile; `z` is overwritten."""
+    def _tile(self, start: int, z: Tensor, dz: Tensor | None) -> None:
+        """Take the logits of a tile; `z` is overwritten."""
+        psi = None if self._tokens is None else self._tokens[start : start + z.shape[1]].to(z)
+        found = _Found(torch.zeros_like(self._others), torch.zeros_like(self._features))
+        largest, d_largest = torch.empty_like(self._largest), torch.zeros_like(self._largest)
+        few = BLOCK * (TILE // z.shape[1])
+        for row in range(0, len(z), few):
+            rows = slice(row, row + few)
+            place = found.rows(rows)
+            largest[rows], slope = self._block(
+                z[rows], None if dz is None else dz[rows], psi, self._largest[rows], place
+            )
+            if slope is not None:
+                d_largest[rows] = slope
+        self._pick(start, z, dz)
+        moved = largest > self._largest
+        self._join(self._largest - largest, moved, found)
+        self._largest, self._d_largest = largest, torch.where(moved, d_largest, self._d_largest)
+
+    def _block(
+        self, z: Tensor, dz: Tensor | None, psi: Tensor | None, before: Tensor, found: _Found
+    ) -> tuple[Tensor, Tensor | None]:
+        """The sums of a few tokens over a tile, into `found`; the largest logits so far, and the tile's slopes."""
         self._tail.scaled(z, self._temperature)
-        if dz is not None:
-            dz = dz * self._tail.slope(z, self._temperature)
-        self._pick(rows, start, z, dz)
         at = _likeliest(z)
-        here, before = z.gather(1, at).double(), self._largest[rows]
-        moved, largest = here > before, torch.maximum(here, before)
+        here = z.gather(1, at)
+        moved, largest = here > before, torch.maximum(here.double(), before)
+        w = None if dz is None else dz * self._tail.slope(z, self._temperature)
+        slope = None if w is None else w.gather(1, at)
         z = z - largest.to(z)
         e = z.exp()
-        w = None if dz is None else e * dz
-        if self._tokens is not None:
-            psi = self._tokens[start : start + z.shape[1]].to(z)
-            features = torch.stack([(e @ psi).double(), torch.zeros(len(z), psi.shape[1]).to(before)])
-            if w is not None:
-                features[1] = w @ psi
-        else:
-            features = self._features[:, rows]
-        for x in (e, w):
-            if x is not None:  # the largest so far is not among the others
-                x.scatter_(1, at, x.gather(1, at).masked_fill(moved, 0.0))
-        found = torch.zeros_like(self._others[rows])
-        found[:, 0], found[:, 1] = _rowwise(e), _rowwise(e, z)
         if w is not None:
-            found[:, 2], found[:, 3] = _rowwise(w), _rowwise(w, z)
-        self._join(rows, before - largest, moved, found, features)
-        self._largest[rows] = largest
-        if dz is not None:
-            self._d_largest[rows] = torch.where(moved, dz.gather(1, at).double(), self._d_largest[rows])
+            w = e * w
+        if psi is not None:
+            found.features[0] = e @ psi
+            if w is not None:
+                found.features[1] = w @ psi
+        for k, x in enumerate((e, w)):
+            if x is not None:  # the largest so far is not among the others
+                x.scatter_(1, at, x.gather(1, at).masked_fill_(moved, 0.0))
+                found.others[:, 2 * k], found.others[:, 2 * k + 1] = _rowwise(x), _rowwise(x, z)
+        return largest, slope
 
-    def _join(self, rows: slice, shift: Tensor, moved: Tensor, found: Tensor, features: Tensor) -> None:
-        """Bring the sums so far to the new largest logit, `shift` above, and add those of a tile."""
-        sums = self._others[rows]
+    def _join(self, shift: Tensor, moved: Tensor, found: _Found) -> None:
+        """Bring the sums so far to the new largest logit, `-shift` above, and add those of a tile."""
+        sums = self._others
         sums[:, :1] += moved  # what was the largest is one of the others now
-        sums[:, 2:3] += moved * self._d_largest[rows]
+        sums[:, 2:3] += moved * self._d_largest
         sums[:, 1::2] += shift * sums[:, 0::2]
         scale = shift.exp()
-        self._others[rows] = scale * sums + found
+        self._others = scale * sums + found.others
         if self._tokens is not None:
-            self._features[:, rows] = scale * self._features[:, rows] + features
+            self._features = scale * self._features + found.features
 
-    def _pick(self, rows: slice, start: int, z: Tensor, dz: Tensor | None) -> None:
+    def _pick(self, start: int, z: Tensor, dz: Tensor | None) -> None:
         """The labels' own logits, where they are in this tile."""
-        here = (self._labels[rows] - start).unsqueeze(1)
-        inside, index = (here >= 0) & (here < z.shape[1]), here.clamp(0, z.shape[1] - 1)
-        self._own[rows] = torch.where(inside, z.gather(1, index).double(), self._own[rows])
+        inside, index = _within(self._labels, start, z.shape[1])
+        own = z.gather(1, index)
+        self._own = torch.where(inside, own.double(), self._own)
         if dz is not None:
-            self._d_own[rows] = torch.where(inside, dz.gather(1, index).double(), self._d_own[rows])
+            d_own = dz.gather(1, index) * self._tail.slope(own, self._temperature)
+            self._d_own = torch.where(inside, d_own.double(), self._d_own)
 
     @property
     def normalizer(self) -> tuple[Tensor, Tensor]:
@@ -200,24 +211,46 @@ class _Sums:
         return tuple(forward_ad.make_dual(x, dx) for x, dx in zip(found, tangents, strict=True))
 
 
+def _within(labels: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """Which labels are among the columns from `start` on, and where; somewhere where they are not. Both `(n, 1)`."""
+    here = (labels - start).unsqueeze(1)
+    return (here >= 0) & (here < width), here.clamp(0, width - 1)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The sums over one tile; see `_Sums`."""
+
+    others: Tensor
+    features: Tensor
+
+    def rows(self, rows: slice) -> _Found:
+        """Places for those of a few tokens."""
+        return _Found(self.others[rows], self.features[:, rows])
+
+
 def _likeliest(z: Tensor) -> Tensor:
     """Where each row's largest entry is, `(n, 1)`; in two steps, as maxima without their places are far faster."""
     if z.shape[1] <= PIECE:
         return z.argmax(1, keepdim=True)
     whole = z.shape[1] - z.shape[1] % PIECE
-    tops = [z[:, :whole].unflatten(1, (-1, PIECE)).amax(-1)] if whole else []
-    tops += [z[:, whole:].amax(1, keepdim=True)] if whole < z.shape[1] else []
-    piece = torch.cat(tops, dim=1).argmax(1, keepdim=True)
-    columns = (piece * PIECE + torch.arange(PIECE, device=z.device)).clamp_max(z.shape[1] - 1)
-    return columns.gather(1, z.gather(1, columns).argmax(1, keepdim=True))
+    pieces = z[:, :whole].unflatten(1, (-1, PIECE))
+    top, piece = pieces.amax(-1).max(1, keepdim=True)
+    at = piece * PIECE + pieces[torch.arange(len(z), device=z.device), piece.squeeze(1)].argmax(
+        1, keepdim=True
+    )
+    if whole == z.shape[1]:
+        return at
+    last, place = z[:, whole:].max(1, keepdim=True)
+    return torch.where(last > top, whole + place, at)
 
 
 def _rowwise(x: Tensor, y: Tensor | None = None) -> Tensor:
     """`sum_v x[:, v] y[:, v]`, `(n,)` float64: short pieces in the type of `x`, which rounds them little."""
     products = x if y is None else x * y
     whole = products.shape[1] - products.shape[1] % PIECE
-    pieces = products[:, :whole].unflatten(1, (-1, PIECE)).sum(-1)
-    return pieces.double().sum(1) + products[:, whole:].sum(1)
+    found = products[:, :whole].unflatten(1, (-1, PIECE)).sum(-1).sum(1, dtype=torch.float64)
+    return found if whole == products.shape[1] else found + products[:, whole:].sum(1)
 
 
 def head_gradients(
@@ -259,18 +292,18 @@ def head_gradients(
         sums.add(start, z)
         tiles.append((start, edge, z))
     l, h = sums.values()
-    objectives = [
-        _Objective(a, b, l, h, labels, *sums.normalizer) for a, b in zip(*weights(l, h), strict=True)
-    ]
-    found: list[list[Tensor | None]] = [[None] * (1 + len(own)) for _ in objectives]
+    objectives = _Objectives(*weights(l, h), l, h, labels, *sums.normalizer)
+    found: list[list[Tensor | None]] = [[None] * (1 + len(own)) for _ in range(objectives.count)]
     while tiles:
         start, edge, z = tiles.pop(0)
-        for k, objective in enumerate(objectives):
-            last = k == len(objectives) - 1
-            gradient = z if last else torch.empty_like(z)
-            objective.by_logits(start, z, head.tail, temperature, out=gradient)
+        gradients = objectives.by_logits(start, z, head.tail, temperature)
+        for k in range(objectives.count):
             more = torch.autograd.grad(
-                [edge], [leaf, *own], [gradient], retain_graph=not last, allow_unused=True
+                [edge],
+                [leaf, *own],
+                [gradients.pop(0)],
+                retain_graph=k < objectives.count - 1,
+                allow_unused=True,
             )
             found[k] = [
                 y if x is None else x if y is None else x + y for x, y in zip(found[k], more, strict=True)
@@ -278,10 +311,10 @@ def head_gradients(
     return found
 
 
-class _Objective:
-    """`sum_t a[t] l[t] + b[t] h[t]` of some tokens, whose sums are known.
+class _Objectives:
+    """`sum_t a_k[t] l[t] + b_k[t] h[t]` of some tokens, whose sums are known.
 
-    Its slope by a logit other than the label's is `-p (a + b (log p + h))`.
+    The slope of one by a logit other than the label's is `-p (a + b (log p + h))`.
     """
 
     def __init__(
@@ -290,41 +323,49 @@ class _Objective:
         """Constants of each token.
 
         Args:
-            a: weights of `l`, `(n,)`.
-            b: weights of `h`, `(n,)`.
+            a: weights of `l`, `(K, n)`.
+            b: weights of `h`, `(K, n)`.
             l: `(n,)` float64.
             h: `(n,)` float64.
             labels: `(n,)`.
             largest: the largest logits, `(n, 1)`.
             log_Z: relative to these, `(n, 1)`.
         """
-        self._labels, self._largest, self._log_Z = labels, largest, log_Z
-        a, b, p = a.to(l), b.to(l), l.exp()
+        self.count, self._labels, self._largest = len(a), labels, largest
+        a, b, p, over_Z = a.to(l), b.to(l), l.exp(), (-log_Z).exp()
         # 1 - p keeps its digits where p is nearly 1
         self._label_slope = -a * torch.expm1(l) - b * p * (l + h)
-        over_Z = (-log_Z).exp()
-        self._factor = -b.unsqueeze(1) * over_Z
-        self._level = -(a.unsqueeze(1) + b.unsqueeze(1) * (h.unsqueeze(1) - log_Z)) * over_Z
+        self._factor = -b.unsqueeze(-1) * over_Z
+        self._level = -(a.unsqueeze(-1) + b.unsqueeze(-1) * (h.unsqueeze(1) - log_Z)) * over_Z
 
-    def by_logits(self, start: int, z: Tensor, tail: LogitTail, temperature: float, out: Tensor) -> None:
-        """The gradient by the output layer's logits.
+    def by_logits(self, start: int, z: Tensor, tail: LogitTail, temperature: float) -> list[Tensor]:
+        """The gradients by the output layer's logits.
 
         Args:
             start: token of the first column.
-            z: logits over the temperature, `(n, width)`.
+            z: logits over the temperature, `(n, width)`; overwritten with the last gradient.
             tail: made them of the output layer's.
             temperature: `tau`.
-            out: `(n, width)`, overwritten; `z` itself is allowed.
         """
+        found = [*(torch.empty_like(z) for _ in range(self.count - 1)), z]
         largest, factor, level = (x.to(z) for x in (self._largest, self._factor, self._level))
-        here = self._labels - start
+        inside, index = _within(self._labels, start, z.shape[1])
+        own_slope = tail.slope(z.gather(1, index), temperature)
         for column in range(0, z.shape[1], TILE):
-            part, target = (x[:, column : column + TILE] for x in (z, out))
-            slope = tail.slope(part, temperature)
-            shifted = part - largest
-            e = shifted.exp()
-            torch.mul(shifted, factor, out=target).add_(level).mul_(e)
-            mine = ((here >= column) & (here < column + part.shape[1])).nonzero().squeeze(1)
-            target[mine, here[mine] - column] = self._label_slope[mine].to(z)
-            if isinstance(slope, Tensor) or slope != 1.0:
-                target.mul_(slope)
+            columns = slice(column, column + TILE)
+            few = BLOCK * (TILE // min(z.shape[1] - column, TILE))
+            for row in range(0, len(z), few):
+                rows = slice(row, row + few)
+                part = z[rows, columns]
+                slope = tail.slope(part, temperature)
+                shifted = part - largest[rows]
+                e = shifted.exp()
+                if isinstance(slope, Tensor) or slope != 1.0:
+                    e.mul_(slope)
+                for k, gradient in enumerate(found):
+                    target = gradient[rows, columns]
+                    torch.mul(shifted, factor[k, rows], out=target).add_(level[k, rows]).mul_(e)
+        for label_slope, gradient in zip(self._label_slope, found, strict=True):
+            mine = torch.where(inside, label_slope.unsqueeze(1).to(z) * own_slope, gradient.gather(1, index))
+            gradient.scatter_(1, index, mine)
+        return found
