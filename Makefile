@@ -1,6 +1,8 @@
 # Two commands are enough on a fresh machine with Python >= 3.11:
 #   make demo   set up, then probe the built-in demo policy
 #   make test   set up, then run linters, type checks, doctests and all tests
+# And, for those who change what takes time:
+#   make bench  set up, then measure speed and memory into benchmarks/RESULTS.md (ten minutes)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,13 +10,19 @@ BIN := $(VENV)/bin
 # bash -e would hide which step failed behind a pipe
 SHELL := /bin/bash
 
-.PHONY: demo test setup setup-test lint docs clean
+.PHONY: demo test bench setup setup-test lint docs clean
 
 demo: setup
 	$(BIN)/entropy-probe demo
 
 test: setup-test lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --doctest-modules probe tests
+
+# of verl and Liger one file each is read; in a folder of their own, where no library takes them for installed
+bench: setup-test
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[bench]"
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/peers "verl>=0.9" "liger-kernel>=0.8"
+	$(BIN)/python benchmarks/speed.py
 
 setup: $(VENV)/.installed
 setup-test: $(VENV)/.installed-test

@@ -6,8 +6,7 @@ medians of paired ratios of processor seconds over all rounds, and the peak of t
 problem itself takes. Accuracy is the largest difference from float64 of a log-prob and of an entropy, in nats.
 
 Others are TRL's functions, and the fall-backs in plain torch of verl and Liger; what cannot be imported is named as
-missing. Of verl and Liger one file each is read, which needs torch alone: `pip install --no-deps verl liger-kernel`
-does.
+missing. Of verl and Liger one file each is read, which needs torch alone: `make bench` puts them into `build/peers`.
 
     python benchmarks/head.py [--rounds 3] [--tokens 1024] [--dtype float32] [--vocabulary 151936] [--hidden 896]
 """
@@ -241,9 +240,11 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=896)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--peers", type=Path, default=Path("build/peers"), help="folder of verl and Liger")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    sys.path.append(str(options.peers))
     if options.variant:
         try:
             print(json.dumps(run_one(options)))
