@@ -36,6 +36,11 @@ LARGE = {"hidden_size": 896, "num_hidden_layers": 6, "vocab_size": 151_936, "int
 """The shape of a small Qwen2 with its vocabulary, and fewer layers."""
 
 
+def even_length(completions: list[str], **_: Any) -> list[float]:
+    """A reward that a random policy gets half of the time, so that its update is one."""
+    return [float(len(text) % 2 == 0) for text in completions]
+
+
 def plain_pass(policy: Policy, batch: RolloutBatch) -> None:
     """Forward and backward as a trainer does them, microbatch by microbatch."""
     parameters = list(policy.parameters.values())
@@ -128,8 +133,9 @@ def large_checkpoint(folder: Path) -> Path:
     )
     with (
         torch.no_grad()
-    ):  # a policy that mostly stays within the tokenizer's words and still has all of the others
+    ):  # a policy that mostly chooses among the tokenizer's words and still has all of the others
         weight = model.get_input_embeddings().weight
+        weight[: len(tokenizer)] *= 7.0
         weight[len(tokenizer) :] *= 0.2
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -166,7 +172,13 @@ def main() -> int:
         if options.policy == "large":
             path = large_checkpoint(Path(scratch))
             config["checkpoint"] = {"checkpoint_path": str(path)}
-            config["batch_config"] = {**config["batch_config"], "B_E": 256, "B_U": 8, "G": 4}
+            config["batch_config"] = {
+                **config["batch_config"],
+                "B_E": 256,
+                "B_U": 8,
+                "G": 4,
+                "reward": "whole_probe:even_length",
+            }
             config["generation"] = {**config["generation"], "max_new_tokens": 5}
             config["memory_config"] = {"microbatch_size": 16}
         if options.B_E is not None:

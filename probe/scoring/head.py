@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from probe.errors.exceptions import NumericalError
 from probe.errors.remedies import Remedy
@@ -17,6 +18,8 @@ from probe.snapshot import standing_in
 
 logger = logging.getLogger(__name__)
 HALF = (torch.float16, torch.bfloat16)
+COMPARED = 2
+"""Sequences of a forward whose last position the model's own logits are computed and compared at."""
 
 
 def token_log_probs(logits: Tensor, temperature: float) -> Tensor:
@@ -54,7 +57,7 @@ class OutputHead:
 
     Hidden states are captured where they enter the model's output layer, so that only response positions go
     through the vocabulary product and only a chunk of their logits exists at a time. Models differ in what they do to
-    the logits after that layer (`LogitTail`). So `check`, which sees the model's own logits at the last position of
+    the logits after that layer (`LogitTail`). So `check`, which sees the model's own logits at a few positions of
     every forward, chooses the tail that gives them, before the first use, and refuses one that none gives.
     """
 
@@ -92,15 +95,15 @@ class OutputHead:
     def capture(self) -> Iterator[list[Tensor]]:
         """While active, each forward of the model appends its `(b, L, D)` hidden states to the list yielded.
 
-        The output layer itself then sees the last position only, so that the full logits are never made.
+        The output layer itself then sees what `check` compares only, so that the full logits are never made.
         """
         captured: list[Tensor] = []
 
-        def keep_last(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def keep_few(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             captured.append(args[0])
-            return (args[0][:, -1:], *args[1:])
+            return (_compared(args[0]), *args[1:])
 
-        handle = self.layer.register_forward_pre_hook(keep_last)
+        handle = self.layer.register_forward_pre_hook(keep_few)
         try:
             yield captured
         finally:
@@ -182,7 +185,7 @@ class OutputHead:
         return True
 
     def check(self, hidden: Tensor, model_logits: Tensor) -> None:
-        """Compare the output layer and tail, run at the last position in the model's own type, with the model's logits.
+        """Compare the output layer and tail, run on a few positions in the model's own type, with the model's logits.
 
         Raises:
             NumericalError: the model's logits are not finite, or are not what this head computes.
@@ -195,7 +198,7 @@ class OutputHead:
                 " (float16 overflows in many models, use bfloat16 or float32)",
             )
         with torch.no_grad():
-            last = hidden[:, -1:].detach()
+            last = _compared(hidden)
             with standing_in(self.layer, self._values):
                 output = self.layer(last)
             half = min(torch.finfo(hidden.dtype).bits, torch.finfo(model_logits.dtype).bits) < 32
@@ -211,3 +214,12 @@ class OutputHead:
                 f"difference of {worst:.2g}; the output layer of {type(self.layer).__name__} is followed by a "
                 "transformation that is neither a scale nor a soft cap of its configuration"
             )
+
+
+def _compared(hidden: Tensor) -> Tensor:
+    """The positions `(k, 1, D)` that the model's own logits are made of: the last of the first sequences.
+
+    Of values alone. Apart from one another in memory, or with tangents, torch would multiply each by a copy of the
+    output layer's weights.
+    """
+    return forward_ad.unpack_dual(hidden[:COMPARED, -1:]).primal.detach().contiguous()
