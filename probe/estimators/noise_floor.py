@@ -78,8 +78,9 @@ def rescored_noise_floor(
     """What rounding makes of a change of 0: E scored again, in other batch shapes, at weights moved to and fro.
 
     The move is the step with random signs; a small part of it where nothing is in 16 bits. It begins with 16 responses
-    of prompts at random and doubles them until the floor, which falls like one over the root of their number, is below
-    what is `enough`, or all of E is scored again. In float32 that is a small part of two scorings.
+    of prompts at random, those that the policy has a choice in counted, and doubles them until the floor, which falls
+    like one over the root of their number, is below what is `enough`, or all of E is scored again. In float32 that is a
+    small part of two scorings.
 
     Args:
         policy: the policy, at `theta`.
@@ -95,21 +96,23 @@ def rescored_noise_floor(
     """
     other = policy.in_other_shapes(batch)
     moved = [other.at(values) for values in _sham_step(policy, step, seed)]
-    order, sides = random_groups(batch.group, seed=seed), [scores.blank() for _ in moved]
-    done, few = 0, FEWEST_RESPONSES
+    sides, counted = [scores.blank() for _ in moved], scores.undecided
+    if not bool(counted.any()):
+        counted = batch.mask.any(dim=1)
+    done, wanted = 0, FEWEST_RESPONSES
     while True:
+        seen = random_groups(batch.group, wanted, seed, counted)
         for side, there in zip(sides, moved, strict=True):
             report = None if progress is None else progress("score E for the noise floor")
-            score_rows(there, batch, order[done:few], side, report)
-        done = len(order[:few])
-        seen = order[:done]
+            score_rows(there, batch, seen[done:], side, report)
+        done = len(seen)
         if bool(batch.mask[seen].any()):
             found = noise_floor(
                 scores.rows(seen), sides[0].rows(seen), sides[1].rows(seen), batch.group[seen]
             )
             if done == len(batch) or all(x <= limit for x, limit in zip(found, enough, strict=True)):
                 return NoiseFloor(found, done)
-        few *= 2
+        wanted *= 2
 
 
 def _sham_step(

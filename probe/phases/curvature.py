@@ -6,8 +6,6 @@ import logging
 import math
 from dataclasses import replace
 
-from torch import Tensor
-
 from probe.errors.exceptions import MemoryExhaustedError
 from probe.errors.memory import OutOfMemory, unless_out_of_memory
 from probe.errors.remedies import Remedy
@@ -23,6 +21,8 @@ from probe.scoring.score import score_rows
 
 logger = logging.getLogger(__name__)
 
+FEWEST_PROMPTS = 16
+"""Prompts whose spread is believed."""
 CORRECTION_SHARE = 0.5
 """What both sides of a few responses correct is known well enough where its standard error is at most this share of
 deltaH2's, which then is at most a sixth larger than with both sides of all of E."""
@@ -96,8 +96,9 @@ def _from_one_side(
 
     The one side is the step's end, which the ground truth needs as well; further out where the step is too short for
     the arithmetic. Both sides are at the scale at which differences are known to hold. These begin with a few responses
-    and are doubled until the correction they make is known (`CORRECTION_SHARE`), or deltaH2 is, to a hundredth of
-    deltaH1 or of its standard error.
+    that the policy has a choice in (in others there is nothing to correct), of 16 prompts at least. They are doubled
+    until the correction they make is known (`CORRECTION_SHARE`), or deltaH2 is, to a hundredth of deltaH1 or of its
+    standard error.
     """
     scores, group, far = passes.scores, on.batch.group, max(scale, 1.0)
     end, new = upper_side(on, far)
@@ -106,17 +107,16 @@ def _from_one_side(
     sides = [(on.policy.moved(on.step, -scale), pair.minus)]
     if scale != far:
         sides.append((on.policy.moved(on.step, scale), pair.plus))
-    done, wanted = 0, FEWEST_RESPONSES
+    done, wanted, counted = 0, FEWEST_RESPONSES, scores.undecided
+    most = int(counted.sum()) // 2  # of these is hardly less than all
     while True:
-        rows = random_groups(
-            group, wanted if 2 * wanted < len(group) else None
-        )  # most is hardly less than all
+        rows = random_groups(group, wanted if wanted <= most else None, counted=counted)
         for policy, side in sides:
             score_rows(policy, on.batch, rows[done:], side, on.progress("score E on both sides"))
         done = len(rows)
         if done == len(on.batch):
             return symmetric_curvature(scores, pair, group), passes
-        if _several_with_tokens(group[rows], scores.mask[rows]):
+        if len(group[rows][counted[rows]].unique()) >= FEWEST_PROMPTS:
             deltaH2, correction = corrected_curvature(scores, passes.tangents, end, pair, rows, group, far)
             limits = predicted.estimates[predicted.reported].map(lambda one: max(abs(one.value), one.se))
             if all(
@@ -124,9 +124,4 @@ def _from_one_side(
                 for one, part, limit in zip(deltaH2, correction, limits, strict=True)
             ):
                 return deltaH2, passes
-        wanted = 2 * done
-
-
-def _several_with_tokens(group: Tensor, mask: Tensor) -> bool:
-    """Whether something is left of a sample without any of its prompts."""
-    return len(group[mask.any(dim=1)].unique()) > 1
+        wanted *= 2

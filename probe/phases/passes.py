@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -33,10 +34,11 @@ logger = logging.getLogger(__name__)
 
 CHECK_RESPONSES = 4
 """Responses that a way to differentiate is tried on, and the scale of differences."""
-ONE_SIDE = 1 / 8
-"""Of the length at which central differences hold, the part at which those of one side are taken."""
-SAME_ARITHMETIC = 0.02
-"""Scores of two passes may differ by so much of what a move makes of them where they are differenced as of one."""
+ONE_SIDE, BOTH_SIDES = (1 / 8, 1 / 2, 1 / 32, 2), (1, 1 / 4, 4)
+"""Scales that differences are tried at for another direction than the step, relative to the one that held along it, in
+this order: of one side, which bends more, and of both."""
+CLOSE = 0.02
+"""A relative error of differences at which no other scale is tried."""
 Mode = Literal["jvp", "reverse", "finite_difference"]
 
 
@@ -320,10 +322,11 @@ def tangents_of(
 ) -> TokenTangents:
     """Derivatives of another batch's scores along a direction of any length, by the cheapest way that is known to hold.
 
-    Forwards cost less than a pass in forward mode. They are differenced over the Euclidean length over which
-    differences along the step agreed with its derivatives; where they did not, forward mode takes their place, and
-    where there is none, the scale is searched for. Where the scores at `theta` are there already and nothing is in 16
-    bits, one side at an eighth of that length is enough: what its bend adds is an eighth as well.
+    Forwards cost less than a pass in forward mode. They are differenced over a Euclidean length near the one at which
+    differences along the step agreed with its derivatives: one side, where the scores at `theta` are there already,
+    or both. Which of these give the derivatives, and over which length, a few responses say, by forward mode (by both
+    sides where there is none). Where no difference holds along this direction, or none did along the step, forward mode
+    takes their place; where there is none, the scale is searched for.
 
     Args:
         policy: at `theta`.
@@ -340,43 +343,101 @@ def tangents_of(
         MemoryExhaustedError: memory does not suffice for forward mode, which is asked for.
     """
     scale = along.difference_scale if move > 0 else None
-    if along.way.mode == "jvp" and scale is None:
+    factor = (move if move > 0 else 1.0) / max(norm(direction), 1e-300)
+    moved = {name: factor * change for name, change in direction.items()}
+    names = ("score U along X", "score U against X")
+    if scale is not None:
+        differences = _Differences(policy, batch, moved, here)
+        way = differences.way(scale, forward_mode=along.way.mode == "jvp")
+        if way is not None:
+            return differences.of_all(*way, lambda what: progress(what), names).scaled(1 / factor)
+    if along.way.mode == "jvp":
         found = unless_out_of_memory(
             lambda: forward_tangents(policy, batch, direction, progress=progress("forward mode on U"))
         )
         if not isinstance(found, OutOfMemory):
             return found
-        way = without_memory("forward mode on U", found, binding=binding)
-        logger.warning("derivatives of U by %s: %s", way.mode, way.reason)
-    factor = (move if move > 0 else 1.0) / max(norm(direction), 1e-300)
-    moved = {name: factor * change for name, change in direction.items()}
-    if scale is None:
-        scale, _ = choose_scale(policy, few_responses(batch, CHECK_RESPONSES), moved)
-    elif here is not None and not policy.half_precision:
-        one_side = _from_here(policy, batch, moved, ONE_SIDE * scale, here, progress)
-        if one_side is not None:
-            return one_side.scaled(1 / factor)
-    names = ("score U along X", "score U against X")
+        instead = without_memory("forward mode on U", found, binding=binding)
+        logger.warning("derivatives of U by %s: %s", instead.mode, instead.reason)
+    scale, _ = choose_scale(policy, few_responses(batch, CHECK_RESPONSES, here), moved)
     pair = difference_pair(policy, batch, moved, scale, progress=progress, names=names)
-    return replace(pair, scale=scale * factor).tangents
+    return pair.tangents.scaled(1 / factor)
 
 
-def _from_here(
-    policy: Policy,
-    batch: RolloutBatch,
-    direction: Mapping[str, Tensor],
-    scale: float,
-    here: TokenScores,
-    progress: MakeProgress,
-) -> TokenTangents | None:
-    """Differences of forwards on one side and the scores at `theta`; None where these are of other arithmetic."""
-    there = score_tokens(policy.moved(direction, scale), batch, progress("score U along X"))
-    found = TokenTangents((there.logprob - here.logprob) / scale, (there.entropy - here.entropy) / scale)
-    # a backward's forwards can run on other kernels (4-bit layers do), whose rounding must be small beside the move
-    rows = torch.nonzero(batch.lengths > 0).flatten()[:CHECK_RESPONSES]
-    again = score_tokens(policy, batch.subset(rows))
-    gap = torch.cat([(again.logprob - here.logprob[rows]), (again.entropy - here.entropy[rows])])
-    return found if float(gap.norm()) <= SAME_ARITHMETIC * scale * float(found.vector(rows).norm()) else None
+@dataclass(frozen=True)
+class _Differences:
+    """Differences of forwards of a batch along a direction, on one side of `theta` or on both.
+
+    Attributes:
+        policy: at `theta`.
+        batch: any.
+        direction: by parameter name.
+        here: scores at `theta`, where they are there.
+    """
+
+    policy: Policy
+    batch: RolloutBatch
+    direction: Mapping[str, Tensor]
+    here: TokenScores | None
+
+    def way(self, scale: float, *, forward_mode: bool) -> tuple[bool, float] | None:
+        """Whether one side is enough, and the scale at which; None where no difference is known to hold.
+
+        Differences of a few responses that the policy has a choice in are compared with forward mode, and where there
+        is none with both sides at `scale`, which are taken to hold. That sees what a move bends, what rounding adds,
+        and forwards of other kernels in `here` (a backward's, of 4-bit layers) alike.
+
+        Args:
+            scale: at which differences along the step held, for a direction as long.
+            forward_mode: whether the model has it.
+        """
+        rows = self._few()
+        few = self.batch.subset(rows)
+        sides: tuple[bool, ...] = (True,)
+        if forward_mode:
+            exact = unless_out_of_memory(lambda: forward_tangents(self.policy, few, self.direction))
+            if isinstance(exact, OutOfMemory):
+                return None
+            expected, sides = exact.vector(), (True, False)
+        else:
+            expected = difference_pair(self.policy, few, self.direction, scale).tangents.vector()
+        best: tuple[float, tuple[bool, float]] = (math.inf, (False, scale))
+        for one_side in sides if self.here is not None else sides[1:]:
+            for part in ONE_SIDE if one_side else BOTH_SIDES:
+                found = self._of(rows, one_side, part * scale).vector()
+                error = float((found - expected).norm()) / max(float(expected.norm()), 1e-300)
+                best = min(best, (error, (one_side, part * scale)))
+                if error <= CLOSE:
+                    return best[1]
+        if best[0] <= TOLERANCE:
+            return best[1]
+        return None if forward_mode else (False, scale)
+
+    def _few(self) -> Tensor:
+        """Some responses that derivatives can be compared on."""
+        some = self.batch.lengths > 0
+        if self.here is not None and bool(self.here.undecided.any()):
+            some = self.here.undecided
+        return some.nonzero().flatten()[:CHECK_RESPONSES]
+
+    def _of(self, rows: Tensor, one_side: bool, scale: float) -> TokenTangents:
+        """Of some responses."""
+        here = None if self.here is None else self.here.rows(rows)
+        few = _Differences(self.policy, self.batch.subset(rows), self.direction, here)
+        return few.of_all(one_side, scale, no_progress, ("few", "few"))
+
+    def of_all(
+        self, one_side: bool, scale: float, progress: MakeProgress, names: tuple[str, str]
+    ) -> TokenTangents:
+        """Of the whole batch."""
+        if not one_side or self.here is None:
+            pair = difference_pair(
+                self.policy, self.batch, self.direction, scale, progress=progress, names=names
+            )
+            return pair.tangents
+        there = score_tokens(self.policy.moved(self.direction, scale), self.batch, progress(names[0]))
+        difference = (there.logprob - self.here.logprob, there.entropy - self.here.entropy)
+        return TokenTangents(*difference).scaled(1 / scale)
 
 
 def few_responses(batch: RolloutBatch, count: int, scores: TokenScores | None = None) -> RolloutBatch:

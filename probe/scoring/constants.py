@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
@@ -44,6 +44,11 @@ def _unpacked(x: Any) -> tuple[Any, Tensor | None]:
     return forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None)
 
 
+def _plain(x: Any) -> bool:
+    """Whether an operand is a number or an ordinary tensor: sparse ones and subclasses are torch's affair."""
+    return not isinstance(x, Tensor) or (type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided)
+
+
 def _by_operand(
     value: Callable[[Any, Any], Tensor],
     first: Callable[[Tensor, Any, Tensor], Tensor],
@@ -55,6 +60,8 @@ def _by_operand(
     """
 
     def rule(x: Any, y: Any) -> Tensor | None:
+        if not (_plain(x) and _plain(y)):
+            return None
         (a, da), (b, db) = _unpacked(x), _unpacked(y)
         if da is not None and db is None:
             found = value(a, b)

@@ -100,7 +100,7 @@ def second_order_tangents(
     one = torch.ones((), dtype=torch.float64, device=policy.device)
     # with grad mode on, torch uses formulas that it can differentiate again; nothing here requires a gradient
     with torch.enable_grad(), forward_mode_kernels(policy.model):
-        for rows in map(torch.tensor, policy.split(batch, "forward mode")):
+        for rows in map(torch.tensor, policy.split(batch, "nested forward mode")):
             part = batch.subset(rows)
             places: list[Any] = []
 
@@ -110,7 +110,7 @@ def second_order_tangents(
                 places.clear()
                 moved = {n: start[n] + s.to(along[n]) * along[n] for n in start}
                 found = []
-                for chunk in scored_chunks(policy.at(moved), part):
+                for chunk in scored_chunks(policy.at(moved), part, kind="nested forward mode"):
                     places.append((chunk.sequence, chunk.position))
                     found.append(chunk.values[:2])
                 return tuple(torch.cat(x) for x in zip(*found, strict=True))

@@ -108,7 +108,7 @@ def at_a_time(length: int, sequences: int | None, tokens: int | None) -> int | N
     >>> at_a_time(30, None, 64), at_a_time(100, 8, 64), at_a_time(10, 2, None)
     (2, 1, 2)
     """
-    limits = (sequences, None if tokens is None else max(tokens // length, 1))
+    limits = (sequences, None if tokens is None else max(tokens // max(length, 1), 1))
     return min((limit for limit in limits if limit is not None), default=None)
 
 

@@ -109,17 +109,19 @@ class Policy:
     def in_other_shapes(self, batch: RolloutBatch) -> Policy:
         """The policy with microbatches of half the size of the largest that it makes of a batch, for other rounding.
 
-        Half of what the batch fills, which may be less than the limits. Where every sequence is alone, pairs.
+        Half of what the batch fills, which may be less than the limits. Where most positions are of sequences that are
+        alone, pairs.
 
         Args:
             batch: any.
         """
         parts = self.split(batch)
-        most = max(map(len, parts), default=0)
-        if most <= 1:
+        filled = [collate(batch, part, torch.device("cpu")).padded for part in parts]
+        alone = sum(size for part, size in zip(parts, filled, strict=True) if len(part) == 1)
+        if 2 * alone >= sum(filled):
             return replace(self, microbatch_size=2, tokens_per_microbatch=None)
-        filled = max(collate(batch, part, torch.device("cpu")).padded for part in parts)
-        return replace(self, microbatch_size=most // 2, tokens_per_microbatch=max(filled // 2, 1))
+        most = max(map(len, parts))
+        return replace(self, microbatch_size=most // 2, tokens_per_microbatch=max(max(filled) // 2, 1))
 
     def split(self, batch: RolloutBatch, kind: Kind = "forward") -> list[list[int]]:
         """The sequences of each microbatch of a batch.

@@ -8,7 +8,7 @@ from typing import Literal
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["forward", "forward mode", "backward"]
+Kind = Literal["forward", "forward mode", "nested forward mode", "backward"]
 """Passes of a kind need the same memory for the same tokens."""
 
 

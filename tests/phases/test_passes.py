@@ -169,6 +169,37 @@ def test_differences_along_another_direction_are_the_derivatives(loaded):
     assert 0 < float((by_differences - exact).norm() / exact.norm()) < 1e-4
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("microbatch", [1, 8])
+def test_one_side_is_taken_where_it_holds_and_nowhere_else(loaded, size, microbatch, monkeypatch):
+    """In float32, from steps that bend to steps that rounding swallows: what is taken is right to 5 % or so."""
+    module = loaded(dtype="float32")
+    with evaluation_mode(module):
+        sample = module.sample()
+        policy = replace(module.policy, microbatch_size=microbatch)
+        generator = torch.Generator().manual_seed(0)
+        step, direction = (
+            {n: torch.randn(p.shape, generator=generator) for n, p in policy.parameters.items()}
+            for _ in range(2)
+        )
+        length = float(torch.cat([x.flatten() for x in step.values()]).norm())
+        step = {n: size / length * x for n, x in step.items()}
+        scores, here = score_tokens(policy, sample.E), score_tokens(policy, sample.U)
+        way = module.entropy_gradient(sample).way
+        passes = along_step(StepOnBatch(policy, sample.E, step, scores), way)
+        exact = forward_tangents(policy, sample.U, direction).vector()
+        taken = []
+
+        def progress(what):
+            taken.append(what)
+            return lambda done, total: None
+
+        found = tangents_of(policy, sample.U, direction, passes, size, progress, here=here).vector()
+    assert float((found - exact).norm() / exact.norm()) < 0.1
+    if size == 1e-2:
+        assert taken == ["score U along X"]
+
+
 def test_the_second_order_by_differences_is_the_nested_one(loaded):
     found = {}
     for curvature in ("auto", "jvp"):

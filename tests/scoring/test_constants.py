@@ -84,3 +84,5 @@ def test_what_is_written_into_a_sum_does_not_show_in_its_operand():
 def test_constants_among_themselves_are_as_ever():
     with ConstantOperands():
         assert torch.equal(X * 2 + X, 3 * X)
+        sparse = torch.eye(3).to_sparse() * 2.0
+    assert torch.equal(sparse.to_dense(), 2.0 * torch.eye(3))

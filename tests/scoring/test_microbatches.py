@@ -12,7 +12,7 @@ import torch
 import probe.scoring.tuning as tuning
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import NumericalError
-from probe.scoring.forward_mode import scores_and_tangents
+from probe.scoring.forward_mode import scores_and_tangents, second_order_tangents
 from probe.scoring.gradients import token_gradients
 from probe.scoring.microbatch import START, at_a_time, split
 from probe.scoring.policy import DEFAULT_TOKENS, Policy
@@ -166,6 +166,17 @@ def test_what_a_derivative_has_no_memory_for_changes_no_shape_of_scores(monkeypa
     after = score_tokens(policy, batch)
     assert "forward" not in policy.traffic.room
     torch.testing.assert_close(after.logprob, before.logprob, rtol=0, atol=0)
+
+
+def test_nested_forward_mode_has_a_room_of_its_own(monkeypatch):
+    batch = all_sequences(cap=3)
+    policy = tiny_policy(monkeypatch, microbatch_size=None, tokens_per_microbatch=64)
+    step = random_step(policy, 0.1)
+    expected = second_order_tangents(policy, batch, step)[1].vector()
+    Full(policy, 20)
+    found = second_order_tangents(policy, batch, step)[1].vector()
+    assert set(policy.traffic.room) == {"nested forward mode"}
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_one_sequence_that_does_not_fit_is_an_error(monkeypatch):
