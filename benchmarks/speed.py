@@ -70,8 +70,11 @@ MEASUREMENTS = {
     "padding": Measurement(
         "Padding", ("padding.py",), "By the way in which responses are cut into microbatches."
     ),
-    "memory": Measurement("Memory of a whole probe by the size of E", ("memory.py",), "Sampling included."),
-    "startup": Measurement("Start-up", ("startup.py", "--runs", "3"), "Medians of three processes each."),
+    "memory": Measurement(
+        "Memory of a whole probe by the size of E",
+        ("memory.py", "--sizes", "64", "512", "2048"),
+        "Sampling included.",
+    ),
 }
 
 
