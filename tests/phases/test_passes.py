@@ -169,11 +169,13 @@ def test_differences_along_another_direction_are_the_derivatives(loaded):
     assert 0 < float((by_differences - exact).norm() / exact.norm()) < 1e-4
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("float32", 10.0**k) for k in range(-4, 1)] + [("float64", 1e-3)]
+)
 @pytest.mark.parametrize("microbatch", [1, 8])
-def test_one_side_is_taken_where_it_holds_and_nowhere_else(loaded, size, microbatch, monkeypatch):
-    """In float32, from steps that bend to steps that rounding swallows: what is taken is right to 5 % or so."""
-    module = loaded(dtype="float32")
+def test_one_side_is_taken_where_it_holds_and_nowhere_else(loaded, dtype, size, microbatch):
+    """From steps that bend to steps that rounding swallows: what is taken is right to 5 % or so."""
+    module = loaded(dtype=dtype)
     with evaluation_mode(module):
         sample = module.sample()
         policy = replace(module.policy, microbatch_size=microbatch)
@@ -196,7 +198,7 @@ def test_one_side_is_taken_where_it_holds_and_nowhere_else(loaded, size, microba
 
         found = tangents_of(policy, sample.U, direction, passes, size, progress, here=here).vector()
     assert float((found - exact).norm() / exact.norm()) < 0.1
-    if size == 1e-2:
+    if dtype == "float64":  # a short move, and nothing is rounded that counts
         assert taken == ["score U along X"]
 
 
