@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from process_memory import forget_peak, peak
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -217,17 +218,6 @@ def run_one(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         if not objectives:
             results[what]["errors"] = problem.errors(found)
     return results
-
-
-def forget_peak() -> None:
-    """The peak of this process's memory is what it has now (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> float:
-    """Of this process's memory, MB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def main() -> int:

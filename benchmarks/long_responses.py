@@ -18,6 +18,7 @@ import time
 from contextlib import nullcontext
 
 import torch
+from process_memory import peak
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from probe.data.batch import RolloutBatch
@@ -80,7 +81,7 @@ def measure(what: str, variant: str, length: int) -> dict[str, float | None]:
             score_tokens(policy, on)
 
     run(few)  # what is loaded and compiled on the way is not the pass's own
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     resource.setrlimit(resource.RLIMIT_DATA, (ALLOWED, ALLOWED))
     start = time.process_time()
     try:
@@ -90,7 +91,7 @@ def measure(what: str, variant: str, length: int) -> dict[str, float | None]:
             raise
         return {"seconds": None, "bytes": None}
     seconds = time.process_time() - start
-    return {"seconds": seconds, "bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}
+    return {"seconds": seconds, "bytes": 2**20 * (peak() - before)}
 
 
 def in_own_process(what: str, variant: str, length: int) -> dict[str, float | None]:

@@ -8,12 +8,12 @@ Each run is a process of its own. What is there once the policy is loaded is tak
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from process_memory import peak
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -22,13 +22,8 @@ from probe.snapshot import evaluation_mode
 from tests.support.loaded import loaded_probe
 
 
-def peak() -> float:
-    """Of this process so far, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def run_one(size: int) -> None:
-    """Print what a probe takes above the loaded policy, in MB, and the bytes of what it keeps per token of E."""
+    """Print what a probe takes above the loaded policy, in MB, and the places of tokens in E."""
     torch.set_num_threads(1)
     config = dict(read_config_file("quickstart"))
     config["batch_config"] = {**config["batch_config"], "B_E": size}
@@ -38,7 +33,7 @@ def run_one(size: int) -> None:
         sample = module.sample()
         derivative, update = module.entropy_gradient(sample), module.update(sample)
         module.ground_truth(sample, update, module.prediction(sample, derivative, update))
-    print(f"{peak() - before:.0f} {before:.0f} {int(sample.E.mask.numel())}")
+    print(f"{peak() - before:.0f} {sample.E.mask.numel()}")
 
 
 def main() -> int:
@@ -56,7 +51,7 @@ def main() -> int:
     for size in options.sizes:
         command = [sys.executable, __file__, "--size", str(size)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        above, _, places = done.stdout.splitlines()[-1].split()
+        above, places = done.stdout.splitlines()[-1].split()
         print(f"| {size} | {int(places):,} | {above} |", flush=True)
     return 0
 

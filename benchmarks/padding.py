@@ -1,9 +1,9 @@
 """How much of what goes through a model is padding: a fixed number of sequences, greedy cuts, and those of the probe.
 
-`fixed` takes eight sequences of similar length every time, `greedy` as many as a budget of tokens holds,
-the longest first, and `probe` the cut with the least work (`probe.scoring.microbatch.split`). For each kind of lengths
-the share of padding and the number of microbatches, for prompts of 32 tokens; `work` counts what a
-microbatch costs of its own as the probe does, and is relative to no padding at all.
+`fixed` takes eight sequences of similar length every time, `greedy` as many as a budget of tokens holds, the longest
+first, and `probe` the cut with the least work (`probe.scoring.microbatch.split`). For each kind of lengths the share of
+padding and the number of microbatches, for prompts of 32 tokens; `work` counts what a microbatch costs of its own as
+the probe does, and is relative to no padding at all.
 
     python benchmarks/padding.py [--responses 64] [--tokens 2048]
 """
@@ -86,7 +86,7 @@ def main() -> int:
         batch = batch_of(sizes)
         longest = sorted((PROMPT + int(size) - 1 for size in sizes), reverse=True)
         cuts = {
-            "fixed": [FIXED] * (options.responses // FIXED),
+            "fixed": [len(part) for part in split(batch, FIXED, None)],
             "greedy": greedy(longest, options.tokens),
             "probe": [len(part) for part in split(batch, None, options.tokens)],
         }

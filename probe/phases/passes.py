@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -25,7 +24,6 @@ from probe.scoring.differences import DifferencePair, choose_scale, difference_p
 from probe.scoring.differentiable import forward_mode_kernels
 from probe.scoring.features import FeatureBasis
 from probe.scoring.forward_mode import forward_tangents, scores_and_tangents
-from probe.scoring.microbatch import first_microbatch
 from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
 from probe.scoring.scores import TokenScores, TokenTangents
@@ -117,6 +115,10 @@ class StepOnBatch:
     after: Mapping[str, Tensor] | None = None
     basis: FeatureBasis | None = None
     progress: MakeProgress = no_progress
+
+    def end_at(self, scale: float) -> Mapping[str, Tensor] | None:
+        """The exact parameters at a scale of the step; None but at 1 for a step that was taken."""
+        return self.after if scale == 1.0 else None
 
 
 def choose_way(
@@ -274,7 +276,7 @@ def pair_along(on: StepOnBatch, scores: TokenScores) -> tuple[DifferencePair, To
     """
     few = few_responses(on.batch, CHECK_RESPONSES, scores)
     scale, error = choose_scale(on.policy, few, on.step)
-    upper = on.after if scale == 1.0 else None
+    upper = on.end_at(scale)
     pair = difference_pair(on.policy, on.batch, on.step, scale, error, upper, on.basis, on.progress)
     return pair, None if upper is None else pair.plus
 
@@ -289,7 +291,7 @@ def upper_side(on: StepOnBatch, scale: float) -> tuple[TokenScores, TokenScores 
     Raises:
         NumericalError: a score is not finite.
     """
-    upper = on.after if scale == 1.0 else None
+    upper = on.end_at(scale)
     there = on.policy.moved(on.step, scale) if upper is None else on.policy.at(upper)
     found = score_tokens(there, on.batch, on.progress("score E after the step"))
     return found, None if upper is None else found
@@ -345,13 +347,9 @@ def tangents_of(
     scale = along.difference_scale if move > 0 else None
     factor = (move if move > 0 else 1.0) / max(norm(direction), 1e-300)
     moved = {name: factor * change for name, change in direction.items()}
-    names = ("score U along X", "score U against X")
-    if scale is not None:
-        differences = _Differences(policy, batch, moved, here)
-        way = differences.way(scale, forward_mode=along.way.mode == "jvp")
-        if way is not None:
-            return differences.of_all(*way, lambda what: progress(what), names).scaled(1 / factor)
-    if along.way.mode == "jvp":
+    differences, forward_mode = _Differences(policy, batch, moved, here), along.way.mode == "jvp"
+    sides = None if scale is None else differences.sides(scale, forward_mode=forward_mode)
+    if sides is None and forward_mode:
         found = unless_out_of_memory(
             lambda: forward_tangents(policy, batch, direction, progress=progress("forward mode on U"))
         )
@@ -359,14 +357,23 @@ def tangents_of(
             return found
         instead = without_memory("forward mode on U", found, binding=binding)
         logger.warning("derivatives of U by %s: %s", instead.mode, instead.reason)
-    scale, _ = choose_scale(policy, few_responses(batch, CHECK_RESPONSES, here), moved)
-    pair = difference_pair(policy, batch, moved, scale, progress=progress, names=names)
-    return pair.tangents.scaled(1 / factor)
+    if sides is None:
+        scale, _ = choose_scale(policy, few_responses(batch, CHECK_RESPONSES, here), moved)
+        sides = _Sides(one=False, scale=scale)
+    return differences.tangents(sides, progress).scaled(1 / factor)
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Where forwards are differenced: on one side of `theta` and at it, or on both sides; and how far away."""
+
+    one: bool
+    scale: float
 
 
 @dataclass(frozen=True)
 class _Differences:
-    """Differences of forwards of a batch along a direction, on one side of `theta` or on both.
+    """Differences of forwards of a batch along a direction.
 
     Attributes:
         policy: at `theta`.
@@ -380,8 +387,8 @@ class _Differences:
     direction: Mapping[str, Tensor]
     here: TokenScores | None
 
-    def way(self, scale: float, *, forward_mode: bool) -> tuple[bool, float] | None:
-        """Whether one side is enough, and the scale at which; None where no difference is known to hold.
+    def sides(self, scale: float, *, forward_mode: bool) -> _Sides | None:
+        """The cheapest that give the derivatives; None where none are known to.
 
         Differences of a few responses that the policy has a choice in are compared with forward mode, and where there
         is none with both sides at `scale`, which are taken to hold. That sees what a move bends, what rounding adds,
@@ -391,56 +398,53 @@ class _Differences:
             scale: at which differences along the step held, for a direction as long.
             forward_mode: whether the model has it.
         """
-        rows = self._few()
-        few = self.batch.subset(rows)
-        sides: tuple[bool, ...] = (True,)
+        known = None if forward_mode else _Sides(one=False, scale=scale)
+        tried = [] if self.here is None else [_Sides(one=True, scale=part * scale) for part in ONE_SIDE]
         if forward_mode:
-            exact = unless_out_of_memory(lambda: forward_tangents(self.policy, few, self.direction))
-            if isinstance(exact, OutOfMemory):
-                return None
-            expected, sides = exact.vector(), (True, False)
-        else:
-            expected = difference_pair(self.policy, few, self.direction, scale).tangents.vector()
-        best: tuple[float, tuple[bool, float]] = (math.inf, (False, scale))
-        for one_side in sides if self.here is not None else sides[1:]:
-            for part in ONE_SIDE if one_side else BOTH_SIDES:
-                found = self._of(rows, one_side, part * scale).vector()
-                error = float((found - expected).norm()) / max(float(expected.norm()), 1e-300)
-                best = min(best, (error, (one_side, part * scale)))
-                if error <= CLOSE:
-                    return best[1]
-        if best[0] <= TOLERANCE:
-            return best[1]
-        return None if forward_mode else (False, scale)
-
-    def _few(self) -> Tensor:
-        """Some responses that derivatives can be compared on."""
-        some = self.batch.lengths > 0
-        if self.here is not None and bool(self.here.undecided.any()):
-            some = self.here.undecided
-        return some.nonzero().flatten()[:CHECK_RESPONSES]
-
-    def _of(self, rows: Tensor, one_side: bool, scale: float) -> TokenTangents:
-        """Of some responses."""
+            tried += [_Sides(one=False, scale=part * scale) for part in BOTH_SIDES]
+        if not tried:
+            return known
+        rows = few_rows(self.batch, CHECK_RESPONSES, self.here)
         here = None if self.here is None else self.here.rows(rows)
-        few = _Differences(self.policy, self.batch.subset(rows), self.direction, here)
-        return few.of_all(one_side, scale, no_progress, ("few", "few"))
+        few = replace(self, batch=self.batch.subset(rows), here=here)
+        expected = unless_out_of_memory(
+            lambda: (
+                forward_tangents(few.policy, few.batch, few.direction)
+                if known is None
+                else few.tangents(known)
+            ).vector()
+        )
+        if isinstance(expected, OutOfMemory):
+            return known
+        errors: dict[_Sides, float] = {}
+        for sides in tried:
+            off = float((few.tangents(sides).vector() - expected).norm())
+            errors[sides] = off / max(float(expected.norm()), 1e-300)
+            if errors[sides] <= CLOSE:
+                break
+        best = min(errors, key=errors.__getitem__)
+        return best if errors[best] <= TOLERANCE else known
 
-    def of_all(
-        self, one_side: bool, scale: float, progress: MakeProgress, names: tuple[str, str]
-    ) -> TokenTangents:
-        """Of the whole batch."""
-        if not one_side or self.here is None:
+    def tangents(self, sides: _Sides, progress: MakeProgress = no_progress) -> TokenTangents:
+        """The differences, per unit of the direction."""
+        if not sides.one or self.here is None:
+            names = ("score U along X", "score U against X")
             pair = difference_pair(
-                self.policy, self.batch, self.direction, scale, progress=progress, names=names
+                self.policy, self.batch, self.direction, sides.scale, progress=progress, names=names
             )
             return pair.tangents
-        there = score_tokens(self.policy.moved(self.direction, scale), self.batch, progress(names[0]))
-        difference = (there.logprob - self.here.logprob, there.entropy - self.here.entropy)
-        return TokenTangents(*difference).scaled(1 / scale)
+        there = self.policy.moved(self.direction, sides.scale)
+        scores = score_tokens(there, self.batch, progress("score U along X"))
+        change = TokenTangents(scores.logprob - self.here.logprob, scores.entropy - self.here.entropy)
+        return change.scaled(1 / sides.scale)
 
 
 def few_responses(batch: RolloutBatch, count: int, scores: TokenScores | None = None) -> RolloutBatch:
+    """Those of `few_rows`."""
+    return batch.subset(few_rows(batch, count, scores))
+
+
+def few_rows(batch: RolloutBatch, count: int, scores: TokenScores | None = None) -> Tensor:
     """The first few responses that are not empty; of those with a choice in them, as far as there are.
 
     Args:
@@ -448,6 +452,7 @@ def few_responses(batch: RolloutBatch, count: int, scores: TokenScores | None = 
         count: how many.
         scores: of the batch; without them a choice is not looked for.
     """
+    some = batch.lengths > 0
     if scores is not None and bool(scores.undecided.any()):
-        batch = batch.subset(scores.undecided.nonzero().flatten())
-    return first_microbatch(batch, count)
+        some = scores.undecided
+    return some.nonzero().flatten()[:count]

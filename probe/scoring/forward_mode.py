@@ -65,8 +65,13 @@ def scores_and_tangents(
     """
     scores, tangents = Collector(batch, None), Collector(batch, progress)
     here = policy.point(direction)
-    level = forward_ad.dual_level
-    with torch.no_grad(), level(), forward_mode_kernels(policy.model), ConstantOperands(), _explained():
+    with (
+        torch.no_grad(),
+        forward_ad.dual_level(),
+        forward_mode_kernels(policy.model),
+        ConstantOperands(),
+        _explained(),
+    ):
         duals = {n: forward_ad.make_dual(here[n], v.to(here[n])) for n, v in direction.items()}
         for chunk in scored_chunks(policy.at(duals), batch, basis, "forward mode"):
             scores.add(chunk.sequence, chunk.position, *(_primal(x) for x in chunk.values))

@@ -17,7 +17,7 @@ cross-entropies (Hsu et al., Liger Kernel, arXiv:2410.10989).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,9 +128,7 @@ class _Sums:
         psi = None if self._tokens is None else self._tokens[start : start + z.shape[1]].to(z)
         found = _Found(torch.zeros_like(self._others), torch.zeros_like(self._features))
         largest, d_largest = torch.empty_like(self._largest), torch.zeros_like(self._largest)
-        few = BLOCK * (TILE // z.shape[1])
-        for row in range(0, len(z), few):
-            rows = slice(row, row + few)
+        for rows in _blocks(z):
             place = found.rows(rows)
             largest[rows], slope = self._block(
                 z[rows], None if dz is None else dz[rows], psi, self._largest[rows], place
@@ -209,6 +207,12 @@ class _Sums:
         if self._tokens is not None:
             tangents.append(self._features[1] / Z.unsqueeze(1) - features * (d_largest + drift).unsqueeze(1))
         return tuple(forward_ad.make_dual(x, dx) for x, dx in zip(found, tangents, strict=True))
+
+
+def _blocks(tile: Tensor) -> Iterator[slice]:
+    """The rows of a tile, as many at a time as `BLOCK` says; more where it is narrow."""
+    few = BLOCK * (TILE // tile.shape[1])
+    return (slice(row, row + few) for row in range(0, len(tile), few))
 
 
 def _within(labels: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
@@ -353,9 +357,7 @@ class _Objectives:
         own_slope = tail.slope(z.gather(1, index), temperature)
         for column in range(0, z.shape[1], TILE):
             columns = slice(column, column + TILE)
-            few = BLOCK * (TILE // min(z.shape[1] - column, TILE))
-            for row in range(0, len(z), few):
-                rows = slice(row, row + few)
+            for rows in _blocks(z[:, columns]):
                 part = z[rows, columns]
                 slope = tail.slope(part, temperature)
                 shifted = part - largest[rows]

@@ -61,11 +61,10 @@ def split(batch: RolloutBatch, sequences: int | None, tokens: int | None) -> lis
         sequences: most sequences of a microbatch; None for any number.
         tokens: most positions, padding included; a sequence that is longer is alone. None for any number.
     """
-    lengths = batch.lengths
-    totals = torch.tensor([len(ids) for ids in batch.prompt_ids]) + lengths
-    order = torch.argsort(totals, descending=True, stable=True)
-    order = order[lengths[order] > 0]
-    indices, longest = order.tolist(), (totals[order] - 1).tolist()
+    inputs = input_lengths(batch)
+    order = torch.argsort(inputs, descending=True, stable=True)
+    order = order[batch.lengths[order] > 0]
+    indices, longest = order.tolist(), inputs[order].tolist()
     if tokens is None:
         size = sequences or max(len(indices), 1)
         sizes = [size] * -(-len(indices) // size)
@@ -75,6 +74,11 @@ def split(batch: RolloutBatch, sequences: int | None, tokens: int | None) -> lis
         )
     ends = np.cumsum([0, *sizes]).tolist()
     return [indices[start:end] for start, end in pairwise(ends)]
+
+
+def input_lengths(batch: RolloutBatch) -> Tensor:
+    """Positions that each sequence takes in a model, `(B,)`: the last token predicts nothing."""
+    return torch.tensor([len(ids) for ids in batch.prompt_ids]) + batch.lengths - 1
 
 
 def _least_work(longest: list[int], most: list[int], tokens: int) -> list[int]:
@@ -110,11 +114,6 @@ def at_a_time(length: int, sequences: int | None, tokens: int | None) -> int | N
     """
     limits = (sequences, None if tokens is None else max(tokens // max(length, 1), 1))
     return min((limit for limit in limits if limit is not None), default=None)
-
-
-def first_microbatch(batch: RolloutBatch, size: int) -> RolloutBatch:
-    """The first `size` sequences whose responses are not empty: enough for a check, or the choice of a step size."""
-    return batch.subset(torch.nonzero(batch.lengths > 0).flatten()[:size])
 
 
 def collate(batch: RolloutBatch, indices: list[int], device: torch.device) -> MicroBatch:

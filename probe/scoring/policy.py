@@ -16,7 +16,7 @@ from probe.data.batch import RolloutBatch
 from probe.errors.memory import is_out_of_memory
 from probe.loading import trainable_parameters
 from probe.scoring.head import OutputHead
-from probe.scoring.microbatch import MicroBatch, at_a_time, collate, split
+from probe.scoring.microbatch import MicroBatch, at_a_time, collate, input_lengths, split
 from probe.scoring.room import check_batch
 from probe.scoring.traffic import Kind, Traffic
 from probe.snapshot import Places, replaced, stand_ins
@@ -115,8 +115,8 @@ class Policy:
         Args:
             batch: any.
         """
-        parts = self.split(batch)
-        filled = [collate(batch, part, torch.device("cpu")).padded for part in parts]
+        parts, inputs = self.split(batch), input_lengths(batch).tolist()
+        filled = [len(part) * inputs[part[0]] for part in parts]  # the longest comes first
         alone = sum(size for part, size in zip(parts, filled, strict=True) if len(part) == 1)
         if 2 * alone >= sum(filled):
             return replace(self, microbatch_size=2, tokens_per_microbatch=None)
