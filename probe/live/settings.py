@@ -179,6 +179,7 @@ class WatchSettings:
                 temperature=self.temperature,
                 stop_strings=list(self.stop_strings),
                 batch_size=self.generation_batch_size,
+                continuous_batching=False,  # a training's model stays on the training's thread
             )
         except ConfigError as error:
             raise ConfigError(str(error).removeprefix("generation.")) from None

@@ -105,6 +105,12 @@ class Sample:
     sampling_threads: int
     threads: int
 
+    @property
+    def drawn_continuously(self) -> int | None:
+        """Responses of E and U that continuous batching has drawn; None where nothing was sampled."""
+        seen = [s for s in (self.E_seen, self.U_seen) if s is not None]
+        return sum(s.continuous for s in seen) if seen else None
+
 
 def sample(source: BatchSource, progress: MakeProgress = no_progress) -> Sample:
     """Draw E and U with rewards and advantages, and score E.

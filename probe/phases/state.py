@@ -120,6 +120,7 @@ class ProbeState:
             found |= {
                 "threads": self.sample.threads,
                 "tokens_per_microbatch": self.sample.config.memory_config.tokens_per_microbatch,
+                "continuous_batching": self.sample.drawn_continuously,
                 "sampling_scoring_gap": self.sample.sampling_gap,
                 "on_policy_z": self.sample.on_policy_z,
             }

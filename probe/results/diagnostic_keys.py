@@ -102,6 +102,11 @@ DIAGNOSTICS: tuple[Quantity, ...] = (
     Quantity("passes_U", "the same over U"),
     Quantity("threads", "threads of torch's operators, as configured or chosen by a trial", integer=True),
     Quantity(
+        "continuous_batching",
+        "responses drawn by continuous batching, as configured or chosen by a trial; the others are from generate",
+        integer=True,
+    ),
+    Quantity(
         "tokens_per_microbatch",
         "tokens that went through the model at a time, padding included, as configured or chosen by a trial; absent "
         "where sequences were counted",

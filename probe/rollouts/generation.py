@@ -18,7 +18,7 @@ from probe.errors.exceptions import DataError, RolloutError
 from probe.scoring.policy import Policy
 
 NEUTRAL = {
-    "do_sample": False,  # the token is chosen by `_InverseCdfSampler`; "greedy" then picks that token
+    "do_sample": False,  # the token is chosen by `InverseCdfSampler`; "greedy" then picks that token
     "num_beams": 1,
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,

@@ -1,16 +1,15 @@
 """Sampling responses from the policy that is scored (exactly in float32; a half-precision model's logits are rounded).
 
-transformers' `generate` runs the decoding loop (caches, padding, stopping); the token is chosen here, by inverting
-the cumulative distribution of `softmax(logits / temperature)` at a uniform number that belongs to the sequence and
-the step. So the draw does not depend on how sequences are batched, no hidden `top_k` or repetition penalty can enter,
-and the global random state is neither read nor advanced.
+transformers runs the decoding loop (caches, padding, stopping), by `generate` or by continuous batching; the token is
+chosen here, by inverting the cumulative distribution of `softmax(logits / temperature)` at a uniform number that
+belongs to the sequence and the step. So the draw does not depend on how sequences are batched, no hidden `top_k` or
+repetition penalty can enter, and the global random state is neither read nor advanced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,22 +20,13 @@ from probe.data.batch import PromptExample, RolloutBatch
 from probe.errors.exceptions import RolloutError
 from probe.errors.remedies import Remedy
 from probe.finite import require_finite_weights
-from probe.rollouts.generation import (
-    encode_prompts,
-    gap_limit,
-    left_padded,
-    own_generation_config,
-    pad_id,
-    padding_matters,
-)
-from probe.rollouts.inverse_cdf import InverseCdfSampler, StopRule, uniforms
+from probe.rollouts.decoders import draw_responses
+from probe.rollouts.decoding import Decoding, Response
+from probe.rollouts.generation import encode_prompts, gap_limit, own_generation_config, padding_matters
 from probe.scoring.collector import Progress
 from probe.scoring.policy import Policy
 from probe.scoring.room import check_prompts
 from probe.scoring.scores import TokenScores
-
-_Row = tuple[list[int], list[float], list[float], bool]
-"""Of one response: token ids, their log-probs, the entropies they were drawn with, whether the cap ended it."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +36,12 @@ class SampledTokens:
     Attributes:
         logprob: log-prob of each sampled token at the time, `(B, T)` float64, 0 outside the mask.
         entropy: entropy of the distribution it was drawn from, `(B, T)` float64.
+        continuous: responses that continuous batching has drawn; the others are from `generate`.
     """
 
     logprob: Tensor
     entropy: Tensor
+    continuous: int = 0
 
 
 def sample_rollouts(
@@ -74,7 +66,7 @@ def sample_rollouts(
         settings: temperature, cap on tokens, stop strings and batch size.
         seed: of the uniform numbers, one independent stream per entry.
         group: `(B,)` group of each entry; by default every entry is its own.
-        progress: called after each batch.
+        progress: called as responses end.
 
     Returns:
         The batch, and the scores seen while sampling.
@@ -91,14 +83,16 @@ def sample_rollouts(
     prompt_ids = encode_prompts(tokenizer, prompts)
     check_prompts(policy.model, prompt_ids, settings.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompt_ids[i]))
-    rows: dict[int, _Row] = {}
     alike = padding_matters(policy, tokenizer, [prompt_ids[order[0]], prompt_ids[order[-1]]], settings)
+    responses = [Response(ids) for ids in prompt_ids]
+
+    def report() -> None:
+        if progress is not None:
+            progress(sum(r.over for r in responses), len(responses))
+
     with own_generation_config(policy.model, tokenizer, settings) as eos_ids:
-        for indices in _batches(order, prompt_ids, settings.batch_size, alike):
-            rows.update(_sample_batch(policy, tokenizer, prompt_ids, indices, settings, seed, eos_ids))
-            if progress is not None:
-                progress(len(rows), len(prompts))
-    return _assemble(tokenizer, prompts, prompt_ids, [rows[i] for i in range(len(prompts))], settings, group)
+        draw_responses(Decoding(policy, tokenizer, settings, seed, eos_ids, responses), order, alike, report)
+    return _assemble(tokenizer, prompts, responses, settings, group)
 
 
 def check_sampling(policy: Policy, seen: SampledTokens, scores: TokenScores) -> float:
@@ -125,83 +119,32 @@ def check_sampling(policy: Policy, seen: SampledTokens, scores: TokenScores) -> 
     return gap
 
 
-def _batches(
-    order: Sequence[int], prompt_ids: Sequence[tuple[int, ...]], size: int, alike: bool
-) -> Iterator[list[int]]:
-    """The entries in the given order, at most `size` at a time; with `alike`, only prompts of one length together."""
-    runs = groupby(order, key=lambda i: len(prompt_ids[i])) if alike else [(0, order)]
-    for _, run in runs:
-        entries = list(run)
-        for start in range(0, len(entries), size):
-            yield entries[start : start + size]
-
-
-def _sample_batch(
-    policy: Policy,
-    tokenizer: Any,
-    prompt_ids: Sequence[tuple[int, ...]],
-    indices: list[int],
-    settings: GenerationConfig,
-    seed: int,
-    eos_ids: tuple[int, ...],
-) -> dict[int, _Row]:
-    """Sample the entries `indices`."""
-    input_ids, attention_mask = left_padded(
-        [prompt_ids[i] for i in indices], pad_id(tokenizer, eos_ids), policy.device
-    )
-    sampler = InverseCdfSampler(uniforms(seed, indices, settings.max_new_tokens), settings)
-    stop = StopRule(eos_ids, input_ids.shape[1], settings.stop_strings, tokenizer)
-    with torch.no_grad(), policy.autocast():
-        policy.model.generate(  # type: ignore[operator]
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            logits_processor=[sampler],
-            stopping_criteria=[stop],
-        )
-    tokens, logprobs, entropies = sampler.collect()
-    out = {}
-    for row, i in enumerate(indices):
-        length = int(stop.length[row])
-        finished = length > 0
-        n = length if finished else tokens.shape[1]
-        out[i] = (
-            tokens[row, :n].tolist(),
-            logprobs[row, :n].tolist(),
-            entropies[row, :n].tolist(),
-            not finished,
-        )
-    return out
-
-
 def _assemble(
     tokenizer: Any,
     prompts: Sequence[PromptExample],
-    prompt_ids: Sequence[tuple[int, ...]],
-    rows: list[tuple[list[int], list[float], list[float], bool]],
+    responses: Sequence[Response],
     settings: GenerationConfig,
     group: Tensor | None,
 ) -> tuple[RolloutBatch, SampledTokens]:
-    """Pad the rows into a batch."""
-    B, T = len(rows), max(len(ids) for ids, *_ in rows)
+    """Pad the responses into a batch."""
+    B, T = len(responses), max(len(r.ids) for r in responses)
     completion_ids = torch.zeros(B, T, dtype=torch.int64)
     mask = torch.zeros(B, T, dtype=torch.bool)
     logprob, entropy = torch.zeros(B, T, dtype=torch.float64), torch.zeros(B, T, dtype=torch.float64)
-    for i, (ids, l, h, _) in enumerate(rows):
-        n = len(ids)
-        completion_ids[i, :n], mask[i, :n] = torch.tensor(ids), True
-        logprob[i, :n], entropy[i, :n] = (
-            torch.tensor(l, dtype=torch.float64),
-            torch.tensor(h, dtype=torch.float64),
-        )
+    for i, response in enumerate(responses):
+        n = len(response.ids)
+        completion_ids[i, :n], mask[i, :n] = torch.tensor(response.ids), True
+        logprob[i, :n] = torch.tensor(response.logprobs, dtype=torch.float64)
+        entropy[i, :n] = torch.tensor(response.entropies, dtype=torch.float64)
     batch = RolloutBatch(
         prompts=tuple(p.text for p in prompts),
-        completions=tuple(tokenizer.batch_decode([ids for ids, *_ in rows], skip_special_tokens=True)),
-        prompt_ids=tuple(prompt_ids),
+        completions=tuple(tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)),
+        prompt_ids=tuple(r.prompt for r in responses),
         completion_ids=completion_ids,
         mask=mask,
-        truncated=torch.tensor([cut for *_, cut in rows]),
+        truncated=torch.tensor([r.truncated for r in responses]),
         group=torch.arange(B) if group is None else group,
         rows=tuple(p.row for p in prompts),
         bias_flags=("truncated_support",) if settings.truncates_support else (),
     )
-    return batch, SampledTokens(logprob, entropy)
+    return batch, SampledTokens(logprob, entropy, sum(r.continuous for r in responses))

@@ -34,6 +34,7 @@ OF_ITS_PASSES = {
     "step_norm",
     "derivative_check_error",
     "threads",
+    "continuous_batching",
     "tokens_per_microbatch",
 }
 OF_ITS_PASSES |= {"sampling_scoring_gap", "on_policy_z"}
