@@ -1,10 +1,11 @@
 """How many tokens of responses are drawn per second: `generate` to the last row, with rows taken together, continuous.
 
-A random Qwen2-shaped model whose responses end by chance, so that their lengths are geometric (`--mean`), or all run to
-the cap. Every way draws the same responses from the same uniform numbers; the ways take turns in one process on one
-thread, and what is printed are medians of paired ratios to `generate` that keeps each batch to its last row.
+A random Qwen2-shaped model whose responses end by chance, so that their lengths are geometric (`--means`) or, with a
+large mean, all at the cap. Every way draws the same responses from the same uniform numbers; the ways take turns in one
+process on one thread, and what is printed are medians of paired ratios to `generate` that keeps each batch to its last
+row.
 
-    python benchmarks/sampling.py [--hidden 256] [--layers 4] [--mean 100] [--cap 512] [--B 128] [--batch_size 64]
+    python benchmarks/sampling.py [--means 60 1000000000] [--hidden 128] [--layers 2] [--cap 256] [--batch_size 64]
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -25,7 +24,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from probe.config.batches import GenerationConfig
-from probe.rollouts import inverse_cdf
 from probe.rollouts.continuous import by_continuous_batching
 from probe.rollouts.decoding import Decoding, Response, by_generate
 from probe.rollouts.generation import own_generation_config
@@ -83,25 +81,9 @@ def responses(
         return time.perf_counter() - start, [r.ids for r in decoding.responses]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, default in (
-        ("hidden", 256),
-        ("layers", 4),
-        ("mean", 100),
-        ("cap", 512),
-        ("prompt", 128),
-        ("B", 128),
-        ("batch_size", 64),
-        ("rounds", 3),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    model = ragged_model(args.hidden, args.layers, args.mean)
+def compare(args: argparse.Namespace, mean: int) -> str:
+    """A table of the ways, for responses of one in `mean` tokens EOS."""
+    model = ragged_model(args.hidden, args.layers, mean)
     generator = torch.Generator().manual_seed(1)
     prompts = [
         tuple(torch.randint(2, VOCABULARY, (args.prompt,), generator=generator).tolist())
@@ -111,35 +93,53 @@ def main(argv: Sequence[str] | None = None) -> None:
     def quiet() -> None:
         """Nothing to report."""
 
-    def kept(decoding: Decoding, entries: Any) -> None:
-        by_generate(decoding, entries, True, quiet)
-
     ways: dict[str, Callable[..., None]] = {
-        "generate, batches kept": kept,
-        "generate, rows taken together": lambda d, e: by_generate(d, e, False, quiet),
+        "`generate`, batches kept": lambda d, e: by_generate(d, e, True, quiet),
+        "`generate`, rows taken together": lambda d, e: by_generate(d, e, False, quiet),
         "continuous batching": lambda d, e: by_continuous_batching(d, e, quiet),
     }
-    draw = partial(responses, model, prompts, args)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     tokens: dict[str, list[list[int]]] = {}
     for _ in range(args.rounds):
         for name, way in ways.items():
-            taken, tokens[name] = draw(way)
+            taken, tokens[name] = responses(model, prompts, args, way)
             seconds[name].append(taken)
     first = next(iter(ways))
     lengths = [len(ids) for ids in tokens[first]]
-    print(
-        f"hidden {args.hidden}, {args.layers} layers, {args.B} responses to prompts of {args.prompt}, batches of "
-        f"{args.batch_size}; lengths: mean {statistics.mean(lengths):.0f}, largest {max(lengths)}; prefill "
-        f"{inverse_cdf.PREFILL}, restart {inverse_cdf.RESTART}"
-    )
+    lines = [
+        f"{args.B} responses of {statistics.mean(lengths):.0f} tokens in the mean, {max(lengths)} at most, in "
+        f"batches of {args.batch_size}, to prompts of {args.prompt}; hidden {args.hidden}, {args.layers} layers.",
+        "",
+        "| way | times as fast | tokens per second | the same responses |",
+        "|---|---|---|---|",
+    ]
     for name in ways:
         ratio = statistics.median(a / b for a, b in zip(seconds[first], seconds[name], strict=True))
         rate = sum(lengths) / statistics.median(seconds[name])
         same = sum(a == b for a, b in zip(tokens[first], tokens[name], strict=True))
-        print(
-            f"  {name:<30} {ratio:5.2f} times as fast   {rate:7.0f} tokens/s   {same} of {args.B} responses alike"
-        )
+        lines.append(f"| {name} | {ratio:.2f} | {rate:,.0f} | {same} of {args.B} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--means", type=int, nargs="+", default=[60, 10**9])
+    for name, default in (
+        ("hidden", 128),
+        ("layers", 2),
+        ("cap", 256),
+        ("prompt", 64),
+        ("B", 128),
+        ("batch_size", 64),
+        ("rounds", 3),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    print("\n\n".join(compare(args, mean) for mean in args.means))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,12 @@ MEASUREMENTS = {
     "padding": Measurement(
         "Padding", ("padding.py",), "By the way in which responses are cut into microbatches."
     ),
+    "sampling": Measurement(
+        "Sampling",
+        ("sampling.py", "--rounds", "1"),
+        "A batch kept to its last row, what goes on of several batches taken together, and transformers' continuous "
+        "batching.",
+    ),
     "memory": Measurement(
         "Memory of a whole probe by the size of E",
         ("memory.py", "--sizes", "64", "512", "2048"),
