@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def plain_pass(policy: Policy, batch: RolloutBatch) -> None:
     """Forward and backward as a trainer does them, microbatch by microbatch."""
     parameters = list(policy.parameters.values())
     totals = [torch.zeros_like(p) for p in parameters]
-    for inputs in policy.microbatches(batch):
+    for inputs in replace(policy, share_prompts=False).microbatches(batch):
         first = int(inputs.column.min())
         logits = policy.model(
             input_ids=inputs.input_ids,

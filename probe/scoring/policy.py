@@ -16,7 +16,8 @@ from probe.data.batch import RolloutBatch
 from probe.errors.memory import is_out_of_memory
 from probe.loading import trainable_parameters
 from probe.scoring.head import OutputHead
-from probe.scoring.microbatch import MicroBatch, at_a_time, collate, input_lengths, split
+from probe.scoring.microbatch import MicroBatch, at_a_time, collate, positions, split, worth_sharing
+from probe.scoring.prompts import can_share_prompts, forward
 from probe.scoring.room import check_batch
 from probe.scoring.traffic import Kind, Traffic
 from probe.snapshot import Places, replaced, stand_ins
@@ -36,6 +37,8 @@ class Policy:
         microbatch_size: sequences that go through the model at a time; None for as many as the tokens allow.
         tokens_per_microbatch: positions that do, padding included; None for as many as the sequences have, or
             `DEFAULT_TOKENS` where nothing says how many these are.
+        share_prompts: whether prompts go through the model once for all of their responses in a microbatch, where the
+            model allows it and it is less work.
         traffic: what went through it, and what it had no memory for.
         head_chunk_tokens: tokens whose logits are held at a time.
         autocast: a context manager factory for mixed precision (Fabric's `autocast`).
@@ -50,6 +53,7 @@ class Policy:
     autocast: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
     values: Mapping[str, Tensor] | None = None
     tokens_per_microbatch: int | None = None
+    share_prompts: bool = True
     traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     def at(self, values: Mapping[str, Tensor]) -> Policy:
@@ -115,8 +119,8 @@ class Policy:
         Args:
             batch: any.
         """
-        parts, inputs = self.split(batch), input_lengths(batch).tolist()
-        filled = [len(part) * inputs[part[0]] for part in parts]  # the longest comes first
+        parts, share = self.split(batch), self._shares(batch)
+        filled = [positions(batch, part, share) for part in parts]
         alone = sum(size for part, size in zip(parts, filled, strict=True) if len(part) == 1)
         if 2 * alone >= sum(filled):
             return replace(self, microbatch_size=2, tokens_per_microbatch=None)
@@ -134,7 +138,11 @@ class Policy:
             DataError: the model has no room for one of them.
         """
         check_batch(self.model, batch)
-        return split(batch, *self._limits(kind))
+        return split(batch, *self._limits(kind), self._shares(batch))
+
+    def _shares(self, batch: RolloutBatch) -> bool:
+        """Whether prompts go through the model once where it is less work."""
+        return self.share_prompts and worth_sharing(batch) and can_share_prompts(self.model, self.autocast())
 
     def at_a_time(self, length: int) -> int:
         """How many sequences of so many positions go through the model at a time."""
@@ -152,7 +160,8 @@ class Policy:
 
     def microbatches(self, batch: RolloutBatch) -> Iterator[MicroBatch]:
         """The sequences of a batch as inputs of the model; see `split`."""
-        return (collate(batch, indices, self.device) for indices in self.split(batch))
+        share = self._shares(batch)
+        return (collate(batch, indices, self.device, share) for indices in self.split(batch))
 
     def each(
         self, batch: RolloutBatch, run: Callable[[MicroBatch], T], kind: Kind = "forward"
@@ -172,9 +181,10 @@ class Policy:
             torch.OutOfMemoryError: memory does not suffice for one sequence.
         """
         waiting, room = deque(self.split(batch, kind)), dict(self.traffic.room)
+        share = self._shares(batch)
         while waiting:
             indices = waiting.popleft()
-            inputs = collate(batch, indices, self.device)
+            inputs = collate(batch, indices, self.device, share)
             try:
                 found = run(inputs)
             except (RuntimeError, MemoryError) as error:
@@ -195,13 +205,12 @@ class Policy:
 
     def hidden_states(self, head: OutputHead, inputs: MicroBatch) -> Tensor:
         """Hidden states `(n, D_model)` that predict the microbatch's `n` response tokens."""
-        arguments = {
-            "input_ids": inputs.input_ids,
-            "attention_mask": inputs.attention_mask,
-            "use_cache": False,
-        }
+        ids, mask = inputs.input_ids, inputs.attention_mask
         with head.capture() as captured, self.autocast(), replaced(self._places):
-            output = self.model(**arguments)
+            if inputs.prompts is None:
+                output = self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+            else:
+                output = forward(self.model, inputs.prompts, ids, mask)
         with self.autocast():
             head.check(captured[-1], output.logits)
         hidden = captured[-1]  # on the output layer's device, which need not be the inputs'

@@ -56,7 +56,7 @@ def of_lengths(lengths) -> RolloutBatch:
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     return replace(
         ragged_batch().subset(torch.zeros(len(lengths), dtype=torch.int64)),
-        prompt_ids=[[1]] * len(lengths),
+        prompt_ids=((1,),) * len(lengths),
         completion_ids=completions,
         mask=mask,
     )
@@ -95,6 +95,7 @@ def test_numbers_do_not_depend_on_the_budget_and_padding_is_counted(monkeypatch)
     batch, found = all_sequences(cap=3), []
     for tokens in (1, 23, 10_000):
         policy = tiny_policy(monkeypatch, microbatch_size=None, tokens_per_microbatch=tokens)
+        policy = replace(policy, share_prompts=False)
         found.append(score_tokens(policy, batch).entropy)
         traffic = policy.traffic
         assert traffic.useful == sum(positions(batch, i) for i in range(len(batch)))
@@ -187,7 +188,7 @@ def test_one_sequence_that_does_not_fit_is_an_error(monkeypatch):
 
 
 def test_other_errors_are_no_lack_of_memory(monkeypatch):
-    policy = tiny_policy(monkeypatch)
+    policy = replace(tiny_policy(monkeypatch), share_prompts=False)
     full = Full(policy, 1, ValueError)
     with pytest.raises(ValueError, match="out of memory"):
         score_tokens(policy, all_sequences(cap=3))
