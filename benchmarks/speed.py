@@ -70,6 +70,11 @@ MEASUREMENTS = {
     "padding": Measurement(
         "Padding", ("padding.py",), "By the way in which responses are cut into microbatches."
     ),
+    "prompts": Measurement(
+        "Prompts through the model once for all of their responses",
+        ("shared_prompts.py", "--rounds", "1"),
+        "Against once for each response; `positions` is the share of these that goes through the model.",
+    ),
     "sampling": Measurement(
         "Sampling",
         ("sampling.py", "--rounds", "1"),

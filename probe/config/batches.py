@@ -163,7 +163,8 @@ class MemoryConfig:
     short ones. What memory does not suffice for is run again in halves."""
     tokens_per_microbatch: int | None = None
     """Tokens that go through the model at a time, padding included. null: 2048, or what a short trial on E finds the
-    fastest where E is large enough for one; with a number for `microbatch_size`, no limit."""
+    fastest where E is large enough for one; with a number for `microbatch_size`, no limit. On a CPU gradients take
+    fewer where half of the free memory holds no more (counted on a few responses)."""
     threads: int | Literal["auto"] = "auto"
     """Threads of torch's operators on a CPU. `auto`: as many as the process has, or 1 where a short trial on E finds
     that faster, as it is where other jobs keep the cores busy."""

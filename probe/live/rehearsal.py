@@ -50,6 +50,7 @@ def rehearsed_way(
     size = policy.at_a_time(len(encoded[longest]) + settings.max_new_tokens - 1)
     rows = size if settings.target_se else min(size, settings.B_E)
     batch = longest_responses(encoded[longest], rows, settings.max_new_tokens)
+    policy = replace(policy, share_prompts=False)  # those of E may all be different, which takes more memory
     return longest_pass(policy, batch, way, binding=settings.derivative == "jvp")
 
 

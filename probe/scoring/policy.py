@@ -138,7 +138,7 @@ class Policy:
             DataError: the model has no room for one of them.
         """
         check_batch(self.model, batch)
-        return split(batch, *self._limits(kind), self._shares(batch))
+        return split(batch, *self.limits(kind), self._shares(batch))
 
     def _shares(self, batch: RolloutBatch) -> bool:
         """Whether prompts go through the model once where it is less work."""
@@ -146,12 +146,12 @@ class Policy:
 
     def at_a_time(self, length: int) -> int:
         """How many sequences of so many positions go through the model at a time."""
-        found = at_a_time(length, *self._limits("forward"))
-        assert found is not None  # `_limits` has one at least
+        found = at_a_time(length, *self.limits("forward"))
+        assert found is not None  # `limits` has one at least
         return found
 
-    def _limits(self, kind: Kind) -> tuple[int | None, int | None]:
-        """Most sequences and most positions of a microbatch."""
+    def limits(self, kind: Kind) -> tuple[int | None, int | None]:
+        """Most sequences and most positions of a microbatch of a kind of pass; None for any number."""
         tokens = self.tokens_per_microbatch
         if self.microbatch_size is None and tokens is None:
             tokens = DEFAULT_TOKENS

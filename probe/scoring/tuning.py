@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from probe.data.batch import RolloutBatch
+from probe.scoring.free_memory import bound_by_free_memory
 from probe.scoring.policy import DEFAULT_TOKENS, Policy
 from probe.scoring.score import score_tokens
 from probe.snapshot import operator_threads
@@ -54,6 +55,10 @@ def tuned(policy: Policy, batch: RolloutBatch, threads: int | None = None) -> Tu
     """
     if threads is None:
         threads = _threads(policy, batch)
+    if policy.device.type == "cpu" and policy.microbatch_size is None and bool(batch.mask.any()):
+        few = replace(policy, tokens_per_microbatch=THREAD_TOKENS)
+        with operator_threads(threads):
+            bound_by_free_memory(policy, batch.subset(torch.tensor(few.split(batch)[0])))  # the longest
     tokens = policy.tokens_per_microbatch
     if tokens is None:
         tokens = DEFAULT_TOKENS

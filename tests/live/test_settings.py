@@ -26,7 +26,9 @@ def test_defaults_and_generation():
             "budget": 1,  # an integer is a number
         }
     )
-    expected = GenerationConfig(max_new_tokens=7, temperature=0.5, stop_strings=["\n"], batch_size=3)
+    expected = GenerationConfig(
+        max_new_tokens=7, temperature=0.5, stop_strings=["\n"], batch_size=3, continuous_batching=False
+    )
     assert own.generation == expected
     assert own.generation.top_p == 1
     assert own.generation.top_k == 0
