@@ -17,7 +17,7 @@ from transformers.generation.continuous_batching.utils import logger as transfor
 from probe.errors.exceptions import RolloutError
 from probe.rollouts.decoding import Decoding
 from probe.rollouts.inverse_cdf import Drawn, InverseCdf, only, uniforms
-from probe.snapshot import isolated_rng
+from probe.snapshot import isolated_rng, put_back_by
 
 PAGE = 32
 """Tokens of one page of the cache."""
@@ -36,6 +36,8 @@ def refusal(decoding: Decoding) -> str | None:
     config = model.config.get_text_config()
     if not hasattr(model, "init_continuous_batching"):
         return f"{type(model).__name__} does not have it"
+    if hasattr(model, "_cached_continuous_batching_manager"):
+        return "the model has a persistent manager of its own"
     if decoding.settings.stop_strings:
         return "it knows no generation.stop_strings"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -106,6 +108,8 @@ class _Sampler(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
         """Scores under which greedy decoding takes the drawn tokens."""
         try:
             entries = self._prepared.popleft()
+            if not entries:  # a pass over a part of long prompts
+                return only(scores, torch.zeros(len(scores), dtype=torch.int64, device=scores.device))
             steps = [len(self._drawn[i]) for i in entries]
             uniform = torch.stack([self._uniform[i][n] for i, n in zip(entries, steps, strict=True)])
             drawn = self._inverse.draw(scores[: len(entries)], uniform)
@@ -160,24 +164,29 @@ def _manager(decoding: Decoding, entries: Sequence[int], sampler: _Sampler) -> I
         use_cuda_graph=False,
         auto_switch_to_flash=False,
     )
-    level = transformers_logger.level
-    transformers_logger.setLevel(logging.CRITICAL)  # what goes wrong is raised here
-    try:
-        with torch.no_grad(), isolated_rng():  # transformers seeds the global generators
-            manager = model.init_continuous_batching(
-                generation_config=model.generation_config, continuous_batching_config=config
-            )
-            processors = manager.logit_processor
-            processors.logits_processor = LogitsProcessorList([sampler])
-            processors.tensors_required, processors.do_processing = 1, True
-            manager.start()
-            try:
-                yield manager
-            finally:
-                manager.stop(block=True, hard_stop=True)
-                manager.destroy()
-    finally:
+    level, attention = transformers_logger.level, model.config._attn_implementation
+    started: list[Any] = []
+
+    def put_back() -> None:
+        for manager in started:
+            manager.stop(block=True, hard_stop=True)
+            manager.destroy()
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
         transformers_logger.setLevel(level)
+
+    # transformers seeds the global generators; what goes wrong is raised here
+    with isolated_rng(), put_back_by(put_back), torch.no_grad():
+        transformers_logger.setLevel(logging.CRITICAL)
+        manager = model.init_continuous_batching(
+            generation_config=model.generation_config, continuous_batching_config=config
+        )
+        started.append(manager)
+        processors = manager.logit_processor
+        processors.logits_processor = LogitsProcessorList([sampler])
+        processors.tensors_required, processors.do_processing = 1, True
+        manager.start()
+        yield manager
 
 
 def _next_result(manager: Any, sampler: _Sampler) -> Any:

@@ -69,7 +69,8 @@ def _trial(decoding: Decoding, order: Sequence[int], report: Callable[[], None])
         return [*second, *rest]
     rates = [_tokens(decoding, first) / seconds]
     start = time.perf_counter()
-    by_continuous_batching(decoding, second, report)
+    if not _continued(decoding, second, report):
+        return [*(i for i in second if not decoding.responses[i].over), *rest]
     rates.append(_tokens(decoding, second) / (time.perf_counter() - start))
     faster = rates[1] > FASTER * rates[0]
     logger.info(
@@ -79,8 +80,20 @@ def _trial(decoding: Decoding, order: Sequence[int], report: Callable[[], None])
     )
     if not faster:
         return rest
-    by_continuous_batching(decoding, rest, report)
-    return []
+    _continued(decoding, rest, report)
+    return [i for i in rest if not decoding.responses[i].over]
+
+
+def _continued(decoding: Decoding, entries: Sequence[int], report: Callable[[], None]) -> bool:
+    """Draw by continuous batching, as far as it goes: whether it has drawn all."""
+    try:
+        by_continuous_batching(decoding, entries, report)
+    except (
+        Exception
+    ) as error:  # what it has finished stays, and `generate` has errors of its own where these are due
+        logger.warning("sampling: generate from here on (continuous batching stopped: %s)", error)
+        return False
+    return True
 
 
 def _tokens(decoding: Decoding, entries: Sequence[int]) -> int:

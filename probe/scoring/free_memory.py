@@ -7,6 +7,7 @@ promised to whoever asks, and the process that uses what is not there is killed.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -65,7 +66,7 @@ def kept_per_position(policy: Policy, batch: RolloutBatch) -> float:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    inputs = next(policy.microbatches(batch))
+    inputs = next(replace(policy, share_prompts=False).microbatches(batch))
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         hidden = policy.hidden_states(OutputHead(policy.model), inputs)
     found = sum(kept.values()) / inputs.padded

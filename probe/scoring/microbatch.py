@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -52,6 +53,11 @@ class MicroBatch:
 START = 1 / 16
 """What it costs to put a microbatch through a model at all, as a share of a full one: where a budget is large enough,
 twice of it brings little, so that this share is small."""
+
+
+UNSHARED = 4
+"""Positions without sharing that a budget of one with it may hold: a shared prompt's keys and values are there for each
+of its responses, some hundredths of what a position takes otherwise."""
 
 
 def split(
@@ -111,10 +117,20 @@ class _Lengths:
     @classmethod
     def of(cls, batch: RolloutBatch) -> _Lengths:
         """Of a batch, in its order."""
-        before = np.array([len(ids) - 1 for ids in batch.prompt_ids])
-        return cls._in_order(
-            np.array(distinct(batch.prompt_ids)[1]), before, np.array(batch.lengths.tolist())
+        return cls._of_all(batch.prompt_ids, batch.lengths.tolist())
+
+    @classmethod
+    def of_some(cls, batch: RolloutBatch, indices: list[int]) -> _Lengths:
+        """Of some sequences of a batch, in the order given."""
+        return cls._of_all(
+            [batch.prompt_ids[i] for i in indices], batch.lengths[torch.tensor(indices)].tolist()
         )
+
+    @classmethod
+    def _of_all(cls, prompts: Sequence[tuple[int, ...]], after: list[int]) -> _Lengths:
+        """Of prompts and the lengths of their responses."""
+        before = np.array([len(ids) - 1 for ids in prompts])
+        return cls._in_order(np.array(distinct(prompts)[1]), before, np.array(after))
 
     @classmethod
     def _in_order(cls, prompt: Any, before: Any, after: Any) -> _Lengths:
@@ -174,7 +190,7 @@ def _least_work(
         least = int(shortest[i]) if share else int(lengths.before[i] + lengths.after[i])
         reach = min(count - i, max(tokens // max(least, 1), 1), sequences or count)
         positions = lengths.work(i, i + reach, share)
-        fits = positions <= tokens
+        fits = (positions <= tokens) & (lengths.work(i, i + reach, False) <= UNSHARED * tokens)
         fits[0] = True  # a sequence that is longer is alone
         costs = np.where(fits, positions + rest[i + 1 : i + reach + 1], np.inf)
         size[i] = 1 + int(costs.argmin())
@@ -252,10 +268,10 @@ def worth_sharing(batch: RolloutBatch) -> bool:
 
 def _shares(batch: RolloutBatch, indices: list[int]) -> bool:
     """Whether it is less work to put the prompts of these sequences through the model once."""
-    lengths = _Lengths.of(batch).at(indices)
+    lengths = _Lengths.of_some(batch, indices)
     return bool(lengths.work(0, len(indices), True)[-1] < lengths.work(0, len(indices), False)[-1])
 
 
 def positions(batch: RolloutBatch, indices: list[int], share: bool) -> int:
     """Positions of the microbatch of these sequences, padding included."""
-    return int(_Lengths.of(batch).at(indices).work(0, len(indices), share)[-1])
+    return int(_Lengths.of_some(batch, indices).work(0, len(indices), share)[-1])

@@ -142,7 +142,11 @@ class Policy:
 
     def _shares(self, batch: RolloutBatch) -> bool:
         """Whether prompts go through the model once where it is less work."""
-        return self.share_prompts and worth_sharing(batch) and can_share_prompts(self.model, self.autocast())
+        return (
+            self.share_prompts
+            and worth_sharing(batch)
+            and can_share_prompts(self.model, self.autocast, batch)
+        )
 
     def at_a_time(self, length: int) -> int:
         """How many sequences of so many positions go through the model at a time."""

@@ -9,7 +9,8 @@ are what they are without sharing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +19,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from probe.data.batch import RolloutBatch
 from probe.errors.memory import is_out_of_memory
+from probe.scoring.head import HALF, OutputHead
 
 logger = logging.getLogger(__name__)
 
 SHARE = 0.8
 """Prompts are shared where that leaves at most this share of the positions: there are two forwards instead of one."""
-_SHARED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""What was found out about a model; it belongs to the architecture."""
-_PROMPTS, _RESPONSES = (5, 3), (4, 2)
-"""Lengths that it is found out with."""
+_TRIED: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], float]] = WeakKeyDictionary()
+"""The longest sequence that a model was tried with and gave the same, by how it computes; infinite where it did not."""
 
 
 @dataclass(frozen=True)
@@ -95,35 +96,66 @@ def forward(model: nn.Module, prompts: Prompts, input_ids: Tensor, attention_mas
     ).past_key_values
     cache.batch_select_indices(prompts.of)
     steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+    before = prompts.lengths[prompts.of].unsqueeze(
+        1
+    )  # no position is beyond a sequence's own: padding repeats its last
     return model(
         input_ids=input_ids,
         attention_mask=torch.cat([prompts.attention_mask[prompts.of], attention_mask], dim=1),
-        position_ids=prompts.lengths[prompts.of].unsqueeze(1) + steps,
+        position_ids=before + torch.minimum(steps, attention_mask.sum(1, keepdim=True) - 1),
         past_key_values=cache,
         use_cache=True,
     )
 
 
-def can_share_prompts(model: nn.Module, autocast: AbstractContextManager[object]) -> bool:
+def can_share_prompts(
+    model: nn.Module, autocast: Callable[[], AbstractContextManager[object]], batch: RolloutBatch
+) -> bool:
     """Whether a model gives the same with shared prompts: it has attention to all that comes before, and nothing else.
 
-    Found out once for a model, with a few tokens.
+    Found out with two sequences of the batch, the longest among them; again for a batch with a longer one.
 
     Args:
         model: a transformers causal LM, possibly wrapped by peft, in evaluation mode.
         autocast: of the policy's forwards.
+        batch: responses, of which one at least is not empty.
     """
-    if model not in _SHARED:
-        reason = _why_not(model, autocast)
-        _SHARED[model] = reason is None
-        if reason is not None:
-            logger.debug("prompts go through the model once for each of their responses: %s", reason)
-    return _SHARED[model]
+    with autocast():
+        mixed = torch.is_autocast_enabled(_device(model).type)
+    how = (getattr(_base(model).config, "_attn_implementation", None), next(model.parameters()).dtype, mixed)
+    tried = _TRIED.setdefault(model, {})
+    lengths = torch.tensor([len(ids) for ids in batch.prompt_ids]) + batch.lengths
+    lengths[batch.lengths == 0] = 0
+    if tried.get(how, 0.0) >= int(lengths.max()):
+        return tried[how] < math.inf
+    # the other one is of a short prompt, so that there is padding
+    few = [
+        int(lengths.argmax()),
+        min(lengths.nonzero().flatten().tolist(), key=lambda i: len(batch.prompt_ids[i])),
+    ]
+    sequences = [(batch.prompt_ids[i], batch.completion_ids[i][batch.mask[i]].tolist()) for i in few]
+    reason = _why_not(model) or _difference(
+        model, autocast, sequences, 1e-2 if mixed or how[1] in HALF else 1e-4
+    )
+    tried[how] = float(lengths.max()) if reason is None else math.inf
+    if reason is not None:
+        logger.debug("prompts go through the model once for each of their responses: %s", reason)
+    return reason is None
 
 
-def _why_not(model: Any, autocast: AbstractContextManager[object]) -> str | None:
-    """Why a model cannot share prompts; None where it can."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+def _base(model: Any) -> Any:
+    """The transformers model, without adapters around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _device(model: Any) -> torch.device:
+    """Where inputs go."""
+    return model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+
+def _why_not(model: nn.Module) -> str | None:
+    """Why a model is not even tried; None where it is."""
+    base = _base(model)
     text = base.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
     window = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
@@ -131,30 +163,44 @@ def _why_not(model: Any, autocast: AbstractContextManager[object]) -> str | None
         return "not all of its layers attend to all that comes before"
     if getattr(base, "_is_stateful", False):
         return "it has a state that is not attention's"
-    device = model.get_input_embeddings().weight.device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(_PROMPTS[0] + _PROMPTS[1] + 4 * _RESPONSES[0], device=device) * 7 + 3) % vocabulary
-    each = [tuple(ids[: _PROMPTS[0]].tolist()), tuple(ids[_PROMPTS[0] :][: _PROMPTS[1]].tolist())]
-    of, lengths = [0, 1, 0, 1], [*_RESPONSES, *_RESPONSES]
-    responses = ids[-4 * _RESPONSES[0] :].reshape(4, -1)
-    prompts = shared_prompts(each, of, device)
-    mask = torch.arange(1 + _RESPONSES[0], device=device) <= torch.tensor(lengths, device=device).unsqueeze(1)
-    after = torch.cat([torch.tensor([[each[k][-1]] for k in of], device=device), responses], dim=1)
+    by_length = _rope_types(getattr(text, "rope_parameters", None)) & {"dynamic", "longrope"}
+    if by_length:
+        return f"its rotary embedding depends on the length of the sequence ({', '.join(by_length)})"
+    return None
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """Kinds of rotary embedding in a configuration, which has one, or one for each kind of layer."""
+    if not isinstance(parameters, Mapping):
+        return set()
+    found = {str(parameters[key]) for key in ("rope_type", "type") if key in parameters}
+    return found.union(*(_rope_types(value) for value in parameters.values()))
+
+
+def _difference(
+    model: nn.Module,
+    autocast: Callable[[], AbstractContextManager[object]],
+    sequences: Sequence[tuple[tuple[int, ...], list[int]]],
+    tolerance: float,
+) -> str | None:
+    """How the states of these prompts and responses are other ones where prompts go first; None where they are not."""
+    device, head = _device(model), OutputHead(model)
+    prompts = shared_prompts([prompt for prompt, _ in sequences], range(len(sequences)), device)
+    after = [[prompt[-1], *response[:-1]] for prompt, response in sequences]
+    widest = max(map(len, after))
+    ids = torch.tensor([row + [0] * (widest - len(row)) for row in after], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (widest - len(row)) for row in after], device=device)
     try:
-        with torch.no_grad(), autocast:
-            found = forward(model, prompts, after, mask.long()).logits.double()
-            for row, (k, n) in enumerate(zip(of, lengths, strict=True)):
-                whole = torch.tensor([*each[k], *responses[row, :n].tolist()], device=device).unsqueeze(0)
-                plain = model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False).logits
-                own = plain[0, len(each[k]) - 1 :].double()
-                tolerance = (
-                    1e-2
-                    if torch.finfo(plain.dtype).bits < 32 or torch.is_autocast_enabled(device.type)
-                    else 1e-4
-                )
-                gap = float((found[row, : n + 1] - own).abs().max() / own.abs().max().clamp_min(1e-30))
+        with torch.no_grad(), head.capture() as captured, autocast():
+            forward(model, prompts, ids, mask)
+            shared = captured[-1]
+            for row, (prompt, response) in enumerate(sequences):
+                whole = torch.tensor([[*prompt, *response[:-1]]], device=device)
+                model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False)
+                own = captured[-1][0, len(prompt) - 1 :].double()
+                gap = float((shared[row, : len(own)].double() - own).norm() / own.norm().clamp_min(1e-30))
                 if not gap <= tolerance:
-                    return f"with its cache its logits differ by {gap:.2g} of the largest"
+                    return f"its states differ by {gap:.2g} of their size"
     except Exception as error:  # a model that takes no cache or no positions raises whatever it likes
         if is_out_of_memory(error):
             raise

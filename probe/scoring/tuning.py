@@ -55,16 +55,16 @@ def tuned(policy: Policy, batch: RolloutBatch, threads: int | None = None) -> Tu
     """
     if threads is None:
         threads = _threads(policy, batch)
-    if policy.device.type == "cpu" and policy.microbatch_size is None and bool(batch.mask.any()):
-        few = replace(policy, tokens_per_microbatch=THREAD_TOKENS)
-        with operator_threads(threads):
-            bound_by_free_memory(policy, batch.subset(torch.tensor(few.split(batch)[0])))  # the longest
     tokens = policy.tokens_per_microbatch
     if tokens is None:
         tokens = DEFAULT_TOKENS
         with operator_threads(threads):
             if policy.microbatch_size is None and _positions(batch) * TRIAL_SHARE >= sum(BUDGETS):
                 tokens = _budget(policy, batch)
+    if policy.device.type == "cpu" and policy.microbatch_size is None and bool(batch.mask.any()):
+        few, chosen = (replace(policy, tokens_per_microbatch=n) for n in (THREAD_TOKENS, tokens))
+        with operator_threads(threads):
+            bound_by_free_memory(chosen, batch.subset(torch.tensor(few.split(batch)[0])))  # the longest
     return Tuned(tokens, threads)
 
 

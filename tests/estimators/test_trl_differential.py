@@ -377,7 +377,10 @@ def compare(trainer):
             for name, p in model.named_parameters():
                 if name in values:
                     p.copy_(values[name])
-        policy = Policy(model, temperature=config.generation.temperature, microbatch_size=3)
+        # in the trainer's own arithmetic: which tokens have high entropy may hang on rounding
+        policy = Policy(
+            model, temperature=config.generation.temperature, microbatch_size=3, share_prompts=False
+        )
         assert policy.parameters.keys() == expected.keys()
         if reference is not None:
             with as_reference(model):

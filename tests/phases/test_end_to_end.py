@@ -471,6 +471,13 @@ def test_other_precisions(config, settings):
     assert results["diagnostics"]["derivative_check_error"] < 0.25
 
 
+def same_but_for_rounding(found, expected, keys):
+    """The gradient of U is summed in another order, and a change of E is known up to the noise floor."""
+    floor = max(result["diagnostics"]["noise_floor"] for result in (found, expected))
+    for key in keys:
+        assert found[key] == pytest.approx(expected[key], rel=1e-5, abs=floor), key
+
+
 def test_rollouts_from_files_give_the_numbers_of_the_sampled_ones(config, tmp_path):
     probe = OfflineEntropyProbe(config)
     sampled = probe.run_mixed_probe()
@@ -479,8 +486,7 @@ def test_rollouts_from_files_give_the_numbers_of_the_sampled_ones(config, tmp_pa
     write_rollouts(tmp_path / "U.parquet", state.U)
     files = {"E_rollouts": str(tmp_path / "E.jsonl"), "U_rollouts": str(tmp_path / "U.parquet")}
     read = run(config, batch_config=files)
-    for key in ("deltaH1", "deltaH_true", "H_orig", "bars_dot_tok"):
-        assert read[key] == pytest.approx(sampled[key], rel=1e-5), key  # U is summed in another order
+    same_but_for_rounding(read, sampled, ("deltaH1", "deltaH_true", "H_orig", "bars_dot_tok"))
     assert read["B_U"] == 4
     assert read["diagnostics"]["bias_flags"] == []
 
@@ -541,8 +547,7 @@ def test_responses_that_are_shared_by_chance_change_nothing(config, tmp_path):
     read = run(config, **few)
     assert read["verdict"] == sampled["verdict"] != "invalid", sampled["verdict_reasons"]
     assert read["verdict_reasons"] == sampled["verdict_reasons"]
-    for key in ("deltaH1", "deltaH_true", "H_orig"):
-        assert read[key] == pytest.approx(sampled[key], rel=1e-5), key  # U is summed in another order
+    same_but_for_rounding(read, sampled, ("deltaH1", "deltaH_true", "H_orig"))
 
 
 @pytest.mark.parametrize("level", ["detailed", "debug"])
@@ -553,13 +558,12 @@ def test_the_log_of_a_run_is_a_rollout_file(config, tmp_path, level):
     (log,) = (p for p in (tmp_path / "logs").rglob("*.json*") if "summary" not in p.name)
     read = run(config, batch_config={"E_rollouts": str(log), "U_rollouts": str(log)})
     assert read["diagnostics"]["bias_flags"] == []
-    for key in ("deltaH1", "deltaH_true", "H_orig", "bars_dot_tok"):
-        assert read[key] == pytest.approx(sampled[key], rel=1e-5), key  # U is summed in another order
+    same_but_for_rounding(read, sampled, ("deltaH1", "deltaH_true", "H_orig", "bars_dot_tok"))
     if level == "debug":  # a record is a row
         records = load_log(log)["sequences"]["U"]
         (tmp_path / "U.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         found = run(config, batch_config={"E_rollouts": str(log), "U_rollouts": str(tmp_path / "U.jsonl")})
-        assert found["deltaH1"] == pytest.approx(sampled["deltaH1"], rel=1e-6)
+        same_but_for_rounding(found, sampled, ("deltaH1",))
 
 
 def test_texts_that_a_stop_string_ended_give_the_numbers_of_their_tokens(config, tmp_path):

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers.generation.continuous_batching import continuous_api
 
 from probe.config.batches import GenerationConfig
 from probe.data.batch import PromptExample
 from probe.errors.exceptions import ConfigError, RolloutError
+from probe.rollouts import continuous as continuous_batching
 from probe.rollouts import decoders, inverse_cdf
 from probe.rollouts.continuous import by_continuous_batching, refusal
 from probe.rollouts.decoding import Decoding, Response, by_generate
@@ -200,6 +202,64 @@ def test_continuous_batching_leaves_no_thread_and_says_what_went_wrong(monkeypat
         drawn(policy, continuous)
     assert threading.active_count() == before
     assert policy.model.config._attn_implementation == "sdpa"
+
+
+def test_long_prompts_are_read_in_parts(monkeypatch):
+    monkeypatch.setattr(continuous_batching, "PREFILL_TOKENS", 4)
+    policy = Policy(recurrent("llama"))
+    expected, found = (drawn(policy, way) for way in (plain, continuous))
+    assert [r.ids for r in found] == [r.ids for r in expected]
+
+
+def test_attention_is_put_back_where_continuous_batching_does_not_even_begin(monkeypatch):
+    policy = Policy(recurrent("llama"))
+    policy.model.set_attn_implementation("eager")
+
+    def broken(*_, **__):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(continuous_api, "resolve_continuous_batching_config", broken)
+    with pytest.raises(RuntimeError, match="no room"):
+        drawn(policy, continuous)
+    assert policy.model.config._attn_implementation == "eager"
+
+
+def test_a_manager_of_the_users_own_is_left_alone(monkeypatch):
+    policy = Policy(recurrent("llama"))
+    policy.model._cached_continuous_batching_manager = object()
+    with pytest.raises(ConfigError, match="persistent manager of its own"):
+        sample_rollouts(
+            policy,
+            char_tokenizer(),
+            [PromptExample("abc", {}, 0)],
+            GenerationConfig(max_new_tokens=5, continuous_batching=True),
+            seed=0,
+        )
+
+
+def test_where_continuous_batching_stops_generate_goes_on(monkeypatch, caplog):
+    policy = Policy(recurrent("llama"))
+    settings = GenerationConfig(max_new_tokens=6, batch_size=4)
+    mixed = [PromptExample("abcdefghijk"[: 3 + i % 7], {}, i) for i in range(24)]
+    expected = sample_rollouts(policy, char_tokenizer(), mixed, settings, seed=3)
+    calls = []
+
+    def stops(decoding, entries, report):
+        by_continuous_batching(decoding, entries, report) if len(calls) < 2 else None
+        calls.append(entries)
+        if len(calls) == 3:
+            by_continuous_batching(decoding, entries[:3], report)
+            raise RolloutError("no room")
+
+    monkeypatch.setattr(decoders, "by_continuous_batching", stops)
+    monkeypatch.setattr(decoders, "TRIAL_SECONDS", 0.0)
+    monkeypatch.setattr(decoders, "FASTER", 0.0)
+    with caplog.at_level("INFO", "probe"):
+        found = sample_rollouts(policy, char_tokenizer(), mixed, settings, seed=3)
+    assert len(calls) == 3
+    assert_same(found, expected)
+    assert found[1].continuous == 4 + 3
+    assert "sampling: generate from here on (continuous batching stopped: no room)" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import probe.scoring.attention as attention
 from probe.scoring import Policy, prompts, score_tokens
 from probe.scoring.forward_mode import scores_and_tangents, second_order_tangents
 from probe.scoring.gradients import token_gradients
-from probe.scoring.microbatch import START, positions, split, worth_sharing
+from probe.scoring.microbatch import START, UNSHARED, positions, split, worth_sharing
 from probe.scoring.prompts import can_share_prompts
 from tests.rollouts.test_sampling import recurrent
 from tests.scoring.test_fused_head import ARCHITECTURES, V, tiny
@@ -123,7 +123,7 @@ class Strict(transformers.LlamaForCausalLM):
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"), [(Forgetful, "with its cache"), (Strict, "does not go on from a cache")]
+    ("kind", "reason"), [(Forgetful, "its states differ"), (Strict, "does not go on from a cache")]
 )
 def test_a_model_is_tried_before_its_prompts_are_shared(kind, reason, caplog):
     model = kind(tiny("Llama").config).eval()
@@ -131,8 +131,68 @@ def test_a_model_is_tried_before_its_prompts_are_shared(kind, reason, caplog):
         assert not is_shared(both(model)[0], groups())
     assert reason in caplog.text
     calls = len(caplog.records)
-    assert not can_share_prompts(model, both(model)[0].autocast())
+    assert not can_share_prompts(model, both(model)[0].autocast, groups())
     assert len(caplog.records) == calls
+
+
+def test_no_position_is_beyond_a_sequences_own():
+    """Long prompts with short responses beside short prompts with long ones: each fits, the rectangle does not."""
+    batch = groups(lengths=(50, 30), longest=30)
+    counts = torch.where(torch.tensor([len(ids) == 50 for ids in batch.prompt_ids]), 10, 30)
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, V, (len(batch), 30), generator=generator)
+    mask = torch.arange(30) < counts.unsqueeze(1)
+    batch = replace(
+        batch, completion_ids=ids * mask, mask=mask, truncated=torch.zeros(len(batch), dtype=torch.bool)
+    )
+    shared, plain = both(tiny("GPT2"), tokens_per_microbatch=2048)
+    assert is_shared(shared, batch)
+    assert len(shared.split(batch)) == 1
+    assert_close(
+        score_tokens(shared, batch).logprob, score_tokens(plain, batch).logprob, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_depend_on_the_length_are_not_shared(kind):
+    """The prompt's keys would have other factors than those of the whole sequence."""
+    config = tiny("Llama").config
+    factors = {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4} if kind == "longrope" else {}
+    config.rope_parameters = {
+        "rope_type": kind,
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 8,
+        **factors,
+    }
+    model = transformers.LlamaForCausalLM(config).double().eval()
+    assert not is_shared(both(model)[0], groups())
+
+
+class Windowed(transformers.LlamaForCausalLM):
+    """A model whose cache is of use for short sequences only, and whose configuration does not say so."""
+
+    def forward(self, input_ids=None, past_key_values=None, **arguments):
+        if past_key_values is not None and past_key_values.get_seq_length() > 12:
+            arguments["attention_mask"][:, :5] = 0
+        return super().forward(input_ids=input_ids, past_key_values=past_key_values, **arguments)
+
+
+def test_a_model_is_tried_at_the_lengths_that_occur():
+    model = Windowed(tiny("Llama").config).double().eval()
+    assert is_shared(both(model)[0], groups(lengths=(6, 9, 2)))
+    longer = groups(lengths=(20, 25, 18))
+    shared, plain = both(model)
+    assert not is_shared(shared, longer)
+    assert_close(score_tokens(shared, longer).logprob, score_tokens(plain, longer).logprob)
+
+
+def test_keys_and_values_of_shared_prompts_are_bounded():
+    """Positions that go through are few, and the cache is there for each response."""
+    batch = groups(lengths=(400,), size=200, longest=2)
+    for part in split(batch, None, 2048, True):
+        assert positions(batch, part, False) <= UNSHARED * 2048
+    assert max(map(len, split(batch, None, 2048, True))) > max(map(len, split(batch, None, 2048)))
 
 
 def test_a_trial_that_memory_does_not_suffice_for_decides_nothing(monkeypatch):
