@@ -1,6 +1,6 @@
 """All measurements of speed and memory, one after the other, into `RESULTS.md`: `make bench`.
 
-Each is a benchmark of its own with few rounds, in at most ten minutes together on two cores; every ratio is against a
+Each is a benchmark of its own with few rounds, in some twelve minutes together on two cores; every ratio is against a
 named alternative in the same run. What the tables say of other kinds (agreement, coverage, forecasts) takes hours and
 is not repeated here.
 
