@@ -1,9 +1,10 @@
-"""Vectors by parameter name: the trainable ones, their norm and inner product."""
+"""Vectors by parameter name: the trainable ones, their norm and inner product; and the model that has them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,6 +19,15 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         Name to parameter.
     """
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def without_adapters(model: Any) -> Any:
+    """The transformers model itself; adapters that peft has put into its layers stay there.
+
+    Args:
+        model: a transformers model, possibly wrapped by peft.
+    """
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def inner_product(gradient: Callable[[str], Tensor], step: Mapping[str, Tensor]) -> float:

@@ -17,6 +17,7 @@ from probe.live.prompts import prompt_examples, prompts_with_room
 from probe.live.say import say
 from probe.live.settings import WatchSettings
 from probe.loading.quantization import find_4bit_layers
+from probe.parameters import without_adapters
 from probe.scoring.room import Room
 
 _FULL_BYTES = 4
@@ -126,7 +127,7 @@ def _refuse_no_policy(model: Any) -> None:
         raise ConfigError(
             f"model: expected a transformers causal language model, found {name} without {missing}; {remedy}"
         )
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapters(model)
     generates = getattr(base, "can_generate", lambda: True)()
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(

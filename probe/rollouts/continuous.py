@@ -15,8 +15,9 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from transformers.generation.continuous_batching.utils import logger as transformers_logger
 
 from probe.errors.exceptions import RolloutError
+from probe.parameters import without_adapters
 from probe.rollouts.decoding import Decoding
-from probe.rollouts.inverse_cdf import Drawn, InverseCdf, only, uniforms
+from probe.rollouts.inverse_cdf import Drawn, InverseCdf, only
 from probe.snapshot import isolated_rng, put_back_by
 
 PAGE = 32
@@ -32,7 +33,7 @@ def refusal(decoding: Decoding) -> str | None:
     Args:
         decoding: what is drawn.
     """
-    model = _model(decoding)
+    model = without_adapters(decoding.policy.model)
     config = model.config.get_text_config()
     if not hasattr(model, "init_continuous_batching"):
         return f"{type(model).__name__} does not have it"
@@ -89,8 +90,7 @@ class _Sampler(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
         self.ignored_kwargs: tuple[str, ...] = ()
         self._decoding = decoding
         self._inverse = InverseCdf(decoding.settings)
-        steps = decoding.settings.max_new_tokens
-        self._uniform = {i: uniforms(decoding.seed, [i], steps)[0] for i in entries}
+        self._uniform = dict(zip(entries, decoding.uniforms_to_come(entries), strict=True))
         self._prepared: deque[list[int]] = deque()
         self._drawn: dict[int, list[tuple[int, float, float]]] = {i: [] for i in entries}
         self.error: BaseException | None = None
@@ -142,16 +142,10 @@ class _Sampler(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
         response.truncated = ids[-1] not in self._decoding.eos_ids
 
 
-def _model(decoding: Decoding) -> Any:
-    """The model that generates: adapters are inside of it."""
-    model: Any = decoding.policy.model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 @contextmanager
 def _manager(decoding: Decoding, entries: Sequence[int], sampler: _Sampler) -> Iterator[Any]:
     """Transformers' manager at work, its thread stopped afterwards, also where an error or Ctrl-C comes."""
-    model, settings = _model(decoding), decoding.settings
+    model, settings = without_adapters(decoding.policy.model), decoding.settings
     longest = max(len(decoding.responses[i].prompt) for i in entries) + settings.max_new_tokens
     size = min(settings.batch_size, len(entries))
     config = ContinuousBatchingConfig(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from probe.config.batches import GenerationConfig
 from probe.data.batch import PromptExample
 from probe.errors.exceptions import DataError, RolloutError
+from probe.parameters import without_adapters
 from probe.scoring.policy import Policy
 
 NEUTRAL = {
@@ -110,7 +111,7 @@ def own_generation_config(
         pad_token_id=pad_id(tokenizer, eos_ids),
         use_cache=True,
     )
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapters(model)
     # peft hands a generation config of its own on to the base model, where it has one
     holders = [m for m in (base, model) if m is base or "generation_config" in vars(m)]
     before = [m.generation_config for m in holders]

@@ -151,16 +151,20 @@ class _Lengths:
         np.maximum.at(longest, self.prompt[indices], self.after[indices])
         return sorted(indices, key=lambda i: (-longest[self.prompt[i]], self.prompt[i], -self.after[i], i))
 
-    def work(self, start: int, end: int, share: bool) -> np.ndarray[Any, Any]:
-        """Positions of the microbatches that begin at `start` and end at each place up to `end`, `(end - start,)`."""
+    def work(self, start: int, end: int, share: bool) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Positions of the microbatches that begin at `start` and end at each place up to `end`, `(end - start,)`.
+
+        Returns:
+            With prompts shared where that is less work, and without.
+        """
         count = np.arange(1, end - start + 1)
         before, after = self.before[start:end], self.after[start:end]
         plain = count * np.maximum.accumulate(before + after)
         if not share:
-            return plain
+            return plain, plain
         first = self.last[start:end] < start
         shared = np.cumsum(first) * np.maximum.accumulate(before) + count * np.maximum.accumulate(after)
-        return np.where(shared <= SHARE * plain, shared, plain)
+        return np.where(shared <= SHARE * plain, shared, plain), plain
 
 
 def input_lengths(batch: RolloutBatch) -> Tensor:
@@ -189,8 +193,8 @@ def _least_work(
     for i in reversed(range(count)):
         least = int(shortest[i]) if share else int(lengths.before[i] + lengths.after[i])
         reach = min(count - i, max(tokens // max(least, 1), 1), sequences or count)
-        positions = lengths.work(i, i + reach, share)
-        fits = (positions <= tokens) & (lengths.work(i, i + reach, False) <= UNSHARED * tokens)
+        positions, unshared = lengths.work(i, i + reach, share)
+        fits = (positions <= tokens) & (unshared <= UNSHARED * tokens)
         fits[0] = True  # a sequence that is longer is alone
         costs = np.where(fits, positions + rest[i + 1 : i + reach + 1], np.inf)
         size[i] = 1 + int(costs.argmin())
@@ -268,10 +272,10 @@ def worth_sharing(batch: RolloutBatch) -> bool:
 
 def _shares(batch: RolloutBatch, indices: list[int]) -> bool:
     """Whether it is less work to put the prompts of these sequences through the model once."""
-    lengths = _Lengths.of_some(batch, indices)
-    return bool(lengths.work(0, len(indices), True)[-1] < lengths.work(0, len(indices), False)[-1])
+    shared, plain = _Lengths.of_some(batch, indices).work(0, len(indices), True)
+    return bool(shared[-1] < plain[-1])
 
 
 def positions(batch: RolloutBatch, indices: list[int], share: bool) -> int:
     """Positions of the microbatch of these sequences, padding included."""
-    return int(_Lengths.of_some(batch, indices).work(0, len(indices), share)[-1])
+    return int(_Lengths.of_some(batch, indices).work(0, len(indices), share)[0][-1])

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from probe.data.batch import RolloutBatch
 from probe.errors.memory import is_out_of_memory
+from probe.parameters import without_adapters
 from probe.scoring.head import HALF, OutputHead
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,11 @@ def can_share_prompts(
     """
     with autocast():
         mixed = torch.is_autocast_enabled(_device(model).type)
-    how = (getattr(_base(model).config, "_attn_implementation", None), next(model.parameters()).dtype, mixed)
+    how = (
+        getattr(without_adapters(model).config, "_attn_implementation", None),
+        next(model.parameters()).dtype,
+        mixed,
+    )
     tried = _TRIED.setdefault(model, {})
     lengths = torch.tensor([len(ids) for ids in batch.prompt_ids]) + batch.lengths
     lengths[batch.lengths == 0] = 0
@@ -143,11 +148,6 @@ def can_share_prompts(
     return reason is None
 
 
-def _base(model: Any) -> Any:
-    """The transformers model, without adapters around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _device(model: Any) -> torch.device:
     """Where inputs go."""
     return model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
@@ -155,7 +155,7 @@ def _device(model: Any) -> torch.device:
 
 def _why_not(model: nn.Module) -> str | None:
     """Why a model is not even tried; None where it is."""
-    base = _base(model)
+    base = without_adapters(model)
     text = base.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
     window = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)

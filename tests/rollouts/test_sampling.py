@@ -50,17 +50,15 @@ def draw(policy, count, seed=0, **settings):
     return sample_rollouts(policy, TokenizerStub(), prompts(count), GenerationConfig(**settings), seed)
 
 
-def test_frequencies_are_the_policys_probabilities(monkeypatch):
-    """Chi-square of 4,000 samples against the exact probability of every sequence; EOS and cap included."""
-    policy, batch = tiny_policy(monkeypatch), all_sequences()
+def assert_drawn_from(policy, sampled):
+    """Chi-square of samples against the exact probability of every sequence; EOS and cap included."""
+    batch, n = all_sequences(), len(sampled)
     expected = exact_entropies(policy, batch)[2].detach()
     index = {
         tuple(ids[m].tolist()): i
         for i, (ids, m) in enumerate(zip(batch.completion_ids, batch.mask, strict=True))
     }
-    n = 4000
     found = torch.zeros(len(batch), dtype=torch.float64)
-    sampled, _ = draw(policy, n)
     for i in range(n):
         key = tuple(sampled.completion_ids[i][sampled.mask[i]].tolist())
         found[index[key]] += 1
@@ -73,6 +71,11 @@ def test_frequencies_are_the_policys_probabilities(monkeypatch):
     chi2 = float(sum(((f - e) ** 2 / e).sum() for f, e in groups))
     dof = int(common.sum())
     assert chi2 < dof + 4 * (2 * dof) ** 0.5
+
+
+def test_frequencies_are_the_policys_probabilities(monkeypatch):
+    policy = tiny_policy(monkeypatch)
+    assert_drawn_from(policy, draw(policy, 4000)[0])
 
 
 def test_sampling_sees_what_scoring_sees(monkeypatch):
