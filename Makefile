@@ -2,7 +2,7 @@
 #   make demo   set up, then probe the built-in demo policy
 #   make test   set up, then run linters, type checks, doctests and all tests
 # And, for those who change what takes time:
-#   make bench  set up, then measure speed and memory into benchmarks/RESULTS.md (twelve minutes)
+#   make bench  set up, then measure speed and memory into benchmarks/RESULTS.md (ten minutes)
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -1,6 +1,6 @@
 """All measurements of speed and memory, one after the other, into `RESULTS.md`: `make bench`.
 
-Each is a benchmark of its own with few rounds, in some twelve minutes together on two cores; every ratio is against a
+Each is a benchmark of its own with few rounds, in some ten minutes together on two cores; every ratio is against a
 named alternative in the same run. What the tables say of other kinds (agreement, coverage, forecasts) takes hours and
 is not repeated here.
 
@@ -59,7 +59,7 @@ MEASUREMENTS = {
     ),
     "head": Measurement(
         "The output head beside those of others",
-        ("head.py", "--rounds", "1", "--tokens", "256"),
+        ("head.py", "--rounds", "1", "--tokens", "160"),
         "Each cell: processor seconds over those of the bare products, and peak memory in MB.",
     ),
     "long": Measurement(
@@ -72,12 +72,12 @@ MEASUREMENTS = {
     ),
     "prompts": Measurement(
         "Prompts through the model once for all of their responses",
-        ("shared_prompts.py", "--rounds", "1"),
+        ("shared_prompts.py", "--rounds", "1", "--prompts", "4"),
         "Against once for each response; `positions` is the share of these that goes through the model.",
     ),
     "sampling": Measurement(
         "Sampling",
-        ("sampling.py", "--rounds", "1"),
+        ("sampling.py", "--rounds", "1", "--B", "64", "--batch_size", "32"),
         "A batch kept to its last row, what goes on of several batches taken together, and transformers' continuous "
         "batching.",
     ),
