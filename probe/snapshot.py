@@ -159,6 +159,7 @@ def standing_in(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[Non
         yield
 
 
+_ABSENT = object()
 Places = Sequence[tuple[dict[str, Any], str, Any]]
 """Entries of mappings and what they are to hold: `(mapping, key, value)`."""
 
@@ -195,12 +196,15 @@ def stand_ins(module: nn.Module, values: Mapping[str, Tensor]) -> Places:
 
 @contextmanager
 def replaced(places: Places) -> Iterator[None]:
-    """Give entries of mappings other values, and then the very objects that they held."""
-    held = [(holder, key, holder[key]) for holder, key, _ in places]
+    """Give entries of mappings other values, and then the very objects that they held, or none where there was none."""
+    held = [(holder, key, holder.get(key, _ABSENT)) for holder, key, _ in places]
 
     def restore() -> None:
         for holder, key, value in held:
-            holder[key] = value
+            if value is _ABSENT:
+                holder.pop(key, None)
+            else:
+                holder[key] = value
 
     with put_back_by(restore):
         for holder, key, value in places:

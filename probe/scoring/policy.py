@@ -16,6 +16,7 @@ from probe.data.batch import RolloutBatch
 from probe.errors.memory import is_out_of_memory
 from probe.loading import trainable_parameters
 from probe.scoring.head import OutputHead
+from probe.scoring.lora import added_in_place
 from probe.scoring.microbatch import MicroBatch, at_a_time, collate, positions, split, worth_sharing
 from probe.scoring.prompts import can_share_prompts, forward
 from probe.scoring.room import check_batch
@@ -107,8 +108,8 @@ class Policy:
 
     @cached_property
     def _places(self) -> Places:
-        """Where `values` go; found once, and not for every microbatch."""
-        return stand_ins(self.model, self.values or {})
+        """Where `values` go, and the forwards of LoRA layers; found once, and not for every microbatch."""
+        return [*stand_ins(self.model, self.values or {}), *added_in_place(self.model)]
 
     def in_other_shapes(self, batch: RolloutBatch) -> Policy:
         """The policy with microbatches of half the size of the largest that it makes of a batch, for other rounding.
