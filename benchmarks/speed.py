@@ -59,7 +59,7 @@ MEASUREMENTS = {
     ),
     "head": Measurement(
         "The output head beside those of others",
-        ("head.py", "--rounds", "1", "--tokens", "160"),
+        ("head.py", "--rounds", "1", "--tokens", "128"),
         "Each cell: processor seconds over those of the bare products, and peak memory in MB.",
     ),
     "long": Measurement(
