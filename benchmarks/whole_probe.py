@@ -111,8 +111,8 @@ def _seconds(compute: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def large_checkpoint(folder: Path) -> Path:
-    """A random LoRA policy of the shape `LARGE`, with the demo's tokenizer and a fresh Adam state."""
+def large_checkpoint(folder: Path, shape: Mapping[str, int] = LARGE, heads: int = 14) -> Path:
+    """A random LoRA policy of a shape, with the demo's tokenizer and a fresh Adam state."""
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -123,8 +123,8 @@ def large_checkpoint(folder: Path) -> Path:
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
         Qwen2Config(
-            **LARGE,
-            num_attention_heads=14,
+            **shape,
+            num_attention_heads=heads,
             num_key_value_heads=2,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,

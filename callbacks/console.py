@@ -21,15 +21,17 @@ class ConsoleReport(ProbeCallback):
 
     def on_report_end(self, runner: ProbeRunner, module: EntropyProbe, result: ProbeResult) -> None:
         """Print the report."""
-        if runner.fabric.is_global_zero:
-            say(runner, report(result))
+        say(runner, report(result))
 
 
 def say(runner: ProbeRunner, text: str) -> None:
-    """Print to stdout; a closed pipe (`| head`) becomes an error of the runner's, so that publishing goes on.
+    """Print to stdout, from the first process.
 
+    A closed pipe (`| head`) becomes an error of the runner's, so that publishing goes on.
     What stdout cannot show (control characters, text beyond its encoding) is shown as escapes.
     """
+    if not runner.fabric.is_global_zero:
+        return
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         print(printable(text).encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)

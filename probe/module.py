@@ -15,6 +15,7 @@ from probe.config.checkpoint import DEMO
 from probe.config.given import changed_keys
 from probe.config.schema import ProbeConfig
 from probe.demo.cache import ensure_demo_checkpoint
+from probe.distributed.ranks import ALONE
 from probe.errors.exceptions import CheckpointError, ConfigError
 from probe.estimators.ground_truth import GroundTruth
 from probe.from_checkpoint.fill import fill_settings
@@ -78,6 +79,7 @@ class EntropyProbe(LightningModule):
         self.optimizer: LoadedOptimizer | None = None
         self.other_base: tuple[str, str] | None = None
         self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.ranks = ALONE
         self.traffic = Traffic()
 
     # ---------------------------------------------------------------- loading
@@ -166,6 +168,7 @@ class EntropyProbe(LightningModule):
             head_chunk_tokens=memory.head_chunk_tokens,
             traffic=self.traffic,
             autocast=self.autocast,
+            ranks=self.ranks,
         )
 
     @property

@@ -22,6 +22,10 @@ from probe.callbacks.base import ProbeCallback
 from probe.config.checkpoint import DEMO
 from probe.config.schema import ProbeConfig
 from probe.config.trainer import Precision, TrainerConfig
+from probe.distributed.crew import Crew, crew_at_work
+from probe.distributed.launch import check_strategy, launched
+from probe.distributed.ranks import ALONE, Ranks
+from probe.distributed.same import check_same
 from probe.errors.exceptions import ConfigError, ProbeError
 from probe.estimators.ground_truth import GroundTruth
 from probe.module import EntropyProbe
@@ -60,6 +64,7 @@ class ProbeRunner(TrainerSection):
 
     Attributes:
         fabric: devices, precision, loggers and callbacks.
+        crew: the processes that share the runs, once they are launched.
         state: what the phases of the current (or last) run produced.
         result: the last run's result.
         errors: what went wrong while publishing a result; raised when everything else is published.
@@ -95,11 +100,24 @@ class ProbeRunner(TrainerSection):
             )
         except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
             raise ConfigError(f"trainer: the devices cannot be set up: {_first_line(error)}") from error
-        if self.fabric.world_size > 1:
-            raise ConfigError(
-                f"trainer.devices: expected 1 device, found {self.fabric.world_size}; probing on several devices is "
-                "not supported by this version"
-            )
+        check_strategy(self.fabric)
+        self.crew: Crew | None = None
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the runs; this one alone before `launch`."""
+        return ALONE if self.crew is None else self.crew.ranks
+
+    def launch(self) -> None:
+        """Start the other processes where there are several, once; every one of them runs the program from its start.
+
+        What comes before is done by each of them, what comes after by all together.
+
+        Raises:
+            ConfigError: the processes cannot be started or do not find each other.
+        """
+        if self.crew is None:
+            self.crew = launched(self.fabric)
 
     def run(
         self,
@@ -131,9 +149,15 @@ class ProbeRunner(TrainerSection):
         self.fabric._callbacks = called
         if self.logger is True:  # one run, one version folder: TensorBoard ties hyper-parameters to it
             self.fabric._loggers = _loggers(True, Path(self.config.detailed_logging.output_directory))
-        self.fabric.launch()
+        self.launch()
+        module.ranks = self.ranks
+        if self.ranks.size > 1 and module.config.checkpoint.device_map is not None:
+            raise ConfigError(
+                f"checkpoint.device_map: expected null where every one of {self.ranks.size} processes holds the whole "
+                f"policy, found {module.config.checkpoint.device_map!r}; take trainer.devices: 1"
+            )
         try:
-            with isolated_rng(), exact_float32():
+            with crew_at_work(self.crew), isolated_rng(), exact_float32():
                 _seed_globals(module.seed)
                 result = self._phases(module, called, started)
         except BaseException as error:
@@ -167,9 +191,11 @@ class ProbeRunner(TrainerSection):
         drawn, traffic = self.state.sample, module.traffic
         threads = self.config.memory_config.number_of_threads if drawn is None else drawn.threads
         useful, padded = traffic.useful, traffic.padded
-        with self._timed(name), operator_threads(threads):
+        with self._timed(name), operator_threads(threads), self.ranks.together(name):
             result = compute(of_pass)
-        self.state.traffic[name] = (traffic.useful - useful, traffic.padded - padded)
+        through = (traffic.useful - useful, traffic.padded - padded)
+        found = self.ranks.gathered("traffic", through)
+        self.state.traffic[name] = (sum(n for n, _ in found), sum(n for _, n in found))
         self.state.keep(result)
         self.fabric.call(end, self, module)
         return result
@@ -180,11 +206,12 @@ class ProbeRunner(TrainerSection):
         """Run the phases in order, timed."""
         self.fabric.call("on_probe_start", self, module)
         if module.model is None and module.config.checkpoint.checkpoint_path == DEMO:
-            with self._timed("make_demo"):
+            with self._timed("make_demo"), self.fabric.rank_zero_first(local=True):
                 module.make_demo()
-        with self._timed("load"):
+        with self._timed("load"), self.ranks.together("load"):
             module.autocast = self.fabric.autocast
             module.load(self.fabric.device)
+            check_same(self.ranks, dict(module.policy.model.named_parameters()))
         with evaluation_mode(module):
             self.config = module.config  # with what the checkpoint has filled in
             self.phase("sample", module, module.sample)

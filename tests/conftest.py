@@ -41,6 +41,7 @@ SET_BY_LIBRARIES = (
     "COV_",
     "KMP_",
     "TORCH",
+    "PYTORCH_",
     "TRITON",
     "ACCELERATE_",
     "FSDP_",

@@ -16,6 +16,7 @@ from types import ModuleType
 from probe import __version__
 from probe.cli.parser import parse
 from probe.cli.shorthands import shorthands
+from probe.distributed.environment import first_process
 from probe.errors.exceptions import ProbeError
 from probe.errors.memory import is_out_of_memory
 from probe.errors.remedies import Remedy
@@ -28,6 +29,17 @@ INCOMPLETE = 3
 """Some points of a sweep failed; the others are there."""
 INTERRUPTED = 130
 TERMINATED = 143
+LIBRARIES = (
+    "lightning",
+    "lightning.fabric",
+    "lightning.pytorch",
+    "transformers",
+    "datasets",
+    "huggingface_hub",
+    "bitsandbytes",
+    "torch",
+)
+"""Whose loggers are quiet while a command runs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,9 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _commands() -> ModuleType:
     """What does the work, with all libraries; a command line that is wrong is refused without them."""
     try:
-        return importlib.import_module("probe.cli.commands")
+        commands = importlib.import_module("probe.cli.commands")
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt("interrupted while starting") from error
+    _quieten_libraries()  # once more: some set their level when they are imported
+    return commands
 
 
 class Terminated(KeyboardInterrupt):
@@ -98,8 +112,10 @@ def _was_terminated(error: BaseException | None) -> bool:
 
 
 def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
-    """Print one line, or the traceback, and give the exit code."""
+    """Print one line, or the traceback, from the one process that speaks, and give the exit code."""
     lines = "".join(traceback.format_exception(error)) if debug else ""
+    if getattr(error, "said_by_others", not first_process()):
+        return code
     line = f"{lines}entropy-probe: error: {' '.join(message.split())}"
     with suppress(OSError, ValueError):  # nobody listens any more
         print(printable(line).encode("ascii", "backslashreplace").decode(), file=sys.stderr)
@@ -114,19 +130,24 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
+def _quieten_libraries() -> None:
+    """Let the loggers of libraries say errors only."""
+    for name in LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 @contextmanager
 def quiet_console() -> Iterator[None]:
     """Leave stderr to the probe's own notes, progress and errors; libraries' warnings are not the user's to mend."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable("%(message)s"))
+    handler.addFilter(lambda record: first_process())
     package = logging.getLogger("probe")
-    names = ("lightning", "transformers", "datasets", "huggingface_hub", "bitsandbytes", "torch")
-    libraries = {name: logging.getLogger(name).level for name in names}
+    libraries = {name: logging.getLogger(name).level for name in LIBRARIES}
     level = package.level
     package.addHandler(handler)
     package.setLevel(logging.INFO)
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    _quieten_libraries()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -59,6 +59,16 @@ class MemoryExhaustedError(ProbeError):
     """A pass over the model needs more memory than there is, and no other way is left or allowed."""
 
 
+class RanksApartError(ProbeError):
+    """One of several processes has gone, or is not where the others are.
+
+    Attributes:
+        said_by_others: another process says so.
+    """
+
+    said_by_others = False
+
+
 class LogError(ProbeError):
     """A log or result file cannot be written or read."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -9,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import ConfigError, NumericalError
 from probe.scoring.policy import Policy
+from probe.scoring.together import together
 from probe.snapshot import standing_in
 
 ROWS = 8
@@ -61,11 +64,30 @@ def router_gradient(
     Raises:
         NumericalError: the model gives no `aux_loss`, or a gradient is not finite.
     """
-    parameters = policy.parameters
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    total = {name: torch.zeros_like(p) for name, p in policy.parameters.items()}
     size = rows or ROWS
     parts = (torch.arange(len(batch)) if order is None else order).split(size)
-    for part in parts:
+    with together(policy, "load-balancing loss"):
+        _add_parts(policy, batch, parts, leave_out_truncated, total)
+    policy.ranks.add_up("load-balancing loss", list(total.values()))
+    for name, gradient in total.items():
+        if not bool(torch.isfinite(gradient).all()):
+            raise NumericalError(
+                f"expected finite gradients of the load-balancing loss, found NaN or infinity in that of {name}"
+            )
+    return total
+
+
+def _add_parts(
+    policy: Policy,
+    batch: RolloutBatch,
+    parts: Sequence[Tensor],
+    leave_out_truncated: bool,
+    total: dict[str, Tensor],
+) -> None:
+    """Add the gradients of this rank's microbatches, each divided by the number of all."""
+    parameters = policy.parameters
+    for part in parts[policy.ranks.rank :: policy.ranks.size]:
         inputs = _inputs(batch, part.tolist(), leave_out_truncated, policy.device)
         with torch.enable_grad(), policy.autocast(), standing_in(policy.model, policy.values or {}):
             output = policy.model(**inputs, use_cache=False, output_router_logits=True)
@@ -81,12 +103,6 @@ def router_gradient(
         for name, gradient in zip(parameters, found, strict=True):
             if gradient is not None:
                 total[name] += gradient
-    for name, gradient in total.items():
-        if not bool(torch.isfinite(gradient).all()):
-            raise NumericalError(
-                f"expected finite gradients of the load-balancing loss, found NaN or infinity in that of {name}"
-            )
-    return total
 
 
 def _inputs(

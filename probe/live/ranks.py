@@ -1,14 +1,47 @@
-"""Data parallelism: the first rank probes, and what its alarm decides holds for all ranks."""
+"""Data parallelism: all ranks probe together, and what the first one's alarm decides holds for all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from probe.distributed.ranks import rank_and_size
+from probe.distributed.ranks import ALONE, Ranks, rank_and_size
+from probe.distributed.same import fingerprint
 from probe.live.alarm import GROUP_RATES, SCHEDULER_RATES, single_schedulers
+from probe.live.say import say
+
+
+def ranks_of_training(parameters: Mapping[str, Tensor]) -> Ranks | None:
+    """The processes that probe one policy together; None where this one has no part in it. Call it on all ranks.
+
+    Args:
+        parameters: all of the policy's. Where they are not the same on all ranks these do not train one policy, and
+            the first one probes its own.
+
+    Raises:
+        RanksApartError: it is not called on all ranks.
+    """
+    if rank_and_size()[1] == 1:
+        return ALONE
+    ranks = Ranks.of_job()
+    if len(set(ranks.gathered("parameters", fingerprint(parameters.values())))) == 1:
+        return ranks
+    if not ranks.first:
+        return None
+    say("the processes of this job have different weights: the first one probes its own", warn=True)
+    return ALONE
+
+
+def told_by_first(ranks: Ranks, due: bool) -> bool:
+    """Whether the first rank finds that an update is due to be probed: clocks differ."""
+    if ranks.size == 1:
+        return due
+    with ranks.together("due", [int(due)]) as found:
+        pass
+    return bool(found[0][0])
 
 
 class Steered(Protocol):

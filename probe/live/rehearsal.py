@@ -12,13 +12,16 @@ from typing import Any
 import torch
 
 from probe.data.batch import PromptExample, RolloutBatch
+from probe.distributed.ranks import ALONE
 from probe.live.settings import WatchSettings
 from probe.phases.passes import Way, choose_way, longest_pass
 from probe.rollouts.draw import stream_seed
 from probe.rollouts.generation import encode_prompts
 from probe.rollouts.sampling import check_sampling, sample_rollouts
+from probe.scoring.microbatch import at_a_time
 from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
+from probe.scoring.together import together
 
 REHEARSAL_TOKENS = 16
 """Tokens of the responses that are really sampled."""
@@ -39,6 +42,17 @@ def rehearsed_way(
         MemoryExhaustedError: there is no memory for the longest responses that can occur.
         NumericalError: forward mode is asked for and cannot be had.
     """
+    ranks = policy.ranks
+    with together(policy, "rehearsal"):  # each tries on its own device what all will do
+        own = _rehearsed(replace(policy, ranks=ALONE), tokenizer, prompts, settings)
+    ways = ranks.gathered("ways", own)
+    return next((way for way in ways if way.mode != "jvp"), ways[0])
+
+
+def _rehearsed(
+    policy: Policy, tokenizer: Any, prompts: Sequence[PromptExample], settings: WatchSettings
+) -> Way:
+    """The way that this rank has found."""
     encoded = encode_prompts(tokenizer, prompts)
     longest = max(range(len(prompts)), key=lambda i: len(encoded[i]))
     few = replace(settings.generation, max_new_tokens=min(settings.max_new_tokens, REHEARSAL_TOKENS))
@@ -47,7 +61,8 @@ def rehearsed_way(
     check_sampling(policy, seen, score_tokens(policy, E))
     way = choose_way(policy, E, settings.derivative, otherwise="finite_difference")
     # where `target_se` chooses the size of E it may grow, and a microbatch is full
-    size = policy.at_a_time(len(encoded[longest]) + settings.max_new_tokens - 1)
+    size = at_a_time(len(encoded[longest]) + settings.max_new_tokens - 1, *policy.limits("forward"))
+    assert size is not None  # `limits` has one at least
     rows = size if settings.target_se else min(size, settings.B_E)
     batch = longest_responses(encoded[longest], rows, settings.max_new_tokens)
     policy = replace(policy, share_prompts=False)  # those of E may all be different, which takes more memory

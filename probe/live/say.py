@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sys
 
+from probe.distributed.ranks import rank_and_size
 from probe.text import error_text, printable
 
 logger = logging.getLogger("probe.live")
@@ -14,8 +15,11 @@ logger = logging.getLogger("probe.live")
 def say(line: str, *, warn: bool = False) -> None:
     """Print a line through logging; where nobody has set logging up, or its handlers fail, on stderr.
 
-    Never raises: a full disk or a dead socket behind a logging handler is no reason to end a training.
+    Of several processes the first one speaks. Never raises: a full disk or a dead socket behind a logging handler is no
+    reason to end a training.
     """
+    if rank_and_size()[0] > 0:
+        return
     try:
         _log_line(line, warn)
     except Exception as error:

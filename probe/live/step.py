@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from probe.data.batch import PromptExample
+from probe.distributed.ranks import ALONE, Ranks
 from probe.errors.exceptions import ProbeError, RolloutError
 from probe.estimators.step_parts import step_parts
 from probe.finite import require_finite_moments
@@ -70,6 +71,7 @@ class UpdateProbe:
         check_scale: the `StepCheck.scale` of the last probe.
         responses: in the next E; None takes as many as the settings say.
         traffic: of all probes.
+        ranks: the processes that probe together, each with the whole policy.
     """
 
     model: nn.Module
@@ -82,6 +84,7 @@ class UpdateProbe:
     check_scale: int = 0
     responses: int | None = None
     traffic: Traffic = field(default_factory=Traffic)
+    ranks: Ranks = ALONE
 
     @property
     def size(self) -> int:
@@ -98,6 +101,7 @@ class UpdateProbe:
             microbatch_size=None if own.microbatch_size == "auto" else own.microbatch_size,
             head_chunk_tokens=own.head_chunk_tokens,
             traffic=self.traffic,
+            ranks=self.ranks,
         )
 
     @property
@@ -129,13 +133,8 @@ class UpdateProbe:
             number: of the optimizer step that comes next, from 1: every step has random numbers of its own.
         """
         start, settings = time.perf_counter(), self.settings
-        index, _ = draw_prompts(
-            len(self.prompts),
-            self.size,
-            0,
-            False,
-            stream_seed(settings.seed, f"prompts {number}"),
-        )
+        seed = stream_seed(settings.seed, f"prompts {number}")
+        index, _ = draw_prompts(len(self.prompts), self.size, 0, False, seed)
         chosen = [self.prompts[i] for i in index]
         seed = stream_seed(settings.seed, f"E {number}")
         E, seen = sample_rollouts(self.policy, self.tokenizer, chosen, settings.generation, seed)

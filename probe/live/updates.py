@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from probe.distributed.ranks import ALONE, Ranks
+from probe.distributed.same import check_same
 from probe.errors.exceptions import ConfigError, in_words_of
 from probe.live.adapters import ActiveAdapters
 from probe.live.alarm import Alarm, Alarms
@@ -24,6 +26,7 @@ from probe.live.neutral import undisturbed
 from probe.live.optimizers import highest_learning_rate, momentum, moved_parameters
 from probe.live.outcome import Before
 from probe.live.outlets import Outlets
+from probe.live.ranks import told_by_first
 from probe.live.say import say
 from probe.live.schedule import Schedule
 from probe.live.step import UpdateProbe
@@ -58,9 +61,8 @@ class ProbedUpdates:
         self._adapters = ActiveAdapters(probe.model)
         self._writes = OutsideWrites(probe.parameters)
         self._sizes = ProbeSizes(probe.settings, schedule, history)
-        self._early = False
+        self._early, self._draw_seconds = False, 0.0
         self._drawn: Before | None = None
-        self._draw_seconds = 0.0
         self._step_started = time.perf_counter()
         self._resumed: float | None = None
 
@@ -111,7 +113,8 @@ class ProbedUpdates:
         history, start = self._history, time.perf_counter()
         if not history.note_logged(step, H) or not history.run.history:
             return
-        ahead = self._guarded(lambda: history.look_ahead(momentum(self._optimizers)))
+        # an entropy may be noted on one rank alone, which meets nobody for it
+        ahead = self._guarded(lambda: history.look_ahead(momentum(self._optimizers)), ALONE)
         spent = time.perf_counter() - start
         self._schedule.probe_seconds += spent  # the probe's time, not the training's
         if self._resumed is not None:
@@ -151,7 +154,8 @@ class ProbedUpdates:
 
     def _draw(self, number: int) -> None:
         """Draw E for an update and copy the parameters, where it is to be probed."""
-        if self._drawn is None and self._schedule.due(number, self._sizes.wanted):
+        due = self._drawn is None and self._schedule.due(number, self._sizes.wanted)
+        if self._guarded(lambda: told_by_first(self.probe.ranks, due), ALONE):
             _finish_queue(self.probe.model)
             start = time.perf_counter()
             self._drawn = self._guarded(lambda: self._prepare(number))
@@ -163,7 +167,8 @@ class ProbedUpdates:
         with undisturbed(self.probe.model):
             self._adapters.use()
             self._adopt_parameters()
-            self.probe.responses = self._sizes.chosen()
+            self.probe.responses = self.probe.ranks.from_first("responses", self._sizes.chosen)
+            check_same(self.probe.ranks, self.probe.parameters)
             return self.probe.before(number)
 
     def _adopt_parameters(self) -> None:
@@ -214,10 +219,10 @@ class ProbedUpdates:
         used_up = all(p.grad is None for p in self.probe.parameters.values())
         return used_up and highest_learning_rate(self._optimizers) > 0
 
-    def _guarded(self, part: Callable[[], Result]) -> Result | None:
-        """Run a part of the probe; an error ends the probe, not the training."""
+    def _guarded(self, part: Callable[[], Result], ranks: Ranks | None = None) -> Result | None:
+        """Run a part of the probe on all ranks; an error ends the probe on all of them, not the training."""
         try:
-            with in_words_of("training"):
+            with in_words_of("training"), (ranks or self.probe.ranks).together("probe"):
                 return part()
         except Exception as error:
             self.error = error

@@ -17,6 +17,7 @@ from probe.live.history import History, read_state, saved_state
 from probe.live.hooks import StepHooks, are_watched
 from probe.live.optimizers import momentum
 from probe.live.outlets import Log, Outlets, as_log
+from probe.live.ranks import ranks_of_training
 from probe.live.say import say
 from probe.live.schedule import Schedule
 from probe.live.settings import SMALLEST_E, WatchSettings
@@ -54,20 +55,25 @@ class Watch(AbstractContextManager["Watch"]):
         self.schedule = Schedule(
             settings.every, settings.budget, settings.B_E, SMALLEST_E, settings.at_least_every
         )
-        self._alarms = Alarms(on.model, on.optimizers, on_alarm)
+        # the first rank acts on an alarm; what it changes holds for all, see `follow_first_rank`
+        self._alarms = Alarms(on.model, on.optimizers, on_alarm if rank_and_size()[0] == 0 else None)
         self._history = History(settings, first_step, most=math.log(Room.of(on.model).tokens))
+        ranks = ranks_of_training(dict(on.model.named_parameters()))
         self._probe = UpdateProbe(on.model, on.parameters, on.tokenizer, on.prompts, settings)
+        if ranks is not None:
+            self._probe.ranks = ranks
+            self._probe.prompts = ranks.from_first("prompts", lambda: on.prompts)
         self._updates = ProbedUpdates(
             self._probe,
             on.optimizers,
             self._history,
             self.schedule,
-            Outlets(log, self.schedule, settings.strict),
+            Outlets(log if ranks is not None and ranks.first else None, self.schedule, settings.strict),
             self._alarms,
         )
         self._hooks = StepHooks(on.optimizers, self._updates)
-        if rank_and_size()[0] > 0:
-            return  # parameters are the same on all ranks of data parallelism: the first one probes
+        if ranks is None:
+            return
         if are_watched(on.optimizers):
             say("this optimizer is watched already; every probe will be made and logged twice", warn=True)
         self._updates.rehearse()

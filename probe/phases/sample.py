@@ -89,6 +89,7 @@ class Sample:
             process. Never those of a trial, whose choice is the clock's: threads round differently, and a sampled
             token can depend on it.
         threads: threads that the passes run on.
+        processes: that sampling and passes are shared out to.
     """
 
     E: RolloutBatch
@@ -104,6 +105,7 @@ class Sample:
     sources: SettingSources
     sampling_threads: int
     threads: int
+    processes: int = 1
 
     @property
     def drawn_continuously(self) -> int | None:
@@ -152,6 +154,7 @@ def sample(source: BatchSource, progress: MakeProgress = no_progress) -> Sample:
         sources=source.sources,
         sampling_threads=torch.get_num_threads(),
         threads=threads,
+        processes=policy.ranks.size,
     )
 
 
@@ -300,8 +303,10 @@ def with_advantages(source: BatchSource, U: RolloutBatch) -> tuple[RolloutBatch,
 def _rewarded(source: BatchSource, U: RolloutBatch) -> RolloutBatch:
     """U with what the reward functions of the configuration give it."""
     batch, rework = source.config.batch_config, source.config.probe_rework
+    # once: a reward may call another machine, keep a state or draw random numbers
+    given = source.policy.ranks.from_first("rewards", lambda: compute_rewards(chosen_rewards(batch), U))
     rewards, advantages = combined_advantages(
-        compute_rewards(chosen_rewards(batch), U),
+        given,
         batch.reward_weights,
         U.group,
         rework.advantage_kind,

@@ -119,6 +119,7 @@ class ProbeState:
                 found["passes_U"] = passes_over(self.passes, "U", len(self.sample.U))
             found |= {
                 "threads": self.sample.threads,
+                "processes": self.sample.processes,
                 "tokens_per_microbatch": self.sample.config.memory_config.tokens_per_microbatch,
                 "continuous_batching": self.sample.drawn_continuously,
                 "sampling_scoring_gap": self.sample.sampling_gap,

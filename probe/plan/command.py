@@ -36,7 +36,8 @@ def execute(runner: ProbeRunner, module: EntropyProbe, settings: PlanConfig) -> 
     Raises:
         ProbeError: whatever went wrong, in one line.
     """
-    path = module.configured.output.results_path
+    runner.launch()
+    path = module.configured.output.results_path if runner.ranks.first else None
     if path is not None:
         ensure_replaceable(Path(path))
     given = module.given if settings.pilot_B_U is None else {*module.given, "batch_config.B_U"}

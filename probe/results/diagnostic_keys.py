@@ -101,6 +101,7 @@ DIAGNOSTICS: tuple[Quantity, ...] = (
     ),
     Quantity("passes_U", "the same over U"),
     Quantity("threads", "threads of torch's operators, as configured or chosen by a trial", integer=True),
+    Quantity("processes", "processes that sampling and passes were shared out to", integer=True),
     Quantity(
         "continuous_batching",
         "responses drawn by continuous batching, as configured or chosen by a trial; the others are from generate",

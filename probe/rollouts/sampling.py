@@ -17,6 +17,7 @@ from torch import Tensor
 
 from probe.config.batches import GenerationConfig
 from probe.data.batch import PromptExample, RolloutBatch
+from probe.distributed.ranks import Ranks
 from probe.errors.exceptions import RolloutError
 from probe.errors.remedies import Remedy
 from probe.finite import require_finite_weights
@@ -84,15 +85,34 @@ def sample_rollouts(
     check_prompts(policy.model, prompt_ids, settings.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompt_ids[i]))
     alike = padding_matters(policy, tokenizer, [prompt_ids[order[0]], prompt_ids[order[-1]]], settings)
-    responses = [Response(ids) for ids in prompt_ids]
+    responses, ranks = [Response(ids) for ids in prompt_ids], policy.ranks
 
     def report() -> None:
-        if progress is not None:
-            progress(sum(r.over for r in responses), len(responses))
+        done = sum(r.over for r in responses) * ranks.size  # the others are taken to be as far
+        if progress is not None and (ranks.size == 1 or done < len(responses)):
+            progress(done, len(responses))
 
-    with own_generation_config(policy.model, tokenizer, settings) as eos_ids:
-        draw_responses(Decoding(policy, tokenizer, settings, seed, eos_ids, responses), order, alike, report)
+    own = _own_entries(order, settings.batch_size, ranks)
+    with (
+        ranks.together("sampling"),
+        own_generation_config(policy.model, tokenizer, settings) as eos_ids,
+    ):
+        if own:
+            decoding = Decoding(policy, tokenizer, settings, seed, eos_ids, responses)
+            draw_responses(decoding, own, alike, report)
+    for found in ranks.gathered("responses", {i: responses[i] for i in own}):
+        for i, response in found.items():
+            responses[i] = response
+    if progress is not None and ranks.size > 1:
+        progress(len(responses), len(responses))
     return _assemble(tokenizer, prompts, responses, settings, group)
+
+
+def _own_entries(order: Sequence[int], batch_size: int, ranks: Ranks) -> list[int]:
+    """The entries that this rank draws: whole batches in turn, smaller ones where there are too few."""
+    size = min(batch_size, -(-len(order) // ranks.size))
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    return [i for batch in batches[ranks.rank :: ranks.size] for i in batch]
 
 
 def check_sampling(policy: Policy, seen: SampledTokens, scores: TokenScores) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from probe.data.batch import RolloutBatch
+from probe.distributed.ranks import ALONE, Ranks
 from probe.errors.exceptions import NumericalError, RolloutError
 from probe.errors.remedies import Remedy
 from probe.scoring.scores import TokenScores
@@ -17,10 +18,15 @@ Progress = Callable[[int, int], None]
 
 
 class Collector:
-    """Gathers what a pass finds per token into arrays `(B, T, ...)` and reports progress."""
+    """Gathers what a pass finds per token into arrays `(B, T, ...)`, those of other ranks too, and reports progress."""
 
-    def __init__(self, batch: RolloutBatch, progress: Progress | None) -> None:
+    def __init__(self, batch: RolloutBatch, progress: Progress | None, ranks: Ranks = ALONE) -> None:
         """Start empty.
+
+        Args:
+            batch: that the pass goes over.
+            progress: called as it advances.
+            ranks: that share it.
 
         Raises:
             RolloutError: the batch has no response token.
@@ -33,7 +39,9 @@ class Collector:
         self._mask = batch.mask
         self._arrays: list[Tensor] = []
         self._progress = progress
-        self._done = int((batch.lengths == 0).sum())
+        self._ranks = ranks
+        self._seen = batch.lengths == 0
+        self._done = int(self._seen.sum())
 
     def add(self, sequence: Tensor, position: Tensor, *values: Tensor) -> list[Tensor]:
         """Store values `(n, ...)` of tokens; returns them detached, on the CPU, in float64."""
@@ -44,20 +52,26 @@ class Collector:
             ]
         for array, x in zip(self._arrays, found, strict=True):
             array[sequence, position] = x.to(array.dtype)
+        self._seen[sequence] = True
         return found
 
     def advance(self, count: int) -> None:
-        """Report `count` more sequences."""
+        """Report `count` more sequences of this rank; the others are taken to be as far, and the end to be the end."""
         self._done += count
+        B = len(self._mask)
         if self._progress is not None and count:
-            self._progress(self._done, len(self._mask))
+            self._progress(
+                self._done if self._ranks.size == 1 else min(self._done * self._ranks.size, B - 1), B
+            )
 
     def arrays(self) -> list[Tensor]:
-        """What was gathered, checked.
+        """What was gathered, by all ranks, checked.
 
         Raises:
             NumericalError: a value is not finite.
         """
+        if self._ranks.size > 1:
+            self._exchange()
         for name, values in zip(("log-prob", "entropy"), self._arrays, strict=False):
             bad = ~torch.isfinite(values)
             if bool(bad.any()):
@@ -68,6 +82,22 @@ class Collector:
                     Remedy.WEIGHT_TYPE,
                 )
         return self._arrays
+
+    def _exchange(self) -> None:
+        """Bring in what the other ranks have gathered."""
+        rows = (self._seen & self._mask.any(dim=1)).nonzero().flatten()
+        own = rows, [array[rows][self._mask[rows]] for array in self._arrays]
+        for rank, (rows, values) in enumerate(self._ranks.gathered("values per token", own)):
+            if rank == self._ranks.rank or not values:
+                continue
+            if not self._arrays:
+                self._arrays = [torch.zeros(*self._mask.shape, *x.shape[1:], dtype=x.dtype) for x in values]
+            theirs = torch.zeros_like(self._mask)
+            theirs[rows] = self._mask[rows]
+            for array, x in zip(self._arrays, values, strict=True):
+                array[theirs] = x
+        if self._progress is not None:
+            self._progress(len(self._mask), len(self._mask))
 
     def finish(self) -> TokenScores:
         """The scores."""

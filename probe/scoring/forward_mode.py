@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from probe.data.batch import RolloutBatch
+from probe.distributed.ranks import ALONE
 from probe.errors.exceptions import NumericalError
 from probe.scoring.collector import Collector, Progress
 from probe.scoring.constants import ConstantOperands
@@ -23,6 +25,7 @@ from probe.scoring.features import FeatureBasis
 from probe.scoring.policy import Policy
 from probe.scoring.score import scored_chunks
 from probe.scoring.scores import TokenScores, TokenTangents
+from probe.scoring.together import together
 
 
 class ForwardModeError(NumericalError):
@@ -63,9 +66,10 @@ def scores_and_tangents(
         ForwardModeError: an operation of the model has no forward-mode derivative.
         NumericalError: a score or derivative is not finite.
     """
-    scores, tangents = Collector(batch, None), Collector(batch, progress)
+    scores, tangents = Collector(batch, None, policy.ranks), Collector(batch, progress, policy.ranks)
     here = policy.point(direction)
     with (
+        together(policy, "forward mode"),
         torch.no_grad(),
         forward_ad.dual_level(),
         forward_mode_kernels(policy.model),
@@ -99,13 +103,18 @@ def second_order_tangents(
         ForwardModeError: an operation of the model has no forward-mode derivative.
         NumericalError: a derivative is not finite.
     """
-    first, second = Collector(batch, None), Collector(batch, progress)
+    first, second = Collector(batch, None, policy.ranks), Collector(batch, progress, policy.ranks)
+    alone = replace(policy, ranks=ALONE)
     start = policy.point(direction)
     along = {n: v.to(start[n]) for n, v in direction.items()}
     one = torch.ones((), dtype=torch.float64, device=policy.device)
     # with grad mode on, torch uses formulas that it can differentiate again; nothing here requires a gradient
-    with torch.enable_grad(), forward_mode_kernels(policy.model):
-        for rows in map(torch.tensor, policy.split(batch, "nested forward mode")):
+    with (
+        together(policy, "nested forward mode"),
+        torch.enable_grad(),
+        forward_mode_kernels(policy.model),
+    ):
+        for rows in map(torch.tensor, policy.own_parts(batch, "nested forward mode")):
             part = batch.subset(rows)
             places: list[Any] = []
 
@@ -115,7 +124,7 @@ def second_order_tangents(
                 places.clear()
                 moved = {n: start[n] + s.to(along[n]) * along[n] for n in start}
                 found = []
-                for chunk in scored_chunks(policy.at(moved), part, kind="nested forward mode"):
+                for chunk in scored_chunks(alone.at(moved), part, kind="nested forward mode"):
                     places.append((chunk.sequence, chunk.position))
                     found.append(chunk.values[:2])
                 return tuple(torch.cat(x) for x in zip(*found, strict=True))

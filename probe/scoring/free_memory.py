@@ -74,14 +74,15 @@ def kept_per_position(policy: Policy, batch: RolloutBatch) -> float:
     return found
 
 
-def bound_by_free_memory(policy: Policy, few: RolloutBatch) -> None:
+def bound_by_free_memory(policy: Policy, few: RolloutBatch, processes: int = 1) -> None:
     """Let no gradient take more positions at a time than there is memory for (`policy.traffic.room`).
 
     Args:
         policy: on a CPU.
         few: responses of its batch.
+        processes: that compute gradients at the same time.
     """
-    free = free_memory()
+    free = free_memory() // processes
     most = max(int(SHARE * free / max(kept_per_position(policy, few), 1.0)), 1)
     budget = policy.limits("backward")[1]
     if budget is None or most < budget:

@@ -17,7 +17,11 @@ from probe.scoring.head import OutputHead
 from probe.scoring.microbatch import MicroBatch
 from probe.scoring.policy import Policy
 from probe.scoring.scores import TokenScores
+from probe.scoring.together import together
 
+EXACT_SUMS = 2**26
+"""Up to so many numbers are summed over microbatches and ranks in float64: the sum hardly depends on their order, and
+so on the number of ranks. Half a gigabyte at most; the gradients of larger models are summed in their own type."""
 TokenWeights = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """`(sequence, position, l, h) -> (a, b)`: for `n` tokens, given their place in the batch and their detached scores
 (all `(n,)`, CPU, float64), the constant weights `(K, n)` of `l` and of `h` in each of `K` objectives."""
@@ -54,7 +58,7 @@ def token_gradients(
     if not parameters:
         raise NumericalError("expected trainable parameters, found none with requires_grad=True")
     totals = _Totals(parameters, objectives)
-    collector = Collector(batch, progress)
+    collector = Collector(batch, progress, policy.ranks)
     head = OutputHead(policy.model)
     own = {n: p for n, p in parameters.items() if any(p is q for q in head.layer.parameters())}
 
@@ -68,9 +72,10 @@ def token_gradients(
             totals.add(k, found, list(found.values()))
         return inputs.size
 
-    with torch.enable_grad():
+    with together(policy, "gradients"), torch.enable_grad():
         for size in policy.each(batch, add, "backward"):
             collector.advance(size)
+    policy.ranks.add_up("gradients", [x for values in totals.values for x in values.values()])
     return totals.finish(), collector.finish()
 
 
@@ -157,8 +162,10 @@ class _Totals:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], objectives: int) -> None:
         self.parameters = parameters
+        exact = sum(p.numel() for p in parameters.values()) * objectives <= EXACT_SUMS
         self.values = [
-            {name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(objectives)
+            {name: torch.zeros_like(p, dtype=_sum_type(p, exact)) for name, p in parameters.items()}
+            for _ in range(objectives)
         ]
 
     def add(self, k: int, names: Iterable[str], grads: Sequence[Tensor | None], scale: float = 1.0) -> None:
@@ -175,4 +182,12 @@ class _Totals:
                     raise NumericalError(
                         f"expected finite gradients, found NaN or infinity in that of {name}"
                     )
-        return self.values
+        return [
+            {name: total.to(self.parameters[name].dtype) for name, total in values.items()}
+            for values in self.values
+        ]
+
+
+def _sum_type(parameter: nn.Parameter, exact: bool) -> torch.dtype:
+    """The type that gradients of a parameter are summed in."""
+    return torch.float64 if exact and parameter.device.type in ("cpu", "cuda") else parameter.dtype

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from probe.data.batch import RolloutBatch
+from probe.distributed.ranks import ALONE, Ranks
 from probe.errors.memory import is_out_of_memory
 from probe.loading import trainable_parameters
 from probe.scoring.head import OutputHead
 from probe.scoring.lora import added_in_place
-from probe.scoring.microbatch import MicroBatch, at_a_time, collate, positions, split, worth_sharing
+from probe.scoring.microbatch import MicroBatch, collate, positions, split, worth_sharing
 from probe.scoring.prompts import can_share_prompts, forward
 from probe.scoring.room import check_batch
 from probe.scoring.traffic import Kind, Traffic
@@ -41,6 +42,7 @@ class Policy:
         share_prompts: whether prompts go through the model once for all of their responses in a microbatch, where the
             model allows it and it is less work.
         traffic: what went through it, and what it had no memory for.
+        ranks: the processes that passes are shared out to, each of which holds the whole policy.
         head_chunk_tokens: tokens whose logits are held at a time.
         autocast: a context manager factory for mixed precision (Fabric's `autocast`).
         values: values that stand in for some of the model's parameters, by name; the parameters themselves are not
@@ -56,6 +58,7 @@ class Policy:
     tokens_per_microbatch: int | None = None
     share_prompts: bool = True
     traffic: Traffic = field(default_factory=Traffic, compare=False)
+    ranks: Ranks = field(default=ALONE, compare=False)
 
     def at(self, values: Mapping[str, Tensor]) -> Policy:
         """The policy with other values in the place of its parameters, which stay as they are.
@@ -149,11 +152,14 @@ class Policy:
             and can_share_prompts(self.model, self.autocast, batch)
         )
 
-    def at_a_time(self, length: int) -> int:
-        """How many sequences of so many positions go through the model at a time."""
-        found = at_a_time(length, *self.limits("forward"))
-        assert found is not None  # `limits` has one at least
-        return found
+    def own_parts(self, batch: RolloutBatch, kind: Kind = "forward") -> list[list[int]]:
+        """Those of `split` that are this rank's; a batch is cut the same way whatever the number of ranks."""
+        parts = self.split(batch, kind)
+        if self.ranks.size == 1:
+            return parts
+        share = self._shares(batch)
+        own = self.ranks.shares([positions(batch, part, share) for part in parts])[self.ranks.rank]
+        return [parts[i] for i in own]
 
     def limits(self, kind: Kind) -> tuple[int | None, int | None]:
         """Most sequences and most positions of a microbatch of a kind of pass; None for any number."""
@@ -171,7 +177,7 @@ class Policy:
     def each(
         self, batch: RolloutBatch, run: Callable[[MicroBatch], T], kind: Kind = "forward"
     ) -> Iterator[T]:
-        """What `run` gives for the microbatches of a batch.
+        """What `run` gives for the microbatches of a batch that are this rank's.
 
         One that memory does not suffice for is run again in two halves, and none of later passes of its kind is larger
         than these: nothing is lost but time. Scores of the same sequences in other shapes differ by rounding.
@@ -185,7 +191,7 @@ class Policy:
             DataError: the model has no room for a sequence.
             torch.OutOfMemoryError: memory does not suffice for one sequence.
         """
-        waiting, room = deque(self.split(batch, kind)), dict(self.traffic.room)
+        waiting, room = deque(self.own_parts(batch, kind)), dict(self.traffic.room)
         share = self._shares(batch)
         while waiting:
             indices = waiting.popleft()

@@ -19,6 +19,7 @@ from probe.scoring.head import OutputHead, token_log_probs, token_statistics
 from probe.scoring.microbatch import MicroBatch
 from probe.scoring.policy import Policy
 from probe.scoring.scores import TokenScores
+from probe.scoring.together import together
 from probe.scoring.traffic import Kind
 
 
@@ -40,8 +41,8 @@ def score_tokens(
         RolloutError: all responses are empty.
         NumericalError: a score is not finite.
     """
-    collector = Collector(batch, progress)
-    with torch.no_grad():
+    collector = Collector(batch, progress, policy.ranks)
+    with together(policy, "scores"), torch.no_grad():
         for chunk in scored_chunks(policy, batch, basis):
             collector.add(chunk.sequence, chunk.position, *chunk.values)
             collector.advance(chunk.finished)

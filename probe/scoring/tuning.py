@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from probe.data.batch import RolloutBatch
+from probe.distributed.ranks import ALONE
 from probe.scoring.free_memory import bound_by_free_memory
 from probe.scoring.policy import DEFAULT_TOKENS, Policy
 from probe.scoring.score import score_tokens
+from probe.scoring.together import together
 from probe.snapshot import operator_threads
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,18 @@ def tuned(policy: Policy, batch: RolloutBatch, threads: int | None = None) -> Tu
         policy: its `tokens_per_microbatch` is kept where it has one, or counts sequences.
         batch: E.
         threads: where the number is given.
+
+    Returns:
+        What the first rank has found; all try at the same time, as they will run.
     """
+    ranks = policy.ranks
+    with together(policy, "trial"):
+        own = _tuned(replace(policy, ranks=ALONE), batch, threads, ranks.size)
+    return ranks.from_first("what a trial has found", lambda: own)
+
+
+def _tuned(policy: Policy, batch: RolloutBatch, threads: int | None, processes: int) -> Tuned:
+    """What this rank finds by itself; `processes` share the memory."""
     if threads is None:
         threads = _threads(policy, batch)
     tokens = policy.tokens_per_microbatch
@@ -64,7 +77,8 @@ def tuned(policy: Policy, batch: RolloutBatch, threads: int | None = None) -> Tu
     if policy.device.type == "cpu" and policy.microbatch_size is None and bool(batch.mask.any()):
         few, chosen = (replace(policy, tokens_per_microbatch=n) for n in (THREAD_TOKENS, tokens))
         with operator_threads(threads):
-            bound_by_free_memory(chosen, batch.subset(torch.tensor(few.split(batch)[0])))  # the longest
+            longest = batch.subset(torch.tensor(few.split(batch)[0]))
+            bound_by_free_memory(chosen, longest, processes)
     return Tuned(tokens, threads)
 
 

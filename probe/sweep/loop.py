@@ -17,6 +17,7 @@ from probe.callbacks.console import say
 from probe.callbacks.defaults import measuring_callbacks
 from probe.config.files import read_config_file
 from probe.config.parsing import parse_config
+from probe.distributed.crew import crew_at_work
 from probe.errors.exceptions import (
     CheckpointError,
     ConfigError,
@@ -24,6 +25,7 @@ from probe.errors.exceptions import (
     LogError,
     OptimizerStateError,
     ProbeError,
+    RanksApartError,
 )
 from probe.module import EntropyProbe
 from probe.results.result import ProbeResult
@@ -78,16 +80,19 @@ def execute(runner: ProbeRunner, module: EntropyProbe, sweep: SweepConfig) -> pd
         ProbeError: an error that would hit every point. What was finished before it is kept.
     """
     grid = build_grid(sweep, module.configured, module.seed, module.given)
-    folder = SweepFolder(sweep.output_folder)
+    runner.launch()
+    ranks, folder = runner.ranks, SweepFolder(sweep.output_folder)
     threads = one_thread if module.configured.checkpoint.checkpoint_path == DEMO else nullcontext
-    with folder.locked(), threads():
+    with crew_at_work(runner.crew), folder.locked() if ranks.first else nullcontext(), threads():
         shared = shared_settings(module.configured, runner.precision, module.given)
-        records = folder.open(grid, shared, sweep.overwrite)
+        # one folder, which the first rank alone writes to
+        records = ranks.from_first("records", lambda: folder.open(grid, shared, sweep.overwrite))
         loop = _Sweep(runner, module, sweep, grid, folder, records)
         loop.run()
-        write_summary(loop.table(), folder.path)
-        plots = write_plots(loop.table(), folder)
-    say(runner, loop.tally.closing(folder.path, len(plots)) + "\n")
+        if ranks.first:
+            write_summary(loop.table(), folder.path)
+            plots = write_plots(loop.table(), folder)
+            say(runner, loop.tally.closing(folder.path, len(plots)) + "\n")
     return loop.table()
 
 
@@ -139,7 +144,7 @@ class _Sweep:
         waiting = [c for c in self.grid.combinations if self._waiting(c)]
         self.tally.runs_left = len(waiting)
         say(self.runner, self.tally.opening(self.folder.path) + "\n")
-        if self.records:
+        if self.records and self.runner.ranks.first:
             write_table(self.table(), self.folder.path)
         by_checkpoint: dict[str, list[Combination]] = {}
         for combination in waiting:
@@ -199,6 +204,8 @@ class _Sweep:
 
     def _hits_every_point(self, error: Exception) -> bool:
         """Whether an error is in what all points have in common, so that there is no use in going on."""
+        if isinstance(error, RanksApartError):
+            return True
         if isinstance(error, (CheckpointError, OptimizerStateError)):
             return len(self.grid.axes["checkpoints"]) == 1
         if isinstance(error, (ConfigError, DataError, LogError)):
@@ -241,8 +248,10 @@ class _Sweep:
 
     def _write(self, point: Point, record: Record) -> None:
         """Write the point's file first, then the table, and say so."""
-        self.folder.keep(record)
         self.records[point.id] = record
         self.pending.discard(point.id)
-        write_table(self.table(), self.folder.path)
+        with self.runner.ranks.together("point"):
+            if self.runner.ranks.first:
+                self.folder.keep(record)
+                write_table(self.table(), self.folder.path)
         say(self.runner, point_line(point, record, self.grid, self.tally) + "\n")

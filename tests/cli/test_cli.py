@@ -146,7 +146,7 @@ BAD = [
     (["--batch_config.prompt_column", "text"], "text"),
     (["--batch_config.reward", "no_such_reward"], "no_such_reward"),
     (["--generation.top_k", "50"], "generation.allow_truncated_support"),
-    (["--trainer.devices", "2"], "expected 1 device"),
+    (["--trainer.strategy", "ddp_spawn"], "expected ddp, whose processes run the program from its start"),
     (["--trainer.accelerator", "gpu"], "devices cannot be set up"),
 ]
 

@@ -34,6 +34,7 @@ OF_ITS_PASSES = {
     "step_norm",
     "derivative_check_error",
     "threads",
+    "processes",
     "continuous_batching",
     "tokens_per_microbatch",
 }

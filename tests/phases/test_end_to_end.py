@@ -776,8 +776,8 @@ def test_refusals(config, tmp_path, monkeypatch):
         run(config, batch_config={"reward": "tests.phases.test_end_to_end:broken"})
     with pytest.raises(DataError, match="B_U"):
         run(config, batch_config={"B_U": 1000})
-    with pytest.raises(ConfigError, match="devices"):
-        run(config, trainer={"devices": 2})
+    with pytest.raises(ConfigError, match=r"trainer\.strategy: expected ddp"):
+        run(config, trainer={"devices": 2, "strategy": "ddp_spawn"})
     (tmp_path / "U.jsonl").write_text(
         '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "c"}\n'
     )

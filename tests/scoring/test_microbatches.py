@@ -254,7 +254,7 @@ def test_the_budget_rises_while_that_is_faster(monkeypatch, timed):
     monkeypatch.setattr(tuning, "TRIAL_SHARE", 1e6)
     batch = ragged_batch()
     monkeypatch.setattr(tuning, "BUDGETS", (8, 14, 30, 60))
-    monkeypatch.setattr(tuning, "bound_by_free_memory", lambda policy, few: None)
+    monkeypatch.setattr(tuning, "bound_by_free_memory", lambda *_: None)
     rates = {8: 1.0, 14: 2.0, 30: 3.0, 60: 3.01}
     timed(lambda policy, batch: tuning._positions(batch) / rates[policy.tokens_per_microbatch])
     policy = Policy(torch.nn.Linear(1, 1), microbatch_size=None)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from probe.callbacks import ProbeCallback
 from probe.config.checkpoint import CheckpointConfig
 from probe.config.schema import ProbeConfig
+from probe.distributed.ranks import ALONE
 from probe.results.result import ProbeResult
 from tests.support.synthetic_run import as_result
 
@@ -44,10 +46,14 @@ class FakeRunner:
     def __init__(self, noise: float = 1.0, own_rate: Callable[[str], float] = lambda path: OWN_RATE) -> None:
         self.noise, self.own_rate = noise, own_rate
         self.precision, self.errors = "32-true", []
+        self.ranks, self.crew, self.fabric = ALONE, None, SimpleNamespace(is_global_zero=True)
         self.callbacks: list[Sequence[ProbeCallback]] = []
         self.runs: list[tuple[ProbeConfig, int]] = []
         self.rates: list[float] = []
         self.before: Callable[[FakeModule, float], None] = lambda module, eta: None
+
+    def launch(self) -> None:
+        """There is one process."""
 
     def run(self, module: FakeModule, callbacks: Sequence[ProbeCallback]) -> ProbeResult:
         self.callbacks.append(callbacks)

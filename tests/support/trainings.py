@@ -57,10 +57,24 @@ def break_probe(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     monkeypatch.setattr(UpdateProbe, "after", after)
 
 
+def numbers(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a probe has found, without what it has cost."""
+    cost = ("seconds", "cost", "every")
+    return [{k: v for k, v in entry.items() if not any(word in k for word in cost)} for entry in history]
+
+
 def in_two_processes(function: Callable[..., Any], *arguments: Any, seconds: float = 60.0) -> list[Any]:
-    """What a function returns in each of two processes that torch.distributed can connect.
+    """What a function returns in each of two processes; see `in_processes`."""
+    return in_processes(2, function, *arguments, seconds=seconds)
+
+
+def in_processes(
+    count: int, function: Callable[..., Any], *arguments: Any, seconds: float = 60.0
+) -> list[Any]:
+    """What a function returns in each of several processes that torch.distributed can connect.
 
     Args:
+        count: of processes.
         function: called with `arguments`; a launcher has set its environment, as torchrun does.
         arguments: the first is a folder for the results.
         seconds: after which the processes are ended and the test fails.
@@ -75,7 +89,7 @@ def in_two_processes(function: Callable[..., Any], *arguments: Any, seconds: flo
         )  # from Python 3.12 on
         # forked ones need no imports
         context = multiprocessing.start_processes(
-            _process, (function, port, *arguments), nprocs=2, join=False, start_method="fork"
+            _process, (function, count, port, *arguments), nprocs=count, join=False, start_method="fork"
         )
     end = time.monotonic() + seconds
     try:
@@ -84,17 +98,19 @@ def in_two_processes(function: Callable[..., Any], *arguments: Any, seconds: flo
     finally:
         for process in context.processes:
             process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 
-def _process(rank: int, function: Callable[..., Any], port: int, folder: str, *arguments: Any) -> None:
+def _process(
+    rank: int, function: Callable[..., Any], count: int, port: int, folder: str, *arguments: Any
+) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
         "GROUP_RANK": "0",
         "TORCHELASTIC_RUN_ID": "test",
     }

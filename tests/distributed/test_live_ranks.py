@@ -1,0 +1,143 @@
+"""A probe inside of a training on several processes: they probe together, and the training is what it would be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from probe.distributed.ranks import Ranks
+from probe.distributed.same import fingerprint
+from probe.errors.exceptions import RanksApartError
+from tests.support.live_loops import adamw, attach, lora_model
+from tests.support.trainings import bits, in_processes, numbers, set_streams, streams
+
+STEPS = 4
+
+
+def train(folder, probe=None, apart=False, spoil=None):
+    """A loop with DistributedDataParallel, each rank on data of its own: what is left of it, and the probe's history.
+
+    Args:
+        folder: nothing.
+        probe: settings of the probe; None for none.
+        apart: each rank trains a policy of its own.
+        spoil: is given the watch and the rank before the loop.
+    """
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    set_streams(100 + rank)
+    torch.manual_seed(rank if apart else 0)
+    model = lora_model(seed=rank if apart else 0)
+    optimizer = adamw(model)
+    forward = model if apart else torch.nn.parallel.DistributedDataParallel(model)
+    torch.manual_seed(100 + rank)
+    watch = None if probe is None else attach(model, optimizer, **{"strict": False, **probe})
+    if spoil is not None:
+        spoil(watch, rank)
+    for k in range(STEPS):
+        generator = torch.Generator().manual_seed(10 * k + rank)
+        ids = torch.randint(4, 100, (2, 6), generator=generator)
+        forward(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    left = bits([dict(model.named_parameters()), optimizer.state_dict(), streams()])
+    if watch is None:
+        return left, None, None
+    return left, numbers(watch.history), None if watch.error is None else str(watch.error)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_all_ranks_find_the_same_and_leave_no_trace(tmp_path, ranks):
+    plain = in_processes(ranks, train, tmp_path)
+    probed = in_processes(ranks, train, tmp_path, {"B_E": 8, "microbatch_size": 2})
+    assert [one[0] for one in plain] == [one[0] for one in probed]
+    assert plain[0][0] != plain[1][0]  # their random streams
+    histories = [one[1] for one in probed]
+    assert [len(history) for history in histories] == [STEPS] * ranks
+    assert all(bits(history) == bits(histories[0]) for history in histories)
+    assert all(abs(entry["deltaH_true_tok"]) > 0 for entry in histories[0])
+
+
+def test_it_is_shared_out(tmp_path):
+    shared = in_processes(2, counted, tmp_path)
+    assert all(0 < useful < sum(shared) for useful in shared)
+
+
+def counted(folder):
+    """Tokens that went through the model of this rank after attaching."""
+    found = {}
+
+    def keep(watch, rank):
+        found["watch"], found["before"] = watch, watch._probe.traffic.useful
+
+    train(folder, {"B_E": 8, "microbatch_size": 2}, spoil=keep)
+    return found["watch"]._probe.traffic.useful - found["before"]
+
+
+def test_ranks_that_train_policies_of_their_own_are_not_mixed(tmp_path):
+    first, second = in_processes(2, train, tmp_path, {}, True)
+    assert first[2] is None
+    assert len(first[1]) == STEPS
+    assert second[1] == []
+    plain = in_processes(2, train, tmp_path, None, True)
+    assert [one[0] for one in plain] == [first[0], second[0]]
+
+
+def break_second(watch, rank):
+    """An error of the second rank in the middle of its second probe."""
+    if rank != 1:
+        return
+    after = watch._probe.after
+
+    def broken(before, *rest):
+        if before.number == 2:
+            raise RuntimeError("a broken rank")
+        return after(before, *rest)
+
+    watch._probe.after = broken
+
+
+def move_second(watch, rank):
+    """Other weights on the second rank."""
+    if rank == 1:
+        with torch.no_grad():
+            next(iter(watch._probe.parameters.values())).add_(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "probes", "said"),
+    [(break_second, 1, "a broken rank"), (move_second, 0, "expected the same trained parameters")],
+)
+def test_what_fails_on_one_rank_ends_the_probe_on_all_and_not_the_training(tmp_path, spoil, probes, said):
+    for _, history, error in in_processes(2, train, tmp_path, {}, False, spoil):
+        assert len(history) == probes
+        assert said in error
+
+
+def attached_by_one(folder):
+    torch.distributed.init_process_group("gloo")
+    if torch.distributed.get_rank() == 1:
+        torch.distributed.barrier()
+        return "waits"
+    try:
+        Ranks.of_job(seconds=1.0)
+    except RanksApartError as error:
+        torch.distributed.barrier()
+        return str(error)
+
+
+def test_a_probe_that_is_attached_on_one_rank_says_so(tmp_path):
+    text, _ = in_processes(2, attached_by_one, tmp_path)
+    assert "expected all 2 processes of the job to take part, found the ranks [0] only" in text
+
+
+def test_fingerprints_see_one_bit_and_the_place():
+    one = torch.arange(6.0)
+    other = one.clone()
+    other[3] += 1e-6
+    assert fingerprint([one]) == fingerprint([one.clone()])
+    assert fingerprint([one]) != fingerprint([other])
+    assert fingerprint([one[:3], one[3:]]) != fingerprint([one[3:], one[:3]])
+    for dtype in (torch.bfloat16, torch.float64, torch.uint8):
+        assert fingerprint([one.to(dtype)]) != fingerprint([(one + 1).to(dtype)])
