@@ -20,6 +20,11 @@ from probe.loading.quantization import find_4bit_layers
 from probe.parameters import without_adapters
 from probe.scoring.room import Room
 
+PROBE_CHECKPOINTS = (
+    "probe its checkpoints with `entropy-probe run`: weights gathered into a folder as `save_pretrained` writes it, "
+    "and FSDP's optimizer, gathered (FULL_STATE_DICT) or sharded; DeepSpeed's optimizer files are not read"
+)
+"""The way that is left where parameters are sharded."""
 _FULL_BYTES = 4
 """Bytes of a float32 number."""
 
@@ -149,7 +154,7 @@ def _refuse_sharded(model: nn.Module) -> None:
     from torch.distributed.tensor import DTensor
 
     names = dict(model.named_parameters())
-    shards = "FSDP and tensor parallelism are not supported yet; probe checkpoints with `entropy-probe run` instead"
+    shards = f"FSDP, DeepSpeed's ZeRO and tensor parallelism are not supported yet; {PROBE_CHECKPOINTS}"
     for module in model.modules():
         if type(module).__name__ in ("FullyShardedDataParallel", "FSDPModule"):
             raise ConfigError(f"model: expected whole parameters, found {type(module).__name__}; {shards}")

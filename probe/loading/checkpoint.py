@@ -19,6 +19,7 @@ from probe.loading.layouts import (
     foreign_message,
     refuse_foreign_layout,
 )
+from probe.loading.sharded import is_sharded
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -27,6 +28,8 @@ REFERENCE_ADAPTER = "ref"
 MODEL_CONFIG = "config.json"
 MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
+SHARDED_OPTIMIZERS = ("optimizer_0", "optimizer")
+"""Folders of torch.distributed.checkpoint, as accelerate and others name them under FSDP."""
 TRAINER_STATE = "trainer_state.json"
 TRAINING_ARGS = "training_args.bin"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
@@ -39,7 +42,7 @@ class CheckpointFiles:
     Attributes:
         kind: `lora` for a PEFT adapter, `full` for a whole model.
         model_dir: folder with the adapter or the model.
-        optimizer_file: file with the optimizer's `state_dict`.
+        optimizer_file: file with the optimizer's `state_dict`, or its folder of torch.distributed.checkpoint.
         tokenizer_dirs: folders of the checkpoint that hold a tokenizer, best first; may be empty.
         name: short label for file names and tables (`step_60`, `checkpoint-60`).
         step: the training step, from trainer_state.json or the name; None where neither says.
@@ -200,6 +203,8 @@ def _find_optimizer(folders: tuple[Path, ...], given: str | None) -> Path:
         if file.suffix == ".ckpt":
             raise CheckpointError(foreign_message("a Lightning checkpoint", file, LIGHTNING))
         if file.is_dir():
+            if is_sharded(file):
+                return file
             refuse_foreign_layout(file)
             raise CheckpointError(f"checkpoint.optimizer_path: expected a file, found the folder {file}")
         if not file.is_file():
@@ -208,7 +213,8 @@ def _find_optimizer(folders: tuple[Path, ...], given: str | None) -> Path:
     found = []
     for folder in folders:
         # `optimizer.bin` is what accelerate and, under FSDP, the Trainer write; a folder's first name wins.
-        found += [folder / name for name in OPTIMIZER_FILES if (folder / name).is_file()][:1]
+        whole = [folder / name for name in OPTIMIZER_FILES if (folder / name).is_file()]
+        found += (whole or [folder / name for name in SHARDED_OPTIMIZERS if is_sharded(folder / name)])[:1]
     if len(found) > 1:
         raise CheckpointError(
             f"Optimizer state is ambiguous: expected one file, found {', '.join(map(str, found))}; name the "

@@ -170,7 +170,7 @@ def check_torch_file(file: Path, most: int | None) -> None:
                             refusal.format(f"a table of contents of {entry.file_size} bytes")
                         )
                     with archive.open(entry) as handle:
-                        _check_pickle(handle, refusal)
+                        check_pickle(handle, refusal)
     except (zipfile.BadZipFile, NotImplementedError, EOFError):
         return  # no torch file: torch says so in its own way
 
@@ -183,13 +183,20 @@ def _check_legacy(file: Path, refusal: str) -> None:
             return
         handle.seek(0)
         for _ in range(5):
-            _check_pickle(handle, refusal)
+            check_pickle(handle, refusal)
 
 
-def _check_pickle(handle: IO[bytes], refusal: str) -> None:
+def check_pickle(handle: IO[bytes], refusal: str) -> None:
     """Go through the instructions of one pickle without following them, counting what values would stand for.
 
     A value's weight is the number of values in it, those in its parts included, as often as they occur.
+
+    Args:
+        handle: at the start of the pickle.
+        refusal: of the message, with a place for what was found.
+
+    Raises:
+        OptimizerStateError: it is too long, too deep, or has a tuple that stands for too many values.
     """
     stack: list[tuple[int, int] | None] = []  # weight and depth; None is a mark
     memo: dict[int, tuple[int, int]] = {}

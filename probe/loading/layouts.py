@@ -21,16 +21,18 @@ _DEEPSPEED = (
     f"{SAVE_ADVICE}"
 )
 _FSDP = (
-    "gather it in one process: weights with `accelerate merge-weights`, or train with state_dict_type FULL_STATE_DICT, "
-    f"which writes optimizer.bin; {SAVE_ADVICE}"
+    "gather it in one process: weights with `accelerate merge-weights`, into a folder with their config.json or "
+    "adapter_config.json; the optimizer is read as it is, name its folder `optimizer_0` with `.metadata` in it in "
+    "checkpoint.optimizer_path (or train with state_dict_type FULL_STATE_DICT, which writes optimizer.bin)"
 )
 _VERL = (
     "gather it in one process: weights with `python -m verl.model_merger merge --backend fsdp`; "
     f"{SAVE_ADVICE}"
 )
 _DCP = (
-    "gather it in one process (`torch.distributed.checkpoint.format_utils.dcp_to_torch_save`) and "
-    f"{SAVE_ADVICE}"
+    "gather it in one process: weights (`torch.distributed.checkpoint.format_utils.dcp_to_torch_save`, then "
+    "`save_pretrained`); an optimizer is read as it is, name its folder with `.metadata` in it in "
+    "checkpoint.optimizer_path"
 )
 _TO_TRANSFORMERS = "convert the weights to transformers' format with its own export tool"
 _FOREIGN_LAYOUTS = (

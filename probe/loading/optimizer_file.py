@@ -17,6 +17,7 @@ from probe.limits import OPTIMIZER_BYTES, OPTIMIZER_BYTES_PER_PARAMETER
 from probe.loading.checkpoint import TRAINER_STATE, CheckpointFiles
 from probe.loading.foreign import check_torch_file
 from probe.loading.moments import SavedKey
+from probe.loading.sharded import read_sharded
 from probe.text import shown
 
 _SUPPORTED = "torch's Adam and AdamW, and bitsandbytes' 8-bit and 32-bit Adam and AdamW"
@@ -41,14 +42,30 @@ def largest_file(model: nn.Module) -> int:
 
 
 def read_state_dict(file: Path, most: int) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The `state_dict` in `file`, read without running any code in it."""
+    """The `state_dict` in `file`, or in the folder of a sharded checkpoint, read without running any code in it."""
+    payload = read_sharded(file, most) if file.is_dir() else _read_torch_file(file, most)
+    notes: tuple[str, ...] = ()
+    for key in _WRAPPERS:
+        if isinstance(payload, dict) and "param_groups" not in payload and isinstance(payload.get(key), dict):
+            payload, notes = payload[key], (f"the state was read from the entry {key!r} of {file.name}",)
+    if not isinstance(payload, dict) or not {"state", "param_groups"} <= payload.keys():
+        kind = type(payload).__name__
+        found = f"the keys {sorted(map(str, payload))[:10]}" if isinstance(payload, dict) else kind
+        raise OptimizerStateError(
+            f"{file}: expected an optimizer's state_dict (state, param_groups), found {found}"
+        )
+    return payload, notes
+
+
+def _read_torch_file(file: Path, most: int) -> Any:
+    """What torch.save wrote."""
     if file.exists():
         check_torch_file(file, most)
     try:
         with warnings.catch_warnings():
             # torch warns of unusual pickle protocols; what matters is whether the content can be read.
             warnings.simplefilter("ignore")
-            payload = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise OptimizerStateError(f"{file}: expected the optimizer's state, found no such file") from error
     except pickle.UnpicklingError as error:
@@ -66,17 +83,6 @@ def read_state_dict(file: Path, most: int) -> tuple[dict[str, Any], tuple[str, .
         raise OptimizerStateError(
             f"{file}: expected a file that torch.save wrote, found {reason or 'nothing'}"
         ) from error
-    notes: tuple[str, ...] = ()
-    for key in _WRAPPERS:
-        if isinstance(payload, dict) and "param_groups" not in payload and isinstance(payload.get(key), dict):
-            payload, notes = payload[key], (f"the state was read from the entry {key!r} of {file.name}",)
-    if not isinstance(payload, dict) or not {"state", "param_groups"} <= payload.keys():
-        kind = type(payload).__name__
-        found = f"the keys {sorted(map(str, payload))[:10]}" if isinstance(payload, dict) else kind
-        raise OptimizerStateError(
-            f"{file}: expected an optimizer's state_dict (state, param_groups), found {found}"
-        )
-    return payload, notes
 
 
 def well_formed(

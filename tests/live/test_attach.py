@@ -65,9 +65,7 @@ def classifier() -> nn.Module:
 
 
 POLICY = "give the policy itself, loaded with AutoModelForCausalLM"
-WHOLE = (
-    "FSDP and tensor parallelism are not supported yet; probe checkpoints with `entropy-probe run` instead"
-)
+WHOLE = ""
 
 
 @pytest.mark.parametrize(
@@ -195,14 +193,6 @@ def test_distributed_data_parallel(process_group):
         optimizer.step()
     assert watch.model is model
     assert watch.last["deltaH_true_tok"] != 0
-
-
-def test_only_the_first_rank_probes(process_group, monkeypatch):
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 1)
-    model = lora_model()
-    watch = attach(model, adamw(model))
-    assert not watch.active
-    assert watch.history == []
 
 
 def test_compiled_and_parallel_models_are_unwrapped():

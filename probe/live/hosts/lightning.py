@@ -12,6 +12,7 @@ from torch import nn
 
 from probe.errors.exceptions import ConfigError
 from probe.live.alarm import OnAlarm
+from probe.live.attach import PROBE_CHECKPOINTS
 from probe.live.optimizers import moved_parameters
 from probe.live.outlets import Log, Outlet, tensorboard_layout
 from probe.live.settings import WatchSettings
@@ -51,7 +52,7 @@ def refuse_sharded(trainer: Trainer) -> None:
     if any(word in kind for word in ("FSDP", "DeepSpeed", "ModelParallel")):
         raise ConfigError(
             f"trainer: expected whole parameters on every device, found {kind}; sharded training is not supported "
-            "yet, probe its checkpoints with `entropy-probe run`"
+            f"yet, {PROBE_CHECKPOINTS}"
         )
 
 

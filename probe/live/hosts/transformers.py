@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from probe.errors.exceptions import ConfigError, DataError, ProbeError, RolloutError
 from probe.from_checkpoint.options import READ
 from probe.live.alarm import OnAlarm
+from probe.live.attach import PROBE_CHECKPOINTS
 from probe.live.hosts.trl import sampling_changes, trainer_prompts
 from probe.live.names import ALARMS, history_names
 from probe.live.outlets import Log, tensorboard_layout
@@ -58,7 +59,7 @@ def refuse_sharded(trainer: Trainer) -> None:
             kind = name.removeprefix("is_").removesuffix("_enabled")
             raise ConfigError(
                 f"trainer: expected whole parameters on every device, found {kind}; sharded training is not "
-                "supported yet, probe its checkpoints with `entropy-probe run`"
+                f"supported yet, {PROBE_CHECKPOINTS}"
             )
 
 
