@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from probe.distributed.environment import first_process, launched_by_others
+from probe.distributed.environment import first_process, started_by_first
 from probe.distributed.ranks import ALONE, Ranks
 from probe.errors.exceptions import ProbeError, RanksApartError
 from probe.text import error_text, text_of
@@ -52,7 +52,7 @@ class Crew:
         self.ranks, self.single = ALONE, single
         self._started = started
         self._children: list[subprocess.Popen[Any]] = []
-        self._parent = None if first_process() or launched_by_others() else os.getppid()
+        self._parent = os.getppid() if started_by_first() else None
         self._store: Any = None
         self._lock = threading.Lock()
         self._watching = threading.Event()
@@ -61,7 +61,8 @@ class Crew:
     def join(self) -> None:
         """All processes have found each other."""
         self._adopt()
-        self.ranks = Ranks.of_job()
+        # the others wait for a reward, however long it takes: the crew sees who has gone
+        self.ranks = Ranks.of_job(patience=timedelta(days=7))
         if self.ranks.size > 1:
             self._store = torch.distributed.distributed_c10d._get_default_store()
 
@@ -142,8 +143,8 @@ class Crew:
 
     def _lost(self) -> list[int]:
         """Ranks that have gone before the end."""
-        if self._parent is not None:
-            return [0] if os.getppid() != self._parent else []
+        if self._parent is not None and os.getppid() != self._parent:
+            return [0]
         return [k for k, child in enumerate(self._children, 1) if child.poll() not in (None, 0)]
 
     def _word(self) -> str:

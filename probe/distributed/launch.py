@@ -44,7 +44,7 @@ def launched(fabric: Fabric) -> Crew:
     try:
         with crew_at_work(crew):
             fabric.launch()
-            crew.join()
+            crew.join()  # a reward may take long, and the crew sees who has gone
     except (RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(

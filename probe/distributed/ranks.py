@@ -8,6 +8,7 @@ suffice) is done by all.
 
 from __future__ import annotations
 
+import pickle
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from probe.errors.exceptions import RanksApartError
 
 T = TypeVar("T")
 BUCKET = 2**24
-"""Numbers that are summed over ranks at a time."""
+"""Most numbers that are summed over ranks at a time; a larger tensor goes in pieces."""
 WORDS = 4
 """Most numbers that a rank can add to its word at a meeting."""
 
@@ -54,11 +55,12 @@ class Ranks:
     sent: int = 0
 
     @classmethod
-    def of_job(cls, seconds: float = 600.0) -> Ranks:
+    def of_job(cls, seconds: float = 600.0, patience: timedelta | None = None) -> Ranks:
         """All processes of the job, with a group of their own for tensors on the CPU; alone where there is one.
 
         Args:
-            seconds: that they wait for each other.
+            seconds: that they wait for each other here.
+            patience: how long one waits for another at a meeting; None for as long as torch does.
 
         Raises:
             RanksApartError: not all of them ask for it.
@@ -67,7 +69,7 @@ class Ranks:
         if size == 1:
             return cls()
         _wait_for_all(rank, size, seconds)
-        return cls(rank, size, torch.distributed.new_group(backend="gloo"))
+        return cls(rank, size, torch.distributed.new_group(backend="gloo", timeout=patience))
 
     @property
     def first(self) -> bool:
@@ -103,7 +105,7 @@ class Ranks:
             A list; after the block it has the words of each rank, in the order of the ranks, also where a rank failed.
 
         Raises:
-            Exception: what the block raised on this rank or, where it raised on others only, on the first of these.
+            Exception: what the block raised on the first rank on which it raised.
             RanksApartError: another rank is at another place, or has gone.
         """
         found: list[list[int]] = []
@@ -129,11 +131,14 @@ class Ranks:
         found[:] = [head[2 : 2 + len(words)].tolist() for head in heads]
         failed = [rank for rank, head in enumerate(heads) if bool(head[1])]
         if failed:
-            errors = self._gathered(what, None if error is None else _sendable(error))
-            if error is None:
-                raise _marked(errors[failed[0]], failed[0])
-            error.__dict__["shared_by_ranks"] = True
-            return
+            errors = self._gathered(what, pickle.dumps(None if error is None else _sendable(error)))
+            raised = pickle.loads(errors[failed[0]])  # of this job's own making
+            if type(raised) is type(error) and self.rank == failed[0]:
+                raised = error
+            raised.__dict__.update(shared_by_ranks=True)
+            if raised is error:
+                return
+            raise raised from error
         places = {int(head[0]) for head in heads}
         if len(places) > 1:
             raise RanksApartError(
@@ -145,15 +150,20 @@ class Ranks:
         """What each rank has, in the order of the ranks; small Python objects and tensors on the CPU.
 
         Raises:
+            Exception: on another rank it cannot be sent.
             RanksApartError: another rank has gone.
         """
-        return [value] if self.size == 1 else self._gathered(what, value)
+        if self.size == 1:
+            return [value]
+        with self.together(what):
+            own = pickle.dumps(value)
+        return [pickle.loads(data) for data in self._gathered(what, own)]
 
-    def _gathered(self, what: str, value: Any) -> list[Any]:
-        """See `gathered`."""
+    def _gathered(self, what: str, own: bytes) -> list[bytes]:
+        """What each rank has pickled."""
         values: list[Any] = [None] * self.size
-        with self._collective(what, _bytes_of(value)):
-            torch.distributed.all_gather_object(values, value, group=self.group)
+        with self._collective(what, len(own)):
+            torch.distributed.all_gather_object(values, own, group=self.group)
         return values
 
     def from_first(self, what: str, make: Callable[[], T]) -> T:
@@ -167,14 +177,15 @@ class Ranks:
             Exception: what `make` raises.
             RanksApartError: another rank has gone.
         """
-        made: list[Any] = [None]
+        if self.size == 1:
+            return make()
+        sent: list[Any] = [None]
         with self.together(what):
             if self.first:
-                made[0] = make()
-        if self.size > 1:
-            with self._collective(what, _bytes_of(made[0]) if self.first else 0):
-                torch.distributed.broadcast_object_list(made, src=0, group=self.group)
-        return made[0]  # type: ignore[no-any-return]
+                sent[0] = pickle.dumps(make())
+        with self._collective(what, len(sent[0]) if self.first else 0):
+            torch.distributed.broadcast_object_list(sent, src=0, group=self.group)
+        return pickle.loads(sent[0])  # type: ignore[no-any-return]
 
     def add_up(self, what: str, tensors: Sequence[Tensor]) -> None:
         """Sum tensors over ranks, in place, in their own type; every rank gets the same bits.
@@ -188,13 +199,19 @@ class Ranks:
         """
         if self.size == 1:
             return
-        for bucket in _buckets(tensors):
-            flat = torch.cat([x.detach().reshape(-1) for x in bucket])
-            group = self.group if flat.device.type == "cpu" else None
-            with self._collective(what, flat.nbytes):
-                torch.distributed.all_reduce(flat, group=group)
-            for x, total in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
-                x.detach().copy_(total.view_as(x))
+        with self.together(what):
+            flat = [x.detach().contiguous().view(-1) for x in tensors]
+        for bucket in _buckets([piece for x in flat for piece in x.split(BUCKET)]):
+            with self.together(what):  # here memory may not suffice
+                total = torch.cat(bucket)
+            group = self.group if total.device.type == "cpu" else None
+            with self._collective(what, total.nbytes):
+                torch.distributed.all_reduce(total, group=group)
+            for piece, part in zip(bucket, total.split([x.numel() for x in bucket]), strict=True):
+                piece.copy_(part)
+        for x, whole in zip(tensors, flat, strict=True):
+            if x.data_ptr() != whole.data_ptr():
+                x.detach().copy_(whole.view(x.shape))
 
     @contextmanager
     def _collective(self, what: str, sent: int) -> Iterator[None]:
@@ -204,6 +221,11 @@ class Ranks:
             yield
         except RuntimeError as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if "timed out" in reason.lower():
+                raise RanksApartError(
+                    f"expected {self.size} ranks to exchange {what!r}, found that another one does not come "
+                    f"({reason:.200})"
+                ) from error
             raise RanksApartError(
                 f"expected {self.size} ranks, found that another one has gone while they exchanged {what!r} "
                 f"({reason:.200}); its own message says why"
@@ -221,7 +243,6 @@ def _wait_for_all(rank: int, size: int, seconds: float) -> None:
         RanksApartError: some do not.
     """
     global _asked
-    _asked += 1
     keys = [f"entropy_probe/asked/{_asked}/{k}" for k in range(size)]
     store = torch.distributed.distributed_c10d._get_default_store()
     store.set(keys[rank], "here")
@@ -229,10 +250,12 @@ def _wait_for_all(rank: int, size: int, seconds: float) -> None:
         store.wait(keys, timedelta(seconds=seconds))
     except RuntimeError as error:
         there = [k for k, key in enumerate(keys) if store.check([key])]
+        store.delete_key(keys[rank])
         raise RanksApartError(
             f"expected all {size} processes of the job to take part, found the ranks {there} only after {seconds:g} "
             "seconds; call it on every rank"
         ) from error
+    _asked += 1
 
 
 ALONE = Ranks()
@@ -246,8 +269,6 @@ def _was_shared(error: Exception) -> bool:
 
 def _sendable(error: Exception) -> Exception:
     """An error that can be pickled and made again on the other side."""
-    import pickle
-
     try:
         again = pickle.loads(pickle.dumps(error))  # of this process's own making
     except Exception:
@@ -255,23 +276,6 @@ def _sendable(error: Exception) -> Exception:
     if type(again) is type(error) and str(again) == str(error):
         return error
     return OtherRankError(f"{type(error).__name__}: {error}")
-
-
-def _marked(error: Exception, rank: int) -> Exception:
-    """An error of another rank, which all know of."""
-    error.__dict__.update(shared_by_ranks=True, of_rank=rank)
-    return error
-
-
-def _bytes_of(value: Any) -> int:
-    """About how many bytes an object is sent as."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, (list, tuple)):
-        return sum(map(_bytes_of, value))
-    if isinstance(value, dict):
-        return sum(map(_bytes_of, value.values()))
-    return len(str(value)) if isinstance(value, (str, bytes)) else 8
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -7,10 +7,11 @@ the plain values. Here the table may name the classes of such tables only, and v
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -94,33 +95,64 @@ def _first_failure(error: BaseException) -> BaseException:
 def _table(folder: Path, most: int) -> Metadata:
     """The table of contents; the files that it names are the folder's own, and hold as much as it says."""
     file = folder / TABLE
-    data = file.read_bytes()
     refusal = f"{file}: expected the table of a sharded checkpoint, found {{}}; save it again"
+    with file.open("rb") as handle:
+        data = handle.read(PICKLE_BYTES + 1)
     if len(data) > PICKLE_BYTES:
-        raise OptimizerStateError(refusal.format(f"{len(data)} bytes"))
+        raise OptimizerStateError(refusal.format(f"more than {PICKLE_BYTES} bytes"))
     check_pickle(io.BytesIO(data), refusal)
     try:
         table = _Table(io.BytesIO(data)).load()
     except Exception as error:
         reason = f"a pickle that is damaged or needs more, which could run code ({error!s:.120})"
         raise OptimizerStateError(refusal.format(reason)) from error
+    try:
+        _check(table, folder, most, refusal)
+    except (AttributeError, TypeError, KeyError) as error:
+        raise OptimizerStateError(refusal.format(f"entries of another kind ({error!s:.120})")) from error
+    return table  # type: ignore[no-any-return]
+
+
+def _check(table: Any, folder: Path, most: int, refusal: str) -> None:
+    """The table of contents promises what is there, and nothing is left open."""
     if not isinstance(table, Metadata) or not isinstance(table.storage_data, dict):
         raise OptimizerStateError(refusal.format(type(table).__name__))
-    names = {str(info.relative_path) for info in table.storage_data.values()}
+    infos = list(table.storage_data.values())
+    names = {str(info.relative_path) for info in infos}
     for name in sorted(names):
         if Path(name).name != name or not (folder / name).is_file():
             raise OptimizerStateError(refusal.format(f"{name!r:.80}, which is no file in its folder"))
     there = sum((folder / name).stat().st_size for name in names)
-    promised = sum(
-        entry.size.numel() * entry.properties.dtype.itemsize
-        for entry in table.state_dict_metadata.values()
-        if isinstance(entry, TensorStorageMetadata)
-    )
+    if any(info.transform_descriptors for info in infos):
+        raise OptimizerStateError(refusal.format("entries that are packed"))
+    if any(info.length < 0 for info in infos) or sum(info.length for info in infos) > there:
+        raise OptimizerStateError(refusal.format("entries that are larger than the files together"))
+    promised = 0
+    for key, entry in table.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        sizes = [tuple(map(int, chunk.sizes)) for chunk in entry.chunks]
+        whole = math.prod(map(int, entry.size))
+        # what no chunk fills would stay whatever the memory held before
+        if min((*entry.size, *(n for size in sizes for n in size)), default=0) < 0 or whole != sum(
+            map(math.prod, sizes)
+        ):
+            raise OptimizerStateError(refusal.format(f"parts that do not make up {key!r:.80}"))
+        corners = {tuple(chunk.offsets) for chunk in entry.chunks}
+        inside = all(
+            o >= 0 and o + n <= m
+            for chunk in entry.chunks
+            for o, n, m in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+        )
+        if len(corners) != len(sizes) or not inside:
+            raise OptimizerStateError(
+                refusal.format(f"parts of {key!r:.80} that lie over each other or outside")
+            )
+        promised += whole * entry.properties.dtype.itemsize
     if promised > there or there > most:
         raise OptimizerStateError(
             refusal.format(f"tensors of {promised} bytes in files of {there}, where at most {most} can be")
         )
-    return table
 
 
 class _Reader(FileSystemReader):
@@ -155,8 +187,19 @@ def _saved(value: Any) -> io.BytesIO:
     return buffer
 
 
-class _Table(pickle.Unpickler):
-    """Unpickles the classes of a table of contents, and nothing else."""
+class _Table(pickle._Unpickler):  # type: ignore[name-defined]
+    """Unpickles the classes of a table of contents, and nothing else: the unpickler whose steps can be looked at."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+
+    def load_build(self) -> None:
+        """Fill an object, and never a class or a function, which all that runs here would see."""
+        filled = self.stack[-2]  # type: ignore[attr-defined]
+        if isinstance(filled, type) or callable(filled):
+            raise pickle.UnpicklingError(f"a change of {filled!r}"[:120])
+        pickle._Unpickler.load_build(self)  # type: ignore[attr-defined]
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str) -> Any:
         """A class that a table may have."""

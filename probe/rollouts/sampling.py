@@ -18,7 +18,7 @@ from torch import Tensor
 from probe.config.batches import GenerationConfig
 from probe.data.batch import PromptExample, RolloutBatch
 from probe.distributed.ranks import Ranks
-from probe.errors.exceptions import RolloutError
+from probe.errors.exceptions import RanksApartError, RolloutError
 from probe.errors.remedies import Remedy
 from probe.finite import require_finite_weights
 from probe.rollouts.decoders import draw_responses
@@ -100,9 +100,16 @@ def sample_rollouts(
         if own:
             decoding = Decoding(policy, tokenizer, settings, seed, eos_ids, responses)
             draw_responses(decoding, own, alike, report)
-    for found in ranks.gathered("responses", {i: responses[i] for i in own}):
-        for i, response in found.items():
-            responses[i] = response
+    drawn = {
+        i: r
+        for found in ranks.gathered("responses", {i: responses[i] for i in own})
+        for i, r in found.items()
+    }
+    if sorted(drawn) != list(range(len(responses))) or any(drawn[i].prompt != prompt_ids[i] for i in drawn):
+        raise RanksApartError(
+            "expected every rank to draw its own responses to the same prompts, found others"
+        )
+    responses = [drawn[i] for i in range(len(responses))]
     if progress is not None and ranks.size > 1:
         progress(len(responses), len(responses))
     return _assemble(tokenizer, prompts, responses, settings, group)

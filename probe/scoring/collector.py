@@ -9,7 +9,7 @@ from torch import Tensor
 
 from probe.data.batch import RolloutBatch
 from probe.distributed.ranks import ALONE, Ranks
-from probe.errors.exceptions import NumericalError, RolloutError
+from probe.errors.exceptions import NumericalError, RanksApartError, RolloutError
 from probe.errors.remedies import Remedy
 from probe.scoring.scores import TokenScores
 
@@ -86,16 +86,24 @@ class Collector:
     def _exchange(self) -> None:
         """Bring in what the other ranks have gathered."""
         rows = (self._seen & self._mask.any(dim=1)).nonzero().flatten()
+        missing = self._mask.any(dim=1).int()
+        missing[rows] -= 1
         own = rows, [array[rows][self._mask[rows]] for array in self._arrays]
         for rank, (rows, values) in enumerate(self._ranks.gathered("values per token", own)):
             if rank == self._ranks.rank or not values:
                 continue
             if not self._arrays:
                 self._arrays = [torch.zeros(*self._mask.shape, *x.shape[1:], dtype=x.dtype) for x in values]
+            missing[rows] -= 1
             theirs = torch.zeros_like(self._mask)
             theirs[rows] = self._mask[rows]
             for array, x in zip(self._arrays, values, strict=True):
                 array[theirs] = x
+        if bool((missing != 0).any()):
+            raise RanksApartError(
+                f"expected every response to be scored by one of {self._ranks.size} ranks, found "
+                f"{int((missing != 0).sum())} that none or several have: they have cut the batch in different ways"
+            )
         if self._progress is not None:
             self._progress(len(self._mask), len(self._mask))
 

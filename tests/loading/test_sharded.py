@@ -141,11 +141,53 @@ def elsewhere(table):
 
 def huge(table):
     entry = next(e for e in table.state_dict_metadata.values() if hasattr(e, "size"))
-    entry.size = torch.Size([10**12])
+    del entry.chunks[1:]
+    entry.size = entry.chunks[0].sizes = torch.Size([10**12])
+    entry.chunks[0].offsets = torch.Size([0])
+
+
+def unfilled(table):
+    entry = next(e for e in table.state_dict_metadata.values() if hasattr(e, "size"))
+    entry.chunks.clear()
+
+
+def twice(table):
+    entry = next(e for e in table.state_dict_metadata.values() if hasattr(e, "size") and len(e.chunks) == 2)
+    entry.chunks[1].offsets = entry.chunks[0].offsets
+
+
+def negative(table):
+    entry = next(e for e in table.state_dict_metadata.values() if hasattr(e, "size"))
+    entry.size = torch.Size([-1, -1])
+
+
+def packed(table):
+    next(iter(table.storage_data.values())).transform_descriptors = ["zstd"]
+
+
+def of_another_kind(table):
+    table.storage_data = {"a": 1}
+
+
+def test_a_table_cannot_change_classes(copy):
+    is_file = type(copy).is_file
+    (copy / ".metadata").write_bytes(b"cpathlib\nPath\n(N}X\x07\0\0\0is_fileX\x01\0\0\0xstb.")
+    with pytest.raises(OptimizerStateError, match="could run code"):
+        read_sharded(copy, LARGE)
+    assert type(copy).is_file is is_file
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [(elsewhere, "which is no file in its folder"), (huge, "tensors of 4")]
+    ("change", "said"),
+    [
+        (unfilled, "parts that do not make up"),
+        (twice, "lie over each other"),
+        (negative, "parts that do not"),
+        (packed, "packed"),
+        (of_another_kind, "of another kind"),
+        (elsewhere, "which is no file in its folder"),
+        (huge, "tensors of 4"),
+    ],
 )
 def test_a_table_that_promises_what_is_not_there_is_refused(copy, change, said):
     spoiled_table(copy, change)
