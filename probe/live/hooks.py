@@ -79,8 +79,14 @@ class StepHooks:
             # while torch goes through an optimizer's hooks, only the last one can go; the others do nothing any more
             if not self._in_hook or (hooks and next(reversed(hooks)) == handle.id):
                 handle.remove()
-        self._handles = []
+        left, self._handles = bool(self._handles), []
         self._updates.forget()
+        if left and not self._updates.company.alone:  # the others meet at the next update
+            for optimizer in self._optimizers:
+                if self._updates.early:
+                    optimizer.register_step_post_hook(self._updates.company.leave)
+                else:
+                    optimizer.register_step_pre_hook(self._updates.company.leave)
 
     def detach_after_error(self) -> None:
         """Remove the hooks where an error has ended the probe."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from probe.errors.exceptions import ConfigError
 
@@ -86,3 +87,16 @@ def learning_rate(rate: Any) -> float | None:
         return float(rate)
     except (TypeError, ValueError):
         return None
+
+
+def may_have_moved(
+    parameters: Mapping[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
+) -> bool:
+    """Whether a step of exactly 0 may be one whose update was made before it, and whose gradients are used up.
+
+    Args:
+        parameters: that the optimizers move.
+        optimizers: those that took the step.
+    """
+    used_up = all(p.grad is None for p in parameters.values())
+    return used_up and highest_learning_rate(optimizers) > 0

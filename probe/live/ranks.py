@@ -10,24 +10,24 @@ from torch import Tensor
 
 from probe.distributed.ranks import ALONE, Ranks, rank_and_size
 from probe.distributed.same import fingerprint
+from probe.errors.exceptions import RanksApartError
+from probe.estimators.step_parts import StepParts
 from probe.live.alarm import GROUP_RATES, SCHEDULER_RATES, single_schedulers
 from probe.live.say import say
 
 
-def ranks_of_training(parameters: Mapping[str, Tensor]) -> Ranks | None:
+def of_one_policy(ranks: Ranks, parameters: Mapping[str, Tensor]) -> Ranks | None:
     """The processes that probe one policy together; None where this one has no part in it. Call it on all ranks.
 
     Args:
+        ranks: of the job.
         parameters: all of the policy's. Where they are not the same on all ranks these do not train one policy, and
             the first one probes its own.
 
     Raises:
         RanksApartError: it is not called on all ranks.
     """
-    if rank_and_size()[1] == 1:
-        return ALONE
-    ranks = Ranks.of_job()
-    if len(set(ranks.gathered("parameters", fingerprint(parameters.values())))) == 1:
+    if ranks.size == 1 or len(set(ranks.gathered("parameters", fingerprint(parameters.values())))) == 1:
         return ranks
     if not ranks.first:
         return None
@@ -35,13 +35,92 @@ def ranks_of_training(parameters: Mapping[str, Tensor]) -> Ranks | None:
     return ALONE
 
 
-def told_by_first(ranks: Ranks, due: bool) -> bool:
-    """Whether the first rank finds that an update is due to be probed: clocks differ."""
+class Probing(Protocol):
+    """A probe of updates, as `Company` sees it.
+
+    Attributes:
+        ranks: the processes that probe together.
+    """
+
+    ranks: Ranks
+
+
+class Company:
+    """What the ranks of a training tell each other at each of its updates.
+
+    Attributes:
+        suspicion: why parameters may move outside of the optimizer's step, as far as this rank can see.
+        early: whether a rank has found that they do.
+        over: whether all ranks know that the probe has ended.
+    """
+
+    def __init__(self, probe: Probing) -> None:
+        """Args: `probe`, whose ranks they are."""
+        self._probe = probe
+        self.suspicion: str | None = None
+        self.early = self.over = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody waits for this rank."""
+        return self._probe.ranks.size == 1 or self.over
+
+    def suspects(self, why: str) -> bool:
+        """Note a suspicion that the others have to hear of first; whether there are any."""
+        self.suspicion = self.suspicion or why
+        return not self.alone
+
+    def agree(self, due: bool, number: int) -> bool:
+        """Whether an update is probed: clocks differ, and the first rank's decides.
+
+        Args:
+            due: whether it is by this rank's.
+            number: of the update.
+
+        Raises:
+            RanksApartError: a rank has left the probe, or counts other updates.
+        """
+        if self.alone:
+            return due
+        found = self._tell([int(due), number, int(self.suspicion is not None), 1])
+        numbers = {words[1] for words in found}
+        self.over = not all(words[3] for words in found) or len(numbers) > 1
+        if not all(words[3] for words in found):
+            raise RanksApartError("the probe was detached on another rank, and ends on all")
+        if len(numbers) > 1:
+            raise RanksApartError(
+                f"expected all ranks at one update, found them at {sorted(numbers)}; go on (first_step, "
+                "load_state_dict, replay) from the same state on every rank"
+            )
+        self.early = any(words[2] for words in found)
+        return bool(found[0][0])
+
+    def leave(self, *_: Any) -> None:
+        """Tell the others, where they wait for this rank, that it has left."""
+        if not self.alone:
+            self.over = True
+            self._tell([0, 0, 0, 0])
+
+    def _tell(self, words: list[int]) -> list[list[int]]:
+        """What each rank says at the next update."""
+        with self._probe.ranks.together("due", words) as found:
+            pass
+        return found
+
+
+def same_parts(ranks: Ranks, parts: StepParts | str) -> StepParts | str:
+    """The parts of a step where they are the same on all ranks, or the reason why there are none.
+
+    Args:
+        ranks: of the training.
+        parts: as this rank's gradients and moments have them, which nothing else compares.
+    """
     if ranks.size == 1:
-        return due
-    with ranks.together("due", [int(due)]) as found:
-        pass
-    return bool(found[0][0])
+        return parts
+    tensors = [] if isinstance(parts, str) else [*parts.momentum.values(), *parts.decay.values()]
+    if len(set(ranks.gathered("parts", fingerprint(tensors)))) == 1:
+        return parts
+    return "gradients or moments of the optimizer differ between ranks"
 
 
 class Steered(Protocol):

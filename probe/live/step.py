@@ -34,6 +34,7 @@ from probe.live.outcome import (
     step_taken,
 )
 from probe.live.parts import PartChanges, part_changes
+from probe.live.ranks import same_parts
 from probe.live.rehearsal import rehearsed_way
 from probe.live.say import say
 from probe.live.settings import WatchSettings
@@ -186,7 +187,7 @@ class UpdateProbe:
         elif self.settings.shares:
             memory = None if controls is None else self.memory
             with clock.measures("shares"), passes.way.kernels(policy):
-                parts = step_parts(optimizers, self.parameters, before.old, step)
+                parts = same_parts(self.ranks, step_parts(optimizers, self.parameters, before.old, step))
                 shares = part_changes(parts, on, passes, prediction, memory, draw_name(before))
         wanted = self.settings.noise_floor
         if wanted == "on" or (wanted == "auto" and policy.half_precision):

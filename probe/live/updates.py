@@ -23,10 +23,10 @@ from probe.live.alarm import Alarm, Alarms
 from probe.live.batch_size import ProbeSizes
 from probe.live.history import History
 from probe.live.neutral import undisturbed
-from probe.live.optimizers import highest_learning_rate, momentum, moved_parameters
+from probe.live.optimizers import may_have_moved, momentum, moved_parameters
 from probe.live.outcome import Before
 from probe.live.outlets import Outlets
-from probe.live.ranks import told_by_first
+from probe.live.ranks import Company
 from probe.live.say import say
 from probe.live.schedule import Schedule
 from probe.live.step import UpdateProbe
@@ -34,6 +34,12 @@ from probe.live.writes import OutsideWrites
 from probe.text import error_text
 
 Result = TypeVar("Result")
+EARLY = (
+    "parameters may move outside of optimizer.step (updates fused into the backward pass, LOMO, layerwise optimizers). "
+    "An update is probed from the end of one step to that of the next, and the copy of the parameters is kept all that "
+    "time"
+)
+"""What is said of trainings that are probed early."""
 
 
 class ProbedUpdates:
@@ -41,6 +47,8 @@ class ProbedUpdates:
 
     Attributes:
         probe: of one update.
+        company: what ranks tell each other.
+        early: whether updates are probed from the end of one step to that of the next.
         error: the exception that ended the probing, or None.
     """
 
@@ -54,14 +62,14 @@ class ProbedUpdates:
         alarms: Alarms,
     ) -> None:
         """Args: `probe` of one update, the `optimizers` that make it, and what takes in its results."""
-        self.probe = probe
+        self.probe, self.company = probe, Company(probe)
         self.error: BaseException | None = None
         self._optimizers, self._history, self._schedule = optimizers, history, schedule
         self._outlets, self._alarms = outlets, alarms
         self._adapters = ActiveAdapters(probe.model)
         self._writes = OutsideWrites(probe.parameters)
         self._sizes = ProbeSizes(probe.settings, schedule, history)
-        self._early, self._draw_seconds = False, 0.0
+        self.early, self._draw_seconds = False, 0.0
         self._drawn: Before | None = None
         self._step_started = time.perf_counter()
         self._resumed: float | None = None
@@ -83,7 +91,7 @@ class ProbedUpdates:
             self._outlets.say_cost()
         self._history.run.step += 1
         self._writes.step_begins(self.probe.parameters)
-        if not self._early:
+        if not self.early:
             self._draw(self._history.run.step)
         self._writes.note(self.probe.parameters)
         self._step_started = time.perf_counter()
@@ -95,7 +103,7 @@ class ProbedUpdates:
             late: the gradients may be those of the next one already.
         """
         drawn, self._drawn = self._drawn, None
-        if not self._early and self._writes.step_left_alone(self.probe.parameters):
+        if not self.early and self._writes.step_left_alone(self.probe.parameters):
             drawn = None  # too late: the parameters had moved already
             self.probe_early(f"step {self._history.run.step} has left alone what had moved before it")
         if drawn is not None:
@@ -103,7 +111,7 @@ class ProbedUpdates:
         step_seconds = time.perf_counter() - self._step_started
         alarms: list[Alarm] | None = None
         if drawn is not None:
-            alarms = self._guarded(lambda: self._conclude(drawn, late or self._early))
+            alarms = self._guarded(lambda: self._conclude(drawn, late or self.early))
         # the optimizer's own time belongs to the training step that ends here
         self._resumed = time.perf_counter() - step_seconds
         self._act_on(alarms)
@@ -128,25 +136,22 @@ class ProbedUpdates:
     def between(self) -> None:
         """The update has ended, and nothing of the next one has begun."""
         self._writes.note(self.probe.parameters)
-        if self._early:
+        if self.early:
             self._draw(self._history.run.step + 1)
 
-    def probe_early(self, why: str) -> None:
+    def probe_early(self, why: str, agreed: bool = False) -> None:
         """Probe updates from the end of one step to the end of the next: parameters move outside of `step`.
 
         Args:
             why: what shows it.
+            agreed: all ranks know; otherwise they hear of it at the next update.
         """
-        if self._early:
+        if self.early or (not agreed and self.company.suspects(why)):
             return
-        self._early = True
-        say(
-            f"{why}: parameters may move outside of optimizer.step (updates fused into the backward pass, LOMO, "
-            "layerwise optimizers). An update is probed from the end of one step to that of the next, and the copy of "
-            "the parameters is kept all that time",
-            warn=True,
-        )
-        self._draw(self._history.run.step + 1)
+        self.early = True
+        say(f"{why}: {EARLY}", warn=True)
+        if self.company.alone or self._resumed is None:
+            self._draw(self._history.run.step + 1)
 
     def forget(self) -> None:
         """Free what was drawn and copied for an update that is not probed to its end."""
@@ -155,7 +160,10 @@ class ProbedUpdates:
     def _draw(self, number: int) -> None:
         """Draw E for an update and copy the parameters, where it is to be probed."""
         due = self._drawn is None and self._schedule.due(number, self._sizes.wanted)
-        if self._guarded(lambda: told_by_first(self.probe.ranks, due), ALONE):
+        due = bool(self._guarded(lambda: self.company.agree(due, number), ALONE))
+        if self.company.early and not self.early:
+            self.probe_early(self.company.suspicion or "another rank has found it", agreed=True)
+        elif due:
             _finish_queue(self.probe.model)
             start = time.perf_counter()
             self._drawn = self._guarded(lambda: self._prepare(number))
@@ -200,7 +208,7 @@ class ProbedUpdates:
         with undisturbed(self.probe.model):
             self._adapters.use()
             outcome = self.probe.after(drawn, self._optimizers, late)
-        if not outcome.moved and not self._early and self._may_have_moved():
+        if not outcome.moved and not self.early and may_have_moved(self.probe.parameters, self._optimizers):
             self.probe_early(f"step {self._history.run.step} has changed nothing, at a learning rate above 0")
             return []
         entry, ahead = self._history.add(outcome, momentum(self._optimizers))
@@ -214,18 +222,16 @@ class ProbedUpdates:
         self._outlets.publish_alarms(alarms)
         return alarms
 
-    def _may_have_moved(self) -> bool:
-        """Whether a step of exactly 0 may be one whose update was made before it, and whose gradients are used up."""
-        used_up = all(p.grad is None for p in self.probe.parameters.values())
-        return used_up and highest_learning_rate(self._optimizers) > 0
-
     def _guarded(self, part: Callable[[], Result], ranks: Ranks | None = None) -> Result | None:
         """Run a part of the probe on all ranks; an error ends the probe on all of them, not the training."""
         try:
             with in_words_of("training"), (ranks or self.probe.ranks).together("probe"):
                 return part()
         except Exception as error:
-            self.error = error
+            if ranks is ALONE and not self.company.alone:  # the others do not know of it
+                say(f"an entropy was not taken in: {error_text(error)}", warn=True)
+                return None
+            self.error, self.company.over = error, True
             self.forget()
             if self.probe.settings.strict:
                 raise

@@ -9,15 +9,15 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
-from probe.distributed.ranks import rank_and_size
+from probe.distributed.ranks import Ranks
 from probe.errors.exceptions import ConfigError
-from probe.live.alarm import Alarms, OnAlarm
+from probe.live.alarm import Alarms, OnAlarm, check_on_alarm
 from probe.live.attach import backward_hooks, checked_attachment, say_attached
 from probe.live.history import History, read_state, saved_state
 from probe.live.hooks import StepHooks, are_watched
 from probe.live.optimizers import momentum
 from probe.live.outlets import Log, Outlets, as_log
-from probe.live.ranks import ranks_of_training
+from probe.live.ranks import of_one_policy
 from probe.live.say import say
 from probe.live.schedule import Schedule
 from probe.live.settings import SMALLEST_E, WatchSettings
@@ -50,15 +50,18 @@ class Watch(AbstractContextManager["Watch"]):
     ) -> None:
         """Check everything, rehearse a small probe, and register the hooks; see `watch`."""
         start = time.perf_counter()
-        on = checked_attachment(model, optimizer, prompts, tokenizer, settings)
+        job = Ranks.of_job()
+        with job.together("attach"):
+            on = checked_attachment(model, optimizer, prompts, tokenizer, settings)
+            check_on_alarm(on_alarm)
         self.settings, self.model, self.optimizers = settings, on.model, on.optimizers
         self.schedule = Schedule(
             settings.every, settings.budget, settings.B_E, SMALLEST_E, settings.at_least_every
         )
         # the first rank acts on an alarm; what it changes holds for all, see `follow_first_rank`
-        self._alarms = Alarms(on.model, on.optimizers, on_alarm if rank_and_size()[0] == 0 else None)
+        self._alarms = Alarms(on.model, on.optimizers, on_alarm if job.first else None)
         self._history = History(settings, first_step, most=math.log(Room.of(on.model).tokens))
-        ranks = ranks_of_training(dict(on.model.named_parameters()))
+        ranks = of_one_policy(job, dict(on.model.named_parameters()))
         self._probe = UpdateProbe(on.model, on.parameters, on.tokenizer, on.prompts, settings)
         if ranks is not None:
             self._probe.ranks = ranks
@@ -82,7 +85,8 @@ class Watch(AbstractContextManager["Watch"]):
         say_attached(on, self._probe.way.mode, self._probe.way.reason)
         if hooked := backward_hooks(on.parameters):
             self._updates.probe_early(
-                f"{len(hooked)} trainable tensors have hooks that run in the backward pass ({hooked[0]}, ...)"
+                f"{len(hooked)} trainable tensors have hooks that run in the backward pass ({hooked[0]}, ...)",
+                agreed=True,
             )
             self._hooks.detach_after_error()
 

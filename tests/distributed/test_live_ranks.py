@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from probe.distributed.ranks import Ranks
+from probe.distributed.ranks import ALONE, Ranks
 from probe.distributed.same import fingerprint
 from probe.errors.exceptions import RanksApartError
 from tests.support.live_loops import adamw, attach, lora_model
@@ -113,6 +113,74 @@ def test_what_fails_on_one_rank_ends_the_probe_on_all_and_not_the_training(tmp_p
     for _, history, error in in_processes(2, train, tmp_path, {}, False, spoil):
         assert len(history) == probes
         assert said in error
+
+
+def detach_first(watch, rank):
+    """The first rank detaches after its second probe, as an alarm's function may do."""
+    if rank == 0:
+        after = watch._probe.after
+
+        def last(before, *rest):
+            found = after(before, *rest)
+            if before.number == 2:
+                watch._hooks.detach()
+            return found
+
+        watch._probe.after = last
+
+
+def other_number(watch, rank):
+    """The second rank has been resumed at another step."""
+    if rank == 1:
+        watch._history.run.step += 7
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(detach_first, "detached on another rank"), (other_number, "expected all ranks at one update")],
+)
+def test_ranks_that_do_not_go_on_together_end_the_probe_and_not_the_training(tmp_path, spoil, said):
+    plain = in_processes(2, train, tmp_path)
+    found = in_processes(2, train, tmp_path, {}, False, spoil)
+    assert [one[0] for one in found] == [one[0] for one in plain]
+    assert said in found[1][2]
+    assert len(found[0][1]) <= 2
+
+
+def broken_forecast(watch, rank):
+    """An entropy that one rank notes, and cannot look ahead from."""
+    if rank == 1:
+        after, noted = watch._probe.after, watch._updates
+
+        def broken(before, *rest):
+            found = after(before, *rest)
+            if before.number == 3:
+                noted._guarded(lambda: 1 / 0, ALONE)
+            return found
+
+        watch._probe.after = broken
+
+
+def suspicion(watch, rank):
+    """One rank finds that parameters move outside of the step."""
+    if rank == 1:
+        after = watch._probe.after
+
+        def found_out(before, *rest):
+            if before.number == 2:
+                watch._updates.probe_early("seen on one rank")
+            return after(before, *rest)
+
+        watch._probe.after = found_out
+
+
+@pytest.mark.parametrize("spoil", [broken_forecast, suspicion])
+def test_what_one_rank_alone_finds_keeps_nobody_waiting(tmp_path, spoil):
+    plain = in_processes(2, train, tmp_path)
+    found = in_processes(2, train, tmp_path, {}, False, spoil)
+    assert [one[0] for one in found] == [one[0] for one in plain]
+    assert [one[2] for one in found] == [None, None]
+    assert len(found[0][1]) == len(found[1][1]) >= STEPS - 1
 
 
 def attached_by_one(folder):
