@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from probe.config.parsing import parse_config
+from probe.distributed.ranks import Ranks
 from probe.module import EntropyProbe
 from probe.runner import ProbeRunner, TrainerSection
+from probe.scoring.forward_mode import scores_and_tangents
+from probe.scoring.gradients import token_gradients
+from probe.scoring.score import score_tokens
 from tests.support.little_memory import backward, without_memory_for
 from tests.support.trainings import in_processes
 
@@ -154,3 +158,45 @@ def test_an_error_of_one_rank_ends_the_run_on_all(tmp_path, demo_cache):
     texts = in_processes(2, error_of, tmp_path, demo_cache, 2, no_memory)
     assert texts[0] == texts[1]
     assert "OutOfMemory" in texts[0] or "MemoryExhausted" in texts[0]
+
+
+def bytes_sent(folder, cache):
+    """Bytes that this rank hands to the network in some passes, and what docs/scaling.md says of them."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    resolved = parse_config(sections(cache, folder, 1, batch_config={"B_E": 96}), TrainerSection)
+    module = EntropyProbe(resolved.probe, resolved.seed, resolved.given)
+    module.load(torch.device("cpu"))
+    module.ranks = ranks = Ranks.of_job()
+    sample = module.sample()
+    basis = sample.controls.memory.basis
+    policy, found = module.policy, {}
+
+    def sent_in(what, run, per_token, besides=0):
+        before = ranks.sent
+        run()
+        own = sum(int(sample.E.lengths[part].sum()) for part in policy.own_parts(sample.E))
+        found[what] = ranks.sent - before, per_token * own + besides
+
+    parameters = sum(p.numel() for p in policy.parameters.values())
+    sent_in("score", lambda: score_tokens(policy, sample.E), 16)
+    sent_in("score, with control variates", lambda: score_tokens(policy, sample.E, basis=basis), 128)
+    step = {name: torch.ones_like(p) for name, p in policy.parameters.items()}
+    sent_in("forward mode", lambda: scores_and_tangents(policy, sample.E, step, basis), 224)
+    sent_in("gradient", lambda: entropy_of(policy, sample.E), 16, 8 * parameters)
+    return found
+
+
+def entropy_of(policy, batch):
+    """A gradient of one objective."""
+    return token_gradients(
+        policy, batch, lambda i, t, l, h: (torch.zeros_like(l)[None], torch.ones_like(h)[None]), 1
+    )
+
+
+def test_as_many_bytes_cross_the_network_as_the_documentation_says(tmp_path, demo_cache):
+    for found in in_processes(2, bytes_sent, tmp_path, demo_cache):
+        for what, (sent, said) in found.items():
+            assert said <= sent <= 1.05 * said + 10_000, (
+                what
+            )  # beside the numbers there are rows, and how they are packed
