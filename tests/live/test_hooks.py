@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from probe.distributed.ranks import ALONE
 from probe.live.hooks import StepHooks
+from probe.live.ranks import Company
 from tests.support.live_loops import attach, gradients, moved, named, seeded, small_loop, two_optimizers
 
 
@@ -98,7 +100,8 @@ class Told:
     def __init__(self) -> None:
         self.events: list[str] = []
         self.error: BaseException | None = None
-        self.probe = SimpleNamespace(parameters={})
+        self.probe, self.early = SimpleNamespace(parameters={}, ranks=ALONE), False
+        self.company = Company(self.probe)
         self.at_end: Callable[[], None] = lambda: None
 
     def begin(self) -> None:
