@@ -82,9 +82,9 @@ class Company:
         """
         if self.alone:
             return due
+        self.over = True  # unless all say that they go on, at one update
         found = self._tell([int(due), number, int(self.suspicion is not None), 1])
         numbers = {words[1] for words in found}
-        self.over = not all(words[3] for words in found) or len(numbers) > 1
         if not all(words[3] for words in found):
             raise RanksApartError("the probe was detached on another rank, and ends on all")
         if len(numbers) > 1:
@@ -92,6 +92,7 @@ class Company:
                 f"expected all ranks at one update, found them at {sorted(numbers)}; go on (first_step, "
                 "load_state_dict, replay) from the same state on every rank"
             )
+        self.over = False
         self.early = any(words[2] for words in found)
         return bool(found[0][0])
 
