@@ -25,6 +25,12 @@ from benchmarks.collapse import COLLAPSING, attach_probe, make_trainer
 
 CLOCKS = ("runtime", "per_second", "step_time", "seconds", "cost", "every")
 """Parts of the names of numbers that tell the time."""
+COMPARED = {
+    "losses and everything else in the log": "log",
+    "weights": "weights",
+    "state of the optimizer": "optimizer",
+}
+"""What both runs must have alike, and the entry that a rank writes it under."""
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -54,11 +60,12 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def _without_clocks(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Entries of a log without what tells the time, and without the probe's own numbers."""
-    return [
+    """Entries of a log without what tells the time, and without the probe's own numbers; those that are left."""
+    kept = [
         {k: v for k, v in entry.items() if not any(word in k for word in CLOCKS) and "entropy_probe" not in k}
         for entry in entries
     ]
+    return [entry for entry in kept if set(entry) - {"epoch", "step"}]
 
 
 def run(args: argparse.Namespace, folder: str, variant: str) -> list[dict[str, Any]]:
@@ -101,13 +108,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         plain, probed = (run(args, folder, variant) for variant in ("plain", "probed"))
     losses = [entry["loss"] for entry in plain[0]["log"] if "loss" in entry]
-    logs = [[entry for entry in one["log"] if entry] for one in plain]
-    others = [[entry for entry in one["log"] if set(entry) - {"epoch", "step"}] for one in probed]
-    logs = [[entry for entry in log if set(entry) - {"epoch", "step"}] for log in logs]
     equal = {
-        "losses and everything else in the log": logs == others,
-        "weights": [one["weights"] for one in plain] == [one["weights"] for one in probed],
-        "state of the optimizer": [one["optimizer"] for one in plain] == [one["optimizer"] for one in probed],
+        what: [one[key] for one in plain] == [one[key] for one in probed] for what, key in COMPARED.items()
+    } | {
         "what the probe found, on all ranks": all(one["history"] == probed[0]["history"] for one in probed),
     }
     probes = len(probed[0]["history"])

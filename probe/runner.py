@@ -39,7 +39,7 @@ from probe.results.build import build_result
 from probe.results.result import ProbeResult
 from probe.scoring.collector import MakeProgress, Progress
 from probe.snapshot import evaluation_mode, exact_float32, isolated_rng, operator_threads
-from probe.text import shown
+from probe.text import first_line, shown
 from probe.timing import Clock
 
 Result = TypeVar("Result", Sample, Derivative, Update, Predicted, GroundTruth)
@@ -99,7 +99,7 @@ class ProbeRunner(TrainerSection):
                 loggers=_loggers(self.logger),
             )
         except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
-            raise ConfigError(f"trainer: the devices cannot be set up: {_first_line(error)}") from error
+            raise ConfigError(f"trainer: the devices cannot be set up: {first_line(error)}") from error
         check_strategy(self.fabric)
         self.crew: Crew | None = None
 
@@ -267,8 +267,3 @@ def _loggers(
     if logger is False or logger is None:
         return []
     return list(logger) if isinstance(logger, (list, tuple)) else [logger]
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an exception's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

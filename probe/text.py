@@ -26,6 +26,15 @@ def error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {text_of(error)}"
 
 
+def first_line(error: BaseException) -> str:
+    r"""The first line of an error's text; its type where there is none.
+
+    >>> first_line(ValueError("too long\nby far")), first_line(ValueError())
+    ('too long', 'ValueError')
+    """
+    return (text_of(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def shown(value: object, limit: int = 60) -> str:
     """The `repr` of a value of someone else's, shortened, also of one whose `repr` raises."""
     try:

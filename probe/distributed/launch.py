@@ -7,6 +7,7 @@ from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 
 from probe.distributed.crew import Crew, crew_at_work
 from probe.errors.exceptions import ConfigError
+from probe.text import first_line
 
 BY_SCRIPT = "popen"
 """How Fabric starts processes that run the whole program: `strategy: ddp`."""
@@ -44,9 +45,9 @@ def launched(fabric: Fabric) -> Crew:
     try:
         with crew_at_work(crew):
             fabric.launch()
-            crew.join()  # a reward may take long, and the crew sees who has gone
+            crew.join()
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ConfigError(
             f"trainer.devices: expected {fabric.world_size} processes that find each other, found: {reason}"
         ) from error

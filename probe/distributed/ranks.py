@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from probe.errors.exceptions import RanksApartError
+from probe.text import first_line
 
 T = TypeVar("T")
 BUCKET = 2**24
@@ -220,7 +221,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             if "timed out" in reason.lower():
                 raise RanksApartError(
                     f"expected {self.size} ranks to exchange {what!r}, found that another one does not come "

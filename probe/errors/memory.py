@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from probe.text import text_of
+from probe.text import first_line, text_of
 
 Result = TypeVar("Result")
 _SIGNS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
@@ -26,7 +26,7 @@ def unless_out_of_memory(run: Callable[[], Result]) -> Result | OutOfMemory:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        return OutOfMemory(f"{(text_of(error).strip().splitlines() or [type(error).__name__])[0]:.200}")
+        return OutOfMemory(f"{first_line(error):.200}")
 
 
 class OutOfMemory(str):

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
@@ -176,15 +177,7 @@ class _Planner(_EmptyStateDictLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """A value that is no tensor."""
         found = torch.load(value, weights_only=True)
-        super().load_bytes(read_item, _saved(found))
-
-
-def _saved(value: Any) -> io.BytesIO:
-    """A value that was read safely, as the planner takes it."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    return buffer
+        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], found)
 
 
 class _Table(pickle._Unpickler):  # type: ignore[name-defined]

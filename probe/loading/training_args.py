@@ -19,6 +19,7 @@ import torch
 
 from probe.errors.exceptions import CheckpointError
 from probe.limits import TRAINING_ARGS_BYTES, TRAINING_ARGS_VALUES
+from probe.text import first_line
 
 GRPO = (
     "trl.trainer.grpo_config.GRPOConfig",
@@ -198,7 +199,7 @@ def _load(file: Path) -> tuple[Any, str | None]:
                 f"{inner or foreign}, which is not among the classes of such a file (nothing of it was run)"
             )
             raise _refusal(file, what) from error
-        found = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        found = first_line(error)
         raise _refusal(file, f"one that cannot be read ({found:.120})") from error
 
 

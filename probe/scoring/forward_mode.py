@@ -26,6 +26,7 @@ from probe.scoring.policy import Policy
 from probe.scoring.score import scored_chunks
 from probe.scoring.scores import TokenScores, TokenTangents
 from probe.scoring.together import together
+from probe.text import first_line
 
 
 class ForwardModeError(NumericalError):
@@ -159,7 +160,7 @@ def _explained() -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """One line that says which operation has no forward-mode rule."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = first_line(error)
     return f"the model has no forward-mode derivative: {first[:200]}"
 
 

@@ -71,14 +71,14 @@ def _forward(layer: Linear, own: Callable[..., Tensor], x: Tensor, *args: Any, *
     ):
         return own(x, *args, **kwargs)
     name = next(name for name in layer.active_adapters if name in layer.lora_A)
-    W, b = layer.base_layer.weight, layer.base_layer.bias
+    base: Any = layer.base_layer
+    W, b = base.weight, base.bias
     A, B, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
     if x.dtype != W.dtype or any(type(p) not in (Tensor, nn.Parameter) for p in (W, A, B)):
         return own(x)
-    (x, dx), (W, dW), (A, dA), (B, dB) = (forward_ad.unpack_dual(t) for t in (x, W, A, B))
-    b, db = (None, None) if b is None else forward_ad.unpack_dual(b)
-    if dW is not None or db is not None:
-        return own(forward_ad.make_dual(x, dx) if dx is not None else x)
+    if any(forward_ad.unpack_dual(p).tangent is not None for p in (W, b) if p is not None):
+        return own(x)
+    (x, dx), (A, dA), (B, dB) = (forward_ad.unpack_dual(t) for t in (x, A, B))
     rows = x.reshape(-1, x.shape[-1])
     low = rows @ A.T
     out = rows @ W.T if b is None else torch.addmm(b, rows, W.T)

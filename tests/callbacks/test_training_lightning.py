@@ -20,8 +20,9 @@ from probe.callbacks.training_lightning import EntropyProbeCallback
 from probe.errors.exceptions import ConfigError
 from probe.live import Alarm
 from tests.support.helpers import char_tokenizer
+from tests.support.live_loops import numbers
 from tests.support.tiny_models import VOCABULARY, add_lora, tiny_model
-from tests.support.trainings import bits, break_probe, in_two_processes, numbers, set_streams, streams
+from tests.support.trainings import bits, break_probe, in_two_processes, set_streams, streams
 
 pytestmark = [
     # Lightning 2.6 about torch 2.13, and about data loaders and loggers of a size that is right for tests

@@ -17,8 +17,9 @@ from probe.live import Alarm
 from probe.live.hosts.transformers import default_prompts
 from probe.loading import quiet_libraries
 from tests.support.helpers import char_tokenizer
+from tests.support.live_loops import numbers
 from tests.support.tiny_models import VOCABULARY, add_lora, tiny_model
-from tests.support.trainings import bits, break_probe, in_two_processes, numbers, set_streams, streams
+from tests.support.trainings import bits, break_probe, in_two_processes, set_streams, streams
 
 with quiet_libraries():
     trl = pytest.importorskip("trl")

@@ -8,8 +8,8 @@ import torch
 from probe.distributed.ranks import ALONE, Ranks
 from probe.distributed.same import fingerprint
 from probe.errors.exceptions import RanksApartError
-from tests.support.live_loops import adamw, attach, lora_model
-from tests.support.trainings import bits, in_processes, numbers, set_streams, streams
+from tests.support.live_loops import adamw, attach, lora_model, numbers
+from tests.support.trainings import bits, in_processes, set_streams, streams
 
 STEPS = 4
 

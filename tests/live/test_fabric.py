@@ -15,8 +15,9 @@ from torch import nn
 import probe
 from probe.live import Alarm
 from tests.support.helpers import char_tokenizer
+from tests.support.live_loops import numbers
 from tests.support.tiny_models import VOCABULARY, add_lora, tiny_model
-from tests.support.trainings import bits, in_two_processes, numbers, set_streams, streams
+from tests.support.trainings import bits, in_two_processes, set_streams, streams
 
 pytestmark = [
     # Lightning 2.6 about torch 2.13

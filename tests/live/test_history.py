@@ -9,11 +9,7 @@ from typing import Any
 import pytest
 
 from probe.live.names import scalars
-from tests.support.live_loops import TIMES, adamw, attach, full_model, seeded, small_loop
-
-
-def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in entry.items() if k not in TIMES} for entry in history]
+from tests.support.live_loops import adamw, attach, full_model, numbers, seeded, small_loop
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -35,7 +31,7 @@ def test_a_resumed_watch_gives_the_history_of_an_uninterrupted_one(every):
         assert second.history == first.history
         assert second.history[0] is not saved["run"]["history"][0]
         loop.run()
-    assert without_times(second.history) == without_times(whole.history)
+    assert numbers(second.history) == numbers(whole.history)
     again, uninterrupted = second.state_dict(), whole.state_dict()
     for name in ("readings", "threshold", "sums", "step"):
         assert again["run"][name] == uninterrupted["run"][name]

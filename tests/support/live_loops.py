@@ -24,6 +24,12 @@ SMALL = {"hidden": 16, "layers": 1}
 TIMES = {"seconds", "cost_share", "every"}
 """Numbers of a history that are not the same in every run."""
 
+
+def numbers(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a probe has found, without what it has cost."""
+    return [{k: v for k, v in entry.items() if k not in TIMES} for entry in history]
+
+
 Step = Callable[["Loop", int], float]
 
 

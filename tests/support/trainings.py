@@ -57,12 +57,6 @@ def break_probe(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     monkeypatch.setattr(UpdateProbe, "after", after)
 
 
-def numbers(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a probe has found, without what it has cost."""
-    cost = ("seconds", "cost", "every")
-    return [{k: v for k, v in entry.items() if not any(word in k for word in cost)} for entry in history]
-
-
 def in_two_processes(function: Callable[..., Any], *arguments: Any, seconds: float = 60.0) -> list[Any]:
     """What a function returns in each of two processes; see `in_processes`."""
     return in_processes(2, function, *arguments, seconds=seconds)
