@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from probe.errors.exceptions import NumericalError
+from probe.shards import part
 
 
 def require_finite(tensors: Iterable[tuple[str, Tensor]], what: str, remedy: str) -> None:
@@ -65,7 +66,7 @@ def _tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
 
 def _not_finite(x: Tensor) -> int:
     """How many entries are NaN or infinite; 0 where the type has neither."""
-    x = x.detach()
+    x = part(x.detach())
     if not x.is_floating_point() or x.device.type == "meta":
         return 0
     if x.element_size() < 2:  # 8-bit floating point has no `isfinite`

@@ -11,11 +11,12 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from probe.config.checkpoint import DEMO
+from probe.config.checkpoint import DEMO, CheckpointConfig
 from probe.config.given import changed_keys
 from probe.config.schema import ProbeConfig
 from probe.demo.cache import ensure_demo_checkpoint
 from probe.distributed.ranks import ALONE
+from probe.distributed.sharding import Setup, shard
 from probe.errors.exceptions import CheckpointError, ConfigError
 from probe.estimators.ground_truth import GroundTruth
 from probe.from_checkpoint.fill import fill_settings
@@ -84,8 +85,12 @@ class EntropyProbe(LightningModule):
 
     # ---------------------------------------------------------------- loading
 
-    def load(self, device: torch.device) -> None:
+    def load(self, device: torch.device, setup: Setup | None = None) -> None:
         """Load policy, tokenizer and optimizer state from the checkpoint; does nothing when they are there.
+
+        Args:
+            device: of the policy.
+            setup: shards the policy, loaded on each process's CPU first; None leaves it whole.
 
         Raises:
             ConfigError: no checkpoint is named.
@@ -111,12 +116,10 @@ class EntropyProbe(LightningModule):
         check_settings(self.config, self.sources, self.files)
         self.tokenizer = load_tokenizer(self.checkpoint, self.files)
         self.prompts = self._drawn_prompts()  # what is wrong with the data shows before the model is loaded
-        model, _ = load_policy_model(self.checkpoint, self.files, device, self.tokenizer)
-        self.optimizer = load_optimizer(
-            model, self.files, self.checkpoint, learning_rate=self.config.probe_rework.learning_rate
+        model, self.optimizer = _loaded(
+            self.config, self.checkpoint, self.files, device, self.tokenizer, setup
         )
-        self.other_base = other_base(self.checkpoint, self.files)
-        self.model = model
+        self.other_base, self.model = other_base(self.checkpoint, self.files), model
 
     def _fill_settings(self) -> None:
         """Take what the checkpoint's training arguments say where the configuration does not."""
@@ -244,6 +247,21 @@ class EntropyProbe(LightningModule):
     ) -> GroundTruth:
         """Phase 5: deltaH_true; see `probe.phases.ground_truth`."""
         return ground_truth(self.batch_source, sample, update, predicted, progress=progress)
+
+
+def _loaded(
+    config: ProbeConfig,
+    checkpoint: CheckpointConfig,
+    files: CheckpointFiles,
+    device: torch.device,
+    tokenizer: Any,
+    setup: Setup | None,
+) -> tuple[nn.Module, LoadedOptimizer]:
+    """The policy and its optimizer; both sharded where there is a `setup`."""
+    place = device if setup is None else torch.device("cpu")
+    model, _ = load_policy_model(checkpoint, files, place, tokenizer)
+    optimizer = load_optimizer(model, files, checkpoint, learning_rate=config.probe_rework.learning_rate)
+    return (model if setup is None else shard(model, optimizer.optimizer, setup)), optimizer
 
 
 def check_settings(config: ProbeConfig, sources: SettingSources, files: CheckpointFiles) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+from probe.shards import part, total
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -32,13 +34,18 @@ def without_adapters(model: Any) -> Any:
 
 def inner_product(gradient: Callable[[str], Tensor], step: Mapping[str, Tensor]) -> float:
     """`sum over parameters of <gradient(name), step[name]>`, one parameter at a time, in float64."""
-    total = 0.0
-    for name, change in step.items():
-        part = gradient(name)
-        total += float((part.double() * change.to(part.device).double()).sum())
-    return total
+
+    def products() -> Iterator[tuple[Tensor, float]]:
+        for name, change in step.items():
+            of_gradient = part(by_name := gradient(name))
+            yield (
+                by_name,
+                float((of_gradient.double() * part(change).to(of_gradient.device).double()).sum()),
+            )
+
+    return total(products())
 
 
 def norm(tensors: Mapping[str, Tensor]) -> float:
     """Euclidean norm over all tensors, accumulated in float64."""
-    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors.values()))
+    return math.sqrt(total((t, float(part(t.detach()).double().square().sum())) for t in tensors.values()))

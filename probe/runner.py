@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import Logger
+from lightning.fabric.strategies import Strategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -23,9 +24,10 @@ from probe.config.checkpoint import DEMO
 from probe.config.schema import ProbeConfig
 from probe.config.trainer import Precision, TrainerConfig
 from probe.distributed.crew import Crew, crew_at_work
-from probe.distributed.launch import check_strategy, launched
+from probe.distributed.launch import check_strategy, launched, setup_of
 from probe.distributed.ranks import ALONE, Ranks
 from probe.distributed.same import check_same
+from probe.distributed.sharding import NAMES, sharding
 from probe.errors.exceptions import ConfigError, ProbeError
 from probe.estimators.ground_truth import GroundTruth
 from probe.module import EntropyProbe
@@ -90,18 +92,25 @@ class ProbeRunner(TrainerSection):
         self.config = ProbeConfig()
         self._resolved: Mapping[str, Any] | None = None
         try:
-            self.fabric = Fabric(
-                accelerator=self.accelerator,
-                devices=self.devices,
-                num_nodes=self.num_nodes,
-                strategy=self.strategy,
-                precision=self.precision,
-                loggers=_loggers(self.logger),
-            )
+            sharded = self.strategy in NAMES
+            self.fabric = self._fabric("auto" if sharded else self.strategy)
+            if sharded and self.fabric.world_size > 1:  # a single process holds the whole policy
+                self.fabric = self._fabric(sharding(self.fabric.world_size))
         except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
             raise ConfigError(f"trainer: the devices cannot be set up: {first_line(error)}") from error
         check_strategy(self.fabric)
         self.crew: Crew | None = None
+
+    def _fabric(self, strategy: str | Strategy) -> Fabric:
+        """Devices, precision and loggers, with a strategy."""
+        return Fabric(
+            accelerator=self.accelerator,
+            devices=self.devices,
+            num_nodes=self.num_nodes,
+            strategy=strategy,
+            precision=self.precision,
+            loggers=_loggers(self.logger),
+        )
 
     @property
     def ranks(self) -> Ranks:
@@ -210,7 +219,7 @@ class ProbeRunner(TrainerSection):
                 module.make_demo()
         with self._timed("load"), self.ranks.together("load"):
             module.autocast = self.fabric.autocast
-            module.load(self.fabric.device)
+            module.load(self.fabric.device, setup_of(self.fabric))
             check_same(self.ranks, dict(module.policy.model.named_parameters()))
         with evaluation_mode(module):
             self.config = module.config  # with what the checkpoint has filled in

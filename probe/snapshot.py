@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from probe.shards import is_shard
+
 
 @contextmanager
 def put_back_by(restore: Callable[[], object]) -> Iterator[None]:
@@ -167,6 +169,8 @@ Places = Sequence[tuple[dict[str, Any], str, Any]]
 def stand_ins(module: nn.Module, values: Mapping[str, Tensor]) -> Places:
     """Where `standing_in` puts which values; for passes that use the same ones many times.
 
+    Shards have no place: a sharded module's parameters are moved themselves (`probe.distributed.lockstep`).
+
     Args:
         module: any module.
         values: by a name of `named_parameters` or `named_buffers`.
@@ -183,7 +187,7 @@ def stand_ins(module: nn.Module, values: Mapping[str, Tensor]) -> Places:
     unknown = sorted(set(values) - set(own))
     if unknown:
         raise ValueError(f"expected values for parameters or buffers of the module, found {unknown[:10]}")
-    wanted = {id(own[name]): value for name, value in values.items()}
+    wanted = {id(own[name]): value for name, value in values.items() if not is_shard(value)}
     # plain attributes too: some modules keep a tied weight as one
     return [
         (holder, key, wanted[id(tensor)])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from probe.distributed.crew import Crew, crew_at_work
+from probe.distributed.sharding import Setup
 from probe.errors.exceptions import ConfigError
 from probe.text import first_line
 
@@ -17,22 +18,27 @@ def check_strategy(fabric: Fabric) -> None:
     """Refuse what passes cannot be shared out by.
 
     Raises:
-        ConfigError: the strategy is another one than DDP, or starts processes in a way that commands have no place in.
+        ConfigError: the strategy is another one, or starts processes in a way that commands have no place in.
     """
     strategy = fabric.strategy
     if isinstance(strategy, SingleDeviceStrategy):
         return
     name = type(strategy).__name__
+    if isinstance(strategy, ModelParallelStrategy):
+        return
     if not isinstance(strategy, DDPStrategy):
-        raise ConfigError(
-            f"trainer.strategy: expected auto or ddp, found {name}; policies that do not fit one device are not "
-            "supported by this version"
-        )
+        raise ConfigError(f"trainer.strategy: expected auto, ddp or fsdp, found {name}")
     if strategy._start_method != BY_SCRIPT:
         raise ConfigError(
             f"trainer.strategy: expected ddp, whose processes run the program from its start, found {name} with the "
             f"start method {strategy._start_method!r}; in a notebook take one device, or call the command line"
         )
+
+
+def setup_of(fabric: Fabric) -> Setup | None:
+    """What shards a policy over the processes; None where each of them holds the whole."""
+    strategy = fabric.strategy
+    return strategy.setup_module if isinstance(strategy, ModelParallelStrategy) else None
 
 
 def launched(fabric: Fabric) -> Crew:

@@ -9,20 +9,21 @@ from torch import Tensor
 
 from probe.distributed.ranks import Ranks
 from probe.errors.exceptions import RanksApartError
+from probe.shards import is_shard, part
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of as many bytes."""
 
 
 def check_same(ranks: Ranks, parameters: Mapping[str, Tensor]) -> None:
-    """All ranks must have the same parameters: each scores a part of E.
+    """All ranks must have the same parameters, each of them scores a part of E; but for those they hold a part each of.
 
     Raises:
         RanksApartError: they have not.
     """
     if ranks.size == 1:
         return
-    own = [fingerprint(parameters.values())]
+    own = [fingerprint(p for p in parameters.values() if not is_shard(p))]
     with ranks.together("the same parameters", own) as found:
         pass
     if len({words[0] for words in found}) > 1:
@@ -40,6 +41,6 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
     """
     found = 0
     for x in tensors:
-        bits = x.detach().contiguous().view(_INTEGERS[x.element_size()])
+        bits = part(x.detach()).contiguous().view(_INTEGERS[x.element_size()])
         found = (31 * found + int(bits.sum(dtype=torch.int64))) % 2**62
     return found

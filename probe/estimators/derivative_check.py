@@ -29,6 +29,7 @@ from probe.scoring.gradients import token_gradients
 from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
 from probe.scoring.scores import TokenScores
+from probe.shards import nonzero, part_like
 
 BLOCKS = 4
 """Blocks by depth that the parameters are split into."""
@@ -103,7 +104,7 @@ def derivative_check(policy: Policy, batch: RolloutBatch, own: OwnGradient | Non
         scores = score_tokens(policy.at(values), batch)
         return float((scores.entropy + weights * scores.logprob).sum())
 
-    moved = [name for name, g in gradient.items() if bool(g.any())]
+    moved = [name for name, g in gradient.items() if nonzero(g)]
     tolerance, worst = HALF_TOLERANCE if policy.half_precision else TOLERANCE, 0.0
     if not moved:
         if not bool(scores.undecided.any()):  # a policy without any choice left has no gradient
@@ -187,8 +188,8 @@ def _check_zeros(
     direction = {}
     for name in names:
         p = parameters[name]
-        noise = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p)
-        direction[name] = noise * (float(p.detach().double().norm()) or 1.0) / p.numel() ** 0.5
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p.device, p.dtype)
+        direction[name] = part_like(noise, p) * (norm({name: p}) or 1.0) / p.numel() ** 0.5
     moved = objective(direction, 0.1)
     if abs(moved - here) > 1e-6 * max(abs(here), 1.0):
         raise DerivativeMismatchError(

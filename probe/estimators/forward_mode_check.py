@@ -14,6 +14,7 @@ from probe.parameters import norm
 from probe.scoring.forward_mode import ForwardModeError, forward_tangents
 from probe.scoring.policy import Policy
 from probe.scoring.scores import TokenTangents
+from probe.shards import is_sharded
 from probe.text import error_text
 
 FORWARD_TOLERANCE, HALF_FORWARD_TOLERANCE = 1e-3, 0.05
@@ -46,6 +47,8 @@ def forward_mode_check(
         batch: a few sequences are enough; the cost is a gradient and a forward-mode pass of them.
         own: `own_gradient` of the two, where it is there already.
     """
+    if is_sharded(policy.model):
+        return ForwardModeCheck(False, "forward mode does not reach weights that processes hold parts of")
     try:
         own = own_gradient(policy, batch) if own is None else own
     except RuntimeError as error:  # reentrant checkpointing, custom kernels without a backward

@@ -18,6 +18,7 @@ from probe.scoring.collector import Progress
 from probe.scoring.policy import Policy
 from probe.scoring.score import score_rows
 from probe.scoring.scores import TokenScores
+from probe.shards import part_like
 
 SHAM_SIZE = 1 / 32
 """Size of the move that draws rounding anew, relative to the step, where no number has 16 bits: its curvature, a
@@ -124,6 +125,7 @@ def _sham_step(
     plus, minus = {}, {}
     for name, here in policy.point(step).items():
         signs = torch.randint(0, 2, here.shape, generator=generator) * 2 - 1
-        change = (size * step[name] * signs.to(step[name])).to(here)
+        own = part_like(signs.to(step[name].device, step[name].dtype), step[name])
+        change = (size * step[name] * own).to(here)
         plus[name], minus[name] = here + change, here - change
     return plus, minus

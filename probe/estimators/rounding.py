@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from probe.estimators.adam import groups_by_name
+from probe.parameters import norm
+from probe.shards import part, total
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def rounded_step(
     groups = groups_by_name(optimizer, parameters)
     kind: Callable[..., torch.optim.Optimizer] = type(optimizer)
     new = dict(new_parameters)
-    total, moved, moved_exact = 0, 0, 0
+    numbers, moved, moved_exact = 0, 0, 0
     for name, dtype in dtypes.items():
         p = parameters[name]
         twin = nn.Parameter(p.detach().to(dtype))
@@ -76,13 +77,14 @@ def rounded_step(
         exact = new_parameters[name]
         before = p.detach().to(exact.device)
         new[name] = twin.detach().to(exact)
-        total += p.numel()
-        moved += int((new[name] != before).sum())
-        moved_exact += int((exact != before).sum())
-    squares = sum(
-        float((new[n] - p.detach().to(new[n].device)).double().square().sum()) for n, p in parameters.items()
-    )
+        numbers += p.numel()
+        moved += _differ(new[name], before)
+        moved_exact += _differ(exact, before)
+    change = norm({n: new[n] - p.detach().to(new[n].device) for n, p in parameters.items()})
     names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})
-    return new, Rounding(
-        ", ".join(names), moved / max(total, 1), moved_exact / max(total, 1), math.sqrt(squares)
-    )
+    return new, Rounding(", ".join(names), moved / max(numbers, 1), moved_exact / max(numbers, 1), change)
+
+
+def _differ(one: Tensor, other: Tensor) -> int:
+    """In how many entries two tensors differ."""
+    return int(total([(one, float((part(one) != part(other)).sum()))]))

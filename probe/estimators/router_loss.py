@@ -12,6 +12,7 @@ from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import ConfigError, NumericalError
 from probe.scoring.policy import Policy
 from probe.scoring.together import together
+from probe.shards import is_sharded
 from probe.snapshot import standing_in
 
 ROWS = 8
@@ -64,6 +65,11 @@ def router_gradient(
     Raises:
         NumericalError: the model gives no `aux_loss`, or a gradient is not finite.
     """
+    if is_sharded(policy.model):
+        raise NumericalError(
+            "probe_rework.router_aux_loss_coef: expected 0 where processes hold parts of the weights, found more: "
+            "the load-balancing loss has no gradient there; set it to 0, or take trainer.strategy: ddp"
+        )
     total = {name: torch.zeros_like(p) for name, p in policy.parameters.items()}
     size = rows or ROWS
     parts = (torch.arange(len(batch)) if order is None else order).split(size)

@@ -18,6 +18,7 @@ from probe.errors.exceptions import OptimizerStateError
 from probe.estimators.adam import adam_parts, carried_moment
 from probe.loading.moments import read_moments
 from probe.parameters import norm
+from probe.shards import from_part, is_shard, part, total
 
 TOLERANCE, CODED_TOLERANCE = 1e-2, 0.1
 """Largest norm of what the parts leave of the step unexplained, relative to the step; the same for 8-bit moments, which
@@ -69,35 +70,66 @@ def step_parts(
     Returns:
         The parts, or the reason why there are none.
     """
+    found = _split(optimizers, parameters, old, step)
+    apart = [(p, float(isinstance(found, str))) for p in parameters.values() if is_shard(p)][:1]
+    if total(apart) > 0 and not isinstance(found, str):
+        return "another process has none for its part of the step"
+    if isinstance(found, str):
+        return found
+    unexplained = math.sqrt(total((step[name], amount) for name, amount in found.rest.items()))
+    unexplained /= max(norm(step), 1e-300)
+    if not unexplained <= (CODED_TOLERANCE if found.coded else TOLERANCE):
+        return f"momentum, decay and gradient leave {unexplained:.2g} of the step unexplained"
+    decay = {} if norm(found.decay) < SMALLEST_DECAY * norm(step) else found.decay
+    return StepParts(momentum=found.momentum, decay=decay, error=unexplained)
+
+
+@dataclass
+class _Split:
+    """What `step_parts` makes of a step: its parts, the square of what they leave of it, and how finely they are known.
+
+    Of sharded parameters each process has its own part, and asks no other.
+    """
+
+    momentum: dict[str, Tensor]
+    decay: dict[str, Tensor]
+    rest: dict[str, float]
+    coded: bool = False
+
+
+def _split(
+    optimizers: Sequence[torch.optim.Optimizer],
+    parameters: Mapping[str, nn.Parameter],
+    old: Mapping[str, Tensor],
+    step: Mapping[str, Tensor],
+) -> _Split | str:
+    """The parts of the step, or the reason why there are none."""
     owners = {id(p): (o, group) for o in optimizers for group in o.param_groups for p in group["params"]}
-    momentum, decay, rest, coded = {}, {}, 0.0, False
+    split = _Split({}, {}, {})
     for name, p in parameters.items():
         optimizer, group = owners[id(p)]
-        theta, state = old[name].to(p.device).double(), optimizer.state.get(p, {})
+        theta = part(old[name]).to(p.device).double()
+        state = {k: part(v) if isinstance(v, Tensor) else v for k, v in optimizer.state.get(p, {}).items()}
         gone = p.grad is None or (not state and type(optimizer) is not torch.optim.SGD)
-        if gone and bool(step[name].any()):
+        if gone and bool(part(step[name]).any()):
             return f"the gradient or the optimizer's state of {name} is gone"
-        g = torch.zeros_like(theta) if p.grad is None else p.grad.detach().double()
+        g = torch.zeros_like(theta) if p.grad is None else part(p.grad.detach()).double()
         try:
             found = _parts(optimizer, group, state, name, theta, g)
         except OptimizerStateError as error:
             return f"{error}"
         if found is None:
             return f"{type(optimizer).__name__} is not linear in the gradient"
-        coded = coded or "state1" in state or "__bnb_optimizer_quant_state__" in state
+        split.coded = split.coded or "state1" in state or "__bnb_optimizer_quant_state__" in state
         of_momentum, of_decay, of_gradient = (
             found if p.grad is not None else (theta * 0, theta * 0, theta * 0)
         )
-        left = step[name].to(p.device).double() - of_momentum - of_decay - of_gradient
-        rest += float(left.square().sum())
-        momentum[name] = of_momentum.to(step[name])
-        decay[name] = of_decay.to(step[name])
-    unexplained = math.sqrt(rest) / max(norm(step), 1e-300)
-    if not unexplained <= (CODED_TOLERANCE if coded else TOLERANCE):
-        return f"momentum, decay and gradient leave {unexplained:.2g} of the step unexplained"
-    if norm(decay) < SMALLEST_DECAY * norm(step):
-        decay = {}
-    return StepParts(momentum=momentum, decay=decay, error=unexplained)
+        own = part(step[name])
+        left = own.to(p.device).double() - of_momentum - of_decay - of_gradient
+        split.rest[name] = float(left.square().sum())
+        split.momentum[name] = from_part(of_momentum.to(own), step[name])
+        split.decay[name] = from_part(of_decay.to(own), step[name])
+    return split
 
 
 def _parts(
@@ -153,6 +185,8 @@ def _check_gradient(group: Mapping[str, Any], name: str, new: Tensor, second: Te
         OptimizerStateError: the gradient is too large.
     """
     beta1, beta2 = (float(b) for b in group["betas"])
+    if not second.numel():  # of a part without entries
+        return
     least = (1 - beta2) * (new / (1 - beta1)).square()
     if bool((least > (1 + SECOND_MOMENT_TOLERANCE) * second + SECOND_MOMENT_TOLERANCE * second.max()).any()):
         raise OptimizerStateError(f"the gradient of {name} is not the one that the step was taken with")

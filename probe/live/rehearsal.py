@@ -22,6 +22,7 @@ from probe.scoring.microbatch import at_a_time
 from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
 from probe.scoring.together import together
+from probe.shards import is_sharded
 
 REHEARSAL_TOKENS = 16
 """Tokens of the responses that are really sampled."""
@@ -43,6 +44,8 @@ def rehearsed_way(
         NumericalError: forward mode is asked for and cannot be had.
     """
     ranks = policy.ranks
+    if is_sharded(policy.model):  # every forward is one of all ranks
+        return _rehearsed(policy, tokenizer, prompts, settings)
     with together(policy, "rehearsal"):  # each tries on its own device what all will do
         own = _rehearsed(replace(policy, ranks=ALONE), tokenizer, prompts, settings)
     ways = ranks.gathered("ways", own)
@@ -63,7 +66,7 @@ def _rehearsed(
     # where `target_se` chooses the size of E it may grow, and a microbatch is full
     size = at_a_time(len(encoded[longest]) + settings.max_new_tokens - 1, *policy.limits("forward"))
     assert size is not None  # `limits` has one at least
-    rows = size if settings.target_se else min(size, settings.B_E)
+    rows = policy.ranks.size * (size if settings.target_se else min(size, settings.B_E))
     batch = longest_responses(encoded[longest], rows, settings.max_new_tokens)
     policy = replace(policy, share_prompts=False)  # those of E may all be different, which takes more memory
     return longest_pass(policy, batch, way, binding=settings.derivative == "jvp")

@@ -25,6 +25,7 @@ from probe.scoring.policy import Policy
 from probe.scoring.reference import as_reference
 from probe.scoring.score import score_tokens
 from probe.scoring.scores import TokenScores
+from probe.shards import nonfinite, whole
 from probe.snapshot import copied, preserved
 
 
@@ -207,7 +208,7 @@ def optimizer_step(
             group["lr"] = group["lr"] * lr_factor
         for name, p in parameters.items():
             p.grad = gradient[name].clone()
-        size = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+        size = whole(nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None]))
         factor = 1.0
         if max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(list(parameters.values()), max_grad_norm, size)
@@ -216,7 +217,7 @@ def optimizer_step(
         new = copied(parameters, snapshot_device)
     step = {name: new[name] - before[name] for name in new}
     for name, change in step.items():
-        if not bool(torch.isfinite(change).all()):
+        if nonfinite(change):
             raise NumericalError(f"expected a finite optimizer step, found NaN or infinity in that of {name}")
     return TakenStep(step, new, float(size), factor)
 

@@ -18,6 +18,7 @@ from probe.errors.exceptions import RolloutError
 from probe.parameters import without_adapters
 from probe.rollouts.decoding import Decoding
 from probe.rollouts.inverse_cdf import Drawn, InverseCdf, only
+from probe.shards import is_sharded
 from probe.snapshot import isolated_rng, put_back_by
 
 PAGE = 32
@@ -35,6 +36,8 @@ def refusal(decoding: Decoding) -> str | None:
     """
     model = without_adapters(decoding.policy.model)
     config = model.config.get_text_config()
+    if is_sharded(decoding.policy.model):
+        return "processes hold parts of the weights, and go in step"
     if not hasattr(model, "init_continuous_batching"):
         return f"{type(model).__name__} does not have it"
     if hasattr(model, "_cached_continuous_batching_manager"):

@@ -137,6 +137,7 @@ def _generate(decoding: Decoding, entries: list[int], leave: bool) -> None:
             logits_processor=[sampler],
             stopping_criteria=[stop],
             max_new_tokens=uniform.shape[1],
+            synced_gpus=False,  # a sharded model's forwards go in lockstep
         )
     tokens, logprobs, entropies = sampler.collect()
     for row, response in enumerate(responses):

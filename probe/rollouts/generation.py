@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from probe.config.batches import GenerationConfig
 from probe.data.batch import PromptExample
+from probe.distributed.lockstep import lockstep
 from probe.errors.exceptions import DataError, RolloutError
 from probe.parameters import without_adapters
 from probe.scoring.policy import Policy
@@ -160,8 +161,12 @@ def _next_log_probs(policy: Policy, prompts: Sequence[tuple[int, ...]], pad: int
         return scores
 
     input_ids, attention_mask = left_padded(prompts, pad, policy.device)
-    with torch.no_grad(), policy.autocast():
-        policy.model.generate(input_ids=input_ids, attention_mask=attention_mask, logits_processor=[keep])  # type: ignore[operator]
+    called = without_adapters(policy.model)
+    step = lockstep(policy.model, policy.ranks, autocast=policy.autocast, called=called)
+    with step, torch.no_grad(), policy.autocast():
+        policy.model.generate(  # type: ignore[operator]
+            input_ids=input_ids, attention_mask=attention_mask, logits_processor=[keep], synced_gpus=False
+        )
     return seen[0]
 
 

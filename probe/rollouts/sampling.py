@@ -17,10 +17,12 @@ from torch import Tensor
 
 from probe.config.batches import GenerationConfig
 from probe.data.batch import PromptExample, RolloutBatch
+from probe.distributed.lockstep import lockstep
 from probe.distributed.ranks import Ranks
 from probe.errors.exceptions import RanksApartError, RolloutError
 from probe.errors.remedies import Remedy
 from probe.finite import require_finite_weights
+from probe.parameters import without_adapters
 from probe.rollouts.decoders import draw_responses
 from probe.rollouts.decoding import Decoding, Response
 from probe.rollouts.generation import encode_prompts, gap_limit, own_generation_config, padding_matters
@@ -95,6 +97,7 @@ def sample_rollouts(
     own = _own_entries(order, settings.batch_size, ranks)
     with (
         ranks.together("sampling"),
+        lockstep(policy.model, ranks, autocast=policy.autocast, called=without_adapters(policy.model)),
         own_generation_config(policy.model, tokenizer, settings) as eos_ids,
     ):
         if own:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from probe.data.batch import RolloutBatch
+from probe.shards import whole
 
 DIRECTIONS = 8
 """Principal directions of the output embedding that tokens and states are projected on."""
@@ -52,6 +53,7 @@ def feature_basis(model: nn.Module, batch: RolloutBatch) -> FeatureBasis | None:
         The basis; None where the output layer has no dense weight `(V, D_model)` (a quantised one).
     """
     weight = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
+    weight = None if weight is None else whole(weight)
     if weight is None or weight.dim() != 2 or not weight.is_floating_point():
         return None
     used, counts = batch.completion_ids[batch.mask].unique(return_counts=True)

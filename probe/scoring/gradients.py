@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from probe.data.batch import RolloutBatch
+from probe.distributed.lockstep import Lockstep
 from probe.errors.exceptions import NumericalError
 from probe.errors.memory import is_out_of_memory
 from probe.scoring.collector import Collector, Progress
@@ -18,6 +20,8 @@ from probe.scoring.microbatch import MicroBatch
 from probe.scoring.policy import Policy
 from probe.scoring.scores import TokenScores
 from probe.scoring.together import together
+from probe.shards import is_shard, nonfinite, part_like
+from probe.snapshot import put_back_by
 
 EXACT_SUMS = 2**26
 """Up to so many numbers are summed over microbatches and ranks in float64: the sum hardly depends on their order, and
@@ -59,24 +63,45 @@ def token_gradients(
         raise NumericalError("expected trainable parameters, found none with requires_grad=True")
     totals = _Totals(parameters, objectives)
     collector = Collector(batch, progress, policy.ranks)
-    head = OutputHead(policy.model)
-    own = {n: p for n, p in parameters.items() if any(p is q for q in head.layer.parameters())}
+    with (
+        _no_gradients_yet(parameters),
+        together(policy, "gradients", lambda k: totals.collect(k, policy.ranks.size)) as step,
+        torch.enable_grad(),
+    ):
+        head = OutputHead(policy.model)
+        own = head.own(parameters)
+        totals.begin_head(own)
 
-    def add(inputs: MicroBatch) -> int:
-        hidden = policy.hidden_states(head, inputs)
-        through_head, of_head = _head_gradients(
-            policy, head, hidden, inputs, weights, objectives, collector, own
-        )
-        _network_gradients(hidden, through_head, totals)
-        for k, found in enumerate(of_head):
-            totals.add(k, found, list(found.values()))
-        return inputs.size
+        def add(inputs: MicroBatch) -> int:
+            hidden = policy.hidden_states(head, inputs)
+            through_head, of_head = _head_gradients(
+                policy, head, hidden, inputs, weights, objectives, collector, own
+            )
+            _network_gradients(hidden, through_head, totals, step)
+            for k, found in enumerate(of_head):
+                totals.add_of_head(k, found)
+            return inputs.size
 
-    with together(policy, "gradients"), torch.enable_grad():
         for size in policy.each(batch, add, "backward"):
             collector.advance(size)
-    policy.ranks.add_up("gradients", [x for values in totals.values for x in values.values()])
+    policy.ranks.add_up("gradients", totals.apart())
     return totals.finish(), collector.finish()
+
+
+@contextmanager
+def _no_gradients_yet(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Put a sharded policy's gradients aside: a backward leaves its own there. The same objects come back."""
+    sharded = any(is_shard(p) for p in parameters.values())
+    held = [(p, p.grad) for p in parameters.values() if sharded]
+
+    def restore() -> None:
+        for p, grad in held:
+            p.grad = grad
+
+    with put_back_by(restore):
+        for p, _ in held:
+            p.grad = None
+        yield
 
 
 def _head_gradients(
@@ -87,7 +112,7 @@ def _head_gradients(
     weights: TokenWeights,
     objectives: int,
     collector: Collector,
-    own: Mapping[str, nn.Parameter],
+    own: Mapping[str, Tensor],
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Gradients of each objective by `hidden`, `(n, D_model)` in float32 or better, and by parameters of the head."""
     of_head: list[dict[str, Tensor]] = [{} for _ in range(objectives)]
@@ -114,8 +139,16 @@ def _head_gradients(
     return grads, of_head
 
 
-def _network_gradients(hidden: Tensor, grads: list[Tensor], totals: _Totals) -> None:
+def _network_gradients(
+    hidden: Tensor, grads: list[Tensor], totals: _Totals, step: Lockstep | None = None
+) -> None:
     """Carry the gradients by `hidden` down the network and add them to `totals`.
+
+    Args:
+        hidden: of a microbatch's tokens.
+        grads: of each objective, by them.
+        totals: to add to.
+        step: the turns of a sharded policy, whose gradients each process has a part of.
 
     Raises:
         torch.OutOfMemoryError: there is no memory for the first; nothing has been added.
@@ -125,6 +158,9 @@ def _network_gradients(hidden: Tensor, grads: list[Tensor], totals: _Totals) -> 
         return
     parameters = list(totals.parameters.values())
     for k, grad in enumerate(grads):
+        if step is not None:
+            step.backward(hidden, grad.to(hidden.dtype), k, last=k == len(grads) - 1)
+            continue
         scale = float16_scale(grad) if hidden.dtype == torch.float16 else 1.0
         try:
             found = torch.autograd.grad(
@@ -167,6 +203,37 @@ class _Totals:
             {name: torch.zeros_like(p, dtype=_sum_type(p, exact)) for name, p in parameters.items()}
             for _ in range(objectives)
         ]
+        self._of_head: list[dict[str, Tensor]] = [{} for _ in range(objectives)]
+
+    def begin_head(self, own: Mapping[str, Tensor]) -> None:
+        """Args: `own`, what the output layer runs with in the place of sharded parameters, on every process alike."""
+        for name, x in own.items():
+            if is_shard(self.parameters[name]):
+                dtype = self.values[0][name].dtype
+                for of_head in self._of_head:
+                    of_head[name] = torch.zeros_like(x, dtype=dtype)
+
+    def add_of_head(self, k: int, grads: Mapping[str, Tensor]) -> None:
+        """Add gradients of the objective `k` by the output layer's own parameters; of sharded ones by all of them."""
+        for name, grad in grads.items():
+            (self._of_head[k] if name in self._of_head[k] else self.values[k])[name] += grad
+
+    def collect(self, k: int, size: int) -> None:
+        """Take the gradients of the objective `k` from sharded parameters, where a backward has left their mean.
+
+        Args:
+            k: the objective.
+            size: number of processes.
+        """
+        for name, p in self.parameters.items():
+            if p.grad is not None:
+                self.values[k][name] += p.grad * size if is_shard(p) else p.grad
+                p.grad = None
+
+    def apart(self) -> list[Tensor]:
+        """What each process has a summand of: all but the gradients of sharded parameters."""
+        whole = [x for values in self.values for x in values.values() if not is_shard(x)]
+        return [*whole, *(x for of_head in self._of_head for x in of_head.values())]
 
     def add(self, k: int, names: Iterable[str], grads: Sequence[Tensor | None], scale: float = 1.0) -> None:
         """Add gradients of the objective `k`, which were multiplied by `scale`."""
@@ -176,9 +243,11 @@ class _Totals:
 
     def finish(self) -> list[dict[str, Tensor]]:
         """The gradients, checked."""
-        for values in self.values:
+        for values, of_head in zip(self.values, self._of_head, strict=True):
+            for name, grad in of_head.items():
+                values[name] += part_like(grad, values[name])
             for name, total in values.items():
-                if not bool(torch.isfinite(total).all()):
+                if nonfinite(total):
                     raise NumericalError(
                         f"expected finite gradients, found NaN or infinity in that of {name}"
                     )

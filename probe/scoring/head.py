@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed.fsdp import FSDPModule
 
 from probe.errors.exceptions import NumericalError
 from probe.errors.remedies import Remedy
 from probe.scoring.logit_tail import LogitTail, choose_tail, difference, possible_tails
+from probe.shards import is_shard, whole
 from probe.snapshot import standing_in
 
 logger = logging.getLogger(__name__)
@@ -90,18 +92,38 @@ class OutputHead:
         self._values = {
             own[id(p)]: values[n] for n, p in everywhere if values and n in values and id(p) in own
         }
+        self._bring_together()
+
+    def _bring_together(self) -> None:
+        """Let the layer run with all of its weights where each process holds a part; all processes do it."""
+        for name, p in self.layer.named_parameters():
+            if is_shard(p):  # a part of a pass's values is in the parameter itself
+                self._values[name] = whole(p).requires_grad_(p.requires_grad)
+
+    def _run(self, hidden: Tensor) -> Tensor:
+        """The layer's outputs; past the hooks by which a sharded one brings its weights together itself."""
+        run: Any = self.layer.forward if isinstance(self.layer, FSDPModule) else self.layer
+        return run(hidden)  # type: ignore[no-any-return]
+
+    def own(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """What the layer runs with in the place of those parameters that are its own, by their names."""
+        mine = {id(p): self._values.get(name, p) for name, p in self.layer.named_parameters()}
+        return {name: mine[id(p)] for name, p in parameters.items() if id(p) in mine}
 
     @contextmanager
-    def capture(self) -> Iterator[list[Tensor]]:
+    def capture(self, connected: bool = False) -> Iterator[list[Tensor]]:
         """While active, each forward of the model appends its `(b, L, D)` hidden states to the list yielded.
 
         The output layer itself then sees what `check` compares only, so that the full logits are never made.
+
+        Args:
+            connected: let gradients go on from there.
         """
         captured: list[Tensor] = []
 
         def keep_few(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             captured.append(args[0])
-            return (_compared(args[0]), *args[1:])
+            return (args[0][:COMPARED, -1:] if connected else _compared(args[0]), *args[1:])
 
         handle = self.layer.register_forward_pre_hook(keep_few)
         try:
@@ -139,7 +161,7 @@ class OutputHead:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         values = self.converted() if end is None else self._part(start, end)
         with torch.autocast(hidden.device.type, enabled=False), standing_in(self.layer, values):
-            return self.layer(hidden.to(dtype))
+            return self._run(hidden.to(dtype))
 
     def converted(self) -> dict[str, Tensor]:
         """What the layer runs with: stand-ins, and 16-bit weights in float32, converted once and kept."""
@@ -174,7 +196,7 @@ class OutputHead:
         try:
             for start in (0, self.vocabulary - size):
                 with standing_in(self.layer, self._part(start, start + size, convert=False)):
-                    part = self.layer(last)
+                    part = self._run(last)
                 whole = output[..., start : start + size]
                 if part.shape != whole.shape or not difference(part, whole) <= tolerance:
                     logger.debug("%s is run on the whole vocabulary: it can't be divided", kind)
@@ -200,7 +222,7 @@ class OutputHead:
         with torch.no_grad():
             last = _compared(hidden)
             with standing_in(self.layer, self._values):
-                output = self.layer(last)
+                output = self._run(last)
             half = min(torch.finfo(hidden.dtype).bits, torch.finfo(model_logits.dtype).bits) < 32
             tolerance = 1e-2 if half else 1e-4  # the tail itself rounds in half precision
             if self._tail is None:

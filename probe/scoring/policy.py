@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from probe.data.batch import RolloutBatch
+from probe.distributed.lockstep import is_apart
 from probe.distributed.ranks import ALONE, Ranks
 from probe.errors.memory import is_out_of_memory
 from probe.loading import trainable_parameters
@@ -22,6 +23,7 @@ from probe.scoring.microbatch import MicroBatch, collate, positions, split, wort
 from probe.scoring.prompts import can_share_prompts, forward
 from probe.scoring.room import check_batch
 from probe.scoring.traffic import Kind, Traffic
+from probe.shards import is_sharded, runs_in_16_bits
 from probe.snapshot import Places, replaced, stand_ins
 
 T = TypeVar("T")
@@ -104,7 +106,8 @@ class Policy:
     @property
     def half_precision(self) -> bool:
         """Whether any of the model's weights, or its forwards, are in 16 bits."""
-        if any(p.dtype in (torch.bfloat16, torch.float16) for p in self.model.parameters()):
+        own = {p.dtype for p in self.model.parameters()}
+        if own & {torch.bfloat16, torch.float16} or runs_in_16_bits(self.model):
             return True
         with self.autocast():
             return torch.is_autocast_enabled(self.device.type)
@@ -128,8 +131,8 @@ class Policy:
         alone = sum(size for part, size in zip(parts, filled, strict=True) if len(part) == 1)
         if 2 * alone >= sum(filled):
             return replace(self, microbatch_size=2, tokens_per_microbatch=None)
-        most = max(map(len, parts))
-        return replace(self, microbatch_size=most // 2, tokens_per_microbatch=max(max(filled) // 2, 1))
+        most = max(map(len, parts)) // 2
+        return replace(self, microbatch_size=most, tokens_per_microbatch=max(max(filled) // 2, 1))
 
     def split(self, batch: RolloutBatch, kind: Kind = "forward") -> list[list[int]]:
         """The sequences of each microbatch of a batch.
@@ -142,13 +145,14 @@ class Policy:
             DataError: the model has no room for one of them.
         """
         check_batch(self.model, batch)
-        return split(batch, *self.limits(kind), self._shares(batch))
+        return split(batch, *self.limits(kind), self._shares(batch, kind))
 
-    def _shares(self, batch: RolloutBatch) -> bool:
-        """Whether prompts go through the model once where it is less work."""
+    def _shares(self, batch: RolloutBatch, kind: Kind = "forward") -> bool:
+        """Whether prompts go through the model once where it is less work; not before a sharded model's backward."""
         return (
             self.share_prompts
             and worth_sharing(batch)
+            and not (kind == "backward" and is_sharded(self.model))
             and can_share_prompts(self.model, self.autocast, batch)
         )
 
@@ -157,7 +161,7 @@ class Policy:
         parts = self.split(batch, kind)
         if self.ranks.size == 1:
             return parts
-        share = self._shares(batch)
+        share = self._shares(batch, kind)
         own = self.ranks.shares([positions(batch, part, share) for part in parts])[self.ranks.rank]
         return [parts[i] for i in own]
 
@@ -171,8 +175,7 @@ class Policy:
 
     def microbatches(self, batch: RolloutBatch) -> Iterator[MicroBatch]:
         """The sequences of a batch as inputs of the model; see `split`."""
-        share = self._shares(batch)
-        return (collate(batch, indices, self.device, share) for indices in self.split(batch))
+        return (collate(batch, rows, self.device, self._shares(batch)) for rows in self.split(batch))
 
     def each(
         self, batch: RolloutBatch, run: Callable[[MicroBatch], T], kind: Kind = "forward"
@@ -192,14 +195,14 @@ class Policy:
             torch.OutOfMemoryError: memory does not suffice for one sequence.
         """
         waiting, room = deque(self.own_parts(batch, kind)), dict(self.traffic.room)
-        share = self._shares(batch)
+        share = self._shares(batch, kind)
         while waiting:
             indices = waiting.popleft()
             inputs = collate(batch, indices, self.device, share)
             try:
                 found = run(inputs)
             except (RuntimeError, MemoryError) as error:
-                if len(indices) == 1 or not is_out_of_memory(error):
+                if len(indices) == 1 or not is_out_of_memory(error) or is_apart(self.model):
                     # smaller microbatches were no help, so that they say nothing about what fits
                     self.traffic.room = room
                     raise
@@ -217,7 +220,8 @@ class Policy:
     def hidden_states(self, head: OutputHead, inputs: MicroBatch) -> Tensor:
         """Hidden states `(n, D_model)` that predict the microbatch's `n` response tokens."""
         ids, mask = inputs.input_ids, inputs.attention_mask
-        with head.capture() as captured, self.autocast(), replaced(self._places):
+        connected = torch.is_grad_enabled() and is_sharded(self.model)
+        with head.capture(connected) as captured, self.autocast(), replaced(self._places):
             if inputs.prompts is None:
                 output = self.model(input_ids=ids, attention_mask=mask, use_cache=False)
             else:
@@ -225,4 +229,6 @@ class Policy:
         with self.autocast():
             head.check(captured[-1], output.logits)
         hidden = captured[-1]  # on the output layer's device, which need not be the inputs'
+        if connected:  # a backward of a sharded model begins at what the model gives back
+            hidden = hidden + 0.0 * output.logits.sum().to(hidden.dtype)
         return hidden[inputs.row.to(hidden.device), inputs.column.to(hidden.device)]

@@ -18,6 +18,7 @@ from probe.scoring.free_memory import bound_by_free_memory
 from probe.scoring.policy import DEFAULT_TOKENS, Policy
 from probe.scoring.score import score_tokens
 from probe.scoring.together import together
+from probe.shards import is_sharded
 from probe.snapshot import operator_threads
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ def tuned(policy: Policy, batch: RolloutBatch, threads: int | None = None) -> Tu
         What the first rank has found; all try at the same time, as they will run.
     """
     ranks = policy.ranks
+    if is_sharded(policy.model):  # every forward is one of all ranks
+        return _tuned(policy, batch, threads, ranks.size)
     with together(policy, "trial"):
         own = _tuned(replace(policy, ranks=ALONE), batch, threads, ranks.size)
     return ranks.from_first("what a trial has found", lambda: own)
@@ -74,7 +77,8 @@ def _tuned(policy: Policy, batch: RolloutBatch, threads: int | None, processes: 
         with operator_threads(threads):
             if policy.microbatch_size is None and _positions(batch) * TRIAL_SHARE >= sum(BUDGETS):
                 tokens = _budget(policy, batch)
-    if policy.device.type == "cpu" and policy.microbatch_size is None and bool(batch.mask.any()):
+    known = policy.device.type == "cpu" and not is_sharded(policy.model)  # what a gradient keeps
+    if known and policy.microbatch_size is None and bool(batch.mask.any()):
         few, chosen = (replace(policy, tokens_per_microbatch=n) for n in (THREAD_TOKENS, tokens))
         with operator_threads(threads):
             longest = batch.subset(torch.tensor(few.split(batch)[0]))
@@ -124,9 +128,9 @@ def _budget(policy: Policy, batch: RolloutBatch) -> int:
 
 
 def _seconds(policy: Policy, batch: RolloutBatch) -> float:
-    """How long a scoring takes."""
+    """How long a scoring takes; the first rank's clock is that of all that share it."""
     start = time.perf_counter()
     score_tokens(policy, batch)
     if policy.device.type == "cuda":
         torch.cuda.synchronize(policy.device)
-    return time.perf_counter() - start
+    return policy.ranks.from_first("seconds", lambda: time.perf_counter() - start)

@@ -1,0 +1,134 @@
+"""Tensors of which each process holds a part: DTensors, as torch's `fully_shard` (FSDP2) makes a model's parameters.
+
+Arithmetic entry by entry is that of the parts. A sum over all entries needs the other processes, and torch gives this
+process's own in silence where such a sum becomes a Python number. So the probe never takes one of a DTensor itself:
+`total` does, and everything that is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def is_shard(x: Any) -> bool:
+    """Whether something is a tensor of which this process holds a part."""
+    return isinstance(x, DTensor)
+
+
+def part(x: Tensor) -> Tensor:
+    """What this process holds of a tensor, the very memory; of one that is whole, all of it.
+
+    >>> bool((part(torch.ones(2)) == torch.ones(2)).all())
+    True
+    """
+    return x.detach().to_local() if isinstance(x, DTensor) else x  # type: ignore[attr-defined]
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor, detached. Of a shard, every process that holds one of it must ask for it at the same time."""
+    return x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()  # type: ignore[attr-defined]
+
+
+def part_like(x: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same on all processes, cut as another one of its shape is."""
+    if not isinstance(like, DTensor):
+        return x
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def from_part(own: Tensor, like: Tensor) -> Tensor:
+    """What a process has found for its part of a tensor, as a tensor that is held in parts as that one is.
+
+    Args:
+        own: of the shape of `part(like)`.
+        like: whole, or a shard.
+    """
+    if not isinstance(like, DTensor):
+        return own
+    return DTensor.from_local(
+        own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def total(amounts: Iterable[tuple[Tensor, float]]) -> float:
+    """The sum of amounts, each of which adds up over the entries of a tensor; in float64.
+
+    Args:
+        amounts: `(tensor, amount of its part)`. Where there are shards all processes call it at the same time, with the
+            same tensors in the same order.
+
+    >>> total([(torch.ones(2), 2.0), (torch.ones(3), 3.0)])
+    5.0
+    """
+    here, apart = 0.0, dict[Any, float]()
+    for x, amount in amounts:
+        if isinstance(x, DTensor):
+            key = (x.device_mesh, x.placements)
+            apart[key] = apart.get(key, 0.0) + amount
+        else:
+            here += amount
+    for (mesh, placements), amount in apart.items():
+        found = torch.tensor(amount, dtype=torch.float64, device=mesh.device_type)
+        for dim, placement in enumerate(placements):
+            if placement.is_shard():
+                torch.distributed.all_reduce(found, group=mesh.get_group(dim))
+        here += float(found)
+    return here
+
+
+def nonzero(x: Tensor) -> bool:
+    """Whether an entry of a tensor is not 0; on any process, where each holds a part."""
+    return total([(x, float(bool(part(x).any())))]) > 0
+
+
+def nonfinite(x: Tensor) -> bool:
+    """Whether an entry of a tensor is NaN or infinite; on any process, where each holds a part."""
+    return total([(x, float(not bool(torch.isfinite(part(x)).all())))]) > 0
+
+
+def fully_sharded(model: nn.Module) -> list[FSDPModule]:
+    """The modules of a model that `fully_shard` was called on; the first is the root."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes hold a part each of a model's weights."""
+    return next((True for module in model.modules() if isinstance(module, FSDPModule)), False)
+
+
+def resharded(model: nn.Module) -> None:
+    """Let each process hold its own part alone: what others have sent it, a forward will ask for again."""
+    for module in fully_sharded(model):
+        module.reshard()
+
+
+def runs_in_16_bits(model: nn.Module) -> bool:
+    """Whether a sharded model's forwards cast its weights to 16 bits (`MixedPrecisionPolicy.param_dtype`)."""
+    return any(module._get_fsdp_state()._mp_policy.param_dtype in HALF for module in fully_sharded(model))
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why a model's shards are not of the kind that the probe can work with; None where they are, or there are none."""
+    for name, p in model.named_parameters():
+        if not isinstance(p, DTensor):
+            continue
+        kinds = {type(placement) for placement in p.placements}
+        if not is_sharded(model) or not kinds <= {Shard, Replicate}:
+            return (
+                f"a DTensor in {name} that fully_shard alone has not made (placements {p.placements}): tensor "
+                "parallelism is not supported"
+            )
+    return None
+
+
+def parts(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """What this process holds of each."""
+    return (part(x) for x in tensors)
