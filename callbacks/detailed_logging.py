@@ -11,7 +11,7 @@ from probe.errors.exceptions import LogError
 from probe.files.atomic import ensure_writable, remove_leftovers
 from probe.files.failures import write_error
 from probe.logs.store import DATE_FOLDERS, prune
-from probe.logs.write import LogPaths, token_decoder, write_log
+from probe.logs.write import LogPaths, log_of, token_decoder, write_log
 
 if TYPE_CHECKING:
     from probe.module import EntropyProbe
@@ -42,7 +42,11 @@ class DetailedLogging(ProbeCallback):
 
     def on_report_end(self, runner: ProbeRunner, module: EntropyProbe, result: ProbeResult) -> None:
         """Write the files, and delete the oldest runs where `max_files` asks for it."""
-        if not (self.config.enabled and runner.fabric.is_global_zero):
+        if not self.config.enabled:
+            return
+        if not runner.fabric.is_global_zero:
+            if runner.state.sharded:
+                log_of(result, runner.state, self.config)  # the first process needs the others' parts
             return
         try:
             self.paths = write_log(result, runner.state, self.config, token_decoder(module))

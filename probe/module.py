@@ -106,8 +106,7 @@ class EntropyProbe(LightningModule):
                 "config or pass --checkpoint.checkpoint_path PATH"
             )
         if self.config.batch_config.U_rollouts is None:
-            # a misspelt reward should not cost the loading of a model
-            chosen_rewards(self.config.batch_config)
+            chosen_rewards(self.config.batch_config)  # a misspelt one should not cost the loading of a model
         self.make_demo()
         files = locate_checkpoint(self.checkpoint)
         self.files = replace(files, name=DEMO) if self.config.checkpoint.checkpoint_path == DEMO else files
@@ -139,10 +138,8 @@ class EntropyProbe(LightningModule):
             seed: as for the constructor.
             given: the keys that it gives explicitly; by default as before.
         """
-        same = (config.checkpoint, config.probe_rework.learning_rate) == (
-            self.configured.checkpoint,
-            self.configured.probe_rework.learning_rate,
-        )
+        before, rate = self.configured, config.probe_rework.learning_rate
+        same = (config.checkpoint, rate) == (before.checkpoint, before.probe_rework.learning_rate)
         self.config = self.configured = config
         self.given = self.given if given is None else frozenset(given)
         self.seed = seed if config.probe_rework.master_seed is None else config.probe_rework.master_seed

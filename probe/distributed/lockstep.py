@@ -69,11 +69,15 @@ class Lockstep:
         """Take a turn, on the way into a forward."""
         if self._idle:
             return
-        if self.in_forward:  # one has failed, on all processes
-            self._root.reset_iter_state()
-            self.in_forward = False
+        self.begin_anew()  # where one has failed, on all processes
         self.turn(FORWARD_WITH_GRADIENTS if torch.is_grad_enabled() else FORWARD, 0, 0)
         self.in_forward = True
+
+    def begin_anew(self) -> None:
+        """After a forward that has failed half way, let each process hold its own part again."""
+        if self.in_forward and hasattr(self._root, "reset_iter_state"):  # of newer torch
+            self._root.reset_iter_state()
+        self.in_forward = False
 
     def after_forward(self, *_: Any) -> None:
         """On the way out."""
@@ -199,6 +203,7 @@ def _in_turns(model: nn.Module, entered: nn.Module, step: Lockstep) -> Iterator[
         raise
     except Exception as error:
         if step.in_forward:
+            step.begin_anew()
             raise RanksApartError(
                 "a forward of a policy that is sharded over processes failed on this one, while the others wait for "
                 f"its part of the weights: {type(error).__name__}: {first_line(error)}"

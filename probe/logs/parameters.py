@@ -11,6 +11,7 @@ from torch import Tensor
 
 from probe.estimand import SEQUENCE, TOKEN
 from probe.logs.distributions import FLOAT32_DIGITS, TABLE_DIGITS, rounded
+from probe.shards import whole
 
 if TYPE_CHECKING:
     from probe.phases.state import ProbeState
@@ -59,7 +60,7 @@ def parameter_statistics(state: ProbeState) -> dict[str, dict[str, Any]]:
     table: dict[str, dict[str, Any]] = {}
     for name, shape in _parameter_shapes(state).items():
         row: dict[str, Any] = {"shape": list(shape), "numbers": shape.numel()}
-        found = {vector: get(name).detach().cpu() for vector, get in vectors.items()}
+        found = {vector: whole(get(name)).cpu() for vector, get in vectors.items()}
         for vector, tensor in found.items():
             row[f"{vector}_norm"] = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
             row[f"{vector}_max_abs"] = float(tensor.abs().max()) if tensor.numel() else 0.0
@@ -82,7 +83,7 @@ def raw_vectors(state: ProbeState, limit: int) -> dict[str, Any]:
         return section
     for vector, get in vectors.items():
         section[vector] = {
-            name: rounded(get(name).detach().cpu().flatten(), FLOAT32_DIGITS) for name in shapes
+            name: rounded(whole(get(name)).cpu().flatten(), FLOAT32_DIGITS) for name in shapes
         }
     return section
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -64,16 +64,7 @@ def write_log(
     Raises:
         LogError: a file cannot be written. Files that were complete by then stay.
     """
-    log = build_log(
-        result,
-        state,
-        level=config.level,
-        log_sequences=config.log_sequences,
-        log_tokens=config.log_tokens,
-        log_raw_tensors=config.log_raw_tensors,
-        token_text=token_text,
-    )
-    main = dump_bytes(log, config.compress)
+    main = dump_bytes(log_of(result, state, config, token_text), config.compress)
     folder = Path(config.output_directory) / _date(result)
     paths = _claim(folder, log_name(result, config), ".json.gz" if config.compress else ".json", result)
     try:
@@ -86,6 +77,24 @@ def write_log(
     files = {"main": paths.main.name, "config": paths.config.name}
     atomic_write_bytes(paths.summary, dump_bytes(summary(result, config.level, files)))
     return paths
+
+
+def log_of(
+    result: ProbeResult,
+    state: ProbeState,
+    config: DetailedLoggingConfig,
+    token_text: Callable[[int], str] | None = None,
+) -> dict[str, Any]:
+    """The main log of a run; see `write_log`. Where processes hold parts of the step, all of them make it together."""
+    return build_log(
+        result,
+        state,
+        level=config.level,
+        log_sequences=config.log_sequences,
+        log_tokens=config.log_tokens,
+        log_raw_tensors=config.log_raw_tensors,
+        token_text=token_text,
+    )
 
 
 def log_name(result: ProbeResult, config: DetailedLoggingConfig) -> str:

@@ -17,6 +17,7 @@ from probe.phases.prediction import Predicted
 from probe.phases.sample import Sample
 from probe.phases.update import Update
 from probe.scoring.scores import TokenScores
+from probe.shards import is_shard
 
 Phase = Literal["sample", "entropy_gradient", "update", "prediction", "ground_truth", "report"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -99,6 +100,13 @@ class ProbeState:
         if self.sample is None:
             raise RuntimeError("expected E and U, found none; the phase `sample` comes first")
         return self.sample
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the vectors, so that all of them have a part in a log of these."""
+        vectors = [] if self.update is None else [*self.update.step.values()]
+        vectors += [] if self.entropy_gradient is None else [*self.entropy_gradient.total.values()]
+        return any(is_shard(x) for x in vectors)
 
     @property
     def throughput(self) -> dict[str, dict[str, float]]:
