@@ -7,7 +7,8 @@ process's own in silence where such a sum becomes a Python number. So the probe 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,7 +16,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-HALF = (torch.float16, torch.bfloat16)
+MEETING: ContextVar[Callable[[str], None] | None] = ContextVar("MEETING", default=None)
+"""How the processes of a block that all of them run make sure that none has failed (`Ranks.together`). Before they
+exchange parts they meet: the exchange itself would wait for one that does not come."""
+
+
+def meet(what: str) -> None:
+    """Raise what another process has raised, in a block that all of them run.
+
+    Args:
+        what: the meeting is about; the same on all.
+    """
+    if (meeting := MEETING.get()) is not None:
+        meeting(what)
 
 
 def is_shard(x: Any) -> bool:
@@ -34,7 +47,10 @@ def part(x: Tensor) -> Tensor:
 
 def whole(x: Tensor) -> Tensor:
     """All of a tensor, detached. Of a shard, every process that holds one of it must ask for it at the same time."""
-    return x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()  # type: ignore[attr-defined]
+    if not isinstance(x, DTensor):
+        return x.detach()
+    meet("all parts")
+    return x.detach().full_tensor()  # type: ignore[attr-defined, no-any-return]
 
 
 def part_like(x: Tensor, like: Tensor) -> Tensor:
@@ -75,6 +91,8 @@ def total(amounts: Iterable[tuple[Tensor, float]]) -> float:
             apart[key] = apart.get(key, 0.0) + amount
         else:
             here += amount
+    if apart:
+        meet("a sum over parts")
     for (mesh, placements), amount in apart.items():
         found = torch.tensor(amount, dtype=torch.float64, device=mesh.device_type)
         for dim, placement in enumerate(placements):
@@ -110,9 +128,18 @@ def resharded(model: nn.Module) -> None:
         module.reshard()
 
 
-def runs_in_16_bits(model: nn.Module) -> bool:
-    """Whether a sharded model's forwards cast its weights to 16 bits (`MixedPrecisionPolicy.param_dtype`)."""
-    return any(module._get_fsdp_state()._mp_policy.param_dtype in HALF for module in fully_sharded(model))
+def forward_type(module: nn.Module) -> torch.dtype | None:
+    """The type that a sharded module's forwards cast weights to (`MixedPrecisionPolicy.param_dtype`); None for none."""
+    if not isinstance(module, FSDPModule):
+        return None
+    dtype: torch.dtype | None = module._get_fsdp_state()._mp_policy.param_dtype
+    return dtype
+
+
+def forward_types(model: nn.Module) -> set[torch.dtype]:
+    """The types that a model's forwards have weights in, those that they are kept in included."""
+    cast = {forward_type(module) for module in model.modules()}
+    return {p.dtype for p in model.parameters()} | {dtype for dtype in cast if dtype is not None}
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -126,6 +153,13 @@ def why_not(model: nn.Module) -> str | None:
                 f"a DTensor in {name} that fully_shard alone has not made (placements {p.placements}): tensor "
                 "parallelism is not supported"
             )
+        if not isinstance(model, FSDPModule):
+            return (
+                f"a part of {name} in each process, and that fully_shard was called on other modules than the policy "
+                "itself; call it on the policy too, last"
+            )
+        if p.device_mesh.size() != torch.distributed.get_world_size():
+            return f"{name} shared out to {p.device_mesh.size()} of {torch.distributed.get_world_size()} processes"
     return None
 
 

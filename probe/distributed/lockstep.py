@@ -163,6 +163,7 @@ def lockstep(
             )
         yield _ACTIVE[model]
         return
+    ranks.meet("lockstep")  # before anything that would wait for a process that has failed
     if model not in _WARM:  # the module that runs first is the root of all others
         with torch.no_grad(), autocast():
             one_token(model)

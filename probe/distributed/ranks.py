@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from probe.errors.exceptions import RanksApartError
+from probe.shards import MEETING
 from probe.text import first_line
 
 T = TypeVar("T")
@@ -110,13 +111,22 @@ class Ranks:
             RanksApartError: another rank is at another place, or has gone.
         """
         found: list[list[int]] = []
+        outer = MEETING.get()
+        if self.size > 1:
+            MEETING.set(self.meet)
         try:
             yield found
         except Exception as error:
             if not _was_shared(error):
                 self._meet(what, words, found, error)
             raise
+        finally:
+            MEETING.set(outer)
         self._meet(what, words, found, None)
+
+    def meet(self, what: str) -> None:
+        """Meet the others; raise what one of them has raised."""
+        self._meet(what, (), [], None)
 
     def _meet(self, what: str, words: Sequence[int], found: list[list[int]], error: Exception | None) -> None:
         """Exchange how each rank is, and its words; raise what another rank has raised."""

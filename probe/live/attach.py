@@ -19,6 +19,7 @@ from probe.live.settings import WatchSettings
 from probe.loading.quantization import find_4bit_layers
 from probe.parameters import without_adapters
 from probe.scoring.room import Room
+from probe.shards import resharded, why_not
 
 PROBE_CHECKPOINTS = (
     "probe its checkpoints with `entropy-probe run`: weights gathered into a folder as `save_pretrained` writes it, "
@@ -150,13 +151,16 @@ def _refuse_no_policy(model: Any) -> None:
 
 
 def _refuse_sharded(model: nn.Module) -> None:
-    """Parameters must be whole, real and on one device."""
-    from torch.distributed.tensor import DTensor
-
+    """Parameters must be whole, or parts that `fully_shard` makes, real and on one device."""
+    resharded(model)  # as an optimizer knows its parameters
     names = dict(model.named_parameters())
-    shards = f"FSDP, DeepSpeed's ZeRO and tensor parallelism are not supported yet; {PROBE_CHECKPOINTS}"
+    shards = f"take FSDP2 (fully_shard; fsdp_version: 2), or {PROBE_CHECKPOINTS}"
+    if (reason := why_not(model)) is not None:
+        raise ConfigError(
+            f"model: expected whole parameters, or parts that fully_shard makes, found {reason}; {shards}"
+        )
     for module in model.modules():
-        if type(module).__name__ in ("FullyShardedDataParallel", "FSDPModule"):
+        if type(module).__name__ == "FullyShardedDataParallel":
             raise ConfigError(f"model: expected whole parameters, found {type(module).__name__}; {shards}")
         if type(module).__name__ == "Linear8bitLt":
             raise ConfigError(
@@ -164,8 +168,6 @@ def _refuse_sharded(model: nn.Module) -> None:
                 "forward changes its state; use load_in_4bit, or probe checkpoints with `entropy-probe run`"
             )
     for name, p in names.items():
-        if isinstance(p, DTensor) or isinstance(p.data, DTensor):
-            raise ConfigError(f"model: expected whole parameters, found a DTensor in {name}; {shards}")
         if hasattr(p, "ds_id"):
             raise ConfigError(f"model: expected whole parameters, found DeepSpeed ZeRO's in {name}; {shards}")
         if p.device.type == "meta":

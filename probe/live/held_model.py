@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from probe.loading.quantization import find_4bit_layers, use_exact_4bit_layers
+from probe.shards import is_shard, part
 
 SMALL_BUFFER = 2**20
 """Buffers of up to this many bytes are copied and put back; of larger ones a change is an error."""
@@ -70,7 +71,7 @@ class HeldTensors:
                 name,
                 p,
                 _fingerprint(p) if id(p) in rewritten else _version(p),
-                p.data_ptr(),
+                part(p).data_ptr(),
                 p.requires_grad,
                 p.grad,
                 _version(p.grad),
@@ -98,7 +99,7 @@ class HeldTensors:
             if p.grad is not grad:
                 p.grad = grad
             now = _version(p) if isinstance(version, int) else _fingerprint(p)
-            if now != version or p.data_ptr() != where:
+            if now != version or part(p).data_ptr() != where:
                 self.problems.append(f"parameter {name} written to")
             if _version(grad) != grad_version:
                 self.problems.append(f"the gradient of {name} written to")
@@ -135,17 +136,19 @@ def _version(p: Tensor | None) -> int:
 
 
 def _rewritten_in_place(model: nn.Module) -> set[int]:
-    """Parameters that peft's adapters of parameters (`target_parameters`) register anew, as they are, in each forward.
+    """Parameters that are written to and put back, so that their values are compared.
 
-    That counts as writing, so that their values are compared.
+    Peft's adapters of parameters (`target_parameters`) register them anew, as they are, in each forward; and parts of
+    sharded parameters are moved by passes at other values.
     """
     wrappers = [module for module in model.modules() if type(module).__name__ == "ParamWrapper"]
-    return {id(p) for wrapper in wrappers for p in wrapper.get_base_layer().parameters(recurse=False)}  # type: ignore[operator]
+    own = {id(p) for p in model.parameters() if is_shard(p) and p.requires_grad}
+    return own | {id(p) for one in wrappers for p in one.get_base_layer().parameters(recurse=False)}  # type: ignore[operator]
 
 
 def _fingerprint(p: Tensor) -> tuple[int, int]:
     """Two sums over the bits of a tensor, modulo `2 ** 64`: the same before and after for the same values."""
-    data = p.detach().contiguous().view(-1)
+    data = part(p.detach()).contiguous().view(-1)
     size = data.element_size()
     bits = data.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).long()
     place = torch.arange(1, len(bits) + 1, device=bits.device)

@@ -13,6 +13,7 @@ from torch import nn
 from probe.errors.exceptions import NumericalError
 from probe.live.held_model import HeldModules, HeldTensors
 from probe.live.interrupts import HeldInterrupts
+from probe.shards import resharded
 from probe.snapshot import float32_precision, held_rng, put_back_by
 
 _LISTED = 5
@@ -34,6 +35,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Raises:
         NumericalError: something wrote to a parameter, a gradient or a large buffer.
     """
+    resharded(model)  # what a forward has brought together is no part of what is held
     held = _Held(model)
     try:
         with put_back_by(held.put_back):

@@ -14,6 +14,7 @@ from probe.errors.exceptions import RanksApartError
 from probe.estimators.step_parts import StepParts
 from probe.live.alarm import GROUP_RATES, SCHEDULER_RATES, single_schedulers
 from probe.live.say import say
+from probe.shards import is_shard
 
 
 def of_one_policy(ranks: Ranks, parameters: Mapping[str, Tensor]) -> Ranks | None:
@@ -22,11 +23,13 @@ def of_one_policy(ranks: Ranks, parameters: Mapping[str, Tensor]) -> Ranks | Non
     Args:
         ranks: of the job.
         parameters: all of the policy's. Where they are not the same on all ranks these do not train one policy, and
-            the first one probes its own.
+            the first one probes its own. Ranks that hold parts of them train one policy.
 
     Raises:
         RanksApartError: it is not called on all ranks.
     """
+    if any(is_shard(p) for p in parameters.values()):
+        return ranks
     if ranks.size == 1 or len(set(ranks.gathered("parameters", fingerprint(parameters.values())))) == 1:
         return ranks
     if not ranks.first:
@@ -118,8 +121,11 @@ def same_parts(ranks: Ranks, parts: StepParts | str) -> StepParts | str:
     """
     if ranks.size == 1:
         return parts
+    reasons = ranks.gathered("reasons", parts if isinstance(parts, str) else None)
+    if any(reasons):
+        return next(reason for reason in reasons if reason)
     tensors = [] if isinstance(parts, str) else [*parts.momentum.values(), *parts.decay.values()]
-    if len(set(ranks.gathered("parts", fingerprint(tensors)))) == 1:
+    if len(set(ranks.gathered("parts", fingerprint(x for x in tensors if not is_shard(x))))) == 1:
         return parts
     return "gradients or moments of the optimizer differ between ranks"
 

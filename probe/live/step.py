@@ -50,6 +50,7 @@ from probe.scoring.features import feature_basis
 from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
 from probe.scoring.traffic import Traffic
+from probe.shards import nonzero
 from probe.snapshot import copied
 from probe.text import error_text
 from probe.timing import Clock
@@ -162,7 +163,7 @@ class UpdateProbe:
         refuse_merged(self.model)
         E, step = before.E, step_taken(self.parameters, before.old)
         policy, rate = self.policy.at(before.old), largest_rate(optimizers, self.parameters)
-        if not any(bool(change.any()) for change in step.values()):
+        if not any(nonzero(change) for change in step.values()):
             return outcome_of_no_step(before, score_tokens(policy, E), rate)
         basis = None if self.memory is None else self.memory.basis
         on = StepOnBatch(policy, E, step, after=self.policy.point(step), basis=basis)

@@ -82,9 +82,7 @@ def raw_vectors(state: ProbeState, limit: int) -> dict[str, Any]:
         section["reason"] = f"{numbers} numbers are more than {limit}; `parameters` has their norms"
         return section
     for vector, get in vectors.items():
-        section[vector] = {
-            name: rounded(whole(get(name)).cpu().flatten(), FLOAT32_DIGITS) for name in shapes
-        }
+        section[vector] = {name: rounded(whole(get(name)).cpu().flatten(), FLOAT32_DIGITS) for name in shapes}
     return section
 
 

@@ -18,6 +18,7 @@ from probe.distributed.lockstep import lockstep
 from probe.errors.exceptions import DataError, RolloutError
 from probe.parameters import without_adapters
 from probe.scoring.policy import Policy
+from probe.shards import forward_types
 
 NEUTRAL = {
     "do_sample": False,  # the token is chosen by `InverseCdfSampler`; "greedy" then picks that token
@@ -49,7 +50,7 @@ _PADDING_MATTERS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 def gap_limit(policy: Policy) -> float:
     """The limit of `SAMPLING_GAP_LIMIT` for the coarsest type that the policy computes in, nats per token."""
-    dtypes = {p.dtype for p in policy.model.parameters()} & set(SAMPLING_GAP_LIMIT)
+    dtypes = forward_types(policy.model) & set(SAMPLING_GAP_LIMIT)
     limit = max(SAMPLING_GAP_LIMIT[d] for d in dtypes)
     with policy.autocast():
         if torch.is_autocast_enabled(policy.device.type):

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from probe.errors.exceptions import NumericalError
 from probe.errors.remedies import Remedy
 from probe.scoring.logit_tail import LogitTail, choose_tail, difference, possible_tails
-from probe.shards import is_shard, whole
+from probe.shards import forward_type, is_shard, whole
 from probe.snapshot import standing_in
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class OutputHead:
                 "get_output_embeddings() is None; load it with AutoModelForCausalLM"
             )
         self.layer: nn.Module = layer
+        self._type = forward_type(layer) or forward_type(model)
         config: Any = model.config
         self._tails = possible_tails(
             config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -98,7 +99,9 @@ class OutputHead:
         """Let the layer run with all of its weights where each process holds a part; all processes do it."""
         for name, p in self.layer.named_parameters():
             if is_shard(p):  # a part of a pass's values is in the parameter itself
-                self._values[name] = whole(p).requires_grad_(p.requires_grad)
+                found = whole(p)
+                found = found if self._type is None else found.to(self._type)
+                self._values[name] = found.requires_grad_(p.requires_grad)
 
     def _run(self, hidden: Tensor) -> Tensor:
         """The layer's outputs; past the hooks by which a sharded one brings its weights together itself."""

@@ -23,7 +23,7 @@ from probe.scoring.microbatch import MicroBatch, collate, positions, split, wort
 from probe.scoring.prompts import can_share_prompts, forward
 from probe.scoring.room import check_batch
 from probe.scoring.traffic import Kind, Traffic
-from probe.shards import is_sharded, runs_in_16_bits
+from probe.shards import forward_types, is_sharded
 from probe.snapshot import Places, replaced, stand_ins
 
 T = TypeVar("T")
@@ -106,8 +106,7 @@ class Policy:
     @property
     def half_precision(self) -> bool:
         """Whether any of the model's weights, or its forwards, are in 16 bits."""
-        own = {p.dtype for p in self.model.parameters()}
-        if own & {torch.bfloat16, torch.float16} or runs_in_16_bits(self.model):
+        if forward_types(self.model) & {torch.bfloat16, torch.float16}:
             return True
         with self.autocast():
             return torch.is_autocast_enabled(self.device.type)

@@ -23,6 +23,7 @@ from probe.data.batch import RolloutBatch
 from probe.errors.memory import is_out_of_memory
 from probe.parameters import without_adapters
 from probe.scoring.head import HALF, OutputHead
+from probe.shards import forward_types
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ def can_share_prompts(
     how = (
         getattr(without_adapters(model).config, "_attn_implementation", None),
         next(model.parameters()).dtype,
-        mixed,
+        mixed or not forward_types(model).isdisjoint(HALF),
     )
     tried = _TRIED.setdefault(model, {})
     lengths = torch.tensor([len(ids) for ids in batch.prompt_ids]) + batch.lengths
@@ -139,9 +140,7 @@ def can_share_prompts(
         min(lengths.nonzero().flatten().tolist(), key=lambda i: len(batch.prompt_ids[i])),
     ]
     sequences = [(batch.prompt_ids[i], batch.completion_ids[i][batch.mask[i]].tolist()) for i in few]
-    reason = _why_not(model) or _difference(
-        model, autocast, sequences, 1e-2 if mixed or how[1] in HALF else 1e-4
-    )
+    reason = _why_not(model) or _difference(model, autocast, sequences, 1e-2 if how[2] else 1e-4)
     tried[how] = float(lengths.max()) if reason is None else math.inf
     if reason is not None:
         logger.debug("prompts go through the model once for each of their responses: %s", reason)

@@ -49,10 +49,10 @@ def refuse_sharded(trainer: Trainer) -> None:
         ConfigError: it is.
     """
     kind = type(trainer.strategy).__name__
-    if any(word in kind for word in ("FSDP", "DeepSpeed", "ModelParallel")):
+    if any(word in kind for word in ("FSDP", "DeepSpeed")):
         raise ConfigError(
-            f"trainer: expected whole parameters on every device, found {kind}; sharded training is not supported "
-            f"yet, {PROBE_CHECKPOINTS}"
+            f"trainer: expected DDP, or FSDP2 by ModelParallelStrategy, found {kind}, which is not supported; "
+            f"{PROBE_CHECKPOINTS}"
         )
 
 

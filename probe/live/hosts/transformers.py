@@ -54,13 +54,17 @@ def refuse_sharded(trainer: Trainer) -> None:
     Raises:
         ConfigError: it is.
     """
-    for name in ("is_deepspeed_enabled", "is_fsdp_enabled"):
-        if getattr(trainer, name, False):
-            kind = name.removeprefix("is_").removesuffix("_enabled")
-            raise ConfigError(
-                f"trainer: expected whole parameters on every device, found {kind}; sharded training is not "
-                f"supported yet, {PROBE_CHECKPOINTS}"
-            )
+    plugin = getattr(getattr(trainer.accelerator, "state", None), "fsdp_plugin", None)
+    version = int(getattr(plugin, "fsdp_version", 1))
+    unsupported = {
+        "DeepSpeed": getattr(trainer, "is_deepspeed_enabled", False),
+        "FSDP with fsdp_version: 1": getattr(trainer, "is_fsdp_enabled", False) and version < 2,
+    }
+    for kind in (kind for kind, found in unsupported.items() if found):
+        raise ConfigError(
+            f"trainer: expected DDP, or FSDP with fsdp_version: 2, found {kind}, which is not supported; "
+            f"{PROBE_CHECKPOINTS}"
+        )
 
 
 def attached(
