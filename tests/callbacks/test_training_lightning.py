@@ -13,7 +13,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader
 
 from probe.callbacks.training_lightning import EntropyProbeCallback
@@ -467,6 +469,38 @@ def test_an_alarm_of_the_first_process_holds_for_both(tmp_path):
     assert calmed[0][0]["parameters"] != plain[0][0]["parameters"]
 
 
+class Sharded(LanguageModel):
+    """Each process holds a part of every weight."""
+
+    def configure_model(self) -> None:
+        if isinstance(self.model, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        for layer in self.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+
+def sharded(folder: Path, probe: dict[str, Any] | None) -> tuple[Any, Any]:
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    state, callback, _ = train(folder, Sharded(), probe, devices=2, strategy=strategy)
+    return state, None if callback is None else callback.watch.history
+
+
+@pytest.mark.slow
+def test_a_training_whose_processes_hold_parts_of_the_weights_is_as_without_the_probe(tmp_path):
+    plain = in_two_processes(sharded, tmp_path, None)
+    probed = in_two_processes(sharded, tmp_path, {"strict": True})
+    for rank in range(2):
+        for name in plain[rank][0]:
+            assert plain[rank][0][name] == probed[rank][0][name], (rank, name)
+    assert plain[0][0]["parameters"] != plain[1][0]["parameters"]
+    assert [len(found[1]) for found in probed] == [STEPS, STEPS]
+    assert bits(numbers(probed[0][1])) == bits(numbers(probed[1][1]))
+    last = probed[0][1][-1]
+    assert last["deltaH_true"] == pytest.approx(last["deltaH1"], rel=0.1) != 0
+
+
 # ---------------------------------------------------------------- finding the policy
 
 
@@ -525,7 +559,7 @@ def test_sharded_training_is_refused(tmp_path):
     class Fake:
         strategy = FSDPStrategy()
 
-    with pytest.raises(ConfigError, match="whole parameters on every device, found FSDPStrategy"):
+    with pytest.raises(ConfigError, match="FSDP2 by ModelParallelStrategy, found FSDPStrategy"):
         EntropyProbeCallback(**PROBE).on_train_start(Fake(), LanguageModel())  # type: ignore[arg-type]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from probe.errors.exceptions import ConfigError
 from probe.live import Alarm
 from probe.live.hosts.transformers import default_prompts
 from probe.loading import quiet_libraries
+from probe.shards import fully_sharded
 from tests.support.helpers import char_tokenizer
 from tests.support.live_loops import numbers
 from tests.support.tiny_models import VOCABULARY, add_lora, tiny_model
@@ -540,6 +542,53 @@ def test_an_alarm_of_the_first_process_holds_for_both(tmp_path):
     assert calmed[0][0]["parameters"] != plain[0][0]["parameters"]
 
 
+def fsdp(folder: Path, kind: str, probe: dict[str, Any] | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    """A training by `fsdp_version: 2`, which accelerate has for devices other than CPUs: it takes these for such."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    }
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    made = PartialState.__init__
+
+    def as_if_on_devices(self: Any, *args: Any, **more: Any) -> None:
+        made(self, *args, **more)
+        if PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = as_if_on_devices  # type: ignore[method-assign]
+    common = {"ddp_backend": "gloo", "max_steps": 4, **options}
+    trainer = language_model(folder, **common) if kind == "lm" else grpo(folder, **common)[0]
+    state, callback = train(trainer, probe)
+    assert len(fully_sharded(trainer.model)) > 3
+    return state, None if callback is None else callback.watch.history
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what accelerate and TRL say of FSDP2
+@pytest.mark.parametrize(("kind", "options"), [("lm", {}), ("lm", {"bf16": True}), ("grpo", {})])
+def test_a_training_whose_processes_hold_parts_of_the_weights_is_as_without_the_probe(
+    tmp_path, kind, options
+):
+    plain = in_two_processes(fsdp, tmp_path, kind, None, options, seconds=120.0)
+    asked = {**(LM_PROBE if kind == "lm" else {}), "strict": True}
+    probed = in_two_processes(fsdp, tmp_path, kind, asked, options, seconds=120.0)
+    for rank in range(2):
+        for name in plain[rank][0]:
+            assert plain[rank][0][name] == probed[rank][0][name], (rank, name)
+    assert plain[0][0]["parameters"] != plain[1][0]["parameters"]
+    assert [len(found[1]) for found in probed] == [4, 4]
+    assert bits(numbers(probed[0][1])) == bits(numbers(probed[1][1]))
+
+
 # ---------------------------------------------------------------- what cannot be
 
 
@@ -548,12 +597,14 @@ def test_it_must_be_a_trainer():
         EntropyProbeTrainerCallback(torch.nn.Linear(1, 1), ["a"])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["deepspeed", "fsdp"])
-def test_sharded_training_is_refused(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "name"), [("deepspeed", "DeepSpeed"), ("fsdp", "FSDP with fsdp_version: 1")]
+)
+def test_sharded_training_is_refused(tmp_path, kind, name):
     trainer = language_model(tmp_path)
     setattr(trainer, f"is_{kind}_enabled", True)
     callback = EntropyProbeTrainerCallback(trainer, **LM_PROBE)
-    with pytest.raises(ConfigError, match=f"whole parameters on every device, found {kind}"):
+    with pytest.raises(ConfigError, match=f"or FSDP with fsdp_version: 2, found {name}"):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 

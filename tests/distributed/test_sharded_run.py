@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 
+from probe.config.batches import GenerationConfig
 from probe.config.parsing import parse_config
+from probe.data.batch import PromptExample
 from probe.distributed.lockstep import lockstep
 from probe.distributed.ranks import Ranks
 from probe.distributed.sharding import by_blocks, shard
@@ -18,13 +20,16 @@ from probe.errors.exceptions import ConfigError, RanksApartError
 from probe.logs.write import log_of
 from probe.module import EntropyProbe
 from probe.parameters import inner_product, norm
+from probe.rollouts.sampling import sample_rollouts
 from probe.runner import ProbeRunner, TrainerSection
 from probe.scoring.gradients import token_gradients
 from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
 from probe.shards import from_part, nonfinite, nonzero, part, part_like, total, whole, why_not
 from tests.distributed.test_shared_run import ROUNDING, differences
+from tests.support.by_accelerate import sharded_by_accelerate
 from tests.support.enumerable import ragged_batch
+from tests.support.helpers import char_tokenizer
 from tests.support.tiny_models import adamw as plain_adamw
 from tests.support.tiny_models import (
     add_lora,
@@ -175,10 +180,10 @@ def test_sums_over_parts_are_sums_over_all(tmp_path, ranks):
     assert all(ok for found in in_processes(ranks, sums, tmp_path) for ok in found)
 
 
-def sharded_policy(lora=True):
+def sharded_policy(lora=True, tied=True):
     mesh, ranks = connected()
     torch.manual_seed(0)
-    model = tiny_model(layers=2)
+    model = tiny_model(layers=2, tied=tied)
     model = (add_lora(model, lora_dropout=0.0) if lora else model).eval().double()
     plain = Policy(model, microbatch_size=2)
     batch = ragged_batch()
@@ -189,9 +194,41 @@ def weights(i, t, l, h):
     return torch.stack([h, l]), torch.stack([torch.ones_like(h), 0 * h])
 
 
-def passes(folder, lora):
+def in_two_groups(model, mesh):
+    """Parts within each half of the processes, which the other half has too (HSDP)."""
+    size = mesh.size() // 2
+    own = torch.distributed.init_device_mesh("cpu", (2, size), mesh_dim_names=("replicate", "data_parallel"))
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=own)
+    return fully_shard(model, mesh=own)
+
+
+def by_layers_alone(model, mesh):
+    """Everything is brought together anew for each forward, the root's own weights too."""
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh["data_parallel"], reshard_after_forward=True)
+    return fully_shard(model, mesh=mesh["data_parallel"], reshard_after_forward=True)
+
+
+HOW = {
+    "blocks": by_blocks,
+    "accelerate": sharded_by_accelerate,
+    "two groups": in_two_groups,
+    "layers": by_layers_alone,
+}
+
+
+def drawn(policy):
+    """Token ids of responses."""
+    prompts = [PromptExample(text, {}, i) for i, text in enumerate(("3+4=", "ab", "what?", "7"))]
+    settings = GenerationConfig(max_new_tokens=5, batch_size=1)
+    return sample_rollouts(policy, char_tokenizer(), prompts, settings, 3)[0].completion_ids
+
+
+def passes(folder, how, lora, tied):
     """Scores, gradients of two objectives and scores at moved weights, before a policy is sharded and after."""
-    _mesh, ranks, model, plain, batch = sharded_policy(lora)
+    _mesh, ranks, model, plain, batch = sharded_policy(lora, tied)
+    responses = drawn(plain)
     step = {n: torch.full_like(p, 1e-2) for n, p in plain.parameters.items()}
     grads, scores = token_gradients(plain, batch, weights, 2)
     there = score_tokens(plain.moved(step, 1.0), batch)
@@ -199,7 +236,7 @@ def passes(folder, lora):
     shard(
         model,
         optimizer,
-        lambda m: by_blocks(
+        lambda m: HOW[how](
             m, torch.distributed.init_device_mesh("cpu", (ranks.size,), mesh_dim_names=("data_parallel",))
         ),
     )
@@ -217,15 +254,27 @@ def passes(folder, lora):
         "scores": float((of_own.entropy - scores.entropy).abs().max()),
         "moved": float((moved.entropy - there.entropy).abs().max()),
         "change": float((there.entropy - scores.entropy).abs().max()),
+        "responses": torch.equal(responses, drawn(policy)),
         "same": before == bits({n: part(p) for n, p in model.named_parameters()}),
         "kept": all(p.grad is kept[n] for n, p in policy.parameters.items()),
     }
 
 
-@pytest.mark.parametrize(("ranks", "lora"), [(2, True), (3, False), (4, True)])
-def test_passes_of_a_sharded_policy_are_those_of_a_whole_one(tmp_path, ranks, lora):
-    """Five responses in three microbatches: some processes have none, and keep the others company."""
-    for found in in_processes(ranks, passes, tmp_path, lora):
+@pytest.mark.parametrize(
+    ("how", "ranks", "lora", "tied"),
+    [
+        ("blocks", 3, False, True),
+        ("blocks", 4, True, True),
+        ("accelerate", 2, False, True),
+        ("accelerate", 2, True, False),
+        ("two groups", 4, True, True),
+        ("layers", 2, True, False),
+    ],
+)
+def test_passes_of_a_sharded_policy_are_those_of_a_whole_one(tmp_path, how, ranks, lora, tied):
+    """Four responses in two microbatches: some processes have none, and keep the others company."""
+    for found in in_processes(ranks, passes, tmp_path, how, lora, tied):
+        assert found["responses"]
         assert found["grads"] < 1e-6 * found["size"]
         assert found["scores"] < 1e-6
         assert found["moved"] < 1e-6 < found["change"]

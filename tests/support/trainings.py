@@ -17,6 +17,7 @@ import torch
 from torch import multiprocessing
 
 from probe.live.step import UpdateProbe
+from probe.shards import part
 
 
 def streams() -> tuple[Any, ...]:
@@ -32,8 +33,9 @@ def set_streams(seed: int = 11) -> None:
 
 
 def bits(tree: Any) -> Any:
-    """Tensors as their bytes: NaN is equal to itself, and 0 not to -0."""
+    """Tensors as their bytes, of shards those of this process: NaN is equal to itself, and 0 not to -0."""
     if isinstance(tree, torch.Tensor):
+        tree = part(tree)
         flat = tree.detach().cpu().contiguous().reshape(-1)
         return str(tree.dtype), tuple(tree.shape), flat.view(torch.uint8).numpy().tobytes()
     if isinstance(tree, dict):
