@@ -158,6 +158,8 @@ def why_not(model: nn.Module) -> str | None:
                 f"a part of {name} in each process, and that fully_shard was called on other modules than the policy "
                 "itself; call it on the policy too, last"
             )
+        if part(p).device.type != p.device_mesh.device_type:
+            return f"{name} on the CPU (CPUOffloadPolicy), which is not supported"
         if p.device_mesh.size() != torch.distributed.get_world_size():
             return f"{name} shared out to {p.device_mesh.size()} of {torch.distributed.get_world_size()} processes"
     return None

@@ -25,7 +25,7 @@ class TrainerConfig(Generic[Callback, Log]):
     num_nodes: int = 1
     """Number of machines."""
     strategy: str = "auto"
-    """How processes work together."""
+    """How processes work together: `auto` and `ddp` hold the whole policy each, `fsdp` a part of every weight."""
     precision: Precision = "32-true"
     """Precision of forward passes."""
     callbacks: list[Callback] | Callback | None = None
