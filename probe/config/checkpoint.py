@@ -16,8 +16,8 @@ class CheckpointConfig:
     """Folder of the checkpoint: `.../checkpoint` or `.../checkpoint/model` (with `optimizer.pt` beside `model/`), or a
     flat `checkpoint-N` as transformers' Trainer and TRL write it. `demo` is the built-in demo policy."""
     optimizer_path: str | None = None
-    """File with the optimizer's `state_dict`, or FSDP's folder of it (`optimizer_0`); by default found from
-    `checkpoint_path`."""
+    """File with the optimizer's `state_dict`, or a folder of FSDP's (`optimizer_0`) or DeepSpeed's (`global_stepN`); by
+    default found from `checkpoint_path`."""
     backbone: str | None = None
     """Base model of an adapter: a short name (`qwen2_5_15`), a hub id or a local folder. Default: the adapter's own."""
     tokenizer_path: str | None = None

@@ -16,6 +16,7 @@ from probe.live.optimizers import LISTED, moved_parameters, unwrapped_optimizers
 from probe.live.prompts import prompt_examples, prompts_with_room
 from probe.live.say import say
 from probe.live.settings import WatchSettings
+from probe.live.zero import ZeroOptimizer, is_engine
 from probe.loading.quantization import find_4bit_layers
 from probe.parameters import without_adapters
 from probe.scoring.room import Room
@@ -23,7 +24,7 @@ from probe.shards import resharded, why_not
 
 PROBE_CHECKPOINTS = (
     "probe its checkpoints with `entropy-probe run`: weights gathered into a folder as `save_pretrained` writes it, "
-    "and FSDP's optimizer, gathered (FULL_STATE_DICT) or sharded; DeepSpeed's optimizer files are not read"
+    "and the optimizer of FSDP, gathered (FULL_STATE_DICT) or sharded, or of DeepSpeed's ZeRO"
 )
 """The way that is left where parameters are sharded."""
 _FULL_BYTES = 4
@@ -97,7 +98,7 @@ def say_attached(attachment: Attachment, mode: str, reason: str) -> None:
 
 
 def unwrapped_model(model: Any) -> nn.Module:
-    """The policy inside of DistributedDataParallel, `torch.compile` and Fabric's wrapper.
+    """The policy inside of DistributedDataParallel, DeepSpeed's engine, `torch.compile` and Fabric's wrapper.
 
     Raises:
         ConfigError: it is no model that responses can be sampled from, or it is sharded or quantised in a way that the
@@ -110,6 +111,8 @@ def unwrapped_model(model: Any) -> nn.Module:
         inner = model._modules.get("_original_module", getattr(model, "_orig_mod", None))
         if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             inner = model.module
+        if inner is None and is_engine(model):
+            inner = model._modules.get("module")
         if not isinstance(inner, nn.Module):
             break
         model = inner
@@ -169,7 +172,10 @@ def _refuse_sharded(model: nn.Module) -> None:
             )
     for name, p in names.items():
         if hasattr(p, "ds_id"):
-            raise ConfigError(f"model: expected whole parameters, found DeepSpeed ZeRO's in {name}; {shards}")
+            raise ConfigError(
+                f"model: expected whole parameters, found DeepSpeed ZeRO-3's in {name}; take ZeRO-1 or ZeRO-2, or "
+                f"{shards.removeprefix('take ')}"
+            )
         if p.device.type == "meta":
             raise ConfigError(f"model: expected parameters with values, found {name} on the meta device")
     devices = sorted({str(p.device) for p in names.values()})
@@ -216,8 +222,15 @@ def watched_parameters(
     return watched, left_out
 
 
-def backward_hooks(parameters: Mapping[str, nn.Parameter]) -> list[str]:
-    """The parameters that have hooks which run as soon as their gradient is there: such hooks can move them."""
+def backward_hooks(
+    parameters: Mapping[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
+) -> list[str]:
+    """The parameters that have hooks which run as soon as their gradient is there: such hooks can move them.
+
+    Not those of DeepSpeed's, which reduce gradients.
+    """
+    if any(isinstance(one, ZeroOptimizer) for one in optimizers):
+        return []
     return [name for name, p in parameters.items() if getattr(p, "_post_accumulate_grad_hooks", None)]
 
 

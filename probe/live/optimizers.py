@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from probe.errors.exceptions import ConfigError
+from probe.live.zero import ZeroOptimizer, is_engine, is_zero, zero_optimizer
 
 TRANSPARENT = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
 """Packages whose optimizer classes only wrap another optimizer."""
@@ -17,7 +18,7 @@ LISTED = 3
 
 
 def unwrapped_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The torch optimizers inside of Accelerate's, Lightning's or Fabric's wrappers.
+    """The torch optimizers inside of Accelerate's, Lightning's or Fabric's wrappers; DeepSpeed's as one of torch's.
 
     Args:
         optimizer: one, or a sequence of those that make one update together (Muon and AdamW, say).
@@ -31,11 +32,12 @@ def unwrapped_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     unwrapped: list[torch.optim.Optimizer] = []
     for one in given:
         # only wrappers that do nothing of their own are looked through: Lookahead, say, moves parameters too
-        while type(one).__module__.partition(".")[0] in TRANSPARENT:
+        while type(one).__module__.partition(".")[0] in TRANSPARENT or is_engine(one):
             inner = vars(one).get("optimizer", vars(one).get("_optimizer"))
-            if not isinstance(inner, torch.optim.Optimizer):
+            if not isinstance(inner, torch.optim.Optimizer) and not is_zero(inner):
                 break
             one = inner
+        one = zero_optimizer(one) if is_zero(one) else one
         if not isinstance(one, torch.optim.Optimizer) or not hasattr(one, "_optimizer_step_pre_hooks"):
             raise ConfigError(
                 f"optimizer: expected a torch.optim.Optimizer, whose steps can be hooked, found {type(one).__name__}"
@@ -98,5 +100,7 @@ def may_have_moved(
         parameters: that the optimizers move.
         optimizers: those that took the step.
     """
+    if any(isinstance(one, ZeroOptimizer) for one in optimizers):  # gradients that overflow are left out
+        return False
     used_up = all(p.grad is None for p in parameters.values())
     return used_up and highest_learning_rate(optimizers) > 0

@@ -83,7 +83,7 @@ class Watch(AbstractContextManager["Watch"]):
         self._hooks.register()
         self.schedule.add_attaching(time.perf_counter() - start)
         say_attached(on, self._probe.way.mode, self._probe.way.reason)
-        if hooked := backward_hooks(on.parameters):
+        if hooked := backward_hooks(on.parameters, on.optimizers):
             self._updates.probe_early(
                 f"{len(hooked)} trainable tensors have hooks that run in the backward pass ({hooked[0]}, ...)",
                 agreed=True,

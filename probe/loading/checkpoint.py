@@ -10,6 +10,7 @@ from typing import Literal
 
 from probe.config.checkpoint import CheckpointConfig
 from probe.errors.exceptions import CheckpointError
+from probe.loading.deepspeed import deepspeed_folder
 from probe.loading.foreign import check_folder, read_json_object
 from probe.loading.layouts import (
     GATHER,
@@ -203,7 +204,7 @@ def _find_optimizer(folders: tuple[Path, ...], given: str | None) -> Path:
         if file.suffix == ".ckpt":
             raise CheckpointError(foreign_message("a Lightning checkpoint", file, LIGHTNING))
         if file.is_dir():
-            if is_sharded(file):
+            if is_sharded(file) or deepspeed_folder(file) is not None:
                 return file
             refuse_foreign_layout(file)
             raise CheckpointError(f"checkpoint.optimizer_path: expected a file, found the folder {file}")
@@ -214,7 +215,8 @@ def _find_optimizer(folders: tuple[Path, ...], given: str | None) -> Path:
     for folder in folders:
         # `optimizer.bin` is what accelerate and, under FSDP, the Trainer write; a folder's first name wins.
         whole = [folder / name for name in OPTIMIZER_FILES if (folder / name).is_file()]
-        found += (whole or [folder / name for name in SHARDED_OPTIMIZERS if is_sharded(folder / name)])[:1]
+        whole = whole or [folder / name for name in SHARDED_OPTIMIZERS if is_sharded(folder / name)]
+        found += (whole or [one for one in [deepspeed_folder(folder)] if one is not None])[:1]
     if len(found) > 1:
         raise CheckpointError(
             f"Optimizer state is ambiguous: expected one file, found {', '.join(map(str, found))}; name the "

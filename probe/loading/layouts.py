@@ -17,8 +17,9 @@ LIGHTNING = (
     "and its `optimizer_states[0]` with torch.save as optimizer.pt"
 )
 _DEEPSPEED = (
-    "gather it in one process: weights with its own `zero_to_fp32.py . OUT --safe_serialization`; "
-    f"{SAVE_ADVICE}"
+    "gather the weights in one process with its own `zero_to_fp32.py . OUT --safe_serialization`, into a folder with "
+    "their config.json or adapter_config.json; the optimizer of ZeRO is read as it is, name the folder with its files "
+    "(global_stepN) in checkpoint.optimizer_path"
 )
 _FSDP = (
     "gather it in one process: weights with `accelerate merge-weights`, into a folder with their config.json or "

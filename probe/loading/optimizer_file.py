@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from probe.errors.exceptions import OptimizerStateError
 from probe.limits import OPTIMIZER_BYTES, OPTIMIZER_BYTES_PER_PARAMETER
 from probe.loading.checkpoint import TRAINER_STATE, CheckpointFiles
+from probe.loading.deepspeed import deepspeed_folder, read_deepspeed
 from probe.loading.foreign import check_torch_file
 from probe.loading.moments import SavedKey
 from probe.loading.sharded import read_sharded
@@ -43,8 +44,12 @@ def largest_file(model: nn.Module) -> int:
 
 def read_state_dict(file: Path, most: int) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The `state_dict` in `file`, or in the folder of a sharded checkpoint, read without running any code in it."""
-    payload = read_sharded(file, most) if file.is_dir() else _read_torch_file(file, most)
     notes: tuple[str, ...] = ()
+    payload: Any
+    if file.is_dir() and (parts := deepspeed_folder(file)) is not None:
+        payload, notes = read_deepspeed(parts, most)
+    else:
+        payload = read_sharded(file, most) if file.is_dir() else _read_torch_file(file, most)
     for key in _WRAPPERS:
         if isinstance(payload, dict) and "param_groups" not in payload and isinstance(payload.get(key), dict):
             payload, notes = payload[key], (f"the state was read from the entry {key!r} of {file.name}",)

@@ -144,7 +144,7 @@ def process_group():
     ("build", "message"),
     [
         (lambda: FullyShardedDataParallel(full_model()), f"found FullyShardedDataParallel; {WHOLE}"),
-        (with_deepspeed, f"found DeepSpeed ZeRO's in model.norm.weight; {WHOLE}"),
+        (with_deepspeed, f"found DeepSpeed ZeRO-3's in model.norm.weight; {WHOLE}"),
         (on_meta, "expected parameters with values, found model.norm.weight on the meta device"),
         (in_8_bits, "expected weights in 4 bits or in floating point, found bitsandbytes' Linear8bitLt"),
     ],
@@ -166,7 +166,10 @@ def test_sharded_tensors(process_group):
     model.model.norm.weight = nn.Parameter(distribute_tensor(model.model.norm.weight.data, mesh, [Shard(0)]))
     with pytest.raises(ConfigError) as error:
         attach(model, adamw(model))
-    assert f"expected whole parameters, found a DTensor in model.norm.weight; {WHOLE}" in one_line(error)
+    assert (
+        "parts that fully_shard makes, found a DTensor in model.norm.weight that fully_shard alone"
+        in one_line(error)
+    )
 
 
 def test_a_repacked_4_bit_weight():

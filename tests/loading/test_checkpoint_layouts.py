@@ -181,8 +181,6 @@ def test_optimizer_path_that_is_a_folder(tmp_path):
     ("name", "what"),
     [
         ("epoch=3.ckpt", "a Lightning checkpoint"),
-        ("global_step60/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "DeepSpeed optimizer shards"),
-        ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "DeepSpeed optimizer shards"),
         ("optimizer_0/__0_0.distcp", "a sharded FSDP optimizer"),
         ("optim_world_size_8_rank_0.pt", "verl's FSDP optimizer shards"),
         ("rank0-of-8-optimizer.pt", "an optimizer sharded by rank"),
@@ -199,6 +197,12 @@ def test_other_frameworks_are_recognised(tmp_path, name, what, with_model):
     [
         ("last.ckpt/.metadata", "a Lightning checkpoint", "consolidate_checkpoint"),
         ("global_step9/mp_rank_00_model_states.pt", "DeepSpeed model shards", "zero_to_fp32"),
+        (
+            "global_step60/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            "DeepSpeed optimizer shards",
+            "zero_to_fp32.*is read as it is",
+        ),
+        ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "DeepSpeed optimizer shards", "zero_to_fp32"),
         ("_actor/global_step9/mp_rank_00_model_states.pt", "DeepSpeed shards", "zero_to_fp32"),
         ("pytorch_model_fsdp_0/__0_0.distcp", "a sharded FSDP model", "accelerate merge-weights"),
         ("pytorch_model_fsdp.bin", "an FSDP model as a pickle", "accelerate merge-weights"),

@@ -17,6 +17,7 @@ from probe.live.optimizers import moved_parameters
 from probe.live.outlets import Log, Outlet, tensorboard_layout
 from probe.live.settings import WatchSettings
 from probe.live.watch import Watch
+from probe.live.zero import is_zero, zero_optimizer
 
 
 def attached(
@@ -49,9 +50,9 @@ def refuse_sharded(trainer: Trainer) -> None:
         ConfigError: it is.
     """
     kind = type(trainer.strategy).__name__
-    if any(word in kind for word in ("FSDP", "DeepSpeed")):
+    if any(word in kind for word in ("FSDP",)):
         raise ConfigError(
-            f"trainer: expected DDP, or FSDP2 by ModelParallelStrategy, found {kind}, which is not supported; "
+            f"trainer: expected DDP, DeepSpeed's ZeRO-1 or ZeRO-2, or FSDP2 by ModelParallelStrategy, found {kind}; "
             f"{PROBE_CHECKPOINTS}"
         )
 
@@ -93,7 +94,11 @@ def find_policy(module: LightningModule, path: str | None) -> nn.Module:
 def policy_optimizers(trainer: Trainer, policy: nn.Module) -> list[torch.optim.Optimizer]:
     """The optimizers that move the policy; all of them where none does, for the message about it."""
     own = {id(p) for p in policy.parameters() if p.requires_grad}
-    moving = [one for one in trainer.optimizers if not own.isdisjoint(moved_parameters([one]))]
+    moving = [
+        one
+        for one in trainer.optimizers
+        if not own.isdisjoint(moved_parameters([zero_optimizer(one) if is_zero(one) else one]))
+    ]
     return moving or list(trainer.optimizers)
 
 

@@ -54,15 +54,16 @@ def refuse_sharded(trainer: Trainer) -> None:
     Raises:
         ConfigError: it is.
     """
-    plugin = getattr(getattr(trainer.accelerator, "state", None), "fsdp_plugin", None)
-    version = int(getattr(plugin, "fsdp_version", 1))
+    state = getattr(trainer.accelerator, "state", None)
+    version = int(getattr(getattr(state, "fsdp_plugin", None), "fsdp_version", 1))
+    stage = int(getattr(getattr(state, "deepspeed_plugin", None), "zero_stage", 3))
     unsupported = {
-        "DeepSpeed": getattr(trainer, "is_deepspeed_enabled", False),
+        f"DeepSpeed's ZeRO-{stage}": getattr(trainer, "is_deepspeed_enabled", False) and stage > 2,
         "FSDP with fsdp_version: 1": getattr(trainer, "is_fsdp_enabled", False) and version < 2,
     }
     for kind in (kind for kind, found in unsupported.items() if found):
         raise ConfigError(
-            f"trainer: expected DDP, or FSDP with fsdp_version: 2, found {kind}, which is not supported; "
+            f"trainer: expected DDP, ZeRO-1 or ZeRO-2, or FSDP with fsdp_version: 2, found {kind}; "
             f"{PROBE_CHECKPOINTS}"
         )
 
