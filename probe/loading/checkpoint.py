@@ -20,6 +20,7 @@ from probe.loading.layouts import (
     foreign_message,
     refuse_foreign_layout,
 )
+from probe.loading.rank_files import has_rank_files
 from probe.loading.sharded import is_sharded
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -204,27 +205,28 @@ def _find_optimizer(folders: tuple[Path, ...], given: str | None) -> Path:
         if file.suffix == ".ckpt":
             raise CheckpointError(foreign_message("a Lightning checkpoint", file, LIGHTNING))
         if file.is_dir():
-            if is_sharded(file) or deepspeed_folder(file) is not None:
+            if is_sharded(file) or deepspeed_folder(file) is not None or has_rank_files(file):
                 return file
             refuse_foreign_layout(file)
             raise CheckpointError(f"checkpoint.optimizer_path: expected a file, found the folder {file}")
         if not file.is_file():
             raise CheckpointError(f"checkpoint.optimizer_path: expected an existing file, found no {file}")
         return file
+    # verl keeps adapter and model in folders beside its shards
+    beside = [folders[0].parent] if folders[0].name in ("lora_adapter", "huggingface") else []
     found = []
-    for folder in folders:
+    for folder in (*folders, *beside):
         # `optimizer.bin` is what accelerate and, under FSDP, the Trainer write; a folder's first name wins.
         whole = [folder / name for name in OPTIMIZER_FILES if (folder / name).is_file()]
         whole = whole or [folder / name for name in SHARDED_OPTIMIZERS if is_sharded(folder / name)]
-        found += (whole or [one for one in [deepspeed_folder(folder)] if one is not None])[:1]
+        whole = whole or [one for one in [deepspeed_folder(folder)] if one is not None]
+        found += (whole or [folder] * has_rank_files(folder))[:1]
     if len(found) > 1:
         raise CheckpointError(
             f"Optimizer state is ambiguous: expected one file, found {', '.join(map(str, found))}; name the "
             "right one in checkpoint.optimizer_path"
         )
     if not found:
-        # verl keeps adapter and model in folders beside its shards
-        beside = [folders[0].parent] if folders[0].name in ("lora_adapter", "huggingface") else []
         for folder in (*folders, *beside):
             refuse_foreign_layout(folder)
         looked_for = ", ".join(str(folder / name) for folder in folders for name in OPTIMIZER_FILES)

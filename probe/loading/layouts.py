@@ -27,8 +27,8 @@ _FSDP = (
     "checkpoint.optimizer_path (or train with state_dict_type FULL_STATE_DICT, which writes optimizer.bin)"
 )
 _VERL = (
-    "gather it in one process: weights with `python -m verl.model_merger merge --backend fsdp`; "
-    f"{SAVE_ADVICE}"
+    "gather the weights in one process with `python -m verl.model_merger merge --backend fsdp`; the optimizer is read "
+    "as it is (optim_world_size_N_rank_R.pt, of FSDP2), name the folder with its files in checkpoint.optimizer_path"
 )
 _DCP = (
     "gather it in one process: weights (`torch.distributed.checkpoint.format_utils.dcp_to_torch_save`, then "

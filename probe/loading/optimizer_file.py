@@ -18,6 +18,7 @@ from probe.loading.checkpoint import TRAINER_STATE, CheckpointFiles
 from probe.loading.deepspeed import deepspeed_folder, read_deepspeed
 from probe.loading.foreign import check_torch_file
 from probe.loading.moments import SavedKey
+from probe.loading.rank_files import has_rank_files, read_rank_files
 from probe.loading.sharded import read_sharded
 from probe.text import shown
 
@@ -48,6 +49,8 @@ def read_state_dict(file: Path, most: int) -> tuple[dict[str, Any], tuple[str, .
     payload: Any
     if file.is_dir() and (parts := deepspeed_folder(file)) is not None:
         payload, notes = read_deepspeed(parts, most)
+    elif file.is_dir() and has_rank_files(file):
+        payload, notes = read_rank_files(file, most)
     else:
         payload = read_sharded(file, most) if file.is_dir() else _read_torch_file(file, most)
     for key in _WRAPPERS:

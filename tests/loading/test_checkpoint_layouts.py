@@ -182,7 +182,6 @@ def test_optimizer_path_that_is_a_folder(tmp_path):
     [
         ("epoch=3.ckpt", "a Lightning checkpoint"),
         ("optimizer_0/__0_0.distcp", "a sharded FSDP optimizer"),
-        ("optim_world_size_8_rank_0.pt", "verl's FSDP optimizer shards"),
         ("rank0-of-8-optimizer.pt", "an optimizer sharded by rank"),
     ],
 )
@@ -208,6 +207,11 @@ def test_other_frameworks_are_recognised(tmp_path, name, what, with_model):
         ("pytorch_model_fsdp.bin", "an FSDP model as a pickle", "accelerate merge-weights"),
         ("actor/optim_world_size_4_rank_0.pt", "verl's FSDP shards", r"verl\.model_merger"),
         ("model_world_size_4_rank_3.pt", "verl's FSDP model shards", r"verl\.model_merger"),
+        (
+            "optim_world_size_8_rank_0.pt",
+            "verl's FSDP optimizer shards",
+            r"verl\.model_merger.*is read as it is",
+        ),
         ("dist_ckpt/__0_0.distcp", r"a torch\.distributed\.checkpoint folder", "dcp_to_torch_save"),
         ("actor/dist_ckpt/__0_0.distcp", r"a torch\.distributed\.checkpoint folder", "dcp_to_torch_save"),
         ("adapter_model-00001-of-00002.safetensors", "an adapter in several parts", "save_pretrained"),
@@ -228,8 +232,8 @@ def test_each_layout_names_the_way_out_of_it(tmp_path, name, what, how):
 
 
 def test_shards_beside_a_folder_with_the_adapter(tmp_path):
-    touch(tmp_path, *(f"lora_adapter/{name}" for name in LORA), "optim_world_size_2_rank_0.pt")
-    with pytest.raises(CheckpointError, match=r"found verl's FSDP optimizer shards .*verl\.model_merger"):
+    touch(tmp_path, *(f"lora_adapter/{name}" for name in LORA), "model_world_size_2_rank_0.pt")
+    with pytest.raises(CheckpointError, match=r"found verl's FSDP model shards .*verl\.model_merger"):
         locate(tmp_path / "lora_adapter")
     with pytest.raises(CheckpointError, match=r"adapters stand in .*lora_adapter: give that folder"):
         locate(tmp_path)

@@ -1,0 +1,141 @@
+"""Optimizer states in one file of every rank, `optim_world_size_N_rank_R.pt`, as verl writes them under FSDP2.
+
+The moments in them are DTensors: each file has this rank's part, and says of which tensor and where it was cut. Torch's
+safe loading knows them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from probe.errors.exceptions import OptimizerStateError
+from probe.errors.memory import is_out_of_memory
+from probe.loading.foreign import check_folder, check_torch_file
+from probe.text import first_line
+
+FILE = re.compile(r"optim_world_size_(\d+)_rank_(\d+)\.pt")
+REMEDY = "copy the files of all ranks, or train with FSDP2, whose states have the shapes of the parameters"
+
+
+def has_rank_files(folder: Path) -> bool:
+    """Whether a folder has such files.
+
+    Args:
+        folder: any.
+    """
+    return bool(_files(folder))
+
+
+def read_rank_files(folder: Path, most: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The optimizer's `state_dict`, whole and on the CPU, and what there is to say of it.
+
+    Args:
+        folder: with a file of each rank.
+        most: bytes that they can rightly have together.
+
+    Raises:
+        OptimizerStateError: a file is missing, damaged or too large, or its tensors are not cut as FSDP2 cuts them.
+    """
+    check_folder(folder)
+    files = _files(folder)
+    sizes = sorted({size for size, _ in files})
+    if len(sizes) > 1 or sorted(rank for _, rank in files) != list(range(sizes[0])):
+        found = [file.name for file in files.values()][:8]
+        raise OptimizerStateError(f"{folder}: expected a file of each rank, found {found}; {REMEDY}")
+    there = sum(file.stat().st_size for file in files.values())
+    if there > most:
+        raise OptimizerStateError(f"{folder}: expected at most {most} bytes for this model, found {there}")
+    with _without_warnings():
+        parts = [_read(files[sizes[0], rank], most) for rank in range(sizes[0])]
+    try:
+        whole = _whole(parts)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {first_line(error):.160}"
+        raise OptimizerStateError(
+            f"{folder}: expected parts of one optimizer's state, found {reason}; {REMEDY}"
+        ) from error
+    return whole, (f"the state was put together from the files of {sizes[0]} ranks",)
+
+
+def _files(folder: Path) -> dict[tuple[int, int], Path]:
+    """The files of a folder by number of ranks and rank."""
+    found = {}
+    for file in folder.glob("optim_world_size_*_rank_*.pt"):
+        if (match := FILE.fullmatch(file.name)) is not None:
+            found[int(match[1]), int(match[2])] = file
+    return dict(sorted(found.items()))
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Torch warns that nobody has connected the processes of a mesh, which nobody will."""
+    logger = logging.getLogger("torch.distributed.device_mesh")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _read(file: Path, most: int) -> Any:
+    """What torch.save wrote."""
+    check_torch_file(file, most)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except MemoryError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = (
+            first_line(error)[:160]
+            if name is None
+            else f"a pickle that needs {name[1]}, which could run code"
+        )
+        raise OptimizerStateError(
+            f"{file}: expected tensors and plain values, found {found}; {REMEDY}"
+        ) from error
+
+
+def _whole(parts: Sequence[Any]) -> Any:
+    """Mappings of parts as one mapping of what they are parts of; what is no shard is the first rank's."""
+    first = parts[0]
+    if isinstance(first, DTensor):
+        return _joined(parts)
+    if isinstance(first, Mapping):
+        if any(not isinstance(part, Mapping) or part.keys() != first.keys() for part in parts):
+            raise ValueError("entries that not all ranks have")
+        return {key: _whole([part[key] for part in parts]) for key in first}
+    return first
+
+
+def _joined(parts: Sequence[Any]) -> Tensor:
+    """The tensor that each rank has a part of."""
+    first = parts[0]
+    cuts = [
+        (dim, placement) for dim, placement in enumerate(first.placements) if isinstance(placement, Shard)
+    ]
+    if any(type(placement) not in (Shard, Replicate) for placement in first.placements) or len(cuts) > 1:
+        raise ValueError(f"a tensor that is cut as {first.placements}")
+    if not cuts:
+        return first._local_tensor  # type: ignore[no-any-return]
+    ((dim, placement),) = cuts
+    # of ranks that have the same parts (HSDP) the first ones
+    mesh = first.device_mesh.mesh.movedim(dim, 0).reshape(first.device_mesh.mesh.shape[dim], -1)[:, 0]
+    whole = torch.cat([parts[rank]._local_tensor for rank in mesh.tolist()], dim=placement.dim)
+    if whole.shape != first.shape:
+        raise ValueError(f"parts of shape {tuple(whole.shape)} of a tensor of shape {tuple(first.shape)}")
+    return whole
