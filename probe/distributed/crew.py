@@ -27,6 +27,8 @@ POLL = 0.2
 GRACE = 3.0
 """Seconds that a process gets to end by itself."""
 _LEFT = "entropy_probe/left/"
+INTERRUPTED = "interrupted"
+"""What a rank says that has heard Ctrl-C."""
 
 
 class Crew:
@@ -54,6 +56,7 @@ class Crew:
         self._children: list[subprocess.Popen[Any]] = []
         self._parent = os.getppid() if started_by_first() else None
         self._store: Any = None
+        self._called = False
         self._lock = threading.Lock()
         self._watching = threading.Event()
         self._thread: threading.Thread | None = None
@@ -97,8 +100,9 @@ class Crew:
             if word or lost or isinstance(error, KeyboardInterrupt) or time.monotonic() > until:
                 break
             time.sleep(POLL)  # a process has closed its connections before it has ended
-        if not word and not lost:
-            return error
+        own = isinstance(error, KeyboardInterrupt) and not self._called
+        if (own and word.endswith(f": {INTERRUPTED}")) or (not word and not lost):
+            return error  # of Ctrl-C all have heard
         found = RanksApartError(word or self._ended(lost[0]))
         found.said_by_others = not self.ranks.first and not (lost == [0] and self.ranks.rank == 1)
         return found
@@ -131,6 +135,7 @@ class Crew:
             with self._lock:
                 lost = self._lost() if self._watching.is_set() else []
                 if lost:
+                    self._called = True
                     _thread.interrupt_main(signal.SIGINT)
             if lost:
                 break
@@ -212,5 +217,5 @@ def crew_at_work(crew: Crew | None) -> Iterator[None]:
 def _words(error: BaseException) -> str:
     """One line on why a rank goes."""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        return INTERRUPTED
     return text_of(error) if isinstance(error, ProbeError) else error_text(error)

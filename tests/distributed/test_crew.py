@@ -28,14 +28,14 @@ class Act(ProbeCallback):
 """
 
 
-def run(folder, cache, acts, launcher=()):
+def run(folder, cache, acts, launcher=(), strategy="auto"):
     """The exit code, standard error and the seconds from the act to the end of a run of two processes."""
     (folder / "acting.py").write_text(CALLBACK)
     settings = {"B_E": 32, "B_U": 4, "G": 2, "dataset_name": "arithmetic"}
     command = [sys.executable, "-m", "probe"] if not launcher else [*launcher, "-m", "probe"]
     command += ["run", "--checkpoint.checkpoint_path", "demo", "--trainer.devices", "2"]
     command += ["--trainer.accelerator", "cpu", "--trainer.callbacks", "acting.Act"]
-    command += ["--generation.max_new_tokens", "16"]
+    command += ["--generation.max_new_tokens", "16", "--trainer.strategy", strategy]
     command += [x for key, value in settings.items() for x in (f"--batch_config.{key}", str(value))]
     environment = {
         **os.environ,
@@ -63,6 +63,26 @@ def run(folder, cache, acts, launcher=()):
 )
 def test_one_line_says_why_and_nothing_is_written(tmp_path, demo_cache, acts, code, said):
     returned, err, seconds = run(tmp_path, demo_cache, acts)
+    lines = [line for line in err.splitlines() if line.startswith("entropy-probe: error")]
+    assert len(lines) == 1, err
+    assert said in lines[0]
+    assert returned == code
+    assert "Traceback" not in err
+    assert seconds < 30
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".gz", ".json")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("acts", "code", "said"),
+    [
+        ("1:SIGKILL", 2, "the one of rank 1 has ended by SIGKILL"),
+        ("1:raise", 2, "rank 1 of 2: ValueError: this rank fails"),
+        ("-1:SIGINT", 130, "interrupted; everything is restored"),
+    ],
+)
+def test_it_is_so_where_each_holds_a_part(tmp_path, demo_cache, acts, code, said):
+    returned, err, seconds = run(tmp_path, demo_cache, acts, strategy="fsdp")
     lines = [line for line in err.splitlines() if line.startswith("entropy-probe: error")]
     assert len(lines) == 1, err
     assert said in lines[0]
