@@ -24,7 +24,7 @@ from probe.config.checkpoint import DEMO
 from probe.config.schema import ProbeConfig
 from probe.config.trainer import Precision, TrainerConfig
 from probe.distributed.crew import Crew, crew_at_work
-from probe.distributed.launch import check_strategy, launched, setup_of
+from probe.distributed.launch import check_name, check_strategy, launched, setup_of
 from probe.distributed.ranks import ALONE, Ranks
 from probe.distributed.same import check_same
 from probe.distributed.sharding import NAMES, sharding
@@ -91,12 +91,13 @@ class ProbeRunner(TrainerSection):
         self.errors: list[ProbeError] = []
         self.config = ProbeConfig()
         self._resolved: Mapping[str, Any] | None = None
+        check_name(self.strategy)
         try:
             sharded = self.strategy in NAMES
             self.fabric = self._fabric("auto" if sharded else self.strategy)
             if sharded and self.fabric.world_size > 1:  # a single process holds the whole policy
                 self.fabric = self._fabric(sharding(self.fabric.world_size))
-        except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
+        except (ValueError, RuntimeError, TypeError, ImportError, MisconfigurationException) as error:
             raise ConfigError(f"trainer: the devices cannot be set up: {first_line(error)}") from error
         check_strategy(self.fabric)
         self.crew: Crew | None = None

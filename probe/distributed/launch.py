@@ -6,12 +6,22 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from probe.distributed.crew import Crew, crew_at_work
-from probe.distributed.sharding import Setup
+from probe.distributed.sharding import NAMES, Setup
 from probe.errors.exceptions import ConfigError
 from probe.text import first_line
 
 BY_SCRIPT = "popen"
 """How Fabric starts processes that run the whole program: `strategy: ddp`."""
+
+
+def check_name(strategy: object) -> None:
+    """Refuse the name of a strategy that passes cannot be shared out by, before anything is asked of it.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if isinstance(strategy, str) and strategy not in ("auto", *NAMES) and not strategy.startswith("ddp"):
+        raise ConfigError(f"trainer.strategy: expected auto, ddp or fsdp, found {strategy!r}")
 
 
 def check_strategy(fabric: Fabric) -> None:

@@ -93,7 +93,7 @@ def _positions(batch: RolloutBatch) -> int:
 
 def _threads(policy: Policy, batch: RolloutBatch) -> int:
     """As many as there are, or one where that is faster."""
-    most = torch.get_num_threads()
+    most = policy.ranks.from_first("threads", torch.get_num_threads)
     if most == 1 or policy.device.type != "cpu" or not bool(batch.mask.any()):
         return most
     small = replace(policy, microbatch_size=None, tokens_per_microbatch=THREAD_TOKENS)
