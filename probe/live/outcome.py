@@ -35,14 +35,14 @@ class Before:
     Attributes:
         number: of the optimizer step, from 1.
         E: the evaluation batch, drawn from the policy as it was.
-        seen: what sampling saw.
+        seen: what sampling saw; None where E was not sampled by the probe.
         old: copies of the trainable parameters.
         seconds: that sampling took.
     """
 
     number: int
     E: RolloutBatch
-    seen: SampledTokens
+    seen: SampledTokens | None
     old: Mapping[str, Tensor]
     seconds: float
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from probe.data.batch import PromptExample, RolloutBatch
+from probe.data.batch import RolloutBatch
 from probe.distributed.ranks import ALONE
 from probe.live.settings import WatchSettings
+from probe.live.source import Source
 from probe.phases.passes import Way, choose_way, longest_pass
 from probe.rollouts.draw import stream_seed
 from probe.rollouts.generation import encode_prompts
@@ -28,15 +28,12 @@ REHEARSAL_TOKENS = 16
 """Tokens of the responses that are really sampled."""
 
 
-def rehearsed_way(
-    policy: Policy, tokenizer: Any, prompts: Sequence[PromptExample], settings: WatchSettings
-) -> Way:
+def rehearsed_way(policy: Policy, source: Source, settings: WatchSettings) -> Way:
     """How this model can be differentiated; sampling and the passes of a probe are tried on the way.
 
     Args:
         policy: at the weights it has now.
-        tokenizer: of the prompts.
-        prompts: those that E is drawn from.
+        source: of E.
         settings: of the watch.
 
     Raises:
@@ -45,17 +42,16 @@ def rehearsed_way(
     """
     ranks = policy.ranks
     if is_sharded(policy.model):  # every forward is one of all ranks
-        return _rehearsed(policy, tokenizer, prompts, settings)
+        return _rehearsed(policy, source, settings)
     with together(policy, "rehearsal"):  # each tries on its own device what all will do
-        own = _rehearsed(replace(policy, ranks=ALONE), tokenizer, prompts, settings)
+        own = _rehearsed(replace(policy, ranks=ALONE), source, settings)
     ways = ranks.gathered("ways", own)
     return next((way for way in ways if way.mode != "jvp"), ways[0])
 
 
-def _rehearsed(
-    policy: Policy, tokenizer: Any, prompts: Sequence[PromptExample], settings: WatchSettings
-) -> Way:
+def _rehearsed(policy: Policy, source: Source, settings: WatchSettings) -> Way:
     """The way that this rank has found."""
+    tokenizer, prompts = source.tokenizer, source.prompts
     encoded = encode_prompts(tokenizer, prompts)
     longest = max(range(len(prompts)), key=lambda i: len(encoded[i]))
     few = replace(settings.generation, max_new_tokens=min(settings.max_new_tokens, REHEARSAL_TOKENS))

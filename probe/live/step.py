@@ -14,12 +14,10 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from probe.data.batch import PromptExample
 from probe.distributed.ranks import ALONE, Ranks
 from probe.errors.exceptions import ProbeError, RolloutError
 from probe.estimators.step_parts import step_parts
@@ -38,14 +36,15 @@ from probe.live.ranks import same_parts
 from probe.live.rehearsal import rehearsed_way
 from probe.live.say import say
 from probe.live.settings import WatchSettings
+from probe.live.source import Source
 from probe.parameters import norm
 from probe.phases.controls import Controls, controls_of_prediction, fitted_controls, too_few_prompts
 from probe.phases.fit_memory import FitMemory
 from probe.phases.ground_truth import measured_change, with_noise_floor
 from probe.phases.passes import AlongStep, StepOnBatch, Way, along_step
 from probe.phases.prediction import predict
-from probe.rollouts.draw import draw_prompts, stream_seed
-from probe.rollouts.sampling import check_sampling, sample_rollouts
+from probe.rollouts.draw import stream_seed
+from probe.rollouts.sampling import check_sampling
 from probe.scoring.features import feature_basis
 from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
@@ -65,8 +64,7 @@ class UpdateProbe:
     Attributes:
         model: the policy, unwrapped.
         parameters: the trainable parameters that the optimizers move, by name.
-        tokenizer: a tokenizer of the probe's own.
-        prompts: what E's prompts are drawn from, with replacement.
+        source: where E comes from.
         settings: how.
         way: to differentiate; chosen by `rehearse`.
         memory: what earlier probes taught the control variates.
@@ -78,8 +76,7 @@ class UpdateProbe:
 
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
-    tokenizer: Any
-    prompts: Sequence[PromptExample]
+    source: Source
     settings: WatchSettings
     way: Way = UNTRIED
     memory: FitMemory | None = None
@@ -118,7 +115,7 @@ class UpdateProbe:
             ProbeError: something that every probe needs does not work with this model.
         """
         try:
-            self.way = rehearsed_way(self.policy, self.tokenizer, self.prompts, self.settings)
+            self.way = rehearsed_way(self.policy, self.source, self.settings)
         except ProbeError:
             raise
         except Exception as error:  # the model's own code raises what it likes
@@ -135,11 +132,7 @@ class UpdateProbe:
             number: of the optimizer step that comes next, from 1: every step has random numbers of its own.
         """
         start, settings = time.perf_counter(), self.settings
-        seed = stream_seed(settings.seed, f"prompts {number}")
-        index, _ = draw_prompts(len(self.prompts), self.size, 0, False, seed)
-        chosen = [self.prompts[i] for i in index]
-        seed = stream_seed(settings.seed, f"E {number}")
-        E, seen = sample_rollouts(self.policy, self.tokenizer, chosen, settings.generation, seed)
+        E, seen = self.source.draw(self.policy, number, self.size)
         if not bool(E.mask.any()):
             raise RolloutError(f"expected at least one response token, found {len(E)} empty responses")
         old = copied(self.parameters, settings.snapshot_device)
@@ -169,7 +162,8 @@ class UpdateProbe:
         on = StepOnBatch(policy, E, step, after=self.policy.point(step), basis=basis)
         with clock.measures("derivative"):
             passes = self._differentiate(on)
-        check_sampling(self.policy, before.seen, passes.scores)
+        if before.seen is not None:
+            check_sampling(self.policy, before.seen, passes.scores)
         with clock.measures("rescoring"), passes.way.kernels(policy):
             new = passes.new or score_tokens(self.policy, E)
         # a rate of 0 with a step that is not 0 leaves bars_dot undefined

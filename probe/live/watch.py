@@ -21,6 +21,7 @@ from probe.live.ranks import of_one_policy
 from probe.live.say import say
 from probe.live.schedule import Schedule
 from probe.live.settings import SMALLEST_E, WatchSettings
+from probe.live.source import SampledSource
 from probe.live.step import UpdateProbe
 from probe.live.summary import Summary, summary_of
 from probe.live.updates import ProbedUpdates
@@ -62,10 +63,12 @@ class Watch(AbstractContextManager["Watch"]):
         self._alarms = Alarms(on.model, on.optimizers, on_alarm if job.first else None)
         self._history = History(settings, first_step, most=math.log(Room.of(on.model).tokens))
         ranks = of_one_policy(job, dict(on.model.named_parameters()))
-        self._probe = UpdateProbe(on.model, on.parameters, on.tokenizer, on.prompts, settings)
+        self._probe = UpdateProbe(
+            on.model, on.parameters, SampledSource(on.tokenizer, on.prompts, settings), settings
+        )
         if ranks is not None:
             self._probe.ranks = ranks
-            self._probe.prompts = ranks.from_first("prompts", lambda: on.prompts)
+            self._probe.source.prompts = ranks.from_first("prompts", lambda: on.prompts)
         self._updates = ProbedUpdates(
             self._probe,
             on.optimizers,

@@ -358,7 +358,7 @@ def test_the_trainers_own_sampling_and_data_are_the_defaults(tmp_path, caplog):
             assert settings.temperature == own.get("temperature", 0.7)
             assert settings.max_new_tokens == own.get("max_new_tokens", 5)
             assert callback.watch.last["avg_generation_length"] <= settings.max_new_tokens
-            assert [p.text for p in callback.watch._probe.prompts] == ["e0", "e1", "e2"]
+            assert [p.text for p in callback.watch._probe.source.prompts] == ["e0", "e1", "e2"]
             if not options:
                 assert "samples with" not in caplog.text
     assert (
@@ -377,7 +377,7 @@ def test_chat_prompts_go_through_the_chat_template(tmp_path):
     ]
     trainer, reward = grpo(tmp_path, rows=rows, chat=True, max_steps=1)
     _, callback = train(trainer, {})
-    assert [p.text for p in callback.watch._probe.prompts] == [
+    assert [p.text for p in callback.watch._probe.source.prompts] == [
         f"[system]s\n[user]u{i}\n[assistant]" for i in range(4)
     ]
     assert "'role': 'user'" in reward.seen[0][0]
@@ -390,7 +390,7 @@ def test_chat_template_options_are_the_trainers(tmp_path):
     template = trainer.processing_class.chat_template
     trainer.processing_class.chat_template = template + "{% if thinking is false %}!{% endif %}"
     _, callback = train(trainer, {})
-    assert {p.text for p in callback.watch._probe.prompts} == {"[user]u\n[assistant]!"}
+    assert {p.text for p in callback.watch._probe.source.prompts} == {"[user]u\n[assistant]!"}
     assert "apply_chat_template" not in vars(trainer.processing_class)
 
 

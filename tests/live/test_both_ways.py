@@ -14,6 +14,7 @@ import probe.live.step
 from probe.config.parsing import parse_config
 from probe.live.outcome import Before
 from probe.live.settings import WatchSettings
+from probe.live.source import SampledSource
 from probe.live.step import UpdateProbe
 from probe.module import EntropyProbe
 from probe.phases.fit_memory import FitMemory
@@ -102,19 +103,15 @@ def by_a_run(module: EntropyProbe) -> tuple[ProbeState, dict[str, Any]]:
 
 def by_a_training(module: EntropyProbe, state: ProbeState, **settings: Any) -> dict[str, Any]:
     """The same E before the same step, which the optimizer really takes."""
-    watched = UpdateProbe(
-        module.policy.model,
-        module.policy.parameters,
-        module.tokenizer,
-        module.prompts[0],
-        WatchSettings(
-            max_new_tokens=LENGTH,
-            temperature=0.8,
-            microbatch_size=8,
-            noise_floor="on",
-            **settings,
-        ),
+    own = WatchSettings(
+        max_new_tokens=LENGTH,
+        temperature=0.8,
+        microbatch_size=8,
+        noise_floor="on",
+        **settings,
     )
+    source = SampledSource(module.tokenizer, module.prompts[0], own)
+    watched = UpdateProbe(module.policy.model, module.policy.parameters, source, own)
     sample, update = state.drawn, state.update
     assert update is not None
     assert sample.E_seen is not None

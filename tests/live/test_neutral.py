@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import probe.live.source
 import probe.live.step
 from probe.errors.exceptions import NumericalError
 from probe.live.neutral import undisturbed
@@ -227,10 +228,10 @@ def test_training_is_bitwise_the_same(name):
 def test_the_comparison_can_fail(monkeypatch):
     """One random number drawn from the global stream is enough to be seen."""
     without, _ = host_after(lora_adamw, probed=False)
-    own = probe.live.step.sample_rollouts
+    own = probe.live.source.sample_rollouts
     monkeypatch.setattr("probe.live.updates.undisturbed", lambda model: nullcontext(model.eval()))
     monkeypatch.setattr(
-        probe.live.step, "sample_rollouts", lambda *args, **kw: (torch.rand(1), own(*args, **kw))[1]
+        probe.live.source, "sample_rollouts", lambda *args, **kw: (torch.rand(1), own(*args, **kw))[1]
     )
     found, _ = host_after(lambda: lora_adamw(fixed=False), probed=True)
     where = differences(without, found)
@@ -246,7 +247,7 @@ def fail(*_: Any, **__: Any) -> Any:
     raise ZeroDivisionError("a bug in the probe")
 
 
-PLACES = ["probe.live.step.measured_change", "probe.live.step.sample_rollouts", "probe.live.step.copied"]
+PLACES = ["probe.live.step.measured_change", "probe.live.source.sample_rollouts", "probe.live.step.copied"]
 
 
 @pytest.mark.parametrize("other_hook", [False, True])
@@ -334,7 +335,7 @@ def test_training_can_go_on_with_the_probe_after_an_interrupt(monkeypatch):
         loop = lora_adamw()
         watch = attach(loop.model, loop.optimizers[0])
         with monkeypatch.context() as patch:
-            patch.setattr("probe.live.step.sample_rollouts", interrupt)
+            patch.setattr("probe.live.source.sample_rollouts", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 loop.run(1)
         loop.run(3)

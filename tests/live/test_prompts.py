@@ -90,7 +90,7 @@ def test_a_large_data_set_is_not_read_as_a_whole():
 def test_responses_that_do_not_fit(caplog):
     model = full_model()
     watched = attach(model, adamw(model), ["x", "y" * 100], max_new_tokens=29)
-    assert [prompt.text for prompt in watched._probe.prompts] == ["x"]
+    assert [prompt.text for prompt in watched._probe.source.prompts] == ["x"]
     assert "1 of 2 prompts are left out: with a response of 29 tokens they are longer" in caplog.text
     with pytest.raises(RolloutError) as error:
         attach(model, adamw(model), ["y" * 100], max_new_tokens=29)

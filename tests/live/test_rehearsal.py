@@ -8,6 +8,7 @@ import torch
 from probe.data.batch import PromptExample
 from probe.errors.exceptions import MemoryExhaustedError
 from probe.live import WatchSettings
+from probe.live.source import SampledSource
 from probe.live.step import UpdateProbe
 from tests.support import tiny_models
 from tests.support.helpers import char_tokenizer, said
@@ -29,7 +30,8 @@ def probe_of(*too_much, **settings):
     options = {"B_E": 16, "max_new_tokens": NEW, "microbatch_size": 4, "control_variates": False, **settings}
     prompts = [PromptExample(text, {}, k) for k, text in enumerate(PROMPTS)]
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    return UpdateProbe(model, parameters, char_tokenizer(), prompts, WatchSettings(**options)), shapes
+    own = WatchSettings(**options)
+    return UpdateProbe(model, parameters, SampledSource(char_tokenizer(), prompts, own), own), shapes
 
 
 @pytest.mark.parametrize("derivative", ["auto", "finite_difference"])

@@ -15,12 +15,14 @@ from scipy import stats
 from torch import Tensor, nn
 from transformers.models.qwen2 import modeling_qwen2
 
+import probe.live.source
 import probe.live.step
 import probe.phases.passes as passes_module
 from probe.data.batch import PromptExample, RolloutBatch
 from probe.errors.exceptions import NumericalError, RolloutError
 from probe.estimand import SEQUENCE, TOKEN
 from probe.live import WatchSettings
+from probe.live.source import SampledSource
 from probe.live.step import UpdateProbe
 from probe.rollouts.sampling import SampledTokens
 from probe.scoring import Policy
@@ -68,13 +70,9 @@ def make(monkeypatch: pytest.MonkeyPatch, seed: int = 0, **settings: Any) -> Sim
         "control_variates": False,
         "shares": False,
     }
-    probe_ = UpdateProbe(
-        model,
-        parameters,
-        Tokenizer(),
-        [PromptExample(text, {}, k) for k, text in enumerate(PROMPTS)],
-        WatchSettings(**{**defaults, **settings}),
-    )
+    own = WatchSettings(**{**defaults, **settings})
+    prompts = [PromptExample(text, {}, k) for k, text in enumerate(PROMPTS)]
+    probe_ = UpdateProbe(model, parameters, SampledSource(Tokenizer(), prompts, own), own)
     optimizer = torch.optim.AdamW(list(parameters.values()), lr=0.02, betas=(0.8, 0.99), weight_decay=2.0)
     made = SimpleNamespace(
         model=model, parameters=parameters, probe=probe_, optimizer=optimizer, seed=seed,
@@ -163,7 +161,7 @@ def tabulate(monkeypatch: pytest.MonkeyPatch, made: SimpleNamespace) -> None:
         assert policy.values is None  # at the new parameters
         return take_scores(looked_up("new", lambda: score(policy, everything)), rows_of(E))
 
-    monkeypatch.setattr(probe.live.step, "sample_rollouts", draw)
+    monkeypatch.setattr(probe.live.source, "sample_rollouts", draw)
     monkeypatch.setattr(passes_module, "scores_and_tangents", forward_mode)
     monkeypatch.setattr(probe.live.step, "score_tokens", rescore)
 
@@ -507,14 +505,14 @@ def test_the_noise_floor_is_measured_when_asked_for(monkeypatch):
 
 def test_no_response_tokens(monkeypatch):
     made = make(monkeypatch, B_E=4)
-    own = probe.live.step.sample_rollouts
+    own = probe.live.source.sample_rollouts
 
     def empty(*args: Any, **kw: Any) -> Any:
         E, seen = own(*args, **kw)
         E.mask.zero_()
         return E, seen
 
-    monkeypatch.setattr(probe.live.step, "sample_rollouts", empty)
+    monkeypatch.setattr(probe.live.source, "sample_rollouts", empty)
     with pytest.raises(RolloutError, match="at least one response token, found 4 empty responses"):
         made.probe.before(1)
 
@@ -566,7 +564,7 @@ def test_a_norm_that_is_taken_as_constant(monkeypatch, wanted, caplog):
     optimizer = torch.optim.AdamW(list(parameters.values()), lr=1e-2)
     settings = WatchSettings(B_E=32, max_new_tokens=6, derivative=wanted, control_variates=False)
     prompts = [PromptExample(f"{k} apples", {}, k) for k in range(4)]
-    probe_ = UpdateProbe(model, parameters, char_tokenizer(), prompts, settings)
+    probe_ = UpdateProbe(model, parameters, SampledSource(char_tokenizer(), prompts, settings), settings)
     model.eval()
     probe_.rehearse()
     assert probe_.way.mode == ("finite_difference" if wanted == "finite_difference" else "jvp")
