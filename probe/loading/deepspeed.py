@@ -5,6 +5,8 @@ shapes of the parameters in `*_model_states.pt`. ZeRO-1 and ZeRO-2 lay the param
 it into as many parts as there are ranks; `param_slice_mappings` says which piece of which parameter lies where in a
 part. ZeRO-3 cuts every parameter into as many parts, of which the last ones are padded.
 
+DeepSpeed's universal format (`ds_to_universal.py`) has a folder of every parameter instead, with whole moments.
+
 The classes in these files (settings, loss scalers, addresses) are read as objects that hold what the file says of them,
 by torch's safe loading: whatever their names belong to is not looked up.
 """
@@ -29,6 +31,12 @@ PART = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt"
 LATEST = "latest"
 """Beside the folders: the name of the newest."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SETTINGS = "zero/optimizer_state.pt"
+"""In a folder in the universal format."""
+MASTERS = (
+    "ZeRO steps float32 copies of the weights; the probe steps the checkpoint's own, which are these rounded to the "
+    "training's type"
+)
 REMEDY = "copy all of the folder's files, or save `optimizer.state_dict()` of a training without ZeRO"
 
 
@@ -38,14 +46,14 @@ def deepspeed_folder(folder: Path) -> Path | None:
     Args:
         folder: of one checkpoint (`global_stepN`), or the one around it.
     """
-    if _parts(folder):
+    if _parts(folder) or _is_universal(folder):
         return folder
     latest = folder / LATEST
     inside = sorted(folder.glob("global_step*"))
     if latest.is_file() and latest.stat().st_size < 256:
         named = folder / latest.read_text(encoding="utf-8", errors="replace").strip()
         inside = [named] if named.parent == folder else []
-    found = [one for one in inside if _parts(one)]
+    found = [one for one in inside if _parts(one)] or [one for one in inside if _is_universal(one)]
     return found[0] if len(found) == 1 else None
 
 
@@ -60,6 +68,11 @@ def read_deepspeed(folder: Path, most: int) -> tuple[dict[str, Any], tuple[str, 
         OptimizerStateError: a file is missing, damaged or too large, or is of a training with tensor parallelism.
     """
     check_folder(folder)
+    if _is_universal(folder):
+        return _read_universal(folder, most), (
+            f"the state was read from DeepSpeed's universal folder {folder.name}",
+            MASTERS,
+        )
     files = _parts(folder)
     ranks = sorted(rank for rank, _ in files)
     if any(model for _, model in files):
@@ -80,11 +93,7 @@ def read_deepspeed(folder: Path, most: int) -> tuple[dict[str, Any], tuple[str, 
             f"{folder}: expected the optimizer states of DeepSpeed's ZeRO, found entries of another kind "
             f"({reason}); {REMEDY}"
         ) from error
-    masters = (
-        "ZeRO steps float32 copies of the weights; the probe steps the checkpoint's own, which are these rounded to "
-        "the training's type"
-    )
-    return whole, (f"the state was put together from DeepSpeed's files of {len(ranks)} ranks", masters)
+    return whole, (f"the state was put together from DeepSpeed's files of {len(ranks)} ranks", MASTERS)
 
 
 def _parts(folder: Path) -> dict[tuple[int, int], Path]:
@@ -117,7 +126,7 @@ class Inert:
         """Several."""
 
 
-def _read(file: Path, most: int) -> Mapping[str, Any]:
+def _read(file: Path, most: int, mapping: bool = True) -> Any:
     """What torch.save wrote, with objects of other classes as inert ones."""
     check_torch_file(file, most)
     try:
@@ -139,7 +148,7 @@ def _read(file: Path, most: int) -> Mapping[str, Any]:
         raise OptimizerStateError(
             f"{file}: expected a file that DeepSpeed wrote, found {found}; {REMEDY}"
         ) from error
-    if not isinstance(content, dict):
+    if mapping and not isinstance(content, dict):
         raise OptimizerStateError(f"{file}: expected a mapping, found {type(content).__name__}; {REMEDY}")
     return content
 
@@ -282,3 +291,52 @@ def _piece(line: Tensor, start: int, size: int) -> Tensor:
     if not isinstance(line, Tensor) or line.dim() != 1 or start < 0 or size < 0 or start + size > len(line):
         raise ValueError(f"a piece of {size} numbers from {start} on that does not lie in its line")
     return line[start : start + size]
+
+
+def _is_universal(folder: Path) -> bool:
+    """Whether a folder is in DeepSpeed's universal format."""
+    return (folder / SETTINGS).is_file()
+
+
+def _read_universal(folder: Path, most: int) -> dict[str, Any]:
+    """The state_dict of a folder in the universal format, whose settings name no parameters."""
+    files = {key: sorted(folder.glob(f"zero/*/{key}.pt")) for key in (*MOMENTS, "step")}
+    there = sum(file.stat().st_size for some in files.values() for file in some)
+    if there > most:
+        raise OptimizerStateError(f"{folder}: expected at most {most} bytes for this model, found {there}")
+    try:
+        saved = _read(folder / SETTINGS, most)
+        settings = _settings(saved)
+        said = [{k: group.get(k) for k in ("lr", "betas", "eps", "weight_decay")} for group in settings]
+        unclear = f"{len(said)} groups with different settings, and not which parameters are in them"
+        if "fp32_flat_groups" in saved or any(one != said[0] for one in said):
+            found = "moments of ZeRO-3 without their shapes" if "fp32_flat_groups" in saved else unclear
+            raise OptimizerStateError(
+                f"{folder}: expected moments by parameter, found {found}; name the folder that it was converted from"
+            )
+        state: dict[str, dict[str, Any]] = {file.parent.name: {} for file in files["exp_avg"]}
+        for key, some in files.items():
+            for file in some:
+                state[file.parent.name][key] = _universal_tensor(file, most)
+        for moments in state.values():
+            steps = moments["step"] if "step" in moments else settings[0]["step"]
+            moments["step"] = torch.tensor(float(steps))
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {first_line(error):.160}"
+        raise OptimizerStateError(
+            f"{folder}: expected DeepSpeed's universal format, found entries of another kind ({reason}); {REMEDY}"
+        ) from error
+    group = {"amsgrad": False, **settings[0], "params": list(state)}
+    group.pop("step", None)
+    return {"state": state, "param_groups": [group]}
+
+
+def _universal_tensor(file: Path, most: int) -> Tensor:
+    """The tensor in a file, alone or under `param`."""
+    found = _read(file, most, mapping=False)
+    tensor = found.get("param") if isinstance(found, dict) else found
+    if not isinstance(tensor, (Tensor, int, float)):
+        raise TypeError(f"{type(tensor).__name__} in {file.name}")
+    return torch.as_tensor(tensor)

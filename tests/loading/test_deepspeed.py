@@ -13,7 +13,7 @@ from probe.errors.exceptions import OptimizerStateError
 from probe.loading import load_optimizer, locate_checkpoint
 from probe.loading.deepspeed import deepspeed_folder, read_deepspeed
 from probe.parameters import trainable_parameters
-from tests.support.deepspeed_files import write_zero
+from tests.support.deepspeed_files import write_universal, write_zero
 from tests.support.tiny_models import add_lora, save_checkpoint, take_steps, tiny_model
 
 MOST = 10**9
@@ -72,6 +72,33 @@ def test_it_is_found_beside_a_model(tmp_path):
     assert deepspeed_folder(tmp_path) == inside  # the one that `latest` names
     (tmp_path / "latest").write_text("../elsewhere")
     assert deepspeed_folder(tmp_path) is None
+
+
+def test_the_universal_format(tmp_path):
+    model, optimizer = trained(lora=True)
+    universal = write_universal(tmp_path, model, optimizer)
+    loaded = load_optimizer(model, universal, CheckpointConfig())
+    assert deepspeed_folder(tmp_path) == universal
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            for key, value in optimizer.state[p].items():
+                assert torch.equal(loaded.optimizer.state[p][key], value)
+    write_zero(tmp_path, model, optimizer)
+    assert deepspeed_folder(tmp_path) == tmp_path / "global_step5"  # which says more
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"groups": 2}, "2 groups with different settings"),
+        ({"third": True}, "of ZeRO-3 without their shapes"),
+    ],
+)
+def test_what_the_universal_format_does_not_say(tmp_path, options, said):
+    model, optimizer = trained(lora=True)
+    universal = write_universal(tmp_path, model, optimizer, **options)
+    with pytest.raises(OptimizerStateError, match=f"{said}.*name the folder that it was converted from"):
+        read_deepspeed(universal, MOST)
 
 
 def damaged(tmp_path, change):

@@ -119,6 +119,42 @@ def write_zero(
     return inside
 
 
+def write_universal(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, groups: int = 1, third: bool = False
+) -> Path:
+    """Write `global_step5_universal` as `ds_to_universal.py` does.
+
+    Args:
+        folder: the checkpoint's.
+        model: whose trainable parameters the optimizer has.
+        optimizer: torch's Adam or AdamW after some steps.
+        groups: of the optimizer whose settings are written.
+        third: as of ZeRO-3, in one line each.
+    """
+    zero = folder / "global_step5_universal" / "zero"
+    for group in _names(model, optimizer):
+        for name, p in group:
+            own = zero / name
+            own.mkdir(parents=True)
+            for key, value in optimizer.state[p].items():
+                if key == "step":
+                    torch.save(value, own / "step.pt")
+                else:
+                    torch.save(
+                        value.flatten() if third else {"param": value, "cat_dim": 0}, own / f"{key}.pt"
+                    )
+            torch.save({"param": p.detach(), "cat_dim": 0}, own / "fp32.pt")
+    settings = [_group(optimizer, number, [number], None, False) for number in range(groups)]
+    with _as_if_installed():
+        content = {
+            "param_groups": settings,
+            "loss_scaler": DynamicLossScaler(),
+            "zero_stage": ZeroStageEnum.gradients,
+        }
+        torch.save(content | ({"fp32_flat_groups": []} if third else {}), zero / "optimizer_state.pt")
+    return zero.parent
+
+
 def _group(optimizer: torch.optim.Optimizer, number: int, indices: list[int], step: Any, fused: bool) -> Any:
     own = {k: v for k, v in optimizer.param_groups[number].items() if k != "params"}
     if fused:
