@@ -50,14 +50,16 @@ def whole(x: Tensor) -> Tensor:
     if not isinstance(x, DTensor):
         return x.detach()
     meet("all parts")
-    return x.detach().full_tensor()  # type: ignore[attr-defined, no-any-return]
+    # a part that is kept elsewhere (`snapshot_device`) goes back to where processes exchange
+    return x.detach().to(x.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined, no-any-return]
 
 
 def part_like(x: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, the same on all processes, cut as another one of its shape is."""
     if not isinstance(like, DTensor):
         return x
-    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+    cut = distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+    return cut.to(part(like).device)
 
 
 def from_part(own: Tensor, like: Tensor) -> Tensor:
@@ -69,9 +71,10 @@ def from_part(own: Tensor, like: Tensor) -> Tensor:
     """
     if not isinstance(like, DTensor):
         return own
-    return DTensor.from_local(
+    made = DTensor.from_local(
         own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+    return made.to(own.device)
 
 
 def total(amounts: Iterable[tuple[Tensor, float]]) -> float:

@@ -282,6 +282,35 @@ def test_passes_of_a_sharded_policy_are_those_of_a_whole_one(tmp_path, how, rank
         assert found["kept"]
 
 
+def gathered(folder):
+    """Bytes of weights that a scoring brings together on this process, and what docs/scaling.md says of them."""
+    _mesh, ranks, model, _plain, batch = sharded_policy(lora=False)
+    mesh = torch.distributed.init_device_mesh("cpu", (ranks.size,), mesh_dim_names=("data_parallel",))
+    by_blocks(model, mesh)
+    policy = Policy(model, microbatch_size=1, ranks=ranks, share_prompts=False)
+    score_tokens(policy, batch)
+    of_blocks = sum(p.numel() * p.element_size() for p in model.model.layers.parameters())
+    of_all = sum(p.numel() * p.element_size() for p in model.parameters())
+    # by the newer name where torch has it
+    name = next(n for n in ("all_gather_single", "all_gather_into_tensor") if hasattr(torch.distributed, n))
+    own, found = getattr(torch.distributed, name), []
+
+    def counted(output_tensor, *args, **kwargs):
+        found.append(output_tensor.nbytes)
+        return own(output_tensor, *args, **kwargs)
+
+    setattr(torch.distributed, name, counted)
+    score_tokens(policy, batch)
+    forwards = max(len(part) for part in ranks.gathered("parts", policy.own_parts(batch)))
+    assert forwards > 1
+    return sum(found), of_all - of_blocks + forwards * of_blocks
+
+
+def test_as_much_is_brought_together_as_the_documentation_says(tmp_path):
+    for found, said in in_processes(2, gathered, tmp_path):
+        assert said <= found <= 1.02 * said  # parts are padded
+
+
 def failing(folder, where):
     """What each process raises where the last one fails: between forwards, or in the middle of one."""
     _mesh, ranks, model, _plain, batch = sharded_policy()
