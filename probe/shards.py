@@ -7,7 +7,7 @@ process's own in silence where such a sum becomes a Python number. So the probe 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -105,14 +105,17 @@ def total(amounts: Iterable[tuple[Tensor, float]]) -> float:
     return here
 
 
-def nonzero(x: Tensor) -> bool:
-    """Whether an entry of a tensor is not 0; on any process, where each holds a part."""
-    return total([(x, float(bool(part(x).any())))]) > 0
+def nonzero(*tensors: Tensor) -> bool:
+    """Whether an entry of some tensors is not 0; on any process, where each holds a part."""
+    return total((x, float(bool(part(x).any()))) for x in tensors) > 0
 
 
-def nonfinite(x: Tensor) -> bool:
-    """Whether an entry of a tensor is NaN or infinite; on any process, where each holds a part."""
-    return total([(x, float(not bool(torch.isfinite(part(x)).all())))]) > 0
+def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first name whose tensor has an entry that is NaN or infinite, on any process; None where there is none."""
+    flags = {name: float(not bool(torch.isfinite(part(x)).all())) for name, x in tensors.items()}
+    if total((x, flags[name]) for name, x in tensors.items()) == 0:
+        return None
+    return next(name for name, x in tensors.items() if total([(x, flags[name])]) > 0)
 
 
 def fully_sharded(model: nn.Module) -> list[FSDPModule]:

@@ -24,7 +24,7 @@ from probe.results.diagnostics import batch_diagnostics, derivative_diagnostics,
 from probe.results.result import BatchSizes, StepResult
 from probe.rollouts.sampling import SampledTokens
 from probe.scoring.scores import TokenScores
-from probe.shards import nonfinite
+from probe.shards import first_nonfinite
 from probe.verdict.words import Verdict
 
 
@@ -137,8 +137,8 @@ def step_taken(parameters: Mapping[str, nn.Parameter], old: Mapping[str, Tensor]
     for name, p in parameters.items():
         wide = torch.promote_types(p.dtype, torch.float32)
         step[name] = p.detach().to(old[name].device, wide) - old[name].to(wide)
-        if nonfinite(step[name]):
-            raise NumericalError(f"expected a finite optimizer step, found NaN or infinity in that of {name}")
+    if (bad := first_nonfinite(step)) is not None:
+        raise NumericalError(f"expected a finite optimizer step, found NaN or infinity in that of {bad}")
     return step
 
 

@@ -156,7 +156,7 @@ class UpdateProbe:
         refuse_merged(self.model)
         E, step = before.E, step_taken(self.parameters, before.old)
         policy, rate = self.policy.at(before.old), largest_rate(optimizers, self.parameters)
-        if not any(nonzero(change) for change in step.values()):
+        if not nonzero(*step.values()):
             return outcome_of_no_step(before, score_tokens(policy, E), rate)
         basis = None if self.memory is None else self.memory.basis
         on = StepOnBatch(policy, E, step, after=self.policy.point(step), basis=basis)

@@ -25,7 +25,7 @@ from probe.scoring.policy import Policy
 from probe.scoring.reference import as_reference
 from probe.scoring.score import score_tokens
 from probe.scoring.scores import TokenScores
-from probe.shards import nonfinite, whole
+from probe.shards import first_nonfinite, whole
 from probe.snapshot import copied, preserved
 
 
@@ -216,9 +216,8 @@ def optimizer_step(
         optimizer.step()
         new = copied(parameters, snapshot_device)
     step = {name: new[name] - before[name] for name in new}
-    for name, change in step.items():
-        if nonfinite(change):
-            raise NumericalError(f"expected a finite optimizer step, found NaN or infinity in that of {name}")
+    if (bad := first_nonfinite(step)) is not None:
+        raise NumericalError(f"expected a finite optimizer step, found NaN or infinity in that of {bad}")
     return TakenStep(step, new, float(size), factor)
 
 

@@ -20,7 +20,7 @@ from probe.scoring.microbatch import MicroBatch
 from probe.scoring.policy import Policy
 from probe.scoring.scores import TokenScores
 from probe.scoring.together import together
-from probe.shards import is_shard, nonfinite, part_like
+from probe.shards import first_nonfinite, is_shard, part_like
 from probe.snapshot import put_back_by
 
 EXACT_SUMS = 2**26
@@ -246,11 +246,8 @@ class _Totals:
         for values, of_head in zip(self.values, self._of_head, strict=True):
             for name, grad in of_head.items():
                 values[name] += part_like(grad, values[name])
-            for name, total in values.items():
-                if nonfinite(total):
-                    raise NumericalError(
-                        f"expected finite gradients, found NaN or infinity in that of {name}"
-                    )
+            if (bad := first_nonfinite(values)) is not None:
+                raise NumericalError(f"expected finite gradients, found NaN or infinity in that of {bad}")
         return [
             {name: total.to(self.parameters[name].dtype) for name, total in values.items()}
             for values in self.values

@@ -25,7 +25,7 @@ from probe.runner import ProbeRunner, TrainerSection
 from probe.scoring.gradients import token_gradients
 from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
-from probe.shards import from_part, nonfinite, nonzero, part, part_like, total, whole, why_not
+from probe.shards import first_nonfinite, from_part, nonzero, part, part_like, total, whole, why_not
 from tests.distributed.test_shared_run import ROUNDING, differences
 from tests.support.by_accelerate import sharded_by_accelerate
 from tests.support.enumerable import ragged_batch
@@ -169,7 +169,7 @@ def sums(folder):
             inner_product(lambda n, a=like: a, {"n": other}) == pytest.approx(float((x * y).sum())),
             torch.equal(whole(from_part(part(like) * 2, like)), 2 * x),
             nonzero(only_last) and not nonzero(only_last * 0),
-            nonfinite(bad) and not nonfinite(only_last),
+            first_nonfinite({"a": only_last, "b": bad}) == "b" and first_nonfinite({"a": like}) is None,
             total([(like, 1.0), (x, 1.0)]) == ranks.size + 1.0,
         ]
     return found
