@@ -163,8 +163,8 @@ class ProbeRunner(TrainerSection):
         module.ranks = self.ranks
         if self.ranks.size > 1 and module.config.checkpoint.device_map is not None:
             raise ConfigError(
-                f"checkpoint.device_map: expected null where every one of {self.ranks.size} processes holds the whole "
-                f"policy, found {module.config.checkpoint.device_map!r}; take trainer.devices: 1"
+                f"checkpoint.device_map: expected null where {self.ranks.size} processes hold the policy, or parts of "
+                f"it, found {module.config.checkpoint.device_map!r}; take trainer.devices: 1"
             )
         try:
             with crew_at_work(self.crew), isolated_rng(), exact_float32():

@@ -148,6 +148,38 @@ def forward_types(model: nn.Module) -> set[torch.dtype]:
     return {p.dtype for p in model.parameters()} | {dtype for dtype in cast if dtype is not None}
 
 
+def keeps_means(model: nn.Module) -> bool:
+    """Whether a backward leaves the mean of the processes' gradients in a sharded model's parameters, as by default."""
+    groups = [group for module in fully_sharded(model) for group in _groups(module)]
+    return all(getattr(g, "gradient_divide_factor", None) is None and g.reduce_grads for g in groups)
+
+
+def _groups(module: FSDPModule) -> list[Any]:
+    """What is brought together with a module; newer torch may have several of them."""
+    state: Any = module._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)
+    if several is None:
+        several = [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+    return list(several)
+
+
+def reset(model: nn.Module) -> None:
+    """After a forward that has failed half way: as `reset_iter_state` of newer torch, and `resharded`."""
+    modules = fully_sharded(model)
+    if hasattr(modules[0], "reset_iter_state"):
+        modules[0].reset_iter_state()
+        return
+    for module in modules:
+        state: Any = module._get_fsdp_state()
+        state._state_ctx.iter_forward_root = None
+        state._comm_ctx.all_gather_state = None
+        state._training_state = type(state._training_state).IDLE
+        for group in _groups(module):
+            group._all_gather_result = None
+            group._training_state = type(group._training_state).IDLE
+            group._to_sharded()
+
+
 def why_not(model: nn.Module) -> str | None:
     """Why a model's shards are not of the kind that the probe can work with; None where they are, or there are none."""
     for name, p in model.named_parameters():

@@ -14,18 +14,17 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from probe.distributed.ranks import Ranks
-from probe.errors.exceptions import RanksApartError
-from probe.shards import fully_sharded, is_shard, is_sharded, part, resharded
+from probe.errors.exceptions import ForwardCutOffError, RanksApartError
+from probe.shards import fully_sharded, is_shard, is_sharded, part, reset, resharded
 from probe.snapshot import put_back_by
 from probe.text import first_line
 
 DONE, FORWARD, FORWARD_WITH_GRADIENTS, BACKWARD = range(4)
 """What a process is about to do."""
-Collect = Callable[[int], None]
-"""Takes the gradients of an objective from the parameters."""
+Collect = Callable[[int, float], None]
+"""Takes the gradients of an objective, multiplied by a scale, from the parameters."""
 _ACTIVE: WeakKeyDictionary[nn.Module, Lockstep] = WeakKeyDictionary()
 _WARM: WeakSet[nn.Module] = WeakSet()
 """Models that have run."""
@@ -36,7 +35,7 @@ class Lockstep:
 
     def __init__(
         self,
-        root: FSDPModule,
+        root: nn.Module,
         model: nn.Module,
         ranks: Ranks,
         autocast: Callable[[], AbstractContextManager[object]],
@@ -49,7 +48,10 @@ class Lockstep:
         self.in_forward = False
 
     def turn(self, *own: int) -> list[int]:
-        """Say what this process is about to do; returns what those do that are not done.
+        """Say what this process is about to do; returns what those do that are not done, with their least exponent.
+
+        Args:
+            own: what, the objective, whether it is the last one, and the exponent of a gradient's scale.
 
         Raises:
             Exception: what another process has raised.
@@ -57,33 +59,36 @@ class Lockstep:
         """
         with self._ranks.together("a turn", own) as found:
             pass
-        about = {tuple(words) for words in found if words[0] != DONE}
+        busy = [words for words in found if words[0] != DONE]
+        about = {tuple(words[:3]) for words in busy}
         if len(about) > 1:
             raise RanksApartError(
                 f"expected all {self._ranks.size} ranks to run a sharded policy in one way at a time, found them about "
                 f"to do {sorted(about)} (1: a forward, 2: one with gradients, 3: a backward)"
             )
-        return list(about.pop()) if about else [DONE]
+        return [*about.pop(), min(words[3] for words in busy)] if busy else [DONE]
 
     def before_forward(self, *_: Any) -> None:
         """Take a turn, on the way into a forward."""
         if self._idle:
             return
         self.begin_anew()  # where one has failed, on all processes
-        self.turn(FORWARD_WITH_GRADIENTS if torch.is_grad_enabled() else FORWARD, 0, 0)
+        self.turn(FORWARD_WITH_GRADIENTS if torch.is_grad_enabled() else FORWARD, 0, 0, 0)
         self.in_forward = True
 
     def begin_anew(self) -> None:
         """After a forward that has failed half way, let each process hold its own part again."""
-        if self.in_forward and hasattr(self._root, "reset_iter_state"):  # of newer torch
-            self._root.reset_iter_state()
+        if self.in_forward:
+            reset(self._root)
         self.in_forward = False
 
     def after_forward(self, *_: Any) -> None:
         """On the way out."""
         self.in_forward = False
 
-    def backward(self, output: Tensor, grad: Tensor, objective: int, *, last: bool) -> None:
+    def backward(
+        self, output: Tensor, grad: Tensor, objective: int, *, last: bool, exponent: int = 0
+    ) -> None:
         """Carry a gradient by an output down to the parameters' `.grad`, of which `collect` then takes them.
 
         Args:
@@ -91,24 +96,26 @@ class Lockstep:
             grad: by it.
             objective: its number.
             last: nothing more is asked of this forward's graph.
+            exponent: of the power of two that the gradient may be multiplied by on the way; the least one of all
+                processes is taken.
         """
-        self.turn(BACKWARD, objective, int(last))
+        scale = 2.0 ** self.turn(BACKWARD, objective, int(last), exponent)[3]
         self.in_forward = True
-        torch.autograd.backward(output, grad, retain_graph=not last)
+        torch.autograd.backward(output, (grad * scale).to(output.dtype), retain_graph=not last)
         self.in_forward = False
         if self._collect is not None:
-            self._collect(objective)
+            self._collect(objective, scale)
 
     def idle(self) -> None:
         """Keep the others company until all are done."""
         self._idle, output = True, None
         try:
-            while (about := self.turn(DONE, 0, 0))[0] != DONE:
+            while (about := self.turn(DONE, 0, 0, 0))[0] != DONE:
                 if about[0] == BACKWARD:
                     assert output is not None, "a backward follows a forward"
                     torch.autograd.backward(output, torch.zeros_like(output), retain_graph=not about[2])
                     if self._collect is not None:
-                        self._collect(about[1])
+                        self._collect(about[1], 2.0 ** about[3])
                     continue
                 with torch.set_grad_enabled(about[0] == FORWARD_WITH_GRADIENTS), self._autocast():
                     output = one_token(self._model)
@@ -151,7 +158,8 @@ def lockstep(
         The turns; None where the model is not sharded.
 
     Raises:
-        RanksApartError: a forward failed on this process while others wait for its part; or processes differ.
+        ForwardCutOffError: a forward failed on this process while others wait for its part.
+        RanksApartError: processes differ.
     """
     if not is_sharded(model):
         yield None
@@ -184,7 +192,7 @@ def lockstep(
         entered = model if called is None else called
         if entered is not model:
             fully_sharded(model)[0].unshard()
-        step = Lockstep(fully_sharded(model)[0], entered, ranks, autocast, collect)
+        step = Lockstep(model, entered, ranks, autocast, collect)
         with _in_turns(model, entered, step):
             yield step
 
@@ -202,10 +210,11 @@ def _in_turns(model: nn.Module, entered: nn.Module, step: Lockstep) -> Iterator[
         step.idle()
     except RanksApartError:
         raise
-    except Exception as error:
-        if step.in_forward:
-            step.begin_anew()
-            raise RanksApartError(
+    except BaseException as error:
+        within = step.in_forward
+        step.begin_anew()
+        if within and isinstance(error, Exception):
+            raise ForwardCutOffError(
                 "a forward of a policy that is sharded over processes failed on this one, while the others wait for "
                 f"its part of the weights: {type(error).__name__}: {first_line(error)}"
             ) from error

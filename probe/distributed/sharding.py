@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from probe.errors.exceptions import ConfigError
 from probe.parameters import trainable_parameters, without_adapters
-from probe.shards import is_sharded, part_like, why_not
+from probe.shards import is_sharded, keeps_means, part_like, why_not
 
 NAMES = ("fsdp", "fsdp2")
 """What `trainer.strategy` calls it."""
@@ -72,6 +72,11 @@ def shard(model: nn.Module, optimizer: torch.optim.Optimizer, setup: Setup) -> n
     if reason is not None:
         raise ConfigError(
             f"trainer.strategy: expected a policy that fully_shard is called on, found {reason}"
+        )
+    if not keeps_means(model):
+        raise ConfigError(
+            "trainer.strategy: expected fully_shard to average gradients over the processes, found another divide "
+            "factor, or no reduction; leave set_gradient_divide_factor and set_requires_gradient_sync as they are"
         )
     _follow(optimizer, before, trainable_parameters(model))
     return model

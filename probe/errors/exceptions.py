@@ -69,6 +69,13 @@ class RanksApartError(ProbeError):
     said_by_others = False
 
 
+class ForwardCutOffError(RanksApartError):
+    """A forward of a policy that is sharded over processes has failed on one, while the others wait for its part.
+
+    Nothing can go on: what this process sent next, the others would take for that part.
+    """
+
+
 class LogError(ProbeError):
     """A log or result file cannot be written or read."""
 

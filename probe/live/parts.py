@@ -18,6 +18,7 @@ from probe.phases.controls import controls_of_prediction, fitted_controls
 from probe.phases.fit_memory import FitMemory
 from probe.phases.passes import AlongStep, StepOnBatch, tangents_along
 from probe.results.changes import reported
+from probe.shards import nonzero
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def part_changes(
     numbers: dict[str, Numbers] = {}
     for name, direction in _directions(parts).items():
         of_part = rest.map(lambda one: Estimate(0.0, torch.zeros_like(one.influence)))
-        if any(bool(x.any()) for x in direction.values()):
+        if nonzero(*direction.values()):
             tangents = tangents_along(on, direction, passes)
             along = AlongStep(passes.scores, tangents, passes.way)
             of_part = token_first_order(passes.scores, tangents, E.group).total

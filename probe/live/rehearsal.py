@@ -42,7 +42,8 @@ def rehearsed_way(policy: Policy, source: Source, settings: WatchSettings) -> Wa
     """
     ranks = policy.ranks
     if is_sharded(policy.model):  # every forward is one of all ranks
-        return _rehearsed(policy, source, settings)
+        with ranks.together("rehearsal"):
+            return _rehearsed(policy, source, settings)
     with together(policy, "rehearsal"):  # each tries on its own device what all will do
         own = _rehearsed(replace(policy, ranks=ALONE), source, settings)
     ways = ranks.gathered("ways", own)

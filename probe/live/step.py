@@ -5,7 +5,8 @@
     after     step = new - old; deltaH1 by forward mode at the old parameters, deltaH_true by rescoring E at the new
 
 The step is whatever the optimizer did: its rule, clipping, decay, fused kernels and all. Nothing is written to the
-model: passes at the old parameters use `probe.snapshot.standing_in`.
+model: passes at the old parameters use `probe.snapshot.standing_in`. Parts of sharded parameters alone are moved for a
+pass, and put back bitwise (`probe.distributed.lockstep`).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import nn
 
 from probe.distributed.ranks import ALONE, Ranks
 from probe.distributed.same import check_same
-from probe.errors.exceptions import ConfigError, in_words_of
+from probe.errors.exceptions import ConfigError, ForwardCutOffError, in_words_of
 from probe.live.adapters import ActiveAdapters
 from probe.live.alarm import Alarm, Alarms
 from probe.live.batch_size import ProbeSizes
@@ -223,7 +223,7 @@ class ProbedUpdates:
         return alarms
 
     def _guarded(self, part: Callable[[], Result], ranks: Ranks | None = None) -> Result | None:
-        """Run a part of the probe on all ranks; an error ends the probe on all of them, not the training."""
+        """Run a part on all ranks; an error ends the probe on all, and the training where a forward was cut off."""
         try:
             with in_words_of("training"), (ranks or self.probe.ranks).together("probe"):
                 return part()
@@ -233,7 +233,7 @@ class ProbedUpdates:
                 return None
             self.error, self.company.over = error, True
             self.forget()
-            if self.probe.settings.strict:
+            if self.probe.settings.strict or isinstance(error, ForwardCutOffError):
                 raise
             say(
                 f"switched off at step {self._history.run.step}, training goes on: {error_text(error)}\n"

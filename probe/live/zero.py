@@ -7,6 +7,7 @@ DeepSpeed need not be there.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -78,9 +79,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 f"optimizer: expected {type(zero).__name__} to hold the model's parameters by its groups, as those of "
                 "DeepSpeed's ZeRO-1 and ZeRO-2 do, found none; train with ZeRO-1 or ZeRO-2, or without DeepSpeed"
             )
-        self._zero, self._groups = zero, [list(group) for group in groups]
+        self._known, self._groups = weakref.ref(zero), [list(group) for group in groups]
         self._own_step: Callable[..., Any] | None = None
         super().__init__([torch.zeros(1)], {})  # torch's constructor wants some tensor; the groups are ZeRO's
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's own, which this one does not keep alive."""
+        zero = self._known()
+        if zero is None:
+            raise RuntimeError("expected the optimizer of DeepSpeed to be there, found it gone")
+        return zero
 
     @property
     def param_groups(self) -> list[Any]:  # type: ignore[override]
@@ -116,12 +125,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """A step; the last one that goes through here where no hook is left."""
         if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
             return self.step(*args, **kwargs)
-        own, self._own_step = self._own_step, None
+        own, zero = self._own_step, self._zero
         assert own is not None
-        if vars(self._zero).get("step") == self._step_or_leave:
-            del self._zero.step
-        if self._zero.step != own:  # somebody's before this one's
-            self._zero.step = own
+        # where somebody has put a step around this one it stays, and does nothing
+        if vars(zero).get("step") == self._step_or_leave:
+            self._own_step = None
+            del zero.step
+            if zero.step != own:  # somebody's before this one's
+                zero.step = own
         return own(*args, **kwargs)
 
 

@@ -51,8 +51,8 @@ def deepspeed_folder(folder: Path) -> Path | None:
     latest = folder / LATEST
     inside = sorted(folder.glob("global_step*"))
     if latest.is_file() and latest.stat().st_size < 256:
-        named = folder / latest.read_text(encoding="utf-8", errors="replace").strip()
-        inside = [named] if named.parent == folder else []
+        name = latest.read_text(encoding="utf-8", errors="replace").strip()
+        inside = [folder / name] if Path(name).name == name and name not in ("", ".", "..") else []
     found = [one for one in inside if _parts(one)] or [one for one in inside if _is_universal(one)]
     return found[0] if len(found) == 1 else None
 
@@ -98,10 +98,15 @@ def read_deepspeed(folder: Path, most: int) -> tuple[dict[str, Any], tuple[str, 
 
 def _parts(folder: Path) -> dict[tuple[int, int], Path]:
     """The files of a folder by data-parallel and model-parallel rank."""
-    found = {}
+    found: dict[tuple[int, int], Path] = {}
     for file in folder.glob("*_optim_states.pt"):
         if (match := PART.fullmatch(file.name)) is not None:
-            found[int(match[1]), int(match[2])] = file
+            place = int(match[1]), int(match[2])
+            if place in found:
+                raise OptimizerStateError(
+                    f"{folder}: expected one file of each rank, found {found[place].name} and {file.name}"
+                )
+            found[place] = file
     return found
 
 
@@ -176,14 +181,19 @@ def _put_together(
     first = parts[0]
     counts = first["partition_count"]
     count = max(counts) if isinstance(counts, (list, tuple)) else int(counts)
-    if list(ranks) != list(range(count)):
+    if len(ranks) != count or ranks[0] != 0 or ranks[-1] != count - 1:
         raise OptimizerStateError(
             f"{folder}: expected a file of each of {count} ranks, found those of {list(ranks)[:20]}; {REMEDY}"
+        )
+    if isinstance(first.get("base_optimizer_state"), list):
+        raise OptimizerStateError(
+            f"{folder}: expected a checkpoint with the optimizer's settings, found an elastic one, which has none; "
+            "train with `elastic_checkpoint: false`"
         )
     third = "fp32_flat_groups" in first
     key = "optimizer_state_dict" if third else "base_optimizer_state"
     bases = [part[key] for part in parts]
-    settings = _settings(bases[0] if isinstance(bases[0], dict) else first)
+    settings = _settings(bases[0])
     state: dict[str, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     lines = list(_of_zero_3(bases, shapes) if third else _of_zero_2(parts, bases, shapes))
@@ -226,7 +236,7 @@ def _of_zero_2(
                 for name, start, size in at:
                     pieces[name].append(_piece(state[key], start, size))
             for name, shape in of_group.items():
-                names[name][key] = torch.cat(pieces[name]).reshape(shape)
+                names[name][key] = _joined(pieces[name], shape.numel()).reshape(shape)
         yield {"step": own[0].get("step")}, names
 
 
@@ -261,12 +271,12 @@ def _of_zero_3(
     numbers: dict[str, int] = {}
     ends = [sum(len(line["exp_avg"]) for line in lines[0][: k + 1]) for k in range(len(order))]
     for key in MOMENTS:
-        whole = [torch.cat([line[key] for line in of_rank]) for of_rank in lines]
+        whole = [_joined([line[key] for line in of_rank], ends[-1]) for of_rank in lines]
         at = 0
         for name, shape in named:
             size = math.ceil(shape.numel() / len(bases))
             pieces = [_piece(one, at, size) for one in whole]
-            found[name][key] = torch.cat(pieces)[: shape.numel()].reshape(shape)
+            found[name][key] = _joined(pieces, size * len(bases))[: shape.numel()].reshape(shape)
             numbers[name] = owner[order[next(k for k, end in enumerate(ends) if at < end or size == 0)]]
             at += size
     for number in range(len(of_groups)):
@@ -276,14 +286,17 @@ def _of_zero_3(
 
 
 def _flat_state(base: Any, number: int) -> Mapping[str, Any]:
-    """The state of a group's part: of torch's `state_dict`, or in a list of the groups' (elastic checkpoints)."""
-    state: Mapping[str, Any]
-    if isinstance(base, list):
-        state = base[number]
-    else:
-        (index,) = base["param_groups"][number]["params"]
-        state = base["state"][index]
+    """The state of a group's part."""
+    (index,) = base["param_groups"][number]["params"]
+    state: Mapping[str, Any] = base["state"][index]
     return state
+
+
+def _joined(pieces: Sequence[Tensor], size: int) -> Tensor:
+    """Pieces of lines, which have to make up so many numbers that are really there."""
+    if sum(len(one) for one in pieces) != size or not all(one.is_contiguous() for one in pieces):
+        raise ValueError(f"pieces that do not make up {size} numbers")
+    return torch.cat(list(pieces))
 
 
 def _piece(line: Tensor, start: int, size: int) -> Tensor:

@@ -48,7 +48,7 @@ def read_rank_files(folder: Path, most: int) -> tuple[dict[str, Any], tuple[str,
     check_folder(folder)
     files = _files(folder)
     sizes = sorted({size for size, _ in files})
-    if len(sizes) > 1 or sorted(rank for _, rank in files) != list(range(sizes[0])):
+    if len(sizes) > 1 or len(files) != sizes[0] or {rank for _, rank in files} != set(range(len(files))):
         found = [file.name for file in files.values()][:8]
         raise OptimizerStateError(f"{folder}: expected a file of each rank, found {found}; {REMEDY}")
     there = sum(file.stat().st_size for file in files.values())
@@ -135,7 +135,11 @@ def _joined(parts: Sequence[Any]) -> Tensor:
     ((dim, placement),) = cuts
     # of ranks that have the same parts (HSDP) the first ones
     mesh = first.device_mesh.mesh.movedim(dim, 0).reshape(first.device_mesh.mesh.shape[dim], -1)[:, 0]
-    whole = torch.cat([parts[rank]._local_tensor for rank in mesh.tolist()], dim=placement.dim)
+    own = [parts[rank]._local_tensor for rank in mesh.tolist()]
+    found = sum(x.numel() for x in own)
+    if found != first.numel() or not all(x.is_contiguous() for x in own):
+        raise ValueError(f"parts of {found} numbers of a tensor of shape {tuple(first.shape)}")
+    whole = torch.cat(own, dim=placement.dim)
     if whole.shape != first.shape:
         raise ValueError(f"parts of shape {tuple(whole.shape)} of a tensor of shape {tuple(first.shape)}")
     return whole

@@ -65,7 +65,7 @@ def token_gradients(
     collector = Collector(batch, progress, policy.ranks)
     with (
         _no_gradients_yet(parameters),
-        together(policy, "gradients", lambda k: totals.collect(k, policy.ranks.size)) as step,
+        together(policy, "gradients", lambda k, scale: totals.collect(k, policy.ranks.size, scale)) as step,
         torch.enable_grad(),
     ):
         head = OutputHead(policy.model)
@@ -159,7 +159,8 @@ def _network_gradients(
     parameters = list(totals.parameters.values())
     for k, grad in enumerate(grads):
         if step is not None:
-            step.backward(hidden, grad.to(hidden.dtype), k, last=k == len(grads) - 1)
+            exponent = round(math.log2(float16_scale(grad))) if hidden.dtype == torch.float16 else 0
+            step.backward(hidden, grad, k, last=k == len(grads) - 1, exponent=exponent)
             continue
         scale = float16_scale(grad) if hidden.dtype == torch.float16 else 1.0
         try:
@@ -218,16 +219,17 @@ class _Totals:
         for name, grad in grads.items():
             (self._of_head[k] if name in self._of_head[k] else self.values[k])[name] += grad
 
-    def collect(self, k: int, size: int) -> None:
+    def collect(self, k: int, size: int, scale: float) -> None:
         """Take the gradients of the objective `k` from sharded parameters, where a backward has left their mean.
 
         Args:
             k: the objective.
             size: number of processes.
+            scale: that the gradients were multiplied by.
         """
         for name, p in self.parameters.items():
             if p.grad is not None:
-                self.values[k][name] += p.grad * size if is_shard(p) else p.grad
+                self.values[k][name] += p.grad * ((size if is_shard(p) else 1) / scale)
                 p.grad = None
 
     def apart(self) -> list[Tensor]:

@@ -44,11 +44,12 @@ class Policy:
         share_prompts: whether prompts go through the model once for all of their responses in a microbatch, where the
             model allows it and it is less work.
         traffic: what went through it, and what it had no memory for.
-        ranks: the processes that passes are shared out to, each of which holds the whole policy.
+        ranks: the processes that passes are shared out to; each holds the whole policy, or a part of every weight.
         head_chunk_tokens: tokens whose logits are held at a time.
         autocast: a context manager factory for mixed precision (Fabric's `autocast`).
         values: values that stand in for some of the model's parameters, by name; the parameters themselves are not
-            touched (`probe.snapshot.standing_in`). Dual numbers are allowed, which makes a pass forward-mode.
+            touched (`probe.snapshot.standing_in`); parts of sharded ones are moved for a pass, and put back. Dual
+            numbers are allowed, which makes a pass forward-mode.
     """
 
     model: nn.Module
@@ -79,12 +80,7 @@ class Policy:
         return replace(self, values={**(self.values or {}), **own})
 
     def moved(self, direction: Mapping[str, Tensor], scale: float) -> Policy:
-        """The policy at `theta + scale * direction`, `theta` being the values it has now.
-
-        Args:
-            direction: by parameter name.
-            scale: in units of the direction.
-        """
+        """The policy at `theta + scale * direction`, `theta` being the values it has now; by parameter name."""
         here = self.point(direction)
         return self.at({n: here[n] + scale * v.to(here[n]) for n, v in direction.items()})
 
@@ -201,7 +197,8 @@ class Policy:
             try:
                 found = run(inputs)
             except (RuntimeError, MemoryError) as error:
-                if len(indices) == 1 or not is_out_of_memory(error) or is_apart(self.model):
+                whole = not (is_apart(self.model) or (kind == "backward" and is_sharded(self.model)))
+                if len(indices) == 1 or not is_out_of_memory(error) or not whole:
                     # smaller microbatches were no help, so that they say nothing about what fits
                     self.traffic.room = room
                     raise
@@ -229,5 +226,5 @@ class Policy:
             head.check(captured[-1], output.logits)
         hidden = captured[-1]  # on the output layer's device, which need not be the inputs'
         if connected:  # a backward of a sharded model begins at what the model gives back
-            hidden = hidden + 0.0 * output.logits.sum().to(hidden.dtype)
+            hidden = hidden + (0.0 * output.logits.double().sum()).to(hidden.dtype)  # which does not overflow
         return hidden[inputs.row.to(hidden.device), inputs.column.to(hidden.device)]

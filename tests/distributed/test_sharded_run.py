@@ -356,7 +356,7 @@ def test_an_error_in_a_forward_says_that_the_others_cannot_go_on(tmp_path):
     with pytest.raises(torch.multiprocessing.ProcessExitedException):
         in_processes(2, failing, tmp_path, "within")
     text, same = json.loads((tmp_path / "said").read_text())
-    assert text.startswith("RanksApartError")
+    assert text.startswith("ForwardCutOffError")
     assert "ValueError: a broken layer" in text
     assert same
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from probe.errors.exceptions import ConfigError
 from probe.live.alarm import OnAlarm
@@ -18,6 +19,7 @@ from probe.live.outlets import Log, Outlet, tensorboard_layout
 from probe.live.settings import WatchSettings
 from probe.live.watch import Watch
 from probe.live.zero import is_zero, zero_optimizer
+from probe.shards import is_sharded
 
 
 def attached(
@@ -37,6 +39,7 @@ def attached(
         ProbeError: a small rehearsal failed.
     """
     refuse_sharded(trainer)
+    _refuse_outer_shards(trainer.lightning_module, policy)
     optimizers = policy_optimizers(trainer, policy)
     made = Watch(policy, optimizers, prompts, tokenizer, settings, log, on_alarm, counted_steps(trainer))
     made.schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -55,6 +58,25 @@ def refuse_sharded(trainer: Trainer) -> None:
             f"trainer: expected DDP, DeepSpeed's ZeRO-1 or ZeRO-2, or FSDP2 by ModelParallelStrategy, found {kind}; "
             f"{PROBE_CHECKPOINTS}"
         )
+
+
+def _refuse_outer_shards(module: nn.Module, policy: nn.Module) -> None:
+    """The first forward, which is the probe's, would make the policy FSDP2's root in the place of a module around it.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for part in module.modules():
+        if (
+            part is not policy
+            and is_sharded(policy)
+            and isinstance(part, FSDPModule)
+            and policy in part.modules()
+        ):
+            raise ConfigError(
+                "trainer: expected fully_shard on the policy and modules in it, found it on the "
+                f"{type(part).__name__} around it; leave that out"
+            )
 
 
 def find_policy(module: LightningModule, path: str | None) -> nn.Module:
