@@ -229,7 +229,8 @@ class _Totals:
         """
         for name, p in self.parameters.items():
             if p.grad is not None:
-                self.values[k][name] += p.grad * ((size if is_shard(p) else 1) / scale)
+                total = self.values[k][name]
+                total += p.grad.to(total.dtype) * ((size if is_shard(p) else 1) / scale)
                 p.grad = None
 
     def apart(self) -> list[Tensor]:

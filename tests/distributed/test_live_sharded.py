@@ -8,7 +8,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from probe.errors.exceptions import ConfigError
 from probe.shards import part
-from tests.support.live_loops import adamw, attach, full_model, lora_model, numbers, sgd
+from tests.support.live_loops import SMALL, adamw, attach, full_model, lora_model, numbers, sgd
+from tests.support.tiny_models import add_lora, tiny_model
 from tests.support.trainings import bits, in_processes, set_streams, streams
 
 STEPS = 3
@@ -28,14 +29,18 @@ def train(folder, kind="lora", how="fsdp", probe=None, optimizer=adamw, bf16=Fal
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     set_streams(100 + rank)
     torch.manual_seed(0)
-    model = (lora_model if kind == "lora" else full_model)(seed=0, layers=2)
+    model = full_model(seed=0, layers=2) if kind == "full" else lora_model(seed=0, layers=2)
+    if kind == "thin":  # the second process has no part of A, and B is 0
+        model = add_lora(tiny_model(**SMALL), r=1).train()
+        for name, p in model.named_parameters():
+            p.data *= 0.0 if "lora_B" in name else 1.0
     if not bf16:
         model = model.double()
     forward = model
     if how == "fsdp":
         mesh = torch.distributed.init_device_mesh("cpu", (size,))
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if bf16 else MixedPrecisionPolicy()
-        for layer in (model.get_base_model() if kind == "lora" else model).model.layers:
+        for layer in (model if kind == "full" else model.get_base_model()).model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
     else:
@@ -92,6 +97,13 @@ def test_it_leaves_no_trace_and_finds_what_a_training_with_whole_weights_does(tm
         for key in ("deltaH1", "deltaH_true", "deltaH1_tok", "deltaH_true_tok", "H", "step_norm", "momentum"):
             if key in entry and entry[key] is not None:
                 assert sharded[key] == pytest.approx(entry[key], rel=1e-4, abs=1e-9), key
+
+
+def test_a_part_of_the_step_that_one_process_has_none_of(tmp_path):
+    for _, (history, error) in in_processes(2, train, tmp_path, "thin", "fsdp", PROBE):
+        assert error is None
+        assert abs(history[0]["deltaH1_decay_tok"]) >= 0.0
+        assert len(history) == STEPS
 
 
 def test_forwards_in_16_bits_and_another_optimizer(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from probe.config.batches import GenerationConfig
 from probe.config.parsing import parse_config
@@ -311,8 +311,58 @@ def test_as_much_is_brought_together_as_the_documentation_says(tmp_path):
         assert said <= found <= 1.02 * said  # parts are padded
 
 
+def in_16_bits(folder):
+    """How far gradients of tiny weights are from a whole policy's, in float16, whose smallest number is 6e-8."""
+    _mesh, ranks, model, _plain, batch = sharded_policy()
+    model = model.half()
+    for p in model.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data
+
+    def tiny(i, t, l, h):
+        return torch.zeros_like(l)[None], torch.full_like(h, 1e-6)[None]
+
+    (own,), _ = token_gradients(Policy(model), batch, tiny, 1)
+    by_blocks(
+        model, torch.distributed.init_device_mesh("cpu", (ranks.size,), mesh_dim_names=("data_parallel",))
+    )
+    (found,), _ = token_gradients(Policy(model, ranks=ranks, microbatch_size=2), batch, tiny, 1)
+    off = sum(float((whole(found[n]).double() - g.double()).square().sum()) for n, g in own.items())
+    return off**0.5 / norm(own)
+
+
+def test_gradients_in_float16_are_scaled(tmp_path):
+    assert max(in_processes(2, in_16_bits, tmp_path)) < 0.03
+
+
+def without_memory(folder):
+    """What each process raises where the last one has no memory after a forward, on the way to a backward."""
+    import probe.scoring.gradients
+
+    _mesh, ranks, model, _plain, batch = sharded_policy()
+    by_blocks(
+        model, torch.distributed.init_device_mesh("cpu", (ranks.size,), mesh_dim_names=("data_parallel",))
+    )
+    policy = Policy(model, microbatch_size=2, ranks=ranks)
+
+    def too_much(*args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    if ranks.rank == ranks.size - 1:
+        probe.scoring.gradients._head_gradients = too_much
+    try:
+        token_gradients(policy, batch, weights, 2)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_a_lack_of_memory_before_a_backward_is_one_on_all(tmp_path):
+    assert set(in_processes(2, without_memory, tmp_path)) == {"OutOfMemoryError: out of memory"}
+
+
 def failing(folder, where):
     """What each process raises where the last one fails: between forwards, or in the middle of one."""
+    if where == "within, older torch":
+        del FSDPModule.reset_iter_state
     _mesh, ranks, model, _plain, batch = sharded_policy()
     by_blocks(
         model, torch.distributed.init_device_mesh("cpu", (ranks.size,), mesh_dim_names=("data_parallel",))
@@ -352,9 +402,10 @@ def test_an_error_between_forwards_is_raised_by_all_and_weights_are_put_back(tmp
     assert all(same for _, same in found)
 
 
-def test_an_error_in_a_forward_says_that_the_others_cannot_go_on(tmp_path):
+@pytest.mark.parametrize("where", ["within", "within, older torch"])
+def test_an_error_in_a_forward_says_that_the_others_cannot_go_on(tmp_path, where):
     with pytest.raises(torch.multiprocessing.ProcessExitedException):
-        in_processes(2, failing, tmp_path, "within")
+        in_processes(2, failing, tmp_path, where)
     text, same = json.loads((tmp_path / "said").read_text())
     assert text.startswith("ForwardCutOffError")
     assert "ValueError: a broken layer" in text
@@ -380,6 +431,13 @@ def refused(folder):
     optimizer = torch.optim.AdamW(tiny_model().parameters())
     note(lambda: shard(packed, optimizer, lambda m: by_blocks(m, named)))
     note(lambda: shard(tiny_model(), optimizer, lambda m: m))
+
+    def by_sums(model):
+        by_blocks(model, named).set_gradient_divide_factor(1.0)
+        return model
+
+    summed = tiny_model()
+    note(lambda: shard(summed, torch.optim.AdamW(summed.parameters()), by_sums))
     model = fully_shard(tiny_model(), mesh=mesh)
     values = {n: p.detach() for n, p in model.named_parameters()}
 
@@ -407,5 +465,6 @@ def test_refusals(tmp_path):
     for said in in_processes(2, refused, tmp_path):
         assert "packed in 4 or 8 bits" in said[0]
         assert "found whole weights" in said[1]
-        assert "one inside of another" in said[2]
-        assert "tensor parallelism" in said[3]
+        assert "another divide factor" in said[2]
+        assert "one inside of another" in said[3]
+        assert "tensor parallelism" in said[4]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -123,6 +126,34 @@ def test_hooks_stand_around_the_step_and_rates_are_set_through():
     assert "step" not in vars(zero)
     assert seen == ["before", "after"]
     assert zero.steps == [None, None]
+
+
+def test_a_step_that_somebody_has_put_around_it_stays():
+    p = torch.nn.Parameter(torch.zeros(3))
+    zero = Zero([p], [[p]])
+    handle = zero_optimizer(zero).register_step_pre_hook(lambda *_: None)
+    inner, calls = zero.step, []
+
+    def outer(*args):
+        calls.append(1)
+        return inner(*args)
+
+    zero.step = outer
+    handle.remove()
+    for _ in range(2):
+        assert zero.step() == "stepped"
+    assert vars(zero)["step"] is outer
+    assert len(calls) == len(zero.steps) == 2
+
+
+def test_it_is_not_kept_alive():
+    p = torch.nn.Parameter(torch.zeros(3))
+    zero = Zero([p], [[p]])
+    zero_optimizer(zero)
+    gone = weakref.ref(zero)
+    del zero
+    gc.collect()
+    assert gone() is None
 
 
 def test_groups_that_cannot_be_read_are_refused():

@@ -70,8 +70,9 @@ def test_it_is_found_beside_a_model(tmp_path):
     older.mkdir()
     (older / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"")
     assert deepspeed_folder(tmp_path) == inside  # the one that `latest` names
-    (tmp_path / "latest").write_text("../elsewhere")
-    assert deepspeed_folder(tmp_path) is None
+    for outside in ("../elsewhere", "..", "."):
+        (tmp_path / "latest").write_text(outside)
+        assert deepspeed_folder(tmp_path) is None
 
 
 def test_the_universal_format(tmp_path):
@@ -155,6 +156,23 @@ def no_state(own):
     own["base_optimizer_state"] = 7
 
 
+def elastic(own):
+    own["base_optimizer_state"] = [own["base_optimizer_state"]["state"][0]] * 2
+
+
+def endless(own):
+    own["partition_count"] = 10**12
+
+
+def spread(own):
+    state = own["base_optimizer_state"]["state"][0]
+    state["exp_avg"] = torch.zeros(1).expand(10**10)
+
+
+def twice(inside):
+    (inside / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"x")
+
+
 def uncorrected(own):
     own["base_optimizer_state"]["param_groups"][0]["bias_correction"] = False
 
@@ -168,13 +186,15 @@ def uncorrected(own):
         (tensor_parallel, "tensor parallelism"),
         (lambda inside: rewrite(inside, short), "entries of another kind"),
         (lambda inside: rewrite(inside, no_state), "entries of another kind"),
+        (lambda inside: rewrite(inside, elastic), "found an elastic one"),
+        (lambda inside: rewrite(inside, endless), "a file of each of 1000000000000 ranks"),
+        (lambda inside: rewrite(inside, spread), "entries of another kind"),
+        (twice, "one file of each rank"),
         (lambda inside: rewrite(inside, uncorrected), "Adam without bias correction"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, change, said):
-    found = damaged(tmp_path, change)
-    assert said in found
-    assert "save `optimizer.state_dict()`" in found
+    assert said in damaged(tmp_path, change)
 
 
 class Hostile:
