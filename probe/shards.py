@@ -7,7 +7,7 @@ process's own in silence where such a sum becomes a Python number. So the probe 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -201,8 +201,3 @@ def why_not(model: nn.Module) -> str | None:
         if p.device_mesh.size() != torch.distributed.get_world_size():
             return f"{name} shared out to {p.device_mesh.size()} of {torch.distributed.get_world_size()} processes"
     return None
-
-
-def parts(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """What this process holds of each."""
-    return (part(x) for x in tensors)
