@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +67,23 @@ def timed(module: EntropyProbe, sample: Any, ranks: Ranks) -> tuple[Times, Times
     return seconds, sent
 
 
-def worker(rank: int, args: argparse.Namespace, port: int, checkpoint: Path | None) -> None:
-    """One of the processes; the first one prints the table."""
+def connected(rank: int, processes: int, port: int) -> Ranks:
+    """The processes of the job, of one thread each."""
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "RANK": str(rank),
-        "WORLD_SIZE": str(args.processes),
+        "WORLD_SIZE": str(processes),
     }
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    ranks = Ranks.of_job()
     sys.path.insert(0, str(Path(__file__).parent))  # of the reward
+    return Ranks.of_job()
+
+
+def worker(rank: int, args: argparse.Namespace, port: int, checkpoint: Path | None) -> None:
+    """One of the processes; the first one prints the table."""
+    ranks = connected(rank, args.processes, port)
     one = loaded_probe(sections(args.B_E, args.B_U, checkpoint))
     larger = loaded_probe(sections(args.B_E * args.processes, args.B_U * args.processes, checkpoint))
     with evaluation_mode(one), evaluation_mode(larger):
@@ -113,13 +119,19 @@ def worker(rank: int, args: argparse.Namespace, port: int, checkpoint: Path | No
     torch.distributed.destroy_process_group()
 
 
-def main() -> int:
-    """Measure, and print a Markdown table."""
+def measure(worker: Callable[..., None], description: str | None, **defaults: Any) -> int:
+    """Read the options, make the policy, and run `worker` in so many processes.
+
+    Args:
+        worker: called with its rank, the options, a free port and the checkpoint (None for the demo policy).
+        description: of the benchmark.
+        defaults: of the options.
+    """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--policy", choices=("demo", "medium"), default="demo")
-    for name, default in (("processes", 2), ("B_E", 1024), ("B_U", 32), ("rounds", 5)):
+    parser.add_argument("--policy", choices=("demo", "medium"), default=defaults.pop("policy"))
+    for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     with socket.socket() as free:
@@ -132,4 +144,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure(worker, __doc__, policy="demo", processes=2, B_E=1024, B_U=32, rounds=5))

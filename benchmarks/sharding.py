@@ -10,21 +10,16 @@ moments of one process between forwards; what a forward brings together comes on
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.scaling import MEDIUM, sections, timed
-from benchmarks.whole_probe import large_checkpoint
-from probe.distributed.ranks import Ranks
+from benchmarks.scaling import connected, measure, sections, timed
 from probe.distributed.sharding import by_blocks
 from probe.module import EntropyProbe
 from probe.shards import part
@@ -42,16 +37,7 @@ def held(module: EntropyProbe) -> float:
 
 def worker(rank: int, args: argparse.Namespace, port: int, checkpoint: Path | None) -> None:
     """One of the processes; the first one prints the table."""
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "WORLD_SIZE": str(args.processes),
-    }
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    ranks = Ranks.of_job()
-    sys.path.insert(0, str(Path(__file__).parent))  # of the reward
+    ranks = connected(rank, args.processes, port)
     config = sections(args.B_E, args.B_U, checkpoint)
     config["probe_rework"] = {**config.get("probe_rework", {}), "derivative_mode": "finite_difference"}
     mesh = torch.distributed.init_device_mesh("cpu", (args.processes,), mesh_dim_names=("data_parallel",))
@@ -75,23 +61,5 @@ def worker(rank: int, args: argparse.Namespace, port: int, checkpoint: Path | No
     torch.distributed.destroy_process_group()
 
 
-def main() -> int:
-    """Measure, and print a Markdown table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--policy", choices=("demo", "medium"), default="medium")
-    for name, default in (("processes", 2), ("B_E", 256), ("B_U", 8), ("rounds", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = None if args.policy == "demo" else large_checkpoint(Path(scratch), MEDIUM, heads=8)
-        multiprocessing.spawn(worker, (args, port, checkpoint), nprocs=args.processes)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure(worker, __doc__, policy="medium", processes=2, B_E=256, B_U=8, rounds=5))

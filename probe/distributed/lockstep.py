@@ -100,8 +100,12 @@ class Lockstep:
                 processes is taken.
         """
         scale = 2.0 ** self.turn(BACKWARD, objective, int(last), exponent)[3]
+        self._carry_down(output, (grad * scale).to(output.dtype), objective, scale, last=last)
+
+    def _carry_down(self, output: Tensor, grad: Tensor, objective: int, scale: float, *, last: bool) -> None:
+        """The backward itself, which all processes take at the same time."""
         self.in_forward = True
-        torch.autograd.backward(output, (grad * scale).to(output.dtype), retain_graph=not last)
+        torch.autograd.backward(output, grad, retain_graph=not last)
         self.in_forward = False
         if self._collect is not None:
             self._collect(objective, scale)
@@ -113,9 +117,8 @@ class Lockstep:
             while (about := self.turn(DONE, 0, 0, 0))[0] != DONE:
                 if about[0] == BACKWARD:
                     assert output is not None, "a backward follows a forward"
-                    torch.autograd.backward(output, torch.zeros_like(output), retain_graph=not about[2])
-                    if self._collect is not None:
-                        self._collect(about[1], 2.0 ** about[3])
+                    nothing, last = torch.zeros_like(output), bool(about[2])
+                    self._carry_down(output, nothing, about[1], 2.0 ** about[3], last=last)
                     continue
                 with torch.set_grad_enabled(about[0] == FORWARD_WITH_GRADIENTS), self._autocast():
                     output = one_token(self._model)

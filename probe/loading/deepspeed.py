@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from probe.errors.exceptions import OptimizerStateError
-from probe.errors.memory import is_out_of_memory
-from probe.loading.foreign import check_folder, check_torch_file
-from probe.text import first_line, shown
+from probe.loading.foreign import check_folder
+from probe.loading.rank_parts import check_total, of_another_kind, read_part
+from probe.text import shown
 
 PART = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 LATEST = "latest"
@@ -79,20 +79,11 @@ def read_deepspeed(folder: Path, most: int) -> tuple[dict[str, Any], tuple[str, 
         raise OptimizerStateError(
             f"{folder}: expected parts of one replica, found those of tensor parallelism (mp_rank_01); {REMEDY}"
         )
-    sizes = sum(file.stat().st_size for file in files.values())
-    if sizes > most:
-        raise OptimizerStateError(f"{folder}: expected at most {most} bytes for this model, found {sizes}")
+    check_total(folder, files.values(), most)
     parts = [_read(files[rank, 0], most).get("optimizer_state_dict") for rank in ranks]
-    try:
+    before = f"{folder}: expected the optimizer states of DeepSpeed's ZeRO, found entries of another kind ("
+    with of_another_kind(before, f"); {REMEDY}"):
         whole = _put_together(folder, parts, ranks, _shapes(folder, most))
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        reason = f"{type(error).__name__}: {first_line(error):.160}"
-        raise OptimizerStateError(
-            f"{folder}: expected the optimizer states of DeepSpeed's ZeRO, found entries of another kind "
-            f"({reason}); {REMEDY}"
-        ) from error
     return whole, (f"the state was put together from DeepSpeed's files of {len(ranks)} ranks", MASTERS)
 
 
@@ -133,26 +124,7 @@ class Inert:
 
 def _read(file: Path, most: int, mapping: bool = True) -> Any:
     """What torch.save wrote, with objects of other classes as inert ones."""
-    check_torch_file(file, most)
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
-        stand_ins: list[Any] = [(type("Inert", (Inert,), {}), name) for name in names]
-        with torch.serialization.safe_globals(stand_ins):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except MemoryError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        found = (
-            first_line(error)[:160]
-            if name is None
-            else f"a pickle that needs {name[1]}, which could run code"
-        )
-        raise OptimizerStateError(
-            f"{file}: expected a file that DeepSpeed wrote, found {found}; {REMEDY}"
-        ) from error
+    content = read_part(file, most, "a file that DeepSpeed wrote", REMEDY, Inert)
     if mapping and not isinstance(content, dict):
         raise OptimizerStateError(f"{file}: expected a mapping, found {type(content).__name__}; {REMEDY}")
     return content
@@ -314,10 +286,9 @@ def _is_universal(folder: Path) -> bool:
 def _read_universal(folder: Path, most: int) -> dict[str, Any]:
     """The state_dict of a folder in the universal format, whose settings name no parameters."""
     files = {key: sorted(folder.glob(f"zero/*/{key}.pt")) for key in (*MOMENTS, "step")}
-    there = sum(file.stat().st_size for some in files.values() for file in some)
-    if there > most:
-        raise OptimizerStateError(f"{folder}: expected at most {most} bytes for this model, found {there}")
-    try:
+    check_total(folder, [file for some in files.values() for file in some], most)
+    before = f"{folder}: expected DeepSpeed's universal format, found entries of another kind ("
+    with of_another_kind(before, f"); {REMEDY}"):
         saved = _read(folder / SETTINGS, most)
         settings = _settings(saved)
         said = [{k: group.get(k) for k in ("lr", "betas", "eps", "weight_decay")} for group in settings]
@@ -334,13 +305,6 @@ def _read_universal(folder: Path, most: int) -> dict[str, Any]:
         for moments in state.values():
             steps = moments["step"] if "step" in moments else settings[0]["step"]
             moments["step"] = torch.tensor(float(steps))
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        reason = f"{type(error).__name__}: {first_line(error):.160}"
-        raise OptimizerStateError(
-            f"{folder}: expected DeepSpeed's universal format, found entries of another kind ({reason}); {REMEDY}"
-        ) from error
     group = {"amsgrad": False, **settings[0], "params": list(state)}
     group.pop("step", None)
     return {"state": state, "param_groups": [group]}

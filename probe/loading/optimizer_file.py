@@ -45,14 +45,7 @@ def largest_file(model: nn.Module) -> int:
 
 def read_state_dict(file: Path, most: int) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The `state_dict` in `file`, or in the folder of a sharded checkpoint, read without running any code in it."""
-    notes: tuple[str, ...] = ()
-    payload: Any
-    if file.is_dir() and (parts := deepspeed_folder(file)) is not None:
-        payload, notes = read_deepspeed(parts, most)
-    elif file.is_dir() and has_rank_files(file):
-        payload, notes = read_rank_files(file, most)
-    else:
-        payload = read_sharded(file, most) if file.is_dir() else _read_torch_file(file, most)
+    payload, notes = _read_folder(file, most) if file.is_dir() else (_read_torch_file(file, most), ())
     for key in _WRAPPERS:
         if isinstance(payload, dict) and "param_groups" not in payload and isinstance(payload.get(key), dict):
             payload, notes = payload[key], (f"the state was read from the entry {key!r} of {file.name}",)
@@ -63,6 +56,15 @@ def read_state_dict(file: Path, most: int) -> tuple[dict[str, Any], tuple[str, .
             f"{file}: expected an optimizer's state_dict (state, param_groups), found {found}"
         )
     return payload, notes
+
+
+def _read_folder(folder: Path, most: int) -> tuple[Any, tuple[str, ...]]:
+    """What ranks have saved in parts, and what there is to say of it."""
+    if (parts := deepspeed_folder(folder)) is not None:
+        return read_deepspeed(parts, most)
+    if has_rank_files(folder):
+        return read_rank_files(folder, most)
+    return read_sharded(folder, most), ()
 
 
 def _read_torch_file(file: Path, most: int) -> Any:

@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from probe.errors.exceptions import OptimizerStateError
-from probe.errors.memory import is_out_of_memory
-from probe.loading.foreign import check_folder, check_torch_file
-from probe.text import first_line
+from probe.loading.foreign import check_folder
+from probe.loading.rank_parts import check_total, of_another_kind, read_part
 
 FILE = re.compile(r"optim_world_size_(\d+)_rank_(\d+)\.pt")
 REMEDY = "copy the files of all ranks, or train with FSDP2, whose states have the shapes of the parameters"
@@ -51,20 +50,14 @@ def read_rank_files(folder: Path, most: int) -> tuple[dict[str, Any], tuple[str,
     if len(sizes) > 1 or len(files) != sizes[0] or {rank for _, rank in files} != set(range(len(files))):
         found = [file.name for file in files.values()][:8]
         raise OptimizerStateError(f"{folder}: expected a file of each rank, found {found}; {REMEDY}")
-    there = sum(file.stat().st_size for file in files.values())
-    if there > most:
-        raise OptimizerStateError(f"{folder}: expected at most {most} bytes for this model, found {there}")
+    check_total(folder, files.values(), most)
     with _without_warnings():
-        parts = [_read(files[sizes[0], rank], most) for rank in range(sizes[0])]
-    try:
+        parts = [
+            read_part(files[sizes[0], rank], most, "tensors and plain values", REMEDY)
+            for rank in range(sizes[0])
+        ]
+    with of_another_kind(f"{folder}: expected parts of one optimizer's state, found ", f"; {REMEDY}"):
         whole = _whole(parts)
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        reason = f"{type(error).__name__}: {first_line(error):.160}"
-        raise OptimizerStateError(
-            f"{folder}: expected parts of one optimizer's state, found {reason}; {REMEDY}"
-        ) from error
     return whole, (f"the state was put together from the files of {sizes[0]} ranks",)
 
 
@@ -87,27 +80,6 @@ def _without_warnings() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _read(file: Path, most: int) -> Any:
-    """What torch.save wrote."""
-    check_torch_file(file, most)
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except MemoryError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        found = (
-            first_line(error)[:160]
-            if name is None
-            else f"a pickle that needs {name[1]}, which could run code"
-        )
-        raise OptimizerStateError(
-            f"{file}: expected tensors and plain values, found {found}; {REMEDY}"
-        ) from error
 
 
 def _whole(parts: Sequence[Any]) -> Any:

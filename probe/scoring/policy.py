@@ -197,8 +197,8 @@ class Policy:
             try:
                 found = run(inputs)
             except (RuntimeError, MemoryError) as error:
-                whole = not (is_apart(self.model) or (kind == "backward" and is_sharded(self.model)))
-                if len(indices) == 1 or not is_out_of_memory(error) or not whole:
+                cut_off = is_apart(self.model) or (kind == "backward" and is_sharded(self.model))
+                if len(indices) == 1 or not is_out_of_memory(error) or cut_off:
                     # smaller microbatches were no help, so that they say nothing about what fits
                     self.traffic.room = room
                     raise

@@ -52,37 +52,20 @@ def run(folder, cache, acts, launcher=(), strategy="auto"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("acts", "code", "said"),
+    ("strategy", "acts", "code", "said"),
     [
-        ("1:SIGKILL", 2, "the one of rank 1 has ended by SIGKILL"),
-        ("1:raise", 2, "rank 1 of 2: ValueError: this rank fails"),
-        ("0:raise", 1, "ValueError: this rank fails"),
-        ("1:SIGINT", 2, "rank 1 of 2: interrupted"),
-        ("-1:SIGINT", 130, "interrupted; everything is restored"),
+        ("auto", "1:SIGKILL", 2, "the one of rank 1 has ended by SIGKILL"),
+        ("auto", "1:raise", 2, "rank 1 of 2: ValueError: this rank fails"),
+        ("auto", "0:raise", 1, "ValueError: this rank fails"),
+        ("auto", "1:SIGINT", 2, "rank 1 of 2: interrupted"),
+        ("auto", "-1:SIGINT", 130, "interrupted; everything is restored"),
+        ("fsdp", "1:SIGKILL", 2, "the one of rank 1 has ended by SIGKILL"),
+        ("fsdp", "1:raise", 2, "rank 1 of 2: ValueError: this rank fails"),
+        ("fsdp", "-1:SIGINT", 130, "interrupted; everything is restored"),
     ],
 )
-def test_one_line_says_why_and_nothing_is_written(tmp_path, demo_cache, acts, code, said):
-    returned, err, seconds = run(tmp_path, demo_cache, acts)
-    lines = [line for line in err.splitlines() if line.startswith("entropy-probe: error")]
-    assert len(lines) == 1, err
-    assert said in lines[0]
-    assert returned == code
-    assert "Traceback" not in err
-    assert seconds < 30
-    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".gz", ".json")]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("acts", "code", "said"),
-    [
-        ("1:SIGKILL", 2, "the one of rank 1 has ended by SIGKILL"),
-        ("1:raise", 2, "rank 1 of 2: ValueError: this rank fails"),
-        ("-1:SIGINT", 130, "interrupted; everything is restored"),
-    ],
-)
-def test_it_is_so_where_each_holds_a_part(tmp_path, demo_cache, acts, code, said):
-    returned, err, seconds = run(tmp_path, demo_cache, acts, strategy="fsdp")
+def test_one_line_says_why_and_nothing_is_written(tmp_path, demo_cache, strategy, acts, code, said):
+    returned, err, seconds = run(tmp_path, demo_cache, acts, strategy=strategy)
     lines = [line for line in err.splitlines() if line.startswith("entropy-probe: error")]
     assert len(lines) == 1, err
     assert said in lines[0]
