@@ -35,6 +35,7 @@ lint: setup-test
 docs: setup
 	$(BIN)/python -c "from probe.results.reference import reference_page as page; print(page(), end='')" > docs/quantities.md
 	$(BIN)/python -c "from probe.live.reference import reference_page as page; print(page(), end='')" > docs/training_names.md
+	$(BIN)/python -c "from probe.attribution.reference import reference_page as page; print(page(), end='')" > docs/interventions.md
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 needed, found " + sys.version) if sys.version_info < (3, 11) else None'

@@ -54,6 +54,18 @@ class ProbeCallback:
     def on_prediction_end(self, runner: ProbeRunner, module: EntropyProbe) -> None:
         """Called when deltaH1 is there."""
 
+    def on_attribution_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Called before deltaH1 is attributed to the tokens of U."""
+
+    def on_attribution_end(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Called when the contributions of U's tokens are there."""
+
+    def on_what_if_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Called before interventions on the update are compared."""
+
+    def on_what_if_end(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Called when their effects are there; parameters and optimizer are as before."""
+
     def on_ground_truth_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
         """Called before the real step is measured."""
 

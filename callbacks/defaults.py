@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from probe.callbacks.attribution import Attribution
 from probe.callbacks.base import ProbeCallback
 from probe.callbacks.console import ConsoleReport
 from probe.callbacks.delta_h1 import DeltaH1
@@ -11,6 +12,7 @@ from probe.callbacks.ground_truth import GroundTruth
 from probe.callbacks.progress import ProgressBars
 from probe.callbacks.results_file import ResultsFile
 from probe.callbacks.tensorboard import TensorBoardDiagnostics
+from probe.callbacks.what_if import WhatIf
 from probe.config.schema import ProbeConfig
 
 
@@ -21,6 +23,10 @@ def measuring_callbacks(config: ProbeConfig) -> list[ProbeCallback]:
         callbacks.append(DeltaH1())
         if config.probe_rework.control_variates_path is not None:
             callbacks.append(FitMemoryFile(config.probe_rework.control_variates_path))
+        if config.attribution.enabled:
+            callbacks.append(Attribution())
+            if config.whatif.enabled:
+                callbacks.append(WhatIf())
     if config.importance.enabled:
         callbacks.append(GroundTruth())
     return callbacks

@@ -10,8 +10,9 @@ from probe.config.output import DetailedLoggingConfig
 from probe.errors.exceptions import LogError
 from probe.files.atomic import ensure_writable, remove_leftovers
 from probe.files.failures import write_error
+from probe.loading.tokenizer import token_decoder
 from probe.logs.store import DATE_FOLDERS, prune
-from probe.logs.write import LogPaths, log_of, token_decoder, write_log
+from probe.logs.write import LogPaths, log_of, write_log
 
 if TYPE_CHECKING:
     from probe.module import EntropyProbe
@@ -49,7 +50,7 @@ class DetailedLogging(ProbeCallback):
                 log_of(result, runner.state, self.config)  # the first process needs the others' parts
             return
         try:
-            self.paths = write_log(result, runner.state, self.config, token_decoder(module))
+            self.paths = write_log(result, runner.state, self.config, token_decoder(module.tokenizer))
             if self.config.max_files is not None:
                 prune(self.config.output_directory, self.config.max_files, keep=self.paths.main)
         except LogError as error:

@@ -31,12 +31,15 @@ from probe.loading import (
     other_base,
     training_dropout,
 )
-from probe.phases.attribution import has_update_spread
+from probe.phases.attribution import Attribution, attribution
 from probe.phases.entropy_gradient import Derivative, entropy_gradient
 from probe.phases.ground_truth import ground_truth
 from probe.phases.prediction import Predicted, prediction
 from probe.phases.sample import BatchSource, Prompts, Sample, chosen_rewards, drawn_prompts, sample
+from probe.phases.state import ProbeState
 from probe.phases.update import Update, update
+from probe.phases.update_spread import has_update_spread
+from probe.phases.what_if import WhatIf, check_interventions, what_if
 from probe.results.provenance import Provenance
 from probe.rollouts.draw import stream_seed
 from probe.scoring.collector import MakeProgress, no_progress
@@ -110,25 +113,15 @@ class EntropyProbe(LightningModule):
         self.make_demo()
         files = locate_checkpoint(self.checkpoint)
         self.files = replace(files, name=DEMO) if self.config.checkpoint.checkpoint_path == DEMO else files
-        self._fill_settings()
+        _fill_settings(self)
         log_sources(self.sources)
         check_settings(self.config, self.sources, self.files)
         self.tokenizer = load_tokenizer(self.checkpoint, self.files)
-        self.prompts = self._drawn_prompts()  # what is wrong with the data shows before the model is loaded
+        self.prompts = _drawn_prompts(self)  # what is wrong with the data shows before the model is loaded
         model, self.optimizer = _loaded(
             self.config, self.checkpoint, self.files, device, self.tokenizer, setup
         )
         self.other_base, self.model = other_base(self.checkpoint, self.files), model
-
-    def _fill_settings(self) -> None:
-        """Take what the checkpoint's training arguments say where the configuration does not."""
-        file = None if self.files is None else self.files.training_args_file
-        self.config, self.sources = fill_settings(self.configured, self.given, file)
-
-    def _drawn_prompts(self) -> Prompts:
-        """What E and U are sampled from."""
-        update = None if self.files is None else self.files.next_update
-        return drawn_prompts(self.config.batch_config, self.tokenizer, self.seed, update)
 
     def reconfigure(self, config: ProbeConfig, seed: int, given: Collection[str] | None = None) -> None:
         """Take another configuration over; a loaded policy stays where checkpoint and learning rate are the same.
@@ -146,8 +139,8 @@ class EntropyProbe(LightningModule):
         if not same:
             self.checkpoint, self.files, self.model, self.optimizer = config.checkpoint, None, None, None
         elif self.model is not None:
-            self._fill_settings()
-            self.prompts = self._drawn_prompts()
+            _fill_settings(self)
+            self.prompts = _drawn_prompts(self)
 
     def make_demo(self) -> None:
         """Where the demo policy is asked for, take its folder, in which it is trained where the cache has none."""
@@ -181,35 +174,14 @@ class EntropyProbe(LightningModule):
     @property
     def provenance(self) -> Provenance:
         """What a result of this policy rests on beside its batches."""
-        dropout = 0.0 if self.sources.without_dropout else training_dropout(self.policy.model)
-        return Provenance(
-            sources=self.sources,
-            checkpoint_path=self.config.checkpoint.checkpoint_path,
-            checkpoint_name="policy" if self.files is None else self.files.name,
-            training_step=None if self.files is None else self.files.step,
-            other_base=self.other_base,
-            dropout=dropout,
-            half_precision=self.policy.half_precision,
-            schedule_at_zero=self.optimizer is not None and self.optimizer.schedule_at_zero,
-            preconditioned=not self.config.probe_rework.predicts_a_step,
-            per_token=self.config.importance.report_per_token,
-        )
+        return _provenance(self)
 
     # ---------------------------------------------------------------- the phases, in their order
 
     @property
     def batch_source(self) -> BatchSource:
         """What E and U are made from."""
-        return BatchSource(
-            policy=self.policy,
-            tokenizer=self.tokenizer,
-            config=self.config,
-            sources=self.sources,
-            prompts=self.prompts,
-            seed=self.seed,
-            next_update=self.files.next_update if self.files is not None else None,
-            checkpoint=self.checkpoint.checkpoint_path,
-        )
+        return _batch_source(self)
 
     def sample(self, progress: MakeProgress = no_progress) -> Sample:
         """Phase 0: E and U with rewards and advantages, E scored; see `probe.phases.sample`."""
@@ -220,7 +192,7 @@ class EntropyProbe(LightningModule):
     def entropy_gradient(self, sample: Sample, progress: MakeProgress = no_progress) -> Derivative:
         """Phase 1: how to differentiate, and X on E where it is needed; see `probe.phases.entropy_gradient`."""
         rework, whole = self.config.probe_rework, self.config.detailed_logging.per_sequence
-        spread = has_update_spread(self.loaded_optimizer, rework)
+        spread = has_update_spread(self.loaded_optimizer, rework) and not self.config.attribution.enabled
         return entropy_gradient(self.policy, sample, rework, progress, spread, whole)
 
     def update(self, sample: Sample, progress: MakeProgress = no_progress) -> Update:
@@ -231,9 +203,21 @@ class EntropyProbe(LightningModule):
     def prediction(
         self, sample: Sample, derivative: Derivative, update: Update, progress: MakeProgress = no_progress
     ) -> Predicted:
-        """Phase 3: deltaH1, and its spread over U (phase 4); see `probe.phases.prediction`."""
+        """Phase 3: deltaH1, and its spread over U; see `probe.phases.prediction`."""
         rework = self.config.probe_rework
         return prediction(self.policy, sample, derivative, update, self.loaded_optimizer, rework, progress)
+
+    def attribution(
+        self, sample: Sample, update: Update, predicted: Predicted, progress: MakeProgress = no_progress
+    ) -> Attribution:
+        """Phase 4: what every token of U adds to deltaH1; see `probe.phases.attribution`."""
+        return attribution(self.batch_source, sample, update, self.loaded_optimizer, predicted, progress)
+
+    def what_if(self, state: ProbeState, progress: MakeProgress = no_progress) -> WhatIf:
+        """Interventions on the update that was attributed; see `probe.phases.what_if`."""
+        sample, update, predicted, attributed = state.attributed
+        source, optimizer = self.batch_source, self.loaded_optimizer
+        return what_if(source, sample, update, optimizer, predicted, attributed, progress)
 
     def ground_truth(
         self,
@@ -244,6 +228,49 @@ class EntropyProbe(LightningModule):
     ) -> GroundTruth:
         """Phase 5: deltaH_true; see `probe.phases.ground_truth`."""
         return ground_truth(self.batch_source, sample, update, predicted, progress=progress)
+
+
+def _fill_settings(module: EntropyProbe) -> None:
+    """Take what the checkpoint's training arguments say where the configuration does not."""
+    file = None if module.files is None else module.files.training_args_file
+    module.config, module.sources = fill_settings(module.configured, module.given, file)
+
+
+def _drawn_prompts(module: EntropyProbe) -> Prompts:
+    """What E and U are sampled from."""
+    update = None if module.files is None else module.files.next_update
+    return drawn_prompts(module.config.batch_config, module.tokenizer, module.seed, update)
+
+
+def _batch_source(module: EntropyProbe) -> BatchSource:
+    """See `EntropyProbe.batch_source`."""
+    return BatchSource(
+        policy=module.policy,
+        tokenizer=module.tokenizer,
+        config=module.config,
+        sources=module.sources,
+        prompts=module.prompts,
+        seed=module.seed,
+        next_update=module.files.next_update if module.files is not None else None,
+        checkpoint=module.checkpoint.checkpoint_path,
+    )
+
+
+def _provenance(module: EntropyProbe) -> Provenance:
+    """See `EntropyProbe.provenance`."""
+    dropout = 0.0 if module.sources.without_dropout else training_dropout(module.policy.model)
+    return Provenance(
+        sources=module.sources,
+        checkpoint_path=module.config.checkpoint.checkpoint_path,
+        checkpoint_name="policy" if module.files is None else module.files.name,
+        training_step=None if module.files is None else module.files.step,
+        other_base=module.other_base,
+        dropout=dropout,
+        half_precision=module.policy.half_precision,
+        schedule_at_zero=module.optimizer is not None and module.optimizer.schedule_at_zero,
+        preconditioned=not module.config.probe_rework.predicts_a_step,
+        per_token=module.config.importance.report_per_token,
+    )
 
 
 def _loaded(
@@ -268,6 +295,7 @@ def check_settings(config: ProbeConfig, sources: SettingSources, files: Checkpoi
         CheckpointError: the training's settings are such.
         ConfigError: those of the configuration are.
     """
+    check_interventions(config.whatif)
     if files.kind == "full" and config.probe_rework.kl_coef != 0:
         if "probe_rework.kl_coef" in sources.filled:
             raise CheckpointError(f"{files.training_args_file}: {no_reference()}")

@@ -46,6 +46,11 @@ def inner_product(gradient: Callable[[str], Tensor], step: Mapping[str, Tensor])
     return total(products())
 
 
+def inner_products(gradient: Mapping[str, Tensor], step: Mapping[str, Tensor]) -> dict[str, float]:
+    """`inner_product` of each parameter on its own, by name."""
+    return {name: inner_product(gradient.__getitem__, {name: change}) for name, change in step.items()}
+
+
 def norm(tensors: Mapping[str, Tensor]) -> float:
     """Euclidean norm over all tensors, accumulated in float64."""
     return math.sqrt(total((t, float(part(t.detach()).double().square().sum())) for t in tensors.values()))

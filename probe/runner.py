@@ -30,13 +30,16 @@ from probe.distributed.same import check_same
 from probe.distributed.sharding import NAMES, sharding
 from probe.errors.exceptions import ConfigError, ProbeError
 from probe.estimators.ground_truth import GroundTruth
+from probe.loading.tokenizer import token_decoder
 from probe.module import EntropyProbe
+from probe.phases.attribution import Attribution
 from probe.phases.costs import PassRecord
 from probe.phases.entropy_gradient import Derivative
 from probe.phases.prediction import Predicted
 from probe.phases.sample import Sample
 from probe.phases.state import Phase, ProbeState
 from probe.phases.update import Update
+from probe.phases.what_if import WhatIf
 from probe.results.build import build_result
 from probe.results.result import ProbeResult
 from probe.scoring.collector import MakeProgress, Progress
@@ -44,12 +47,14 @@ from probe.snapshot import evaluation_mode, exact_float32, isolated_rng, operato
 from probe.text import first_line, shown
 from probe.timing import Clock
 
-Result = TypeVar("Result", Sample, Derivative, Update, Predicted, GroundTruth)
+Result = TypeVar("Result", Sample, Derivative, Update, Predicted, Attribution, WhatIf, GroundTruth)
 HOOKS: dict[Phase, tuple[str, str]] = {
     "sample": ("on_sample_start", "on_sample_end"),
     "entropy_gradient": ("on_entropy_gradient_start", "on_entropy_gradient_end"),
     "update": ("on_update_start", "on_update_end"),
     "prediction": ("on_prediction_start", "on_prediction_end"),
+    "attribution": ("on_attribution_start", "on_attribution_end"),
+    "what_if": ("on_what_if_start", "on_what_if_end"),
     "ground_truth": ("on_ground_truth_start", "on_ground_truth_end"),
     "report": ("on_report_start", "on_report_end"),
 }
@@ -230,7 +235,13 @@ class ProbeRunner(TrainerSection):
                 callback.compute(self, module)
         self.fabric.call("on_report_start", self, module)
         self.state.timing["total"] = sum(self.state.timing.values())
-        result = build_result(self.state, module.provenance, self.config_mapping(module), started)
+        result = build_result(
+            self.state,
+            module.provenance,
+            self.config_mapping(module),
+            started,
+            token_decoder(module.tokenizer),
+        )
         self.result = result
         self.fabric.call("on_report_end", self, module, result)
         self.fabric.call("on_probe_end", self, module, result)

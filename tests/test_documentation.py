@@ -211,7 +211,9 @@ def test_commands_are_understood(block, started, capsys):
 
 @pytest.mark.parametrize("text", [DESCRIPTION, *DESCRIPTIONS.values(), NEXT_STEPS.replace("{bin}", "  ")])
 def test_the_examples_of_help_and_demo_are_understood(text, started, capsys):
-    examples = re.findall(r"^ +entropy-probe ((?:run|demo|sweep|plan)(?:.*\\\n)*.*)$", text, re.MULTILINE)
+    examples = re.findall(
+        r"^ +entropy-probe ((?:run|demo|sweep|plan|attribute|whatif)(?:.*\\\n)*.*)$", text, re.MULTILINE
+    )
     assert examples
     for example in examples:
         (arguments,) = commands(example)
@@ -239,7 +241,7 @@ NAMED = re.compile(
     rf"(?<![\w./]){'(' + '|'.join([*SECTIONS, 'sweep', 'plan']) + ')'}\.([A-Za-z_]\w*)(?![\w(])"
 )
 """`section.key` in a text."""
-FILE_ENDINGS = {"csv", "parquet", "json", "yaml", "py", "png"}
+FILE_ENDINGS = {"csv", "parquet", "json", "yaml", "py", "png", "md"}
 
 
 def texts_of(file: Path) -> Iterator[str]:

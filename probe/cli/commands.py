@@ -83,10 +83,10 @@ class ProbeCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Call the method of that name."""
-        {"run": self.run, "demo": self.demo, "sweep": self.sweep, "plan": self.plan}[subcommand]()
+        {"demo": self.demo, "sweep": self.sweep, "plan": self.plan}.get(subcommand, self.run)()
 
     def run(self) -> ProbeResult:
-        """Probe a checkpoint."""
+        """Probe a checkpoint; `attribute` and `whatif` are runs with their sections switched on."""
         callbacks = default_callbacks(self.model.config)
         return self.trainer.run(self.model, callbacks, self.command.resolved.mapping)
 

@@ -1,4 +1,4 @@
-"""The parser of the command line: `entropy-probe run`, `demo`, `sweep` and `plan`, each with `--config FILE`.
+"""The parser of the command line: the subcommands of `entropy-probe`, each with `--config FILE`.
 
 It works as that of a LightningCLI does: `--help`, `--print_config`, `--config FILE`, `--section.key VALUE`, and
 `class_path` with `init_args` for callbacks and loggers. Nothing here imports a library that computes.
@@ -30,6 +30,8 @@ from probe.sweep.settings import SweepConfig, sweep_config
 
 OWN_SECTIONS: dict[str, type] = {"sweep": SweepConfig, "plan": PlanConfig}
 """The sections that only one subcommand has, by its name."""
+SWITCHED_ON = {"attribute": ("attribution",), "whatif": ("attribution", "whatif")}
+"""The sections that a subcommand switches on."""
 QUICKSTART = SHIPPED_CONFIGS / "quickstart.yaml"
 
 
@@ -58,7 +60,7 @@ class Command:
     """A command line that was understood.
 
     Attributes:
-        name: `run`, `demo`, `sweep` or `plan`.
+        name: of the subcommand.
         resolved: the configuration.
         sweep: what is swept; None for the others.
         plan: the pilot of a plan; None for the others.
@@ -125,7 +127,7 @@ def _main_parser(parsers: dict[str, ArgumentParser]) -> ArgumentParser:
     parser = _new_parser(
         prog="entropy-probe",
         description=DESCRIPTION.format(configs=", ".join(shipped_names())),
-        usage="entropy-probe {run,demo,sweep,plan} [--config NAME_OR_FILE] ...",
+        usage=f"entropy-probe {{{','.join(parsers)}}} [--config NAME_OR_FILE] ...",
         formatter_class=_HelpFormatter,
     )
     subcommands = parser.add_subcommands()
@@ -143,6 +145,7 @@ def _subcommand_parser(name: str, trainer: type) -> ArgumentParser:
         default_config_files=[str(QUICKSTART)] if name == "demo" else None,
     )
     add_probe_arguments(parser, trainer)
+    parser.set_defaults({f"{section}.enabled": True for section in SWITCHED_ON.get(name, ())})
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     if name in OWN_SECTIONS:
         parser.add_class_arguments(OWN_SECTIONS[name], name)

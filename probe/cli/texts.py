@@ -5,6 +5,8 @@ from __future__ import annotations
 USAGE = {
     "run": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--section.key VALUE ...]",
     "demo": "[--section.key VALUE ...]",
+    "attribute": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--section.key VALUE ...]",
+    "whatif": "[--config NAME_OR_FILE] [--exact NAMES] [--target_deltaH NATS] [--section.key VALUE ...]",
     "sweep": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--LIST VALUES ...] [--section.key VALUE ...]",
     "plan": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--pilot_B_E N] [--section.key VALUE ...]",
 }
@@ -12,6 +14,8 @@ USAGE = {
 SUMMARIES = {
     "run": "Probe a checkpoint: load it, draw E and U, predict, measure, report.",
     "demo": "Probe the built-in demo policy (made when absent) and say what to try next.",
+    "attribute": "Say which tokens of the update did it: exact contributions, coupling, the predictors' league table.",
+    "whatif": "Say what other updates would do (clip, reweigh, drop tokens, another rate), and solve for a target.",
     "sweep": "Probe a grid of learning rates, batch sizes, seeds and checkpoints; can be stopped and continued.",
     "plan": "From one small pilot: how large E and U must be to resolve the update, and what that would cost.",
 }
@@ -22,6 +26,8 @@ examples:
   entropy-probe demo
   entropy-probe run --config quickstart
   entropy-probe run --config my.yaml --checkpoint /path/to/checkpoint-60
+  entropy-probe attribute --config quickstart
+  entropy-probe whatif --config quickstart --target_deltaH -0.001
   entropy-probe sweep --config quickstart --eta_factors "[0.5, 1, 2]"
   entropy-probe plan --config quickstart
 
@@ -48,6 +54,34 @@ examples:
   entropy-probe demo --probe_rework.learning_rate 5e-3
 
 The options below are those of entropy-probe run; their defaults here are those of the configuration quickstart.""",
+    "attribute": """Probe a checkpoint and say which tokens of the update did it.
+
+examples:
+  entropy-probe attribute --config quickstart
+  entropy-probe attribute --config my.yaml --checkpoint /path/to/checkpoint-60 --attribution.states 64
+
+It is entropy-probe run with --attribution.enabled true: what every token of U adds to deltaH1 and to the expected
+reward, sums by class, whose doing the change of a state's entropy is (coupling), and how well the formulas of the
+literature rank the tokens.
+--config takes a YAML file, or the name of a configuration that comes with the package:
+  {configs}
+--checkpoint takes the folder of a checkpoint; it is short for --checkpoint.checkpoint_path. The options below are the
+keys of a YAML file.""",
+    "whatif": """Probe a checkpoint and say what other updates would do to its entropy and to its reward.
+
+examples:
+  entropy-probe whatif --config quickstart
+  entropy-probe whatif --config quickstart --interventions "[clip_cov, 'stare(weight=1.05)+entropy_bonus(coef=0.01)']"
+  entropy-probe whatif --config quickstart --exact "[positive_advantage]" --target_deltaH -0.001
+
+It is entropy-probe attribute with --whatif.enabled true. Without --interventions all of them are compared, with their
+published defaults; --exact (names, or all) takes the optimizer's step with them too and measures it; --target_deltaH
+solves for the learning rate and the entropy bonus at which the prediction is so many nats per token, and takes that
+step. docs/attribution.md lists the interventions; so does an unknown name.
+--config takes a YAML file, or the name of a configuration that comes with the package:
+  {configs}
+--checkpoint takes the folder of a checkpoint; it is short for --checkpoint.checkpoint_path. The options below are the
+keys of a YAML file.""",
     "sweep": """Probe a grid of learning rates, batch sizes, seeds and checkpoints. The same command continues it.
 
 examples:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from probe.config.attribution import AttributionConfig
 from probe.config.batches import BatchConfig, GenerationConfig, MemoryConfig
 from probe.config.checkpoint import CheckpointConfig
 from probe.config.estimation import ImportanceConfig, ProbeReworkConfig
 from probe.config.output import DetailedLoggingConfig, OutputConfig
+from probe.config.what_if import WhatIfConfig
 from probe.errors.exceptions import ConfigError
 
 
@@ -26,6 +28,8 @@ class ProbeConfig:
     memory_config: MemoryConfig = field(default_factory=MemoryConfig)
     probe_rework: ProbeReworkConfig = field(default_factory=ProbeReworkConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
+    whatif: WhatIfConfig = field(default_factory=WhatIfConfig)
     detailed_logging: DetailedLoggingConfig = field(default_factory=DetailedLoggingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
@@ -35,6 +39,16 @@ class ProbeConfig:
             raise ConfigError(
                 "probe_rework.compute_delta_h1 and importance.enabled: expected at least one of them true, found both "
                 "false; there is nothing to compute"
+            )
+        if self.attribution.enabled and not self.probe_rework.compute_delta_h1:
+            raise ConfigError(
+                "attribution.enabled: expected probe_rework.compute_delta_h1 true too, found false; the attribution is "
+                "that of deltaH1"
+            )
+        if self.whatif.enabled and not self.attribution.enabled:
+            raise ConfigError(
+                "whatif.enabled: expected attribution.enabled true too, found false; interventions are weighed by the "
+                "contributions of U's tokens"
             )
 
 

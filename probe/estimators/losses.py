@@ -120,11 +120,7 @@ def policy_loss(settings: LossSettings, inputs: LossInputs) -> Tensor:
     size = settings.per_device_train_batch_size or len(inputs.mask)
     order = torch.arange(len(inputs.mask)) if inputs.order is None else inputs.order
     parts = order.split(size)
-    whole: Tensor | None = None
-    if settings.loss in WINDOW_MEANS and inputs.loss_tokens is not None:
-        whole = inputs.mask.double() / inputs.loss_tokens
-    elif settings.loss in WINDOW_MEANS:
-        whole = token_normaliser(settings.loss, inputs.mask, settings.max_new_tokens)
+    whole = update_normaliser(settings, inputs) if settings.loss in WINDOW_MEANS else None
     losses = []
     for part in parts:
         own = inputs.rows(part)
@@ -134,6 +130,13 @@ def policy_loss(settings: LossSettings, inputs: LossInputs) -> Tensor:
             normaliser = whole[part]
         losses.append(_part_loss(settings, own, normaliser, len(parts)))
     return torch.stack(losses).sum()
+
+
+def update_normaliser(settings: LossSettings, inputs: LossInputs) -> Tensor:
+    """`token_normaliser` of a whole update at once, by the number of tokens that was recorded where one was."""
+    if settings.loss in WINDOW_MEANS and inputs.loss_tokens is not None:
+        return inputs.mask.double() / inputs.loss_tokens
+    return token_normaliser(settings.loss, inputs.mask, settings.max_new_tokens)
 
 
 def _part_loss(settings: LossSettings, inputs: LossInputs, normaliser: Tensor, parts: int) -> Tensor:
@@ -198,3 +201,29 @@ def loss_weights(settings: LossSettings, inputs: LossInputs) -> tuple[Tensor, Te
         value = policy_loss(settings, replace(inputs, logprob=l, entropy=h))
         of_l, of_h = torch.autograd.grad(value, [l, h], allow_unused=True)
     return tuple(torch.zeros_like(l) if g is None else g for g in (of_l, of_h))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Derivatives of a loss by the scores of every token, `(B, T)` float64, in the parts that the loss is a sum of.
+
+    Attributes:
+        policy: of the policy-gradient term, by the token's log-prob.
+        kl: of the KL penalty, by the log-prob.
+        bonus: of the entropy bonus, by the token's entropy.
+    """
+
+    policy: Tensor
+    kl: Tensor
+    bonus: Tensor
+
+
+def loss_weight_parts(settings: LossSettings, inputs: LossInputs) -> LossWeights:
+    """`loss_weights` in its parts: `policy + kl` is its first value, `bonus` its second.
+
+    Raises:
+        ValueError: see `policy_loss`.
+    """
+    policy, _ = loss_weights(replace(settings, kl_coef=0.0, entropy_coef=0.0), inputs)
+    whole, bonus = loss_weights(settings, inputs)
+    return LossWeights(policy=policy, kl=whole - policy, bonus=bonus)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,14 +29,16 @@ class LossGradient:
         weights: `d loss / d l[i, t]`, `(B, T)` float64.
         entropy_weights: `d loss / d h[i, t]`, `(B, T)` float64.
         scores: scores of U at the current weights.
-
-    A load-balancing loss is in the gradient and not in the weights.
+        inputs: what the weights are a function of, at these scores.
+        router: the part of a load-balancing loss in the gradient, which has none in the weights; None without one.
     """
 
     gradient: Mapping[str, Tensor]
     weights: Tensor
     entropy_weights: Tensor
     scores: TokenScores
+    inputs: LossInputs
+    router: Mapping[str, Tensor] | None = None
 
 
 def loss_gradient(
@@ -69,30 +71,35 @@ def loss_gradient(
         raise ValueError(
             "expected an update batch with advantages, found none; see probe.estimators.advantages"
         )
-    scores = score_tokens(policy, batch, None) if needs_scores(settings, batch) else None
+    first = score_tokens(policy, batch, None) if needs_scores(settings, batch) else None
     zeros = torch.zeros(batch.mask.shape, dtype=torch.float64)
-    kept, kept_entropy = loss_weights(
-        settings,
-        LossInputs(
-            batch.mask,
-            batch.advantages,
-            zeros if scores is None else scores.logprob,
-            zeros if scores is None else scores.entropy,
-            batch.truncated,
-            batch.old_logprobs,
-            ref_logprobs,
-            batch.sampling_logprobs,
-            order,
-            batch.loss_tokens,
-        ),
+    inputs = LossInputs(
+        batch.mask,
+        batch.advantages,
+        zeros if first is None else first.logprob,
+        zeros if first is None else first.entropy,
+        batch.truncated,
+        batch.old_logprobs,
+        ref_logprobs,
+        batch.sampling_logprobs,
+        order,
+        batch.loss_tokens,
     )
+    kept, kept_entropy = loss_weights(settings, inputs)
 
     def token_weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         return kept[i, t].unsqueeze(0), kept_entropy[i, t].unsqueeze(0)
 
     (gradient,), scores = token_gradients(policy, batch, token_weights, 1, progress)
+    if first is None:
+        inputs = replace(inputs, logprob=scores.logprob, entropy=scores.entropy)
+    router: dict[str, Tensor] | None = None
     if settings.router_aux_loss_coef:
         cut, rows = settings.mask_truncated_completions, settings.per_device_train_batch_size
-        for name, of_router in router_gradient(policy, batch, cut, rows, order).items():
-            gradient[name] += settings.router_aux_loss_coef * of_router
-    return LossGradient(gradient=gradient, weights=kept, entropy_weights=kept_entropy, scores=scores)
+        found = router_gradient(policy, batch, cut, rows, order)
+        router = {name: settings.router_aux_loss_coef * of_router for name, of_router in found.items()}
+        for name, of_router in router.items():
+            gradient[name] += of_router
+    return LossGradient(
+        gradient, kept, entropy_weights=kept_entropy, scores=scores, inputs=inputs, router=router
+    )

@@ -7,6 +7,8 @@ policy that was trained with the file's would then be probed on other tokens, wi
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,3 +72,16 @@ def _load_tokenizer(
             "eos_token in its tokenizer_config.json, or name another in checkpoint.tokenizer_path"
         )
     return tokenizer
+
+
+def token_decoder(tokenizer: Any) -> Callable[[int], str] | None:
+    """A function that gives the text of one token id; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+
+    @cache
+    def text(token: int) -> str:
+        decoded = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(decoded)
+
+    return text

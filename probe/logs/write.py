@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ from probe.files.strict_json import dump_bytes, to_plain
 from probe.logs.document import build_log, summary
 
 if TYPE_CHECKING:
-    from probe.module import EntropyProbe
     from probe.phases.state import ProbeState
     from probe.results.result import ProbeResult
 
@@ -120,20 +118,6 @@ def safe_name(name: str) -> str:
     'runs_step_60'
     """
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._")[:80] or "checkpoint"
-
-
-def token_decoder(module: EntropyProbe) -> Callable[[int], str] | None:
-    """A function that gives the text of one token id; None where the module has no tokenizer."""
-    tokenizer = getattr(module, "tokenizer", None)
-    if tokenizer is None:
-        return None
-
-    @cache
-    def text(token: int) -> str:
-        decoded = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return str(decoded)
-
-    return text
 
 
 def _date(result: ProbeResult) -> str:

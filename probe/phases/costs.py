@@ -8,15 +8,19 @@ from typing import Literal
 
 COSTS = {
     "score": 0.4,
+    "gradient on E for all objectives": 2.2,
     "gradient on E": 1.4,
     "gradient on U": 1.0,
     "forward mode": 1.3,
+    "coupling": 1.3,
+    "influence": 1.3,
     "curvature": 4.0,
     "sample": 0.0,
 }
-"""By the beginning of a pass's name, rounded from `benchmarks/whole_probe.py`: a forward; a backward for two objectives
-(X for both estimands) and for one (the loss); values and tangents together; nested forward mode. Sampling is left out,
-as it is in what they are compared with."""
+"""By the beginning of a pass's name, the first that fits, rounded from `benchmarks/whole_probe.py`: a forward; a
+backward for all objectives of an attribution (3 or 4), for two (X for both estimands) and for one (the loss); values
+and tangents together, as they are taken once over U for every state of a coupling and every row of an influence matrix;
+nested forward mode. Sampling is left out, as it is in what they are compared with."""
 
 
 @dataclass(frozen=True)

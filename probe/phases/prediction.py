@@ -24,13 +24,13 @@ from probe.estimators.prediction import (
 from probe.estimators.step_check import StepCheck, agreement_check, stopped_gradients
 from probe.estimators.weighting import Baseline, Weighting
 from probe.loading.optimizer import LoadedOptimizer
-from probe.phases.attribution import update_spread
 from probe.phases.controls import Controls, controls_of_prediction, fitted_controls
 from probe.phases.curvature import with_curvature
 from probe.phases.entropy_gradient import Derivative
 from probe.phases.passes import AlongStep, StepOnBatch, Way, along_step
 from probe.phases.sample import Sample
 from probe.phases.update import Update, predicted_step
+from probe.phases.update_spread import update_spread
 from probe.scoring.collector import MakeProgress, no_progress
 from probe.scoring.policy import Policy
 

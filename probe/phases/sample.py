@@ -14,7 +14,7 @@ from torch import Tensor
 from probe.config.batches import BatchConfig
 from probe.config.schema import ProbeConfig
 from probe.data.batch import PromptExample, RolloutBatch
-from probe.data.named import default_reward
+from probe.data.named import default_reward, named_dataset
 from probe.data.prompts import load_prompts
 from probe.data.reward_calls import compute_rewards, resolve_rewards
 from probe.data.rewards import RewardFunction
@@ -313,6 +313,35 @@ def _rewarded(source: BatchSource, U: RolloutBatch) -> RolloutBatch:
         rework.multi_objective_aggregation,
     )
     return replace(U, rewards=rewards, advantages=advantages)
+
+
+def evaluation_rewards(source: BatchSource, E: RolloutBatch) -> tuple[Tensor | None, str]:
+    """The rewards of E, `(B,)` with NaN where none applies: those of its file, or of the configuration's functions.
+
+    Args:
+        source: reward functions and weights.
+        E: the evaluation batch.
+
+    Returns:
+        The rewards, or None and why there are none.
+
+    Raises:
+        DataError: a reward cannot be computed, or is infinite.
+    """
+    batch = source.config.batch_config
+    if E.rewards is not None:
+        return E.rewards, ""
+    if batch.E_rollouts is not None and batch.reward is None:
+        return None, f"{batch.E_rollouts} has no rewards, and batch_config.reward names none"
+    if batch.reward is None and not named_dataset(batch).reward:
+        return (
+            None,
+            f"batch_config.reward names none, and data set {batch.dataset_name!r} has none of its own",
+        )
+    given = source.policy.ranks.from_first("rewards of E", lambda: compute_rewards(chosen_rewards(batch), E))
+    # only their weighted sum is wanted, for which groups are nothing
+    rewards, _ = combined_advantages(given, batch.reward_weights, E.group, "dr_grpo", "sum_then_normalize")
+    return rewards, ""
 
 
 def _read(source: BatchSource, path: str, part: Part) -> RolloutBatch:

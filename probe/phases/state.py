@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -11,18 +11,22 @@ from probe.data.batch import RolloutBatch
 from probe.estimators.entropy_gradient import EntropyGradient
 from probe.estimators.ground_truth import GroundTruth
 from probe.estimators.prediction import Prediction
+from probe.phases.attribution import Attribution
 from probe.phases.costs import PassRecord, passes_over
 from probe.phases.entropy_gradient import Derivative
 from probe.phases.prediction import Predicted
 from probe.phases.sample import Sample
 from probe.phases.update import Update
+from probe.phases.what_if import WhatIf
 from probe.scoring.scores import TokenScores
 from probe.shards import is_shard
 
-Phase = Literal["sample", "entropy_gradient", "update", "prediction", "ground_truth", "report"]
+Phase = Literal[
+    "sample", "entropy_gradient", "update", "prediction", "attribution", "what_if", "ground_truth", "report"
+]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 """The phases of a run, in order. `sample` and `report` always run, one between them when a callback does it."""
-PhaseResult = Sample | Derivative | Update | Predicted | GroundTruth
+PhaseResult = Sample | Derivative | Update | Predicted | Attribution | WhatIf | GroundTruth
 
 
 @dataclass
@@ -34,6 +38,8 @@ class ProbeState:
         derivative: how to differentiate, and X.
         update: the gradient on U and the optimizer's step.
         predicted: deltaH1, and what the passes for it gave.
+        attribution: what U's tokens add to it.
+        what_if: what interventions would do.
         ground_truth: deltaH_true and its diagnostics.
         timing: seconds per phase that ran.
         passes: over E and U, as they were made.
@@ -44,6 +50,8 @@ class ProbeState:
     derivative: Derivative | None = None
     update: Update | None = None
     predicted: Predicted | None = None
+    attribution: Attribution | None = None
+    what_if: WhatIf | None = None
     ground_truth: GroundTruth | None = None
     timing: dict[str, float] = field(default_factory=dict)
     passes: list[PassRecord] = field(default_factory=list)
@@ -60,6 +68,10 @@ class ProbeState:
                 self.update = result
             case Predicted():
                 self.predicted = result
+            case Attribution():
+                self.attribution = result
+            case WhatIf():
+                self.what_if = result
             case GroundTruth():
                 self.ground_truth = result
 
@@ -87,8 +99,10 @@ class ProbeState:
 
     @property
     def prediction(self) -> Prediction | None:
-        """DeltaH1."""
-        return None if self.predicted is None else self.predicted.prediction
+        """DeltaH1; its spread over update batches is the attribution's where there is one, with X from all of E."""
+        if self.predicted is None or self.attribution is None:
+            return None if self.predicted is None else self.predicted.prediction
+        return replace(self.predicted.prediction, sd_U=self.attribution.sd_U)
 
     @property
     def drawn(self) -> Sample:
@@ -100,6 +114,17 @@ class ProbeState:
         if self.sample is None:
             raise RuntimeError("expected E and U, found none; the phase `sample` comes first")
         return self.sample
+
+    @property
+    def attributed(self) -> tuple[Sample, Update, Predicted, Attribution]:
+        """What interventions are weighed by.
+
+        Raises:
+            RuntimeError: there is no attribution.
+        """
+        if self.update is None or self.predicted is None or self.attribution is None:
+            raise RuntimeError("expected an attribution, found none; the phase `attribution` comes first")
+        return self.drawn, self.update, self.predicted, self.attribution
 
     @property
     def sharded(self) -> bool:

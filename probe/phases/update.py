@@ -14,6 +14,7 @@ from probe.errors.exceptions import NumericalError
 from probe.estimators.adam import ClosedFormStep, adam_closed_form, preconditioned_direction
 from probe.estimators.advantages import count_zero_advantage_groups
 from probe.estimators.loss_settings import LossSettings
+from probe.estimators.losses import LossInputs
 from probe.estimators.rounding import Rounding, rounded_step
 from probe.estimators.router_loss import router_coefficient
 from probe.estimators.update import loss_gradient
@@ -44,6 +45,9 @@ class Update:
         loss_weights: `d loss / d l[i, t]`, `(B, T)`.
         entropy_weights: `d loss / d h[i, t]`, `(B, T)`.
         scores: scores of U.
+        loss: what fixes the loss.
+        inputs: what the loss is a function of, with the scores of U.
+        router: the part of the gradient that a load-balancing loss has; None without one.
         rounding: what rounding to the training's type leaves of the step; None where there is none.
         zero_advantage_groups: groups of U with equal rewards throughout.
     """
@@ -57,6 +61,9 @@ class Update:
     loss_weights: Tensor
     entropy_weights: Tensor
     scores: TokenScores
+    loss: LossSettings
+    inputs: LossInputs
+    router: Mapping[str, Tensor] | None = None
     rounding: Rounding | None = None
     zero_advantage_groups: int = 0
 
@@ -108,6 +115,9 @@ def update(
         loss_weights=found.weights,
         entropy_weights=found.entropy_weights,
         scores=found.scores,
+        loss=settings,
+        inputs=found.inputs,
+        router=found.router,
         rounding=taken.rounding,
         zero_advantage_groups=count_zero_advantage_groups(U.advantages, U.group),
     )

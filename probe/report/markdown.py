@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from probe.report.attribution import attribution_tables
 from probe.report.rows import ERRORS, Row, entropy_rows, estimator_rows, headline, time_rows, trust_rows
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def report_markdown(result: ProbeResult) -> str:
             estimator_rows(values),
         ),
         _table(("Can this be trusted?", "", ""), trust_rows(values)),
+        *(_table((*table.heads, ""), table.rows) for table in attribution_tables(values)),
         _table(("Time", "", ""), time_rows(values)),
     ]
     return "\n\n".join(part for part in parts if part)

@@ -232,6 +232,8 @@ def time_rows(values: Mapping[str, Any]) -> list[Row]:
         "entropy_gradient": "gradient of the entropy on E",
         "update": "gradient of the loss on U, optimizer step",
         "prediction": "deltaH1",
+        "attribution": "what every token of U adds to deltaH1",
+        "what_if": "interventions on the update",
         "ground_truth": "deltaH_true: E scored again after the step",
     }
     throughput: Mapping[str, Mapping[str, float]] = values.get("throughput") or {}

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from probe.report.attribution import attribution_tables
 from probe.report.rows import (
     ERRORS,
     Row,
@@ -35,6 +36,7 @@ def report(result: ProbeResult) -> str:
             estimator_rows(values), ("Estimators", "nats per token", "nats per response", "variance ratio")
         ),
         _aligned(trust_rows(values), ("Can this be trusted?",)),
+        *(_aligned(table.rows, table.heads) for table in attribution_tables(values)),
         _aligned(settings_rows(values), ("Settings of the update",)),
         _aligned(time_rows(values), ("Time",)),
     ]

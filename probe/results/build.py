@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from probe.estimators.on_policy import ON_POLICY_LIMIT
 from probe.from_checkpoint.sources import ORDER_OF_ROWS
+from probe.results.attribution import attribution_values, what_if_values
 from probe.results.changes import changes
 from probe.results.diagnostics import (
     batch_diagnostics,
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
 
 
 def build_result(
-    state: ProbeState, provenance: Provenance, config: Mapping[str, Any], started_at: datetime
+    state: ProbeState,
+    provenance: Provenance,
+    config: Mapping[str, Any],
+    started_at: datetime,
+    token_text: Callable[[int], str] | None = None,
 ) -> ProbeResult:
     """The result of what has run.
 
@@ -35,6 +40,7 @@ def build_result(
         provenance: of what, and how.
         config: the resolved configuration.
         started_at: start of the run, local time.
+        token_text: the text of a token id; without it tokens have only ids.
 
     Raises:
         RuntimeError: there are no batches: the phase `sample` did not run.
@@ -57,7 +63,23 @@ def build_result(
         checkpoint_name=provenance.checkpoint_name,
         config=config,
         started_at=started_at.isoformat(timespec="seconds"),
+        attribution=_attribution(state, token_text),
+        what_if=None if state.what_if is None else what_if_values(state.what_if),
     )
+
+
+def _attribution(state: ProbeState, token_text: Callable[[int], str] | None) -> Mapping[str, Any] | None:
+    """The key `attribution`; None where there is none."""
+    if state.attribution is None:
+        return None
+    prediction, off = state.prediction, None
+    if prediction is not None and prediction.reported.endswith("+cv"):
+        plain = prediction.estimates[prediction.reported.removesuffix("+cv")]
+        off = plain.with_other(
+            lambda own, less: own.value - less.value, prediction.estimates[prediction.reported]
+        )
+    top = state.drawn.config.attribution.top
+    return attribution_values(state.attribution, state.drawn.U, off, top, token_text)
 
 
 def _diagnostics(state: ProbeState, provenance: Provenance) -> dict[str, Any]:

@@ -151,6 +151,15 @@ QUANTITIES: tuple[Quantity, ...] = (
         "or snis over its own)",
     ),
     Quantity(
+        "attribution",
+        "what earlier gradients (momentum), weight decay, the tokens of U and other terms of the loss add to deltaH1, "
+        "and sums of the tokens' contributions; see docs/attribution.md",
+    ),
+    Quantity(
+        "what_if",
+        "what interventions on the update would do to deltaH1 and to the expected reward; see docs/attribution.md",
+    ),
+    Quantity(
         "learning_rate",
         "reference learning rate of the optimizer's groups, the one the step was taken with",
         headline=True,

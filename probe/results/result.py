@@ -66,6 +66,8 @@ class ProbeResult(StepResult):
         config: the resolved configuration of the run, sections as mappings (`trainer` and `seed_everything` included).
         started_at: local date and time of the start, ISO 8601.
         throughput: of the passes of every phase.
+        attribution: what U's tokens add to deltaH1; None where nobody asked.
+        what_if: what interventions would do; None likewise.
     """
 
     batch_statistics: Mapping[str, Any]
@@ -76,6 +78,8 @@ class ProbeResult(StepResult):
     config: Mapping[str, Any]
     started_at: str
     throughput: Mapping[str, Mapping[str, float]]
+    attribution: Mapping[str, Any] | None = None
+    what_if: Mapping[str, Any] | None = None
 
     @cached_property
     def values(self) -> Mapping[str, Any]:
@@ -84,6 +88,8 @@ class ProbeResult(StepResult):
             "verdict": self.verdict.word,
             "verdict_reasons": list(self.verdict.reasons),
             **self.changes.as_mapping(),
+            **({} if self.attribution is None else {"attribution": self.attribution}),
+            **({} if self.what_if is None else {"what_if": self.what_if}),
             **({} if self.learning_rate is None else {"learning_rate": self.learning_rate}),
             "B_E": self.sizes.B_E,
             "B_U": self.sizes.B_U,

@@ -18,6 +18,8 @@ from probe.estimand import PerEstimand
 from probe.estimators.entropy_gradient import EntropyGradient
 from probe.estimators.estimate import Estimate
 from probe.estimators.ground_truth import reweighted_change
+from probe.estimators.loss_settings import LossSettings
+from probe.estimators.losses import LossInputs
 from probe.estimators.noise_floor import NoiseFloor
 from probe.estimators.prediction import Prediction, first_order
 from probe.estimators.weighting import ScoreWeights
@@ -154,6 +156,8 @@ def make_state(
         loss_weights=-U.advantages[:, None] * U.mask / U.mask.sum(),
         entropy_weights=torch.zeros(U.mask.shape, dtype=torch.float64),
         scores=U_scores,
+        loss=LossSettings(),
+        inputs=LossInputs(U.mask, U.advantages, U_scores.logprob, U_scores.entropy, U.truncated),
         zero_advantage_groups=1,
     )
     return ProbeState(

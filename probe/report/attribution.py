@@ -1,0 +1,219 @@
+"""What a report says of an attribution, of coupling, of the league table and of interventions: tables of rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from probe.report.numbers import NOT_RESOLVED, with_error
+from probe.report.rows import Row
+from probe.text import percent
+
+PARTS = {
+    "momentum": "gradients of earlier updates, by Adam's first moment",
+    "decay": "weight decay",
+    "tokens": "the policy-gradient terms of U's tokens",
+    "kl": "the KL penalty",
+    "entropy_bonus": "the entropy bonus",
+    "router": "the load-balancing loss of the experts",
+    "control_variates": "what control variates take off the reported deltaH1",
+    "total": "all of the above but control variates",
+}
+SUMS = {
+    "by_advantage": "by the sign of the advantage",
+    "by_outcome": "by right and wrong (above the middle of the rewards)",
+    "by_entropy": "by the entropy of the token's state",
+    "by_kind": "by what the token is",
+    "by_layer": "by layer, the whole step",
+}
+TERMS = {
+    "own": "the token sampled at the state itself",
+    "response": "the other tokens of its response",
+    "group": "the other responses to its prompt",
+    "others": "the responses to all other prompts",
+}
+TARGETS = {
+    "deltaH1": "what tokens add to deltaH1",
+    "state_fixed": "what they do to the states of E",
+    "own_state": "what they do to their own state",
+}
+LEADERS = 4
+"""Predictors that the report lists against each target; the result has all."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under heads.
+
+    Attributes:
+        heads: of the labels, of the cells and, where there is one more, of the meanings.
+        rows: of the table.
+    """
+
+    heads: tuple[str, ...]
+    rows: Sequence[Row]
+
+
+def attribution_tables(values: Mapping[str, Any]) -> list[Table]:
+    """The tables of a result; none where nothing was attributed."""
+    found: Mapping[str, Any] | None = values.get("attribution")
+    tables: list[Table] = []
+    if found is not None:
+        tables += [_parts(found), _top(found), _coupling(found), _league(found)]
+    if values.get("what_if") is not None:
+        tables += [_what_if(values["what_if"]), _taken(values["what_if"]), _solutions(values["what_if"])]
+    return [table for table in tables if table.rows]
+
+
+def _parts(found: Mapping[str, Any]) -> Table:
+    """What deltaH1 is the sum of, and sums of the tokens' part."""
+    rows = [
+        Row(name.replace("_", " "), _cells(found[name]), meaning)
+        for name, meaning in PARTS.items()
+        if name in found
+    ]
+    error = f"{found['completeness']:.1e}"
+    rows.append(Row("  off by", (error, ""), "how far the parts are from adding up, relative to the largest"))
+    for key, meaning in SUMS.items():
+        for one in found.get(key) or ():
+            counted = f", {one['tokens']} tokens" if "tokens" in one else ""
+            rows.append(Row(f"  {one['name']}", _cells(one), f"{meaning}{counted}"))
+    return Table(("Which tokens did it?", "deltaH1, nats per token", "expected reward"), rows)
+
+
+def _cells(one: Mapping[str, Any]) -> tuple[str, str]:
+    """A change per token, and that of the reward."""
+    return (
+        with_error(one.get("deltaH1_tok"), one.get("deltaH1_tok_se")),
+        with_error(one["deltaR1"], one.get("deltaR1_se")) if "deltaR1" in one else "-",
+    )
+
+
+def _top(found: Mapping[str, Any], count: int = 3) -> Table:
+    """The tokens of largest contribution on either side."""
+    listed: Sequence[Mapping[str, Any]] = found.get("top_tokens") or ()
+    falls = [one for one in listed if one["deltaH1_tok"] < 0][:count]
+    rises = [one for one in listed if one["deltaH1_tok"] > 0][:count]
+    rows = [
+        Row(
+            repr(one["text"]) if "text" in one else str(one["id"]),
+            (f"{one['deltaH1_tok']:+.2e}",),
+            f"response {one['sequence']}, token {one['position']}: advantage {one['advantage']:+.2f}, probability "
+            f"{one['probability']:.2f}, entropy {one['entropy']:.2f}",
+        )
+        for one in (*falls, *rises)
+    ]
+    return Table(("Tokens of largest contribution", "nats per token"), rows)
+
+
+def _coupling(found: Mapping[str, Any]) -> Table:
+    """Whose doing the change of a state's entropy is."""
+    both: Mapping[str, Any] = found.get("coupling") or {}
+    rows = []
+    for name, meaning in TERMS.items():
+        shares = [both[of]["size_share"][name] if of in both else None for of in ("states", "responses")]
+        if name == "response":
+            shares[1] = None
+        cells = ["-" if one is None else _share(one) for one in shares]
+        rows.append(Row(name, tuple(cells), meaning))
+    if "states" in both:
+        sizes = both["states"]["size"]
+        tokens = sum(sizes[name]["value"] for name in TERMS)
+        times = sizes["momentum"]["value"] / tokens if tokens > 0 else None
+        if times is not None:
+            rows.append(
+                Row("momentum", (f"{times:.2g} x", "-"), "beside it: its size relative to the four together")
+            )
+        agreement = both["states"]["sign_agreement"]
+        if agreement is not None:
+            rows.append(
+                Row(
+                    "sign",
+                    (_share(agreement), "-"),
+                    "states that move the way that their own token pushes them",
+                )
+            )
+    heads = ("Whose doing is a state's change?", "share of the sizes", "of whole responses")
+    return Table(heads, rows if both else [])
+
+
+def _share(one: Mapping[str, Any]) -> str:
+    """A share with its interval, within 0 and 1."""
+    if one["value"] is None:
+        return NOT_RESOLVED
+    ends = [float(end) for end in one.get("value_ci95") or () if end is not None and math.isfinite(end)]
+    if len(ends) != 2:
+        return percent(one["value"])
+    low, high = (min(max(end, 0.0), 1.0) for end in ends)
+    return f"{percent(one['value'])} [{percent(low)}, {percent(high)}]"
+
+
+def _league(found: Mapping[str, Any]) -> Table:
+    """The best predictors against each target."""
+    rows = []
+    league: Sequence[Mapping[str, Any]] = found.get("league") or ()
+    for target, meaning in TARGETS.items():
+        of_target = [one for one in league if one["target"] == target and one["ranked"] == "contributions"]
+        ceiling = [one for one in of_target if one["predictor"].startswith("exact")]
+        others = [one for one in of_target if not one["predictor"].startswith("exact")]
+        for one in (*ceiling, *others[:LEADERS]):
+            low, high = one["spearman_ci95"]
+            agreement = one["sign_agreement"]
+            cells = (
+                f"{one['spearman']:+.2f} [{low:+.2f}, {high:+.2f}]",
+                "-" if agreement is None else percent(agreement),
+                percent(one["captured_top_10"]),
+            )
+            rows.append(Row(one["predictor"].replace("_", " "), cells, meaning))
+    return Table(("League table", "Spearman", "signs right", "top 10 % hold"), rows)
+
+
+def _what_if(found: Mapping[str, Any]) -> Table:
+    """What interventions would do, those that raise the entropy most first."""
+    order = sorted(found["interventions"], key=lambda one: -one["difference"]["deltaH1_tok"])
+    rows = []
+    for one in (found["as_it_is"], *order):
+        per, difference = one.get("per_reward"), one["difference"]
+        changed = with_error(difference["deltaH1_tok"], difference.get("deltaH1_tok_se"))
+        nothing = one["tokens"] == 0 and difference["deltaH1_tok"] == 0
+        cells = (
+            with_error(one["deltaH1_tok"], one.get("deltaH1_tok_se")),
+            "" if not one["name"] else "no token" if nothing else changed,
+            with_error(one["deltaR1"], one.get("deltaR1_se")) if "deltaR1" in one else "-",
+            "-" if per is None else with_error(per["value"], per["value_se"]),
+        )
+        rows.append(Row(one["name"] or "as it is", cells, ""))
+    return Table(("What if?", "deltaH1, per token", "difference", "expected reward", "nats per reward"), rows)
+
+
+def _taken(found: Mapping[str, Any]) -> Table:
+    """The steps that were really taken."""
+    rows = []
+    for one in (found["as_it_is"], *found["interventions"]):
+        exact = one.get("exact")
+        if exact is not None:
+            cells = (
+                with_error(one["deltaH1_tok"], one.get("deltaH1_tok_se")),
+                with_error(exact["deltaH1_tok"], exact.get("deltaH1_tok_se")),
+                with_error(exact["deltaH_true_tok"], exact.get("deltaH_true_tok_se")),
+                f"{exact['shortcut_error_tok']:+.1e}",
+            )
+            rows.append(Row(one["name"] or "as it is", cells, ""))
+    heads = ("Steps that were taken", "deltaH1, predicted", "of that step", "measured", "shortcut's error")
+    return Table(heads, rows)
+
+
+def _solutions(found: Mapping[str, Any]) -> Table:
+    """The settings at which the prediction meets the target."""
+    rows = []
+    for one in found.get("solutions") or ():
+        setting = one["setting"]
+        what = {"learning_rate": "learning rate, times", "entropy_bonus": "entropy bonus, coefficient"}[
+            one["solver"]
+        ]
+        cell = NOT_RESOLVED if setting is None else with_error(setting["value"], setting["value_se"])
+        target = f"for {one['target']:+.4g} nats per {one['estimand'].replace('sequence', 'response')}"
+        rows.append(Row(what, (cell,), target if setting is not None else f"{target}: {one['reason']}"))
+    return Table(("Settings that meet the target", ""), rows)
