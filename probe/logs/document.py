@@ -78,6 +78,8 @@ def build_log(
     texts = log_sequences is not False
     if rank >= LOG_LEVELS.index("detailed"):
         log["sequences"] = records.sequence_records(state, texts, rows=level == "debug")
+        if (influence := records.influence_table(state)) is not None:
+            log["influence"] = influence
         if not texts:
             omitted.append({"key": "texts and token ids", "reason": "log_sequences is false"})
     if level == "debug":

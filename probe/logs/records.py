@@ -16,7 +16,14 @@ from probe.logs.distributions import RECORD_DIGITS, TABLE_DIGITS, mean_or_none, 
 
 if TYPE_CHECKING:
     from probe.data.batch import RolloutBatch
+    from probe.phases.attribution import Attribution
     from probe.phases.state import ProbeState
+
+
+CONTRIBUTIONS = tuple(
+    f"contribution_{name}" for name in ("deltaH1", "deltaH1_tok", "state_fixed", "state_fixed_tok", "deltaR1")
+)
+"""What the policy-gradient term of a token adds to each number of an attribution; without rewards not to the last."""
 
 
 def group_table(U: RolloutBatch) -> dict[str, list[Any]]:
@@ -152,7 +159,27 @@ def _sequence_columns(state: ProbeState, name: str) -> dict[str, Any]:
         new = state.ground_truth.scores_new
         found |= {"logprob_after": new.sequence_logprob, "entropy_after": new.sequence_entropy}
     found |= _per_sequence(state, name)
+    if name == "U" and state.attribution is not None:
+        found |= _by_sequence(state.attribution)
     return {key: rounded(values, RECORD_DIGITS) for key, values in found.items()}
+
+
+def influence_table(state: ProbeState) -> dict[str, Any] | None:
+    """What the tokens of every response of U do to the entropy at the states of sampled responses of E, nats."""
+    found = state.attribution
+    if found is None or found.influence is None or found.influence_rows is None:
+        return None
+    return {
+        "responses_of_E": found.influence_rows.tolist(),
+        "nats": [rounded(row, RECORD_DIGITS) for row in found.influence],
+    }
+
+
+def _by_sequence(found: Attribution) -> dict[str, Tensor]:
+    """Contributions of the tokens of every response of U, summed."""
+    sums = [one.change.parts for one in found.by_response]
+    table = torch.tensor([[part.value for part in parts] for parts in sums], dtype=torch.float64)
+    return dict(zip(CONTRIBUTIONS, table.T, strict=False))
 
 
 def _token_arrays(state: ProbeState, name: str) -> dict[str, Tensor]:
@@ -174,6 +201,8 @@ def _token_arrays(state: ProbeState, name: str) -> dict[str, Tensor]:
             "entropy_before": state.update.scores.entropy,
         }
         found["loss_weight"] = state.update.loss_weights
+        if state.attribution is not None:
+            found |= dict(zip(CONTRIBUTIONS, state.attribution.contributions.by_token(), strict=False))
     batch = state.E if name == "E" else state.U
     if batch is not None:
         found |= {"old_logprob": batch.old_logprobs, "sampling_logprob": batch.sampling_logprobs}

@@ -41,6 +41,7 @@ from probe.phases.sample import BatchSource, Sample, evaluation_rewards
 from probe.phases.update import Update, closed_form
 from probe.rollouts.draw import stream_seed
 from probe.scoring.collector import MakeProgress, Progress, no_progress
+from probe.scoring.differentiable import as_trained, whole_gradients
 from probe.scoring.distribution import expected_discriminator
 from probe.scoring.forward_mode import forward_tangents
 from probe.scoring.gradients import token_gradients
@@ -301,7 +302,8 @@ class StepInParts:
             return [
                 {n: torch.zeros_like(p) for n, p in self.policy.parameters.items()} for _ in range(len(on))
             ]
-        return token_gradients(self.policy, part, weights, len(on), progress)[0]
+        with whole_gradients(self.policy.model):
+            return token_gradients(self.policy, part, weights, len(on), progress)[0]
 
     def along(
         self, gradient: Mapping[str, Tensor], progress: MakeProgress = no_progress, *, exact: bool = True
@@ -317,10 +319,11 @@ class StepInParts:
         if norm(u) == 0.0:
             zero = torch.zeros(U.mask.shape, dtype=torch.float64)
             return TokenTangents(zero, zero)
-        if exact and self.passes.way.mode == "jvp":
-            return forward_tangents(self.policy, U, u, progress=progress("forward mode on U"))
-        move = norm(self.update.step)
-        return tangents_of(self.policy, U, u, self.passes, move, progress, here=self.update.scores)
+        with as_trained(self.policy.model):
+            if exact and self.passes.way.mode == "jvp":
+                return forward_tangents(self.policy, U, u, progress=progress("forward mode on U"))
+            move = norm(self.update.step)
+            return tangents_of(self.policy, U, u, self.passes, move, progress, here=self.update.scores)
 
     def tokens(
         self, classes: Mapping[str, Tensor], last_layer: bool, progress: MakeProgress = no_progress
@@ -415,7 +418,8 @@ class StepInParts:
             return torch.zeros_like(h).unsqueeze(0), here.unsqueeze(0)
 
         alone = replace(self.policy, tokens_per_microbatch=None, microbatch_size=1)
-        (gradient,), _ = token_gradients(alone, batch.subset(torch.tensor([sequence])), weights, 1)
+        with whole_gradients(self.policy.model):
+            (gradient,), _ = token_gradients(alone, batch.subset(torch.tensor([sequence])), weights, 1)
         return gradient
 
 

@@ -19,6 +19,7 @@ from probe.parameters import norm
 from probe.phases.passes import AlongStep, tangents_of
 from probe.phases.update import Update, closed_form
 from probe.scoring.collector import MakeProgress
+from probe.scoring.differentiable import as_trained
 from probe.scoring.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -62,9 +63,10 @@ def update_spread(
     for of in (X.sequence, X.token):
         u = preconditioned(linear, {name: of(name) for name in linear})
         try:
-            tangents = tangents_of(
-                policy, U, u, passes, norm(update.step), progress, here=update.scores, binding=binding
-            )
+            with as_trained(policy.model):
+                tangents = tangents_of(
+                    policy, U, u, passes, norm(update.step), progress, here=update.scores, binding=binding
+                )
         except NumericalError as error:
             if passes.way.mode == "jvp" and passes.difference_scale is None:
                 raise

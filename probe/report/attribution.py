@@ -159,10 +159,11 @@ def _league(found: Mapping[str, Any]) -> Table:
         ceiling = [one for one in of_target if one["predictor"].startswith("exact")]
         others = [one for one in of_target if not one["predictor"].startswith("exact")]
         for one in (*ceiling, *others[:LEADERS]):
-            low, high = one["spearman_ci95"]
+            ends = [end for end in one["spearman_ci95"] if end is not None]
+            interval = f" [{ends[0]:+.2f}, {ends[1]:+.2f}]" if len(ends) == 2 else ""
             agreement = one["sign_agreement"]
             cells = (
-                f"{one['spearman']:+.2f} [{low:+.2f}, {high:+.2f}]",
+                f"{one['spearman']:+.2f}{interval}",
                 "-" if agreement is None else percent(agreement),
                 percent(one["captured_top_10"]),
             )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from probe.attribution.contributions import PARTS
 from probe.estimand import ESTIMANDS, SEQUENCE, TOKEN
 from probe.logs.distributions import samples
 from probe.results import diagnostic_keys, keys
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 PREFIX = "entropy_probe"
 VERDICT_CODE = "verdict_code"
 """The verdict as a number, its position in `probe.verdict.WORDS`: 0 trustworthy, 1 caution, 2 unresolved, 3 invalid."""
+CURVES = ("advantage", "outcome", "entropy", "kind")
+"""The ways to sort tokens whose sums loggers get."""
 SECTIONS = ("checkpoint", "batch_config", "generation", "probe_rework", "importance", "trainer")
 """Sections of the configuration shown in the HPARAMS tab: those that can change a number."""
 SHOWN_AS_RESULTS = ("batch_config/B_E", "batch_config/B_U", "batch_config/G", "probe_rework/learning_rate")
@@ -43,7 +47,11 @@ def scalar_tags(values: Mapping[str, Any]) -> dict[str, float]:
     tags: dict[str, float] = {}
     parts = keys.parts()
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if key == "attribution":
+            tags |= _attribution_tags(value or {})
+        elif key == "what_if":
+            tags |= _what_if_tags(value or {})
+        elif isinstance(value, Mapping):
             section = key.removesuffix("_statistics")
             for name, number in _flatten(value).items():
                 _add(tags, f"{PREFIX}_{section}/{name}", number)
@@ -126,6 +134,46 @@ def _estimate_tags(estimates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         for ending, key in (("", "value"), ("_se", "se"), ("_variance_ratio", "variance_ratio")):
             _add(tags, tag + ending, entry.get(key))
     return tags
+
+
+def _attribution_tags(found: Mapping[str, Any]) -> dict[str, float]:
+    """What deltaH1 per token is the sum of, classes of tokens, shares of coupling, and ranks of predictors."""
+    tags: dict[str, float] = {}
+    group = f"{PREFIX}_attribution"
+    for name in (*PARTS, "total"):
+        if name in found:
+            for key in ("deltaH1_tok", "deltaR1"):
+                _add(tags, f"{group}/{key}/{name}", found[name].get(key))
+    for way in CURVES:
+        for one in found.get(f"by_{way}") or ():
+            _add(tags, f"{group}_by_{way}/{_tag(one['name'])}", one["deltaH1_tok"])
+    for of, one in (found.get("coupling") or {}).items():
+        for name, share in one["size_share"].items():
+            if share["value"] or of == "states" or name != "response":
+                _add(tags, f"{group}_coupling/{of}/{name}", share["value"])
+    for row in found.get("league") or ():
+        if row["ranked"] == "contributions":
+            _add(tags, f"{group}_league/{row['target']}/{_tag(row['predictor'])}", row["spearman"])
+    _add(tags, f"{group}/completeness", found.get("completeness"))
+    return tags
+
+
+def _what_if_tags(found: Mapping[str, Any]) -> dict[str, float]:
+    """What interventions change of deltaH1 per token, and of the expected reward."""
+    tags: dict[str, float] = {}
+    for one in found.get("interventions") or ():
+        for key in ("deltaH1_tok", "deltaR1"):
+            _add(tags, f"{PREFIX}_what_if/{key}/{_tag(one['name'])}", one["difference"].get(key))
+    return tags
+
+
+def _tag(name: str) -> str:
+    """A name with nothing in it that loggers do not take in a tag.
+
+    >>> _tag("drop(tokens_of=highest fifth)")
+    'drop_tokens_of_highest_fifth'
+    """
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_")
 
 
 def _group(key: str) -> str:

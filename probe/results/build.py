@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from probe.estimators.on_policy import ON_POLICY_LIMIT
+from probe.files.strict_json import to_plain
 from probe.from_checkpoint.sources import ORDER_OF_ROWS
 from probe.results.attribution import attribution_values, what_if_values
 from probe.results.changes import changes
@@ -64,7 +65,7 @@ def build_result(
         config=config,
         started_at=started_at.isoformat(timespec="seconds"),
         attribution=_attribution(state, token_text),
-        what_if=None if state.what_if is None else what_if_values(state.what_if),
+        what_if=None if state.what_if is None else to_plain(what_if_values(state.what_if)),
     )
 
 
@@ -79,7 +80,10 @@ def _attribution(state: ProbeState, token_text: Callable[[int], str] | None) -> 
             lambda own, less: own.value - less.value, prediction.estimates[prediction.reported]
         )
     top = state.drawn.config.attribution.top
-    return attribution_values(state.attribution, state.drawn.U, off, top, token_text)
+    found: dict[str, Any] = to_plain(
+        attribution_values(state.attribution, state.drawn.U, off, top, token_text)
+    )
+    return found
 
 
 def _diagnostics(state: ProbeState, provenance: Provenance) -> dict[str, Any]:

@@ -36,7 +36,8 @@ NOT_REWARDS = LAYOUT | {
 # fmt: on
 """Columns that are no reward although they may hold numbers."""
 _MEASURED = re.compile(
-    r"(^|_)(len|lengths?|tokens?|turns?|seconds?|secs?|time|counts?|steps?|num|size|id)(_|$)", re.I
+    r"(^|_)(len|lengths?|tokens?|turns?|contribution|seconds?|secs?|time|counts?|steps?|num|size|id)(_|$)",
+    re.I,
 )
 """Words in the names of columns that measure a response and do not reward it."""
 

@@ -12,12 +12,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from probe.scoring.attention import IMPLEMENTATION, attention_by_queries
+from probe.shards import whole
 from probe.snapshot import attributes_replaced
 
 EXPERTS = "_experts_implementation_internal"
@@ -71,3 +74,32 @@ def whole_gradients(model: nn.Module) -> Iterator[None]:
     ]
     with attributes_replaced(places):
         yield
+
+
+@contextmanager
+def as_trained(model: nn.Module) -> Iterator[None]:
+    """Forwards of which every derivative is the one that training takes: padding rows are constants as inputs.
+
+    The other side of `whole_gradients`: the gradient of the loss leaves the padding row of an embedding out for what its
+    inputs do, so that what a token adds to the step is a derivative of a forward in which that row stays where it is
+    (an output layer that is tied to it goes on moving). Values and other derivatives are the same.
+    """
+    handles = []
+    try:
+        for module in model.modules():
+            if (
+                isinstance(module, nn.Embedding)
+                and module.padding_idx is not None
+                and module.weight.requires_grad
+            ):
+                row = whole(module.weight.detach())[module.padding_idx].clone()
+                handles.append(module.register_forward_hook(partial(_with_constant_row, row=row)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _with_constant_row(module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor, row: Tensor) -> Tensor:
+    """An embedding's output with the padding row as it was."""
+    return torch.where((args[0] == module.padding_idx).unsqueeze(-1), row.to(output.dtype), output)

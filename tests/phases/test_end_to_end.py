@@ -36,6 +36,7 @@ from probe.scoring.tuning import Tuned
 from probe.snapshot import operator_threads
 from probe.sweep.rescale import measure_at
 from tests.support.little_memory import MESSAGE, backward, forward_mode, without_memory_for
+from tests.support.runs import changed, fingerprint, numbers, owner, run, same
 from tests.support.tiny_models import (
     SHARED_SHAPE,
     adamw,
@@ -54,103 +55,12 @@ pytestmark = [
 ]
 
 
-def digits(prompts, completions, **columns):
-    """A reward: how many digits the completion has."""
-    return [float(sum(c.isdigit() for c in text)) for text in completions]
-
-
 def constant(prompts, completions, **columns):
     return [1.0] * len(completions)
 
 
 def broken(prompts, completions, **columns):
     raise ValueError("no such thing")
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base") / "tiny")
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory, base):
-    return lora_checkpoint(tmp_path_factory.mktemp("lora") / "step_60", base)[0]
-
-
-@pytest.fixture(scope="session")
-def prompts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
-    path.write_text(
-        "".join(json.dumps({"prompt": f"{i} apples", "answer": str(i)}) + "\n" for i in range(40))
-    )
-    return path
-
-
-@pytest.fixture
-def config(checkpoint, prompts, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return {
-        "checkpoint": {"checkpoint_path": str(checkpoint)},
-        "batch_config": {
-            "dataset_name": str(prompts),
-            "split": "train",
-            "reward": "tests.phases.test_end_to_end:digits",
-            "B_E": 24,
-            "B_U": 4,
-            "G": 4,
-        },
-        "generation": {"max_new_tokens": 8, "batch_size": 64},
-        "memory_config": {"microbatch_size": 8},
-        "detailed_logging": {"enabled": False},
-        "trainer": {"accelerator": "cpu", "logger": False},
-    }
-
-
-def changed(config, **sections):
-    return {**config, **{name: {**config.get(name, {}), **keys} for name, keys in sections.items()}}
-
-
-def run(config, **sections):
-    return OfflineEntropyProbe(changed(config, **sections)).run_mixed_probe()
-
-
-def numbers(results):
-    """The results without what depends on time, place, or on how the settings were given."""
-    left_out = ("timing", "throughput", "checkpoint_path", "training_step", "settings")
-    return {k: v for k, v in results.items() if k not in left_out}
-
-
-def fingerprint(probe):
-    """Everything a run must leave as it was."""
-    module = probe._module
-    return (
-        {n: p.detach().clone() for n, p in module.named_parameters()},
-        {n: p.grad for n, p in module.named_parameters()},
-        {n: p.requires_grad for n, p in module.named_parameters()},
-        {n: m.training for n, m in module.named_modules()},
-        {
-            k: {a: b.clone() for a, b in s.items()}
-            for k, s in module.optimizer.optimizer.state_dict()["state"].items()
-        },
-        [{k: v for k, v in g.items() if k != "params"} for g in module.optimizer.optimizer.param_groups],
-    )
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def owner(key):
-    """`deltaH_true_se` belongs to `deltaH_true`."""
-    for ending in ("_se", "_ci95", "_df", "_sd_U"):
-        key = key.removesuffix(ending)
-    return key
 
 
 def test_every_key_is_there_and_is_plain(config):
@@ -170,12 +80,13 @@ def test_every_key_is_there_and_is_plain(config):
     per_token = {
         key.replace(name, f"{name}_tok", 1) for key in with_token for name in numbers if owner(key) == name
     }
-    assert set(results) == set(RESULT_KEYS) | per_token | {"eta_10_tok"}
+    asked = {"attribution", "what_if"}
+    assert set(results) == (set(RESULT_KEYS) - asked) | per_token | {"eta_10_tok"}
     differences = {"difference_scale", "difference_error"}  # forward mode needs none
     of_others = {"clipped_fraction", "dropout", "base_recorded", "base_given", "tokens_per_microbatch"}
     of_others |= {key for key in DIAGNOSTIC_KEYS if key.startswith("rounded_")}
     assert set(results["diagnostics"]) == set(DIAGNOSTIC_KEYS) - differences - of_others
-    assert set(results["timing"]) == {"load", *PHASES[:-1], "total"}
+    assert set(results["timing"]) == {"load", *PHASES[:-1], "total"} - asked
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     assert results["deltaH1"] == pytest.approx(results["learning_rate"] * results["bars_dot"])
     assert results["deltaH1"] == pytest.approx(results["pathwise"] + results["score"])
@@ -395,7 +306,7 @@ def some(prompts, completions, **columns):
 
 
 def test_several_rewards(config):
-    names = ["tests.phases.test_end_to_end:digits", "tests.phases.test_end_to_end:some"]
+    names = ["tests.support.runs:digits", "tests.phases.test_end_to_end:some"]
     off = {"importance": {"enabled": False}, "probe_rework": {"curvature": "off"}}
     one = run(config, batch_config={"reward": names[:1]}, **off)
     both = run(config, batch_config={"reward": names, "reward_weights": [1.0, 0.0]}, **off)
@@ -934,7 +845,8 @@ def test_hooks_are_called_in_order_and_all_are_declared(config):
     called = list(dict.fromkeys(recorder.called))
     expected = ["on_probe_start"]
     for phase in PHASES:
-        expected += [f"on_{phase}_start", f"on_{phase}_end"]
+        if phase not in ("attribution", "what_if"):  # which nobody asked for
+            expected += [f"on_{phase}_start", f"on_{phase}_end"]
     assert called == [*expected, "on_probe_end"]
     declared = {name for name in vars(ProbeCallback) if name.startswith("on_")}
     for name in probe.callbacks.__all__:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from probe.estimators.forward_mode_check import forward_mode_check
 from probe.estimators.loss_settings import LossSettings
 from probe.estimators.step_check import agreement_check, step_check
 from probe.estimators.update import loss_gradient
-from probe.scoring.differentiable import forward_mode_kernels, whole_gradients
+from probe.scoring.differences import difference_pair
+from probe.scoring.differentiable import as_trained, forward_mode_kernels, whole_gradients
 from probe.scoring.forward_mode import forward_tangents
 from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
@@ -163,6 +165,41 @@ def test_the_loss_leaves_the_padding_row_alone_as_training_does(monkeypatch):
     found = loss_gradient(policy, batch, LossSettings(loss="grpo", max_new_tokens=4))
     row = found.gradient["model.embed_tokens.weight"][EOS]
     assert bool((row == 0).all())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("by", ["forward mode", "differences"])
+def test_forwards_can_have_the_derivatives_that_training_takes(monkeypatch, tied, by):
+    """Along any direction, what the tokens of a batch add is the inner product with the loss's own gradient."""
+    policy = tiny_policy(monkeypatch, lora=False)
+    model = policy.model
+    model.get_input_embeddings().padding_idx = EOS
+    if tied:
+        model.lm_head.weight = model.get_input_embeddings().weight
+    batch = as_batch([(1, 2, EOS), (2, EOS), (0, 1, 1)])
+    batch = replace(
+        batch,
+        prompt_ids=((0, EOS, 1),) * 3,
+        advantages=torch.tensor([1.0, -0.5, -0.5]),
+        group=torch.zeros(3).long(),
+    )
+    found = loss_gradient(policy, batch, LossSettings(loss="grpo", max_new_tokens=4))
+    g = torch.Generator().manual_seed(3)
+    direction = {n: torch.randn(p.shape, generator=g).double() for n, p in policy.parameters.items()}
+
+    def along():
+        if by == "forward mode":
+            return forward_tangents(policy, batch, direction)
+        return difference_pair(policy, batch, direction, 1e-6).tangents
+
+    expected = sum(float((found.gradient[n] * direction[n]).sum()) for n in direction)
+    before, plain = score_tokens(policy, batch), along()
+    with as_trained(model):
+        inside, trained = score_tokens(policy, batch), along()
+    assert torch.equal(before.logprob, inside.logprob)
+    assert float((found.weights * trained.logprob).sum()) == pytest.approx(expected, rel=1e-6)
+    assert float((found.weights * plain.logprob).sum()) != pytest.approx(expected, rel=1e-3)
+    assert not model.get_input_embeddings()._forward_hooks
 
 
 # ---------------------------------------------------------------- stopped gradients
