@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from probe.attribution.contributions import Contributions, Sensitivities, contributions
-from probe.attribution.coupling import Coupling, Row, coupling, split_row
+from probe.attribution.contributions import Contributions, contributions
+from probe.attribution.coupling import Coupling
 from probe.attribution.league import LeagueRow, league
-from probe.attribution.objectives import Objectives, blocks_of, objectives
+from probe.attribution.objectives import objectives
 from probe.attribution.predictors import PREDICTORS
 from probe.attribution.sums import (
     Sum,
@@ -24,30 +23,24 @@ from probe.attribution.sums import (
 )
 from probe.attribution.token_classes import class_masks, token_labels
 from probe.attribution.tokens import UpdateTokens
-from probe.attribution.update_spread import preconditioned, spread
+from probe.attribution.update_spread import spread
 from probe.config.losses import TOKEN_MEANS
 from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import ConfigError, NumericalError
 from probe.estimand import PerEstimand
-from probe.estimators.adam import ClosedFormStep
 from probe.estimators.groups import index_groups, sum_per_group
-from probe.estimators.losses import LossWeights, loss_weight_parts
+from probe.estimators.losses import loss_weight_parts
 from probe.loading.optimizer import LoadedOptimizer
 from probe.loading.tokenizer import token_decoder
-from probe.parameters import inner_product, inner_products, norm
-from probe.phases.passes import AlongStep, tangents_of
+from probe.phases.coupling import coupled, drawn_responses, drawn_states, influence
 from probe.phases.prediction import Predicted
 from probe.phases.sample import BatchSource, Sample, evaluation_rewards
+from probe.phases.step_in_parts import StepInParts
 from probe.phases.update import Update, closed_form
 from probe.rollouts.draw import stream_seed
-from probe.scoring.collector import MakeProgress, Progress, no_progress
-from probe.scoring.differentiable import as_trained, whole_gradients
+from probe.scoring.collector import MakeProgress, no_progress
 from probe.scoring.distribution import expected_discriminator
-from probe.scoring.forward_mode import forward_tangents
-from probe.scoring.gradients import token_gradients
 from probe.scoring.last_layer import last_layer_gradient, last_layer_tangents
-from probe.scoring.policy import Policy
-from probe.scoring.scores import TokenTangents
 
 logger = logging.getLogger(__name__)
 
@@ -130,11 +123,11 @@ def attribution(
         rewards, reason = evaluation_rewards(source, sample.E)
     rework = config.probe_rework
     on = objectives(sample.E_scores, rewards, rework.weighting, rework.baseline)
-    taker = StepInParts(
+    step = StepInParts(
         policy, sample.E, sample.U, update, closed_form(policy, loaded, update), predicted.passes
     )
     weights = loss_weight_parts(update.loss, update.inputs)
-    found = contributions(taker.sensitivities(on, config.attribution.blocks, progress), weights)
+    found = contributions(step.sensitivities(on, config.attribution.blocks, progress), weights)
     exact = predicted.passes.way.mode == "jvp"
     if exact and not (policy.half_precision or found.completeness <= COMPLETENESS_LIMIT):
         raise NumericalError(
@@ -143,13 +136,13 @@ def attribution(
             "finite_difference)"
         )
     seed = stream_seed(source.seed, "attribution")
-    states = taker.drawn_states(config.attribution.states, seed)
-    responses = taker.drawn_responses(config.attribution.responses, seed)
-    influence, rows = taker.influence(config.attribution.responses, seed, progress("influence of U"))
+    states = drawn_states(sample.U, config.attribution.states, seed)
+    responses = drawn_responses(sample.U, config.attribution.responses, seed)
+    matrix, rows = influence(step, config.attribution.responses, seed, progress("influence of U"))
     U = sample.U
     labels = token_labels(U, update.scores.entropy, token_decoder(source.tokenizer))
-    coupled = taker.coupled(states, weights, progress("coupling of states of U"))
-    tokens = taker.tokens(class_masks(labels), config.attribution.league, progress)
+    own_states = coupled(step, states, weights, progress("coupling of states of U"))
+    tokens = update_tokens(step, class_masks(labels), config.attribution.league, progress)
     return Attribution(
         contributions=found,
         tokens=tokens,
@@ -157,13 +150,13 @@ def attribution(
         sums={**sums_by_label(found, labels), **sums_by_parameter(found)},
         by_response=sums_by_response(found, U.mask),
         by_prompt=sums_by_prompt(found, U.mask, U.group),
-        league=league(found, tokens, coupled, PREDICTORS) if config.attribution.league else [],
+        league=league(found, tokens, own_states, PREDICTORS) if config.attribution.league else [],
         agreement=_agreement(found, predicted, rework.weighting),
         rewards=rewards,
         without_reward="" if rewards is not None else reason,
-        states=coupled,
-        responses=taker.coupled(responses, weights, progress("coupling of responses of U")),
-        influence=influence,
+        states=own_states,
+        responses=coupled(step, responses, weights, progress("coupling of responses of U")),
+        influence=matrix,
         influence_rows=rows,
         sd_U=update_spread_of(found, sample.U, rework.loss in TOKEN_MEANS),
     )
@@ -218,227 +211,32 @@ def _agreement(found: Contributions, predicted: Predicted, weighting: str) -> fl
     return abs(here - there) / max(*map(abs, parts), 1e-300)
 
 
-@dataclass(frozen=True)
-class StepInParts:
-    """A step from U, and the passes that take the effects of its parts.
+def update_tokens(
+    step: StepInParts, classes: Mapping[str, Tensor], last_layer: bool, progress: MakeProgress = no_progress
+) -> UpdateTokens:
+    """U as the formulas of the literature see it.
 
-    Attributes:
-        policy: at `theta`.
-        E: the evaluation batch.
-        U: the update batch.
-        update: the step from it.
-        closed: the same in its parts.
-        passes: over E along the step: by what way derivatives are taken.
+    Args:
+        step: from U.
+        classes: see `class_masks`.
+        last_layer: take derivatives through the output layer too.
+        progress: makes a progress callback from the name of a pass.
     """
-
-    policy: Policy
-    E: RolloutBatch
-    U: RolloutBatch
-    update: Update
-    closed: ClosedFormStep
-    passes: AlongStep
-
-    @cached_property
-    def vectors(self) -> dict[str, Mapping[str, Tensor]]:
-        """The vectors that the step is the sum of, and of these the load-balancing loss's part of the gradient."""
-        found = {
-            "momentum": self.closed.momentum,
-            "decay": self.closed.decay,
-            "gradient": self.closed.gradient,
-        }
-        if self.update.router is not None:
-            found["router"] = preconditioned(self.closed.gradient_map, self.update.router)
-        return found
-
-    def sensitivities(
-        self, on: Objectives, count: int, progress: MakeProgress = no_progress
-    ) -> Sensitivities:
-        """How the objectives change with the weight of each token of U.
-
-        Part of E by part, so that no more than two gradients of each objective are held at a time. The errors of
-        differences in the parts do not matter; what is exact is taken once more, along the sum.
-
-        Args:
-            on: objectives on E.
-            count: parts of E.
-            progress: makes a progress callback from the name of a pass.
-        """
-        E, U, names = self.E, self.U, tuple(self.policy.parameters)
-        blocks = blocks_of(on, E.group, count)
-        K, P, shape = len(on), len(blocks), U.mask.shape
-        of_blocks = torch.zeros(2, K, P, *shape)
-        products = {name: torch.zeros(K, P, len(names), dtype=torch.float64) for name in self.vectors}
-        sums: list[dict[str, Tensor]] = [{} for _ in range(K)]
-        told = _Steps(progress("gradient on E for all objectives"), len(E))
-        for p, rows in enumerate(blocks.rows):
-            gradients = self._gradients(on, rows, told)
-            for k, gradient in enumerate(gradients):
-                for name, vector in self.vectors.items():
-                    by_name = inner_products(gradient, vector)
-                    products[name][k, p] = torch.tensor([by_name[n] for n in names], dtype=torch.float64)
-                sums[k] = {n: sums[k][n] + g if sums[k] else g for n, g in gradient.items()}
-                found = self.along(gradient, progress, exact=False)
-                of_blocks[0, k, p], of_blocks[1, k, p] = found.logprob, found.entropy
-        whole = [self.along(total, progress) for total in sums]
-        return Sensitivities(
-            logprob=torch.stack([one.logprob for one in whole]),
-            entropy=torch.stack([one.entropy for one in whole]),
-            block_logprob=of_blocks[0],
-            block_entropy=of_blocks[1],
-            vectors=products,
-            names=names,
-            blocks=blocks,
-        )
-
-    def _gradients(self, on: Objectives, rows: Tensor, progress: Progress) -> list[dict[str, Tensor]]:
-        """The gradients of the objectives from a part of E: `1 / B` times the sum over its tokens."""
-
-        def weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-            return on.of_logprob[:, rows[i], t] / B, on.of_entropy[:, rows[i], t] / B
-
-        B = len(self.E)
-        part = self.E.subset(rows)
-        if not bool(part.mask.any()):
-            return [
-                {n: torch.zeros_like(p) for n, p in self.policy.parameters.items()} for _ in range(len(on))
-            ]
-        with whole_gradients(self.policy.model):
-            return token_gradients(self.policy, part, weights, len(on), progress)[0]
-
-    def along(
-        self, gradient: Mapping[str, Tensor], progress: MakeProgress = no_progress, *, exact: bool = True
-    ) -> TokenTangents:
-        """Derivatives of U's scores along `P` times a gradient.
-
-        Args:
-            gradient: by parameter name.
-            progress: makes a progress callback from the name of a pass.
-            exact: by forward mode, where the model has it; otherwise by what is cheapest and holds.
-        """
-        U, u = self.U, preconditioned(self.closed.gradient_map, gradient)
-        if norm(u) == 0.0:
-            zero = torch.zeros(U.mask.shape, dtype=torch.float64)
-            return TokenTangents(zero, zero)
-        with as_trained(self.policy.model):
-            if exact and self.passes.way.mode == "jvp":
-                return forward_tangents(self.policy, U, u, progress=progress("forward mode on U"))
-            move = norm(self.update.step)
-            return tangents_of(self.policy, U, u, self.passes, move, progress, here=self.update.scores)
-
-    def tokens(
-        self, classes: Mapping[str, Tensor], last_layer: bool, progress: MakeProgress = no_progress
-    ) -> UpdateTokens:
-        """U as the formulas of the literature see it.
-
-        Args:
-            classes: see `class_masks`.
-            last_layer: take derivatives through the output layer too.
-            progress: makes a progress callback from the name of a pass.
-        """
-        U, scores = self.U, self.update.scores
-        assert U.advantages is not None
-        old, along = U.old_logprobs, None
-        if last_layer:
-            G = last_layer_gradient(self.policy, self.E, progress("score the output layer on E"))
-            along = last_layer_tangents(self.policy, U, G, progress("score U along the output layer"))
-        return UpdateTokens(
-            mask=U.mask,
-            logprob=scores.logprob,
-            entropy=scores.entropy,
-            old_logprob=scores.logprob if old is None else torch.where(U.mask, old, 0.0),
-            advantages=U.advantages,
-            expected_discriminator=expected_discriminator(
-                self.policy, U, progress("score distributions of U")
-            ),
-            group=U.group,
-            rewards=U.rewards,
-            last_layer=along,
-            classes=classes,
-        )
-
-    # ---------------------------------------------------------------- coupling
-
-    def drawn_states(self, count: int, seed: int) -> list[tuple[int, int | None]]:
-        """States of U drawn at random without replacement, as `(sequence, position)`."""
-        places = self.U.mask.nonzero()
-        order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))[:count]
-        return [(int(i), int(t)) for i, t in places[order]]
-
-    def drawn_responses(self, count: int, seed: int) -> list[tuple[int, int | None]]:
-        """Responses of U drawn at random without replacement, as `(sequence, None)`."""
-        return [(i, None) for i in _drawn(self.U, count, seed)]
-
-    def coupled(
-        self, places: Sequence[tuple[int, int | None]], weights: LossWeights, progress: Progress
-    ) -> Coupling | None:
-        """Split the entropy change at some places of U; None where there are none.
-
-        Args:
-            places: states, or whole responses.
-            weights: of the loss.
-            progress: called after each, with the responses of U that were gone over.
-        """
-        rows: list[Row] = []
-        for n, (sequence, position) in enumerate(places):
-            X = self._entropy_gradient(self.U, sequence, position)
-            of = {name: inner_product(X.__getitem__, vector) for name, vector in self.vectors.items()}
-            total = of.pop("gradient") + of["momentum"] + of["decay"]
-            rows.append(split_row(sequence, position, self.along(X), weights, self.U.group, of, total))
-            progress((n + 1) * len(self.U), len(places) * len(self.U))
-        return coupling(rows, self.U.group) if rows else None
-
-    def influence(self, count: int, seed: int, progress: Progress) -> tuple[Tensor | None, Tensor | None]:
-        """What each response of U does to the entropy at the states of sampled responses of E.
-
-        Args:
-            count: responses of E.
-            seed: of the draw.
-            progress: called after each, with the responses of U that were gone over.
-
-        Returns:
-            `(n, B_U)` nats, and the responses `(n,)`; None where there are none.
-        """
-        rows = _drawn(self.E, count, seed)
-        if not rows:
-            return None, None
-        weights, found = loss_weight_parts(self.update.loss, self.update.inputs), []
-        for n, row in enumerate(rows):
-            tangents = self.along(self._entropy_gradient(self.E, row, None))
-            found.append((weights.policy * tangents.logprob).sum(1))
-            progress((n + 1) * len(self.U), len(rows) * len(self.U))
-        return torch.stack(found), torch.tensor(rows)
-
-    def _entropy_gradient(
-        self, batch: RolloutBatch, sequence: int, position: int | None
-    ) -> dict[str, Tensor]:
-        """`grad h` at one state of a batch, or its sum over the states of a response."""
-
-        def weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-            here = torch.ones_like(h) if position is None else (t == position).to(h)
-            return torch.zeros_like(h).unsqueeze(0), here.unsqueeze(0)
-
-        alone = replace(self.policy, tokens_per_microbatch=None, microbatch_size=1)
-        with whole_gradients(self.policy.model):
-            (gradient,), _ = token_gradients(alone, batch.subset(torch.tensor([sequence])), weights, 1)
-        return gradient
-
-
-class _Steps:
-    """Progress of a pass that is made part by part."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self.progress, self.total, self.before, self.last = progress, total, 0, 0
-
-    def __call__(self, done: int, total: int) -> None:
-        """Report `done` of `total` of the present part."""
-        if done < self.last:
-            self.before += self.last
-        self.last = done
-        self.progress(self.before + done, self.total)
-
-
-def _drawn(batch: RolloutBatch, count: int, seed: int) -> list[int]:
-    """Responses that are not empty, at random without replacement."""
-    some = (batch.lengths > 0).nonzero().flatten()
-    order = torch.randperm(len(some), generator=torch.Generator().manual_seed(seed))[:count]
-    return [int(i) for i in some[order]]
+    U, scores = step.U, step.update.scores
+    assert U.advantages is not None
+    old, along = U.old_logprobs, None
+    if last_layer:
+        G = last_layer_gradient(step.policy, step.E, progress("score the output layer on E"))
+        along = last_layer_tangents(step.policy, U, G, progress("score U along the output layer"))
+    return UpdateTokens(
+        mask=U.mask,
+        logprob=scores.logprob,
+        entropy=scores.entropy,
+        old_logprob=scores.logprob if old is None else torch.where(U.mask, old, 0.0),
+        advantages=U.advantages,
+        expected_discriminator=expected_discriminator(step.policy, U, progress("score distributions of U")),
+        group=U.group,
+        rewards=U.rewards,
+        last_layer=along,
+        classes=classes,
+    )

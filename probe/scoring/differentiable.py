@@ -80,9 +80,9 @@ def whole_gradients(model: nn.Module) -> Iterator[None]:
 def as_trained(model: nn.Module) -> Iterator[None]:
     """Forwards of which every derivative is the one that training takes: padding rows are constants as inputs.
 
-    The other side of `whole_gradients`: the gradient of the loss leaves the padding row of an embedding out for what its
-    inputs do, so that what a token adds to the step is a derivative of a forward in which that row stays where it is
-    (an output layer that is tied to it goes on moving). Values and other derivatives are the same.
+    The other side of `whole_gradients`: the gradient of the loss leaves the padding row of an embedding out for what
+    its inputs do, so that what a token adds to the step is a derivative of a forward in which that row stays where it
+    is (an output layer that is tied to it goes on moving). Values and other derivatives are the same.
     """
     handles = []
     try:
@@ -102,4 +102,5 @@ def as_trained(model: nn.Module) -> Iterator[None]:
 
 def _with_constant_row(module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor, row: Tensor) -> Tensor:
     """An embedding's output with the padding row as it was."""
-    return torch.where((args[0] == module.padding_idx).unsqueeze(-1), row.to(output.dtype), output)
+    padding = torch.eq(args[0], module.padding_idx or 0).unsqueeze(-1)
+    return torch.where(padding, row.to(output.dtype), output)

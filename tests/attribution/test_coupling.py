@@ -13,6 +13,7 @@ from probe.attribution.predictors import PREDICTORS
 from probe.estimators.loss_settings import LossSettings
 from probe.estimators.losses import LossWeights
 from probe.parameters import inner_product
+from probe.phases.coupling import coupled, drawn_states, influence
 from probe.scoring import score_tokens
 from probe.scoring.scores import TokenTangents
 from tests.support.attributed import attributed, batches
@@ -41,8 +42,8 @@ def test_the_terms_of_a_state_add_up_to_its_change(monkeypatch, lora):
     """Identity 9, against the gradient of that state's entropy by plain autograd."""
     made = made_step(monkeypatch, lora=lora)
     U, policy = made.U, made.policy
-    places = made.taker.drawn_states(10, seed=1)
-    found = made.taker.coupled(places, made.weights, no_progress)
+    places = drawn_states(made.U, 10, seed=1)
+    found = coupled(made.taker, places, made.weights, no_progress)
     assert found is not None
     assert len(found.rows) == 10
     _, h = naive_scores(policy, U)
@@ -113,7 +114,7 @@ def test_states_of_one_prompt_have_no_error():
 
 def test_without_states_there_is_nothing(monkeypatch):
     made = made_step(monkeypatch)
-    assert made.taker.coupled([], made.weights, no_progress) is None
+    assert coupled(made.taker, [], made.weights, no_progress) is None
     with pytest.raises(ValueError, match="expected at least one sampled state"):
         coupling([], torch.zeros(0))
 
@@ -146,7 +147,7 @@ def test_in_a_table_the_own_token_does_it_all():
 
 def test_influence_has_a_row_for_each_response_of_the_evaluation_batch(monkeypatch):
     made = made_step(monkeypatch)
-    matrix, rows = made.taker.influence(5, 3, no_progress)
+    matrix, rows = influence(made.taker, 5, 3, no_progress)
     assert matrix.shape == (5, len(made.U))
     assert len(set(rows.tolist())) == 5
     i = int(rows[0])
@@ -155,7 +156,7 @@ def test_influence_has_a_row_for_each_response_of_the_evaluation_batch(monkeypat
     by_name = dict(zip(made.policy.parameters, X, strict=True))
     tangents = made.taker.along(by_name)
     assert torch.allclose(matrix[0], (made.weights.policy * tangents.logprob).sum(1), rtol=1e-9, atol=1e-15)
-    assert made.taker.influence(0, 3, no_progress) == (None, None)
+    assert influence(made.taker, 0, 3, no_progress) == (None, None)
 
 
 def test_the_weights_are_those_of_the_loss(monkeypatch):

@@ -12,6 +12,7 @@ from probe.attribution.league import CEILING, TARGETS, _row, _scored, league, sp
 from probe.attribution.predictors import PREDICTORS, predictor
 from probe.attribution.predictors.registry import Predictor
 from probe.attribution.tokens import UpdateTokens
+from probe.phases.coupling import coupled, drawn_states
 from tests.support.attributed import attributed, batches
 from tests.support.enumerable import tiny_policy
 
@@ -68,8 +69,8 @@ def made(monkeypatch):
     policy = tiny_policy(monkeypatch, layers=2)
     E, U = batches(policy, prompts=16, G=4, E=200)
     step = attributed(policy, E, U)
-    places = step.taker.drawn_states(30, seed=1)
-    return step, step.taker.coupled(places, step.weights, lambda done, total: None)
+    places = drawn_states(step.U, 30, seed=1)
+    return step, coupled(step.taker, places, step.weights, lambda done, total: None)
 
 
 def test_the_table_has_every_predictor_against_every_target(monkeypatch):

@@ -259,7 +259,7 @@ def test_what_cannot_be_done_is_refused(attributed, sections, message):
 
 
 def test_layers_that_drop_derivatives_are_found_out(attributed, monkeypatch):
-    import probe.phases.attribution as phase
+    import probe.phases.step_in_parts as phase
 
     real = phase.forward_tangents
 

@@ -15,8 +15,9 @@ from probe.estimators.adam import adam_closed_form
 from probe.estimators.loss_settings import LossSettings
 from probe.estimators.losses import LossWeights, loss_weight_parts
 from probe.estimators.update import loss_gradient
-from probe.phases.attribution import StepInParts
+from probe.phases.attribution import update_tokens
 from probe.phases.passes import AlongStep, Way
+from probe.phases.step_in_parts import StepInParts
 from probe.phases.update import Update, optimizer_step
 from probe.scoring import Policy, score_tokens
 from probe.scoring.forward_mode import scores_and_tangents
@@ -55,7 +56,7 @@ class Attributed:
     @property
     def tokens(self) -> UpdateTokens:
         """U as formulas see it."""
-        return replace(self.taker.tokens({}, last_layer=True))
+        return replace(update_tokens(self.taker, {}, last_layer=True))
 
 
 def batches(
