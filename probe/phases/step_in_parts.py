@@ -76,9 +76,10 @@ class StepInParts:
         of_blocks = torch.zeros(2, K, P, *shape)
         products = {name: torch.zeros(K, P, len(names), dtype=torch.float64) for name in self.vectors}
         sums: list[dict[str, Tensor]] = [{} for _ in range(K)]
-        told = _Steps(progress("gradient on E for all objectives"), len(E))
+        told, done = progress("gradient on E for all objectives"), 0
         for p, rows in enumerate(blocks.rows):
-            gradients = self._gradients(on, rows, told)
+            gradients = self._gradients(on, rows, _from(told, done, len(E)))
+            done += len(rows)
             for k, gradient in enumerate(gradients):
                 for name, vector in self.vectors.items():
                     by_name = inner_products(gradient, vector)
@@ -133,15 +134,6 @@ class StepInParts:
             return tangents_of(self.policy, U, u, self.passes, move, progress, here=self.update.scores)
 
 
-class _Steps:
-    """Progress of a pass that is made part by part."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self.progress, self.total, self.before, self.last = progress, total, 0, 0
-
-    def __call__(self, done: int, total: int) -> None:
-        """Report `done` of `total` of the present part."""
-        if done < self.last:
-            self.before += self.last
-        self.last = done
-        self.progress(self.before + done, self.total)
+def _from(progress: Progress, before: int, whole: int) -> Progress:
+    """Progress of a part of a pass, `before` responses of the `whole` being done."""
+    return lambda done, total: progress(before + done, whole)

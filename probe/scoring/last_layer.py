@@ -33,6 +33,7 @@ def last_layer_gradient(policy: Policy, batch: RolloutBatch, progress: Progress 
 
     Raises:
         RolloutError: all responses are empty.
+        NumericalError: a score is not finite.
     """
     collector, found = Collector(batch, progress, policy.ranks), torch.zeros(0)
 
@@ -43,6 +44,7 @@ def last_layer_gradient(policy: Policy, batch: RolloutBatch, progress: Progress 
 
     for own in _each(policy, batch, "output layer's gradient", of_chunk, collector):
         found = found + own if found.numel() else own
+    collector.finish()
     if policy.ranks.size > 1:
         shape = policy.ranks.gathered("shape of the output layer", tuple(found.shape))
         found = found if found.numel() else torch.zeros(next(s for s in shape if s != (0,)))

@@ -113,6 +113,19 @@ KINDS = {
     "lora, reverse": ("lora", 2, {"probe_rework": {"derivative_mode": "reverse", "kl_coef": 0.02}}),
     "lora, auto": ("lora", 3, {}),
     "full, differences": ("full", 2, {"probe_rework": {"derivative_mode": "finite_difference"}}),
+    "lora, attribution": (
+        "lora",
+        2,
+        {
+            "attribution": {"enabled": True, "blocks": 2, "states": 3, "responses": 2},
+            "whatif": {"enabled": True, "interventions": ["steer"], "exact": ["steer"]},
+        },
+    ),
+    "full, attribution": (
+        "full",
+        2,
+        {"attribution": {"enabled": True, "blocks": 2, "states": 2, "responses": 1}},
+    ),
     "full, resample": ("full", 3, {"importance": {"is_mode": "resample", "noise_floor": True}}),
 }
 
