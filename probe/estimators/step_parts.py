@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class StepParts:
     Attributes:
         momentum: what earlier gradients have in it.
         decay: weight decay's part; empty where there is none to speak of.
+        gradient_map: what one unit of the gradient that the step was taken with adds to it; empty where nobody asked.
         error: norm of `step - (momentum + decay + gradient part)` relative to the step's: whether the rule is the one
             assumed. It does not check the gradient, whose part momentum's makes up for.
     """
@@ -47,6 +48,7 @@ class StepParts:
     momentum: Mapping[str, Tensor]
     decay: Mapping[str, Tensor]
     error: float
+    gradient_map: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def step_parts(
@@ -54,6 +56,7 @@ def step_parts(
     parameters: Mapping[str, nn.Parameter],
     old: Mapping[str, Tensor],
     step: Mapping[str, Tensor],
+    keep_map: bool = False,
 ) -> StepParts | str:
     """Split a step that was just taken, while the gradients are still there.
 
@@ -66,11 +69,12 @@ def step_parts(
         parameters: by name, after it.
         old: their values before it.
         step: `theta_new - theta_old`.
+        keep_map: also give the map from the gradient to its part.
 
     Returns:
         The parts, or the reason why there are none.
     """
-    found = _split(optimizers, parameters, old, step)
+    found = _split(optimizers, parameters, old, step, keep_map)
     apart = [(p, float(isinstance(found, str))) for p in parameters.values() if is_shard(p)][:1]
     if total(apart) > 0 and not isinstance(found, str):
         return "another process has none for its part of the step"
@@ -81,7 +85,7 @@ def step_parts(
     if not unexplained <= (CODED_TOLERANCE if found.coded else TOLERANCE):
         return f"momentum, decay and gradient leave {unexplained:.2g} of the step unexplained"
     decay = {} if norm(found.decay) < SMALLEST_DECAY * norm(step) else found.decay
-    return StepParts(momentum=found.momentum, decay=decay, error=unexplained)
+    return StepParts(found.momentum, decay, unexplained, found.gradient_map)
 
 
 @dataclass
@@ -94,6 +98,7 @@ class _Split:
     momentum: dict[str, Tensor]
     decay: dict[str, Tensor]
     rest: dict[str, float]
+    gradient_map: dict[str, Tensor]
     coded: bool = False
 
 
@@ -102,10 +107,11 @@ def _split(
     parameters: Mapping[str, nn.Parameter],
     old: Mapping[str, Tensor],
     step: Mapping[str, Tensor],
+    keep_map: bool,
 ) -> _Split | str:
     """The parts of the step, or the reason why there are none."""
     owners = {id(p): (o, group) for o in optimizers for group in o.param_groups for p in group["params"]}
-    split = _Split({}, {}, {})
+    split = _Split({}, {}, {}, {})
     for name, p in parameters.items():
         optimizer, group = owners[id(p)]
         theta = part(old[name]).to(p.device).double()
@@ -121,14 +127,15 @@ def _split(
         if found is None:
             return f"{type(optimizer).__name__} is not linear in the gradient"
         split.coded = split.coded or "state1" in state or "__bnb_optimizer_quant_state__" in state
-        of_momentum, of_decay, of_gradient = (
-            found if p.grad is not None else (theta * 0, theta * 0, theta * 0)
-        )
+        of_momentum, of_decay, factor = found if p.grad is not None else (theta * 0, theta * 0, theta * 0)
+        of_gradient = factor * g
         own = part(step[name])
         left = own.to(p.device).double() - of_momentum - of_decay - of_gradient
         split.rest[name] = float(left.square().sum())
         split.momentum[name] = from_part(of_momentum.to(own), step[name])
         split.decay[name] = from_part(of_decay.to(own), step[name])
+        if keep_map:
+            split.gradient_map[name] = from_part(factor.to(own), step[name])
     return split
 
 
@@ -140,7 +147,7 @@ def _parts(
     theta: Tensor,
     g: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Momentum's, decay's and the gradient's part of one parameter's step; None for an unknown rule."""
+    """Momentum's and decay's part of a parameter's step, and the gradient's factor in it; None for an unknown rule."""
     if isinstance(optimizer, torch.optim.Adam):
         return _adam(group, state, name, theta, g)
     if type(optimizer).__module__.startswith("bitsandbytes.") and "Adam" in type(optimizer).__name__:
@@ -166,7 +173,7 @@ def _adam(
     if moments.step == 1:
         carried = torch.zeros_like(theta)  # exactly, whatever the rounding of the moment
     of_momentum, of_decay, factor = adam_parts(group, theta, carried, second, moments.step)
-    return of_momentum, of_decay, factor * g
+    return of_momentum, of_decay, factor
 
 
 def _check_gradient(group: Mapping[str, Any], name: str, new: Tensor, second: Tensor) -> None:
@@ -202,9 +209,10 @@ def _sgd(
         return None
     buffer, effective = state.get("momentum_buffer"), sign * g + decay * theta
     if mu == 0.0 or buffer is None:
-        return torch.zeros_like(theta), -lr * decay * theta, -lr * sign * g
+        return torch.zeros_like(theta), -lr * decay * theta, torch.full_like(theta, -lr * sign)
     after = buffer.to(theta.device).double()
     # the first step's buffer is the gradient itself, without dampening
     first = float((after - effective).norm()) <= FIRST_STEP * float(after.norm())
     share = 1.0 if first else 1.0 - float(group["dampening"])
-    return -lr * (after - share * effective), -lr * share * decay * theta, -lr * share * sign * g
+    factor = torch.full_like(theta, -lr * share * sign)
+    return -lr * (after - share * effective), -lr * share * decay * theta, factor

@@ -6,11 +6,12 @@ the trainer's update is another one than the probe's is an error; one that only 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from probe.config.batches import BatchConfig
 from probe.config.schema import ProbeConfig
 from probe.errors.exceptions import CheckpointError, ProbeError
 from probe.from_checkpoint.judged import (
@@ -94,6 +95,26 @@ def fill_settings(
         rows=rows_per_update(args) if several_updates(args) else None,
     )
     return filled, sources
+
+
+def config_of_trainer(options: Mapping[str, Any]) -> ProbeConfig:
+    """The settings of the update of a GRPO training that is running, from its arguments.
+
+    Args:
+        options: TRL's, by name.
+
+    Raises:
+        CheckpointError: an option makes its update another one than the probe's.
+    """
+    here = Path("the trainer's arguments")
+    args = TrainingArgs(here, "GRPOConfig", True, options, None)
+    config = ProbeConfig(batch_config=BatchConfig(U_rollouts="the trainer's own"))
+    said, problems = _said(args, config)
+    for problem in problems.values():
+        raise CheckpointError(f"{here}: {problem}")
+    filled = with_values(config, said, here)
+    refuse_unsupported(args, filled, set())
+    return filled
 
 
 def filled_config(config: ProbeConfig, given: Collection[str]) -> ProbeConfig:

@@ -86,10 +86,29 @@ OF_A_TRAINING: tuple[Quantity, ...] = (
         per_token=True,
         parts=_DELTA_ERRORS,
     ),
+    *(
+        Quantity(
+            f"deltaH1_{name}",
+            f"what {words} of the training's own batch add to deltaH1, without an error; with `attribution`",
+            per_token=True,
+        )
+        for name, words in {
+            "positive": "tokens of positive advantage",
+            "negative": "tokens of negative advantage",
+            "right": "tokens of right responses (reward above the middle of the batch's; where rewards are known)",
+            "wrong": "tokens of wrong responses",
+            "high_entropy": "the fifth of the tokens of highest entropy",
+            "eos": "the ends that the policy chose",
+            "digits": "tokens of digits",
+            "words": "tokens with letters",
+        }.items()
+    ),
 )
 """Quantities that only a training has: changes of entropy with errors; those of `CURVES` are sums over the training."""
 _FORECAST = {
     "momentum_share_tok": "deltaH1_momentum_tok / deltaH1_tok; absent where deltaH1_tok cannot be told from 0",
+    "attribution_scale": "what the contributions of the batch's tokens had to be multiplied by to add up to "
+    "deltaH1_gradient_tok on the same E: the factor of gradient clipping, and what dropout makes of it",
     "decay_share_tok": "deltaH1_decay_tok / deltaH1_tok; absent likewise",
     "steps_to_collapse": "optimizer steps from the end of this one until H_orig_tok falls to `collapse_entropy`, the "
     "median; None before the third probe, infinite where it is more likely not to",
@@ -146,6 +165,7 @@ LIVE_TEXTS: dict[str, str] = {
     "verdict_reasons": "why the verdict is not better, a list of sentences",
     "alarms": "optimizer steps after which an alarm was raised, from this probe on until the next, a list; absent "
     "where there was none",
+    "attribution_reason": "why there are no parts of classes of tokens; absent where there are, or nobody asked",
     "shares_reason": "why there are no parts of momentum and decay; absent where there are",
     "outlook": "the forecast in words; `flattening` where entropy moves towards a threshold at a rate that would "
     "reach it within 3,000 steps, and more likely than not does not, `no collapse in sight` where it is far",

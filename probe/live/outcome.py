@@ -18,6 +18,7 @@ from probe.estimators.entropy_change import entropy
 from probe.estimators.estimate import Estimate, Estimates, estimate
 from probe.estimators.ground_truth import GroundTruth
 from probe.estimators.prediction import Prediction
+from probe.live.attribution import TokenChanges
 from probe.live.parts import PartChanges
 from probe.results.changes import Changes, changes, reported
 from probe.results.diagnostics import batch_diagnostics, derivative_diagnostics, ground_truth_diagnostics
@@ -38,6 +39,7 @@ class Before:
         seen: what sampling saw; None where E was not sampled by the probe.
         old: copies of the trainable parameters.
         seconds: that sampling took.
+        X: gradient of the token entropy on E; None where nobody asked.
     """
 
     number: int
@@ -45,6 +47,7 @@ class Before:
     seen: SampledTokens | None
     old: Mapping[str, Tensor]
     seconds: float
+    X: Mapping[str, Tensor] | None = None
 
     @property
     def mean_length(self) -> float:
@@ -63,6 +66,7 @@ class Outcome(StepResult):
         mean_length: tokens per response of E.
         step_norm: Euclidean norm of the step.
         parts: of deltaH1; None where they were not asked for, or the step was 0.
+        tokens: what classes of the training's tokens add to it; None likewise.
     """
 
     H: Estimates
@@ -71,6 +75,7 @@ class Outcome(StepResult):
     mean_length: float
     step_norm: float
     parts: PartChanges | None = None
+    tokens: TokenChanges | None = None
 
     @property
     def moved(self) -> bool:
@@ -112,6 +117,7 @@ class Outcome(StepResult):
             "avg_generation_length": self.mean_length,
             "diagnostics": self.diagnostics,
             **({} if self.parts is None else self.parts.as_mapping()),
+            **({} if self.tokens is None else self.tokens.as_mapping()),
             "step_norm": self.step_norm,
             "timing": self.timing,
         }
@@ -195,6 +201,7 @@ def outcome_of_step(
     step_norm: float,
     seconds: Mapping[str, float],
     parts: PartChanges | None = None,
+    tokens: TokenChanges | None = None,
 ) -> Outcome:
     """The outcome of a step.
 
@@ -208,6 +215,7 @@ def outcome_of_step(
         step_norm: size of the step.
         seconds: that its parts took.
         parts: of deltaH1, where they were asked for.
+        tokens: what classes of the training's tokens add to it, likewise.
     """
     E, H = before.E, entropies(scores, before.E)
     found = changes(prediction, truth)
@@ -229,6 +237,7 @@ def outcome_of_step(
         mean_length=before.mean_length,
         step_norm=step_norm,
         parts=parts,
+        tokens=tokens,
     )
 
 

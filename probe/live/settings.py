@@ -53,6 +53,9 @@ class WatchSettings:
     the model allows it."""
     shares: bool = True
     """Also say how much of deltaH1 is momentum's and weight decay's: one more forward-mode pass for each."""
+    attribution: bool = False
+    """Also say what classes of the training's own tokens add to deltaH1, where its batch is known (TRL's GRPOTrainer;
+    elsewhere give `update`): a backward over E, and two or three forwards of that batch."""
     control_variates: bool = True
     """Let every probe learn from the earlier ones, which takes about half of the variance off."""
     noise_floor: Literal["auto", "on", "off"] = "auto"

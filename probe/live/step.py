@@ -17,12 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from probe.distributed.ranks import ALONE, Ranks
 from probe.errors.exceptions import ProbeError, RolloutError
-from probe.estimators.step_parts import step_parts
+from probe.estimators.step_parts import StepParts, step_parts
 from probe.finite import require_finite_moments
+from probe.live.attribution import TokenChanges, UpdateOf, token_changes, token_entropy_gradient
 from probe.live.optimizers import largest_rate
 from probe.live.outcome import (
     Before,
@@ -73,6 +74,7 @@ class UpdateProbe:
         responses: in the next E; None takes as many as the settings say.
         traffic: of all probes.
         ranks: the processes that probe together, each with the whole policy.
+        update_of: gives the batch of the training's own update; None where nobody asked which of its tokens did it.
     """
 
     model: nn.Module
@@ -85,6 +87,7 @@ class UpdateProbe:
     responses: int | None = None
     traffic: Traffic = field(default_factory=Traffic)
     ranks: Ranks = ALONE
+    update_of: UpdateOf | None = None
 
     @property
     def size(self) -> int:
@@ -136,8 +139,9 @@ class UpdateProbe:
         E, seen = self.source.draw(self.policy, number, self.size)
         if not bool(E.mask.any()):
             raise RolloutError(f"expected at least one response token, found {len(E)} empty responses")
+        X = None if self.update_of is None else token_entropy_gradient(self.policy, E)
         old = copied(self.parameters, settings.snapshot_device)
-        return Before(number, E, seen, old, time.perf_counter() - start)
+        return Before(number, E, seen, old, time.perf_counter() - start, X)
 
     def after(
         self, before: Before, optimizers: Sequence[torch.optim.Optimizer], late: bool = False
@@ -178,13 +182,18 @@ class UpdateProbe:
             )
         truth = measured_change(passes.scores, new, E.group, controls=controls)
         shares: PartChanges | None = None
-        if self.settings.shares and late:
-            shares = PartChanges({}, "the step was known to be over only when the next one began")
-        elif self.settings.shares:
-            memory = None if controls is None else self.memory
+        tokens: TokenChanges | None = None
+        if self.settings.shares or self.update_of is not None:
             with clock.measures("shares"), passes.way.kernels(policy):
-                parts = same_parts(self.ranks, step_parts(optimizers, self.parameters, before.old, step))
-                shares = part_changes(parts, on, passes, prediction, memory, draw_name(before))
+                parts = self._parts(before, optimizers, step, late)
+                if self.settings.shares:
+                    memory = None if controls is None else self.memory
+                    shares = part_changes(parts, on, passes, prediction, memory, draw_name(before))
+        if self.update_of is not None and before.X is not None:
+            with clock.measures("attribution"):
+                tokens = token_changes(
+                    policy, before.X, parts, step, passes, self.update_of, self.source.tokenizer
+                )
         wanted = self.settings.noise_floor
         if wanted == "on" or (wanted == "auto" and policy.half_precision):
             with clock.measures("noise_floor"), passes.way.kernels(policy):
@@ -200,9 +209,23 @@ class UpdateProbe:
             norm(step),
             clock.seconds,
             shares,
+            tokens,
         )
 
     # ---------------------------------------------------------------- parts
+
+    def _parts(
+        self,
+        before: Before,
+        optimizers: Sequence[torch.optim.Optimizer],
+        step: Mapping[str, Tensor],
+        late: bool,
+    ) -> StepParts | str:
+        """The parts of the step, or why there are none."""
+        if late:
+            return "the step was known to be over only when the next one began"
+        keep_map = self.update_of is not None
+        return same_parts(self.ranks, step_parts(optimizers, self.parameters, before.old, step, keep_map))
 
     def _differentiate(self, on: StepOnBatch) -> AlongStep:
         """E's scores and their derivatives along the step.

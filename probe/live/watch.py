@@ -13,6 +13,7 @@ from probe.distributed.ranks import Ranks
 from probe.errors.exceptions import ConfigError
 from probe.live.alarm import Alarms, OnAlarm, check_on_alarm
 from probe.live.attach import backward_hooks, checked_attachment, say_attached
+from probe.live.attribution import UpdateOf
 from probe.live.history import History, read_state, saved_state
 from probe.live.hooks import StepHooks, are_watched
 from probe.live.optimizers import momentum
@@ -128,6 +129,15 @@ class Watch(AbstractContextManager["Watch"]):
         self._alarms.should_stop = value
 
     @property
+    def update_of(self) -> UpdateOf | None:
+        """What gives the batch of the training's own update; see `watch`."""
+        return self._probe.update_of
+
+    @update_of.setter
+    def update_of(self, value: UpdateOf | None) -> None:
+        self._probe.update_of = value
+
+    @property
     def schedulers(self) -> Sequence[Any]:
         """Learning-rate schedulers that an alarm is told of."""
         return self._alarms.schedulers
@@ -218,6 +228,7 @@ def watch(
     log: Any = None,
     on_alarm: OnAlarm | str | None = None,
     first_step: int = 0,
+    update: UpdateOf | None = None,
     **settings: Any,
 ) -> Watch:
     """Probe a running training: what each update does to the policy's entropy, predicted and measured.
@@ -240,6 +251,8 @@ def watch(
         on_alarm: called with an `Alarm` when a collapse or an explosion is likely within `horizon` steps; `"stop"` sets
             `should_stop`. Its exceptions are raised.
         first_step: optimizer steps taken before, where training was resumed.
+        update: gives the batch that the update is made from (`probe.live.HostUpdate`), so that the probe says what
+            classes of its tokens add to deltaH1.
         settings: of `WatchSettings`: `every`, `budget`, `B_E`, or `target_se` which
             chooses it, `max_new_tokens`, `temperature`, ...
 
@@ -257,13 +270,12 @@ def watch(
         ...     training_step(model, batch)
         >>> watch.last["deltaH_true_tok"], watch.last["outlook"]  # doctest: +SKIP
     """
-    return Watch(
-        model,
-        optimizer,
-        prompts,
-        tokenizer,
-        WatchSettings.of(settings),
-        as_log(log),
-        on_alarm,
-        first_step,
-    )
+    own = WatchSettings.of(settings)
+    if own.attribution and update is None:
+        raise ConfigError(
+            "attribution: expected `update`, which gives the batch that an update is made from, found none; give it "
+            "(probe.live.HostUpdate), or leave attribution out (TRL's GRPOTrainer gives its batch by itself)"
+        )
+    made = Watch(model, optimizer, prompts, tokenizer, own, as_log(log), on_alarm, first_step)
+    made.update_of = update
+    return made

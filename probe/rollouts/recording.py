@@ -59,8 +59,13 @@ def record_update(trainer: Any, step: int, folder: Path, file_format: str) -> Pa
     return write_table(folder / f"{name}.{file_format}", rows, pa.schema(there))
 
 
-def update_rows(trainer: Any, step: int) -> list[dict[str, Any]]:
+def update_rows(trainer: Any, step: int, also: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """One row for each response in the microbatches that this update has accumulated.
+
+    Args:
+        trainer: TRL's GRPOTrainer, about to take the optimizer's step.
+        step: of the update, from 1.
+        also: columns beside those of a file (`ref_logprobs`).
 
     Raises:
         ValueError: some of them are gone, because responses were sampled anew in between; or see `_row`.
@@ -82,7 +87,7 @@ def update_rows(trainer: Any, step: int) -> list[dict[str, Any]]:
             row["group"] = groups.setdefault(tuple(row["prompt_ids"]), len(groups))
             row["prompt"] = tokenizer.decode(row["prompt_ids"])
             row["completion"] = tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
-            rows.append({name: row[name] for name in SCHEMA.names if name in row})
+            rows.append({name: row[name] for name in (*SCHEMA.names, *also) if name in row})
     return rows
 
 
@@ -132,6 +137,7 @@ def _row(batch: Mapping[str, Any], i: int, ends: set[int], cap: int | None) -> d
     for key, name in (
         ("old_per_token_logps", "old_logprobs"),
         ("sampling_per_token_logps", "sampling_logprobs"),
+        ("ref_per_token_logps", "ref_logprobs"),
     ):
         values: Tensor | None = batch.get(key)
         if values is not None:

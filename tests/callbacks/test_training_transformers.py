@@ -217,6 +217,45 @@ def test_grpo_is_bitwise_as_without_the_probe(tmp_path):
     assert not callback.watch.active
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"num_iterations": 2, "gradient_accumulation_steps": 2}, {"loss_type": "grpo"}]
+)
+def test_the_tokens_of_its_own_batch_are_told_apart(tmp_path, options):
+    """Bitwise as without the probe; positive and negative tokens add up, with the KL penalty, to the gradient's part."""
+    found = []
+    for probe in (None, {"attribution": True, "strict": True, "B_E": 16}):
+        trainer, _ = grpo(tmp_path, max_grad_norm=0.1, max_steps=6, beta=0.0, **options)
+        no_dropout(trainer.model)
+        state, callback = train(trainer, probe)
+        found.append((state, callback, trainer))
+    (plain, _, _), (probed, callback, trainer) = found
+    for name in plain:
+        assert plain[name] == probed[name], name
+    taken = [entry for entry in callback.watch.history if "deltaH1_positive_tok" in entry]
+    assert len(taken) >= 4, [entry.get("attribution_reason") for entry in callback.watch.history]
+    for entry in taken:
+        norms = [
+            log["grad_norm"]
+            for log in trainer.state.log_history
+            if log.get("step") == entry["step"] and "grad_norm" in log
+        ]
+        assert 0 < entry["attribution_scale"] <= 1.01
+        for norm in norms:
+            assert entry["attribution_scale"] == pytest.approx(min(1.0, 0.1 / norm), rel=1e-2)
+        both = entry["deltaH1_positive_tok"] + entry.get("deltaH1_negative_tok", 0.0)
+        # X of the same E by backward, without control variates
+        size = abs(entry["deltaH1_positive_tok"]) + abs(entry.get("deltaH1_negative_tok", 0.0))
+        assert both == pytest.approx(entry["deltaH1_gradient_tok"], abs=0.02 * size)
+    logged = [log for log in probe_logs(trainer) if "entropy_probe/deltaH1_positive_tok" in log]
+    assert len(logged) == len(taken)
+
+
+def no_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_mixed_precision_is_bitwise_as_without_the_probe(tmp_path, lora):
     options: dict[str, Any] = {

@@ -13,7 +13,7 @@ from probe.errors.exceptions import ConfigError, DataError, ProbeError, RolloutE
 from probe.from_checkpoint.options import READ
 from probe.live.alarm import OnAlarm
 from probe.live.attach import PROBE_CHECKPOINTS
-from probe.live.hosts.trl import sampling_changes, trainer_prompts
+from probe.live.hosts.trl import sampling_changes, trainer_prompts, trainer_update
 from probe.live.names import ALARMS, history_names
 from probe.live.outlets import Log, tensorboard_layout
 from probe.live.say import say
@@ -119,6 +119,8 @@ def attached(
             raise
         _say_not_attached(error)
         return None
+    if "update" not in given and made.settings.attribution:
+        made.update_of = partial(trainer_update, trainer)
     made.schedulers = [trainer.lr_scheduler]
     made.replay(logged_entries(state), logged_levels(state))
     for callback in trainer.callback_handler.callbacks:

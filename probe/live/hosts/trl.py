@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from probe.data.batch import PromptExample
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from probe.data.batch import PromptExample, RolloutBatch
 from probe.errors.exceptions import DataError, in_words_of
+from probe.from_checkpoint.fill import config_of_trainer
 from probe.from_checkpoint.sampling_options import NEUTRAL_SAMPLING, changed_ends, changed_sampling
+from probe.live.attribution import HostUpdate
 from probe.live.prompts import few_of, prompt_examples
 from probe.live.say import say
+from probe.phases.update import loss_settings
+from probe.rollouts.recording import update_rows
+from probe.scoring.policy import Policy
 from probe.text import error_text
 
 IMAGES = ("image", "images")
@@ -112,3 +121,47 @@ def _encoded(trainer: Any, encode: Any, prompt: Any, tokenizer: Any, index: int)
     if not numbers:
         raise DataError("expected at least one token, found none")
     return PromptExample(tokenizer.decode(list(numbers)), row, index, False, numbers)
+
+
+def trainer_update(trainer: Any, policy: Policy) -> HostUpdate:
+    """The batch that a GRPO training's present update is made from, of this process, with its loss.
+
+    Args:
+        trainer: TRL's GRPOTrainer, about to take the optimizer's step, or having just taken it.
+        policy: that it trains.
+
+    Raises:
+        ProbeError: its loss is another one than the probe's.
+        ValueError: the rollouts cannot be told, or have tokens that were not sampled.
+    """
+    rows = update_rows(trainer, 1, also=("ref_logprobs",))
+    loss = loss_settings(policy, config_of_trainer(vars(trainer.args)))
+    mask = _padded(rows, "completion_ids", torch.int64, -1) >= 0
+    batch = RolloutBatch(
+        prompts=tuple(row["prompt"] for row in rows),
+        completions=tuple(row["completion"] for row in rows),
+        prompt_ids=tuple(tuple(row["prompt_ids"]) for row in rows),
+        completion_ids=_padded(rows, "completion_ids", torch.int64),
+        mask=mask,
+        truncated=torch.tensor([row["truncated"] for row in rows]),
+        group=torch.tensor([row["group"] for row in rows]),
+        advantages=torch.tensor([row["advantage"] for row in rows], dtype=torch.float64),
+        old_logprobs=_numbers(rows, "old_logprobs"),
+        sampling_logprobs=_numbers(rows, "sampling_logprobs"),
+        loss_tokens=rows[0].get("loss_tokens"),
+        source="the trainer's own",
+    )
+    return HostUpdate(batch, loss, _numbers(rows, "ref_logprobs"))
+
+
+def _numbers(rows: list[dict[str, Any]], name: str) -> Tensor | None:
+    """A column of numbers per token, `(B, T)` float64; None where the rows do not have it."""
+    return _padded(rows, name, torch.float64) if name in rows[0] else None
+
+
+def _padded(rows: list[dict[str, Any]], name: str, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
+    """A column of lists as `(B, T)`; NaN for null."""
+    values = [
+        torch.tensor([float("nan") if x is None else x for x in row[name]], dtype=dtype) for row in rows
+    ]
+    return pad_sequence(values, batch_first=True, padding_value=fill)
