@@ -215,9 +215,8 @@ class EntropyProbe(LightningModule):
 
     def what_if(self, state: ProbeState, progress: MakeProgress = no_progress) -> WhatIf:
         """Interventions on the update that was attributed; see `probe.phases.what_if`."""
-        sample, update, predicted, attributed = state.attributed
-        source, optimizer = self.batch_source, self.loaded_optimizer
-        return what_if(source, sample, update, optimizer, predicted, attributed, progress)
+        sample, update, attributed = state.attributed
+        return what_if(self.batch_source, sample, update, self.loaded_optimizer, attributed, progress)
 
     def ground_truth(
         self,

@@ -12,7 +12,7 @@ identity, see `Contributions.completeness`. The same along `P` times the gradien
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from probe.attribution.objectives import Blocks, Change, changes, combined
 from probe.estimators.losses import LossWeights
+from probe.parameters import inner_product
 
 PARTS = ("momentum", "decay", "tokens", "kl", "entropy_bonus", "router")
 """What deltaH1 is the sum of: earlier gradients, weight decay, the policy-gradient terms of U's tokens, and the other
@@ -41,6 +42,9 @@ class Sensitivities:
             gradients, by parameter, `(K, P, D)` float64; `gradient` is all that the loss has in it.
         names: of the parameters.
         blocks: the parts of E.
+        gradients: of each objective on all of E, by parameter name; empty where nobody asked.
+        block_gradients: the same of each part of E, in bfloat16, for errors; empty where nobody asked, or there are too
+            many numbers to be held.
     """
 
     logprob: Tensor
@@ -50,6 +54,25 @@ class Sensitivities:
     vectors: Mapping[str, Tensor]
     names: tuple[str, ...]
     blocks: Blocks
+    gradients: Sequence[Mapping[str, Tensor]] = ()
+    block_gradients: Sequence[Sequence[Mapping[str, Tensor]]] = ()
+
+    def of_step(self, step: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """What any step adds to the objectives, by inner products: `(K, 1)`, and for each part of E `(K, 1, P)`.
+
+        Args:
+            step: by parameter name.
+
+        Returns:
+            The second is None where the gradients of the parts are not held.
+        """
+        total = torch.tensor(
+            [[inner_product(g.__getitem__, step)] for g in self.gradients], dtype=torch.float64
+        )
+        if not self.block_gradients:
+            return total, None
+        of_blocks = [[inner_product(g.__getitem__, step) for g in own] for own in self.block_gradients]
+        return total, torch.tensor(of_blocks, dtype=torch.float64).T.unsqueeze(1).contiguous()
 
     def of_vector(self, name: str) -> tuple[Tensor, Tensor]:
         """What a vector of the step adds to the objectives: `(K, 1)`, and for each part of E `(K, 1, P)`."""

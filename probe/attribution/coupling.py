@@ -13,7 +13,7 @@ The same for the entropy of a whole response, whose own tokens are then `own`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ class Coupling:
         mean: mean of each of `TERMS` and of the `total`, nats.
         size: mean of the size of each, nats.
         sign_agreement: share of the states whose own token's term has the sign of the whole change, of those whose
-            own token has a term; None where there is none.
+            own token has a term; None where those are of fewer than two prompts.
         completeness: the largest of the rows'.
     """
 
@@ -147,7 +147,8 @@ def coupling(rows: Sequence[Row], group: Tensor) -> Coupling:
     sizes = of_tokens.abs()
     acting = (terms[:, :1] != 0).double()
     agree = acting * ((terms[:, :1] > 0) == (whole.unsqueeze(1) > 0)).double()
-    found = estimate(ratio(agree, acting), prompts)[0] if bool(acting.any()) else None
+    known = len(prompts[acting.flatten() > 0].unique()) > 1
+    found = estimate(ratio(agree, acting), prompts)[0] if known else None
     return Coupling(
         rows=tuple(rows),
         share=_named(TOKEN_TERMS, estimate(ratio(of_tokens, of_tokens.sum(1, keepdim=True)), prompts)),
@@ -160,5 +161,8 @@ def coupling(rows: Sequence[Row], group: Tensor) -> Coupling:
 
 
 def _named(names: Sequence[str], found: Sequence[Estimate]) -> dict[str, Estimate]:
-    """Estimates by name; without those that only another option of the loss has."""
-    return dict(zip(names, found, strict=True))
+    """Estimates by name; NaN where no token acts, and without an error where one prompt has all that do."""
+    return {
+        name: one if bool(one.influence.isfinite().all()) else replace(one, influence=torch.zeros(1))
+        for name, one in zip(names, found, strict=True)
+    }

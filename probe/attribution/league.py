@@ -5,15 +5,17 @@ deltaH1, the state-fixed change that per-token formulas claim to predict, and th
 states that were sampled for coupling. Only tokens that act are ranked: those with a weight in the loss.
 
 Errors have two sources, which add up: which prompts U has (jackknife over prompts), and E, from which the gradient is
-estimated (jackknife over its parts; the exact contributions are known through it only). The row `exact, other half of
-E` says what the second leaves of a perfect predictor: no formula can be seen to do better.
+estimated (jackknife over its parts). The contributions are known through this E only, whose sampling error takes off
+every rank correlation with them: what is estimated is the correlation with the contributions as this E gives them. The
+row `a perfect predictor` says how much is left of 1: `sqrt(2 r / (1 + r))`, with `r` the correlation of contributions
+from one half of E with those from the other (Spearman and Brown; both halves have twice the error of the whole).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,7 +31,8 @@ from probe.estimators.student import student_interval
 TARGETS = ("deltaH1", "state_fixed", "own_state")
 """What predictors are ranked against: contributions to deltaH1 and to the state-fixed change, per token (nats), and the
 change of the entropy of the state at which the token was sampled (nats)."""
-CEILING = "exact, other half of E"
+CEILING = "a perfect predictor"
+"""The row of what could be reached on this E, from how contributions from one half of it rank those from the other."""
 TOP = (0.01, 0.1)
 """Shares of the tokens, largest contributions first, that recall is measured for."""
 LEAST_TOKENS = 8
@@ -61,6 +64,7 @@ class LeagueRow:
         signed: whether contributions were ranked; where not, their sizes were.
         spearman: rank correlation of score and contribution, of their sizes where the score has no sign.
         sign_agreement: share of the tokens with a contribution and a score whose signs agree; None without a sign.
+        judged: the number of those tokens, which have a score other than 0.
         recall: for each of `TOP`, share of the tokens of largest |contribution| that are among those of largest
             |score|.
         captured: share of the summed |contribution| that the tenth of the tokens with the largest |score| holds.
@@ -72,6 +76,7 @@ class LeagueRow:
     signed: bool
     spearman: Score
     sign_agreement: float | None
+    judged: int
     recall: tuple[float, ...]
     captured: float
     tokens: int
@@ -98,7 +103,7 @@ def league(
     acting = tokens.mask & (weights != 0)
     if int(acting.sum()) < LEAST_TOKENS:
         return []
-    # the factor that the loss puts on a token's advantage, ratio and normalisation
+    # what the loss makes of a token's advantage: normalisation, ratio, clipping
     scale = torch.where(acting, weights.abs() / tokens.A.abs().clamp_min(1e-300), 0.0)
     scores = {name: one.score(tokens) * scale for name, one in predictors.items()}
     member = index_groups(tokens.group)[0].unsqueeze(1).expand_as(acting)
@@ -106,8 +111,8 @@ def league(
     for which, target in ((1, "deltaH1"), (3, "state_fixed")):
         truth = _Truth(found, which, acting, member[acting])
         own = [truth.row(name, target, scores[name][acting], predictors[name].signed) for name in predictors]
-        own += [truth.ceiling(target, signed) for signed in (True, False)]
-        rows += sorted(own, key=lambda row: -abs(row.spearman.value))
+        own += [row for signed in (True, False) for row in truth.ceiling(target, signed)]
+        rows += sorted(own, key=_rank)
     if states is not None:
         rows += _own_states(states, scores, predictors, member)
     return rows
@@ -130,7 +135,12 @@ def _own_states(
         _row(name, "own_state", scores[name][i, t], truth, one.signed, member[i, t], ())
         for name, one in predictors.items()
     ]
-    return sorted(rows, key=lambda row: -abs(row.spearman.value))
+    return sorted(rows, key=_rank)
+
+
+def _rank(row: LeagueRow) -> tuple[bool, float]:
+    """Those with a sign first, and the best first: one that is wrong throughout is the last."""
+    return not row.signed, -row.spearman.value
 
 
 class _Truth:
@@ -155,13 +165,20 @@ class _Truth:
         """A predictor's row."""
         return _row(name, target, score, self.whole, signed, self.member, self.without)
 
-    def ceiling(self, target: str, signed: bool) -> LeagueRow:
-        """How contributions from one half of E rank those from the other, or their sizes do."""
-        P = self.blocks.shape[1]
+    def ceiling(self, target: str, signed: bool) -> list[LeagueRow]:
+        """What a perfect predictor would reach of contributions, or of their sizes; nothing where E has one part.
+
+        Signs, recall and what is captured are those of one half of E against the other, which is less.
+        """
+        if self.blocks.shape[1] < 2:
+            return []
         even, odd = (self._number(self.blocks[:, k::2].sum(1)) for k in (0, 1))
-        if P < 2:
-            odd = even
-        return _row(CEILING, target, odd, even, signed, self.member, ())
+        halves = _row(CEILING, target, odd, even, signed, self.member, ())
+        found = halves.spearman
+        whole = Score(
+            _of_the_whole(found.value), found.se, (_of_the_whole(found.ci95[0]), _of_the_whole(found.ci95[1]))
+        )
+        return [replace(halves, spearman=whole)]
 
 
 def _row(
@@ -200,6 +217,7 @@ def _row(
             rho(), [rho(member != g) for g in member.unique()], [rho(true=one) for one in without]
         ),
         sign_agreement=float(agree.mean()) if signed and len(agree) else None,
+        judged=len(agree),
         recall=tuple(_recall(size_of_score, size, share) for share in TOP),
         captured=float(size[_largest(size_of_score, 0.1)].sum() / size.sum().clamp_min(1e-300)),
         tokens=len(truth),
@@ -211,14 +229,25 @@ def _scored(value: float, *left_out: Sequence[float]) -> Score:
     z, variance, degrees = _fisher(value), 0.0, math.inf
     for values in left_out:
         n = len(values)
-        if n < 2:
+        if n == 0:  # no source of error here
             continue
+        if n == 1:  # one that nothing is known of
+            return Score(value, math.inf, (-1.0, 1.0))
         found = torch.tensor([_fisher(x) for x in values], dtype=torch.float64)
         variance += (n - 1) / n * float((found - found.mean()).square().sum())
         degrees = min(degrees, n - 1.0)
     se = math.sqrt(variance) if degrees < math.inf else math.inf
     low, high = student_interval(z, se, min(degrees, 1e6))
     return Score(value, se * (1 - value**2), (math.tanh(low), math.tanh(high)))
+
+
+def _of_the_whole(half: float) -> float:
+    """The correlation with the truth from that of two halves, 0 where these do not correlate.
+
+    >>> round(_of_the_whole(0.5), 4), _of_the_whole(-0.1)
+    (0.8165, 0.0)
+    """
+    return math.sqrt(2 * half / (1 + half)) if half > 0 else 0.0
 
 
 def _fisher(rho: float) -> float:

@@ -220,6 +220,12 @@ def changes(totals: Tensor, of_blocks: Tensor, blocks: Blocks) -> list[Change]:
     ]
 
 
+def change_without_errors(totals: Tensor, blocks: Blocks) -> Change:
+    """A change of which only the values are known, from derivatives of the objectives `(K, 1)`."""
+    nothing = torch.zeros(1, dtype=torch.float64)  # of a single part: an infinite error
+    return change_of([Estimate(float(value), nothing) for value in combined(totals, blocks)[:, 0]])
+
+
 def change_of(parts: Sequence[Estimate]) -> Change:
     """The `Change` of which these are the `parts`."""
     return Change(

@@ -1,14 +1,17 @@
-"""What if: the first-order effect of an intervention on the update, without taking it.
+"""What if: the first-order effect of an intervention on the update, without training on.
 
 An intervention that reweighs tokens (drops, clips, rescales them, changes their advantage) changes the weights in the
 sum that deltaH1 is of (see `contributions`), so that its effect is another sum of what is already there: no pass more,
-and the same E and U for all, so that differences are paired. What is held is Adam's denominator and the factor of
-gradient clipping, as they are in the step from U itself; the step that an optimizer would really take lets both go with
-the gradient (`--whatif.exact` takes it).
+and the same E and U for all, so that differences are paired. This shortcut holds Adam's denominator and the factor of
+gradient clipping as they are in the step from U itself. An optimizer lets both go with the gradient, and where
+clipping is at work, or its second moment is young, it takes back most of what only rescales a gradient. So the step
+that it would take is taken on a snapshot, for a backward of U, and its inner product with the objectives' gradients is
+the effect.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,15 +19,34 @@ from torch import Tensor
 
 from probe.attribution.contributions import Contributions
 from probe.attribution.interventions.registry import Composed, Plan
-from probe.attribution.objectives import Change, changes, combined, combined_over
+from probe.attribution.objectives import Change, changes, combined_over
 from probe.attribution.tokens import UpdateTokens
 from probe.estimand import SEQUENCE, TOKEN, Estimand
 from probe.estimators.estimate import Estimate, estimate
 from probe.estimators.loss_settings import LossSettings
 from probe.estimators.losses import LossInputs
+from probe.estimators.student import student_quantile
 
 SOLVERS = ("learning_rate", "entropy_bonus")
 """What a target can be solved for: the learning rate's factor, or the coefficient of an entropy bonus."""
+
+
+LEAST_SIGNAL = 5.0
+"""Standard errors that the reward's change must be away from 0 for the entropy per reward to be told: nearer to it the
+ratio is of another size than the true one wherever it looks as if it could be told."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Nats per token by which the entropy changes for one unit of expected reward.
+
+    Attributes:
+        value: `deltaH1_tok / deltaR1`.
+        ci95: its 95 % interval, Fieller's.
+    """
+
+    value: float
+    ci95: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -35,11 +57,12 @@ class Effect:
         name: of the intervention, as it was asked for; empty for the update as it is.
         claim: what it does, in a sentence.
         plan: the update.
-        change: what the step would do.
+        change: what the step would do, by the shortcut.
         difference: `change` less that of the update as it is, on the same E and U.
-        per_reward: nats per token by which the entropy changes for one unit of expected reward; None without rewards,
-            or where the interval of the reward's change contains 0.
         tokens: whose weight in the loss is another one.
+        of_step: what the optimizer's step would do; None where it was not taken.
+        step_difference: `of_step` less that of the update as it is.
+        per_reward: see `Ratio`, of the step where it was taken; None where the reward's change is hardly known.
     """
 
     name: str
@@ -47,13 +70,31 @@ class Effect:
     plan: Plan
     change: Change
     difference: Change
-    per_reward: Estimate | None
     tokens: int
+    of_step: Change | None = None
+    step_difference: Change | None = None
+    per_reward: Ratio | None = None
+
+    @property
+    def told(self) -> tuple[Change, Change]:
+        """Change and difference as they are reported: those of the step where it was taken."""
+        if self.of_step is None or self.step_difference is None:
+            return self.change, self.difference
+        return self.of_step, self.step_difference
+
+    def with_step(self, change: Change, difference: Change) -> Effect:
+        """The same with what the optimizer's step does."""
+        return replace(
+            self, of_step=change, step_difference=difference, per_reward=entropy_per_reward(change)
+        )
 
 
 @dataclass(frozen=True)
 class Solution:
     """At which setting the predicted change meets a target.
+
+    By the shortcut it is one division, which is exact for the learning rate. For an entropy bonus the optimizer's own
+    steps are followed to the target from there, where they are taken; the interval is the shortcut's, relative to it.
 
     Attributes:
         solver: one of `SOLVERS`.
@@ -121,7 +162,7 @@ class Shortcut:
             plan=plan,
             change=change,
             difference=difference,
-            per_reward=self._per_reward(own, change),
+            per_reward=entropy_per_reward(change),
             tokens=int(moved.sum()),
         )
 
@@ -173,20 +214,27 @@ class Shortcut:
         total = torch.stack([total for total, _ in parts]).sum(0)
         return factor * total, factor * torch.stack([of_blocks for _, of_blocks in parts]).sum(0)
 
-    def _per_reward(self, sums: tuple[Tensor, Tensor], change: Change) -> Estimate | None:
-        """`deltaH1_tok / deltaR1` with its error."""
-        reward = change.deltaR1
-        if reward is None or reward.ci95[0] <= 0 <= reward.ci95[1]:
-            return None
-        blocks = self.found.sensitivities.blocks
 
-        def ratio(weight: Tensor) -> Tensor:
-            numbers = combined_over(sums[1], blocks, weight)
-            return numbers[1] / numbers[-1]
+def entropy_per_reward(change: Change) -> Ratio | None:
+    """The ratio of a change's two numbers with Fieller's interval, on the same E.
 
-        (found,) = estimate(ratio, torch.arange(len(blocks)), "jackknife")
-        values = combined(sums[0], blocks)
-        return replace(found, value=float(values[1, 0] / values[-1, 0]))
+    Fieller, Some problems in interval estimation (1954): the values `x` that `H - x R = 0` is compatible with.
+
+    Returns:
+        None without rewards, or where the reward's change is less than `LEAST_SIGNAL` standard errors from 0.
+    """
+    H, R = change.deltaH1.token, change.deltaR1
+    if R is None or not abs(R.value) >= LEAST_SIGNAL * R.se or R.value == 0.0:
+        return None
+    t = student_quantile(min(H.df, R.df))
+    P = len(R.influence)
+    shared = P / (P - 1) * float((H.influence * R.influence).sum())
+    a, b = R.value**2 - t**2 * R.se**2, H.value * R.value - t**2 * shared
+    c = H.value**2 - t**2 * H.se**2
+    if a <= 0:
+        return None
+    root = math.sqrt(max(b**2 - a * c, 0.0))
+    return Ratio(H.value / R.value, ((b - root) / a, (b + root) / a))
 
 
 def estimand_named(name: str) -> Estimand:

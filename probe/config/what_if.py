@@ -18,8 +18,11 @@ class WhatIfConfig:
     interventions: list[str] = field(default_factory=list)
     """Such as `clip_cov`, `stare(weight=1.05)` or `drop(tokens_of=wrong)+entropy_bonus(coef=0.01)`; empty for all of
     them with their published defaults."""
+    steps: bool = True
+    """Let the optimizer take the step of every intervention on a snapshot, a backward of U for each: its denominator
+    and gradient clipping are then those of that step. Without, effects are sums of contributions alone."""
     exact: list[str] = field(default_factory=list)
-    """Those whose step is really taken and measured, or `all`; each costs a gradient on U and three passes over E."""
+    """Those whose step is measured too, or `all`; each costs a forward of E."""
     target_deltaH: float | None = None
     """Solve for the setting at which the predicted change is so many nats, and take its step."""
     target_estimand: Literal["token", "sequence"] = "token"

@@ -22,6 +22,7 @@ entropy bonus and the entropy quantile. `per_device_train_batch_size` says how m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
@@ -111,32 +112,52 @@ def policy_loss(settings: LossSettings, inputs: LossInputs) -> Tensor:
     Raises:
         ValueError: what an option needs is missing, or the loss is unknown.
     """
-    if settings.mask_truncated_completions:
-        if inputs.truncated is None:
-            raise ValueError(
-                "mask_truncated_completions: expected which responses were truncated, found nothing"
-            )
-        inputs = replace(inputs, mask=inputs.mask & ~inputs.truncated.unsqueeze(1))
-    size = settings.per_device_train_batch_size or len(inputs.mask)
-    order = torch.arange(len(inputs.mask)) if inputs.order is None else inputs.order
-    parts = order.split(size)
-    whole = update_normaliser(settings, inputs) if settings.loss in WINDOW_MEANS else None
-    losses = []
-    for part in parts:
-        own = inputs.rows(part)
-        if whole is None:
-            normaliser = token_normaliser(settings.loss, own.mask, settings.max_new_tokens) / len(parts)
-        else:
-            normaliser = whole[part]
-        losses.append(_part_loss(settings, own, normaliser, len(parts)))
+    inputs, parts = replace(inputs, mask=acting_tokens(settings, inputs)), _microbatches(settings, inputs)
+    normaliser = _normalisers(settings, inputs, parts)
+    losses = [_part_loss(settings, inputs.rows(part), normaliser[part], len(parts)) for part in parts]
     return torch.stack(losses).sum()
 
 
+def acting_tokens(settings: LossSettings, inputs: LossInputs) -> Tensor:
+    """The tokens that have a part in the loss, `(B, T)` bool: without those of responses that it masks.
+
+    Raises:
+        ValueError: which responses were truncated is not known, and is needed.
+    """
+    if not settings.mask_truncated_completions:
+        return inputs.mask
+    if inputs.truncated is None:
+        raise ValueError("mask_truncated_completions: expected which responses were truncated, found nothing")
+    return inputs.mask & ~inputs.truncated.unsqueeze(1)
+
+
 def update_normaliser(settings: LossSettings, inputs: LossInputs) -> Tensor:
-    """`token_normaliser` of a whole update at once, by the number of tokens that was recorded where one was."""
+    """What the loss multiplies the term of every token by, `(B, T)`.
+
+    `token_normaliser`, one microbatch at a time where the loss is worked out so, and by the number of tokens that was
+    recorded where one was.
+    """
+    inputs = replace(inputs, mask=acting_tokens(settings, inputs))
+    return _normalisers(settings, inputs, _microbatches(settings, inputs))
+
+
+def _microbatches(settings: LossSettings, inputs: LossInputs) -> tuple[Tensor, ...]:
+    """The rows of each microbatch."""
+    size = settings.per_device_train_batch_size or len(inputs.mask)
+    order = torch.arange(len(inputs.mask)) if inputs.order is None else inputs.order
+    return order.split(size)
+
+
+def _normalisers(settings: LossSettings, inputs: LossInputs, parts: Sequence[Tensor]) -> Tensor:
+    """See `update_normaliser`; of masked tokens and microbatches that are known."""
     if settings.loss in WINDOW_MEANS and inputs.loss_tokens is not None:
         return inputs.mask.double() / inputs.loss_tokens
-    return token_normaliser(settings.loss, inputs.mask, settings.max_new_tokens)
+    if settings.loss in WINDOW_MEANS:
+        return token_normaliser(settings.loss, inputs.mask, settings.max_new_tokens)
+    found = torch.zeros(inputs.mask.shape, dtype=torch.float64)
+    for part in parts:
+        found[part] = token_normaliser(settings.loss, inputs.mask[part], settings.max_new_tokens) / len(parts)
+    return found
 
 
 def _part_loss(settings: LossSettings, inputs: LossInputs, normaliser: Tensor, parts: int) -> Tensor:

@@ -121,13 +121,16 @@ def attribution(
     rewards, reason = None, "attribution.reward is off"
     if config.attribution.reward:
         rewards, reason = evaluation_rewards(source, sample.E)
+        if rewards is not None and len(rewards[~rewards.isnan()].unique()) < 2:
+            rewards, reason = None, "all rewards of E are equal: which responses are better is not known"
     rework = config.probe_rework
     on = objectives(sample.E_scores, rewards, rework.weighting, rework.baseline)
     step = StepInParts(
         policy, sample.E, sample.U, update, closed_form(policy, loaded, update), predicted.passes
     )
     weights = loss_weight_parts(update.loss, update.inputs)
-    found = contributions(step.sensitivities(on, config.attribution.blocks, progress), weights)
+    keep = config.whatif.enabled and config.whatif.steps
+    found = contributions(step.sensitivities(on, config.attribution.blocks, progress, keep=keep), weights)
     exact = predicted.passes.way.mode == "jvp"
     if exact and not (policy.half_precision or found.completeness <= COMPLETENESS_LIMIT):
         raise NumericalError(

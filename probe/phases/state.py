@@ -116,15 +116,15 @@ class ProbeState:
         return self.sample
 
     @property
-    def attributed(self) -> tuple[Sample, Update, Predicted, Attribution]:
+    def attributed(self) -> tuple[Sample, Update, Attribution]:
         """What interventions are weighed by.
 
         Raises:
             RuntimeError: there is no attribution.
         """
-        if self.update is None or self.predicted is None or self.attribution is None:
+        if self.update is None or self.attribution is None:
             raise RuntimeError("expected an attribution, found none; the phase `attribution` comes first")
-        return self.drawn, self.update, self.predicted, self.attribution
+        return self.drawn, self.update, self.attribution
 
     @property
     def sharded(self) -> bool:

@@ -24,6 +24,9 @@ from probe.scoring.gradients import token_gradients
 from probe.scoring.policy import Policy
 from probe.scoring.scores import TokenTangents
 
+MOST_HELD = 2**29
+"""Numbers of gradients of the parts of E that are held for the errors of interventions: a gigabyte."""
+
 
 @dataclass(frozen=True)
 class StepInParts:
@@ -58,7 +61,7 @@ class StepInParts:
         return found
 
     def sensitivities(
-        self, on: Objectives, count: int, progress: MakeProgress = no_progress
+        self, on: Objectives, count: int, progress: MakeProgress = no_progress, *, keep: bool = False
     ) -> Sensitivities:
         """How the objectives change with the weight of each token of U.
 
@@ -69,6 +72,7 @@ class StepInParts:
             on: objectives on E.
             count: parts of E.
             progress: makes a progress callback from the name of a pass.
+            keep: hold the gradients too, those of the parts where they are not too many.
         """
         E, U, names = self.E, self.U, tuple(self.policy.parameters)
         blocks = blocks_of(on, E.group, count)
@@ -76,6 +80,7 @@ class StepInParts:
         of_blocks = torch.zeros(2, K, P, *shape)
         products = {name: torch.zeros(K, P, len(names), dtype=torch.float64) for name in self.vectors}
         sums: list[dict[str, Tensor]] = [{} for _ in range(K)]
+        held: list[list[dict[str, Tensor]]] = []
         told, done = progress("gradient on E for all objectives"), 0
         for p, rows in enumerate(blocks.rows):
             gradients = self._gradients(on, rows, _from(told, done, len(E)))
@@ -87,6 +92,8 @@ class StepInParts:
                 sums[k] = {n: sums[k][n] + g if sums[k] else g for n, g in gradient.items()}
                 found = self.along(gradient, progress, exact=False)
                 of_blocks[0, k, p], of_blocks[1, k, p] = found.logprob, found.entropy
+            if keep and K * P * sum(p.numel() for p in self.policy.parameters.values()) <= MOST_HELD:
+                held.append([{n: g.to(torch.bfloat16) for n, g in one.items()} for one in gradients])
         whole = [self.along(total, progress) for total in sums]
         return Sensitivities(
             logprob=torch.stack([one.logprob for one in whole]),
@@ -96,6 +103,8 @@ class StepInParts:
             vectors=products,
             names=names,
             blocks=blocks,
+            gradients=sums if keep else (),
+            block_gradients=held,
         )
 
     def _gradients(self, on: Objectives, rows: Tensor, progress: Progress) -> list[dict[str, Tensor]]:

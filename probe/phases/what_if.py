@@ -1,47 +1,48 @@
-"""What if: interventions compared on the update that was probed, and the steps of chosen ones really taken."""
+"""What if: interventions on the update that was probed, their steps taken on a snapshot, chosen ones measured."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from probe.attribution.interventions import INTERVENTIONS, Plan, parse_intervention
+from probe.attribution.objectives import Change, change_without_errors, changes
 from probe.attribution.token_classes import KINDS
 from probe.attribution.what_if import Effect, Shortcut, Solution, estimand_named
 from probe.config.what_if import WhatIfConfig
 from probe.estimators.estimate import Estimates
 from probe.estimators.ground_truth import change_by
+from probe.estimators.importance_weights import WeightDiagnostics, weight_diagnostics
 from probe.loading.optimizer import LoadedOptimizer
 from probe.phases.attribution import Attribution
-from probe.phases.passes import StepOnBatch, along_step
-from probe.phases.prediction import Predicted, predict
 from probe.phases.sample import BatchSource, Sample
-from probe.phases.update import Update, take_step
-from probe.scoring.collector import MakeProgress, no_progress
+from probe.phases.update import TakenStep, Update, take_step
+from probe.scoring.collector import MakeProgress, Progress, no_progress
 from probe.scoring.gradients import token_gradients
-from probe.scoring.policy import Policy
 from probe.scoring.score import score_tokens
 
 DROPPED = ("right", "wrong", "highest fifth", *KINDS)
 """The classes of tokens that are left out one after another where nobody names interventions."""
+FOLLOWED, CLOSE = 8, 0.01
+"""Steps taken at most on the way to a target, and the share of the way at which it counts as met."""
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What the optimizer's step with an intervention does, taken on a snapshot.
+class Measured:
+    """What the optimizer's step with an intervention was measured to do.
 
     Attributes:
-        deltaH1: first-order change along that step, nats, with errors over E, without control variates.
         deltaH_true: the measured change, `per_decision`, nats; without control variates.
-        difference_true: the measured change less that of the update as it is, on the same E.
+        difference: the measured change less that of the update as it is, on the same E.
+        weights: diagnostics of the importance weights.
         clip_factor: what clipping multiplied the gradient by.
     """
 
-    deltaH1: Estimates
     deltaH_true: Estimates
-    difference_true: Estimates
+    difference: Estimates
+    weights: WeightDiagnostics
     clip_factor: float
 
 
@@ -52,16 +53,16 @@ class WhatIf:
     Attributes:
         asis: the update as it is.
         effects: of the interventions, in the order that they were asked for.
-        taken: the steps that were really taken, by the name of the intervention; the update as it is under "".
+        measured: those steps that were measured, by the name of the intervention; the update as it is under "".
         solutions: settings that meet the target.
         skipped: interventions that cannot be made of this U, with the reason.
     """
 
     asis: Effect
     effects: Sequence[Effect]
-    taken: dict[str, Taken]
+    measured: Mapping[str, Measured]
     solutions: Sequence[Solution]
-    skipped: dict[str, str]
+    skipped: Mapping[str, str]
 
 
 def what_if(
@@ -69,18 +70,16 @@ def what_if(
     sample: Sample,
     update: Update,
     loaded: LoadedOptimizer,
-    predicted: Predicted,
     attributed: Attribution,
     progress: MakeProgress = no_progress,
 ) -> WhatIf:
-    """Compare interventions, take the steps of those that are asked for, and solve for a target.
+    """Compare interventions, measure those that are asked for, and solve for a target.
 
     Args:
         source: policy and configuration.
         sample: E with its scores, and U.
         update: the step from U as it is.
         loaded: the optimizer at its saved state.
-        predicted: deltaH1 with the passes over E.
         attributed: the contributions of U's tokens.
         progress: makes a progress callback from the name of a pass.
 
@@ -90,29 +89,21 @@ def what_if(
     """
     config = source.config.whatif
     shortcut = Shortcut(attributed.contributions, attributed.tokens, update.loss, update.inputs)
-    effects, skipped = _effects(shortcut, config)
-    solutions = [] if config.target_deltaH is None else _solutions(shortcut, config)
-    for solution in solutions:
-        if solution.setting is not None:
-            effects.append(shortcut.effect(parse_intervention(solution.intervention)))
-    by_name = {one.name: one for one in effects}
-    chosen = list(by_name) if "all" in config.exact else [parse_intervention(n).text for n in config.exact]
-    for name in chosen:
-        if name not in by_name and name not in skipped:
-            effects.append(shortcut.effect(parse_intervention(name)))
-            by_name[name] = effects[-1]
-    chosen += [s.intervention for s in solutions if s.setting is not None and s.intervention not in chosen]
-    asis = shortcut.effect()
-    taker = StepTaker(source, sample, update, loaded, predicted)
-    taken: dict[str, Taken] = {}
-    if chosen:
-        before, told = taker.take(asis.plan, None, progress), progress("steps of interventions")
-        taken[""] = before
-        wanted = [name for name in dict.fromkeys(chosen) if name in by_name]
-        for n, name in enumerate(wanted):
-            taken[name] = taker.take(by_name[name].plan, before, progress)
-            told(n + 1, len(wanted))
-    return WhatIf(asis, effects, taken, solutions, skipped)
+    taker = StepTaker(source, sample, update, loaded, shortcut)
+    asis = taker.asis if config.steps else shortcut.effect()
+    names, skipped = wanted_interventions(shortcut, config)
+    chosen = list(names) if "all" in config.exact else [parse_intervention(n).text for n in config.exact]
+    names = list(dict.fromkeys([*names, *chosen]))
+    solutions = [] if config.target_deltaH is None else _solutions(shortcut, taker, config)
+    solved = [one.intervention for one in solutions if one.setting is not None]
+    names, chosen = list(dict.fromkeys([*names, *solved])), list(dict.fromkeys([*chosen, *solved]))
+    effects, told = [], progress("steps of interventions")
+    for n, name in enumerate(names):
+        effect = shortcut.effect(parse_intervention(name))
+        effects.append(taker.with_step(effect) if config.steps else effect)
+        told(n + 1, len(names))
+    measured = taker.measured([one for one in effects if one.name in chosen], progress) if chosen else {}
+    return WhatIf(asis, effects, measured, solutions, skipped)
 
 
 def check_interventions(config: WhatIfConfig) -> None:
@@ -125,76 +116,111 @@ def check_interventions(config: WhatIfConfig) -> None:
         parse_intervention(name)
 
 
-def _effects(shortcut: Shortcut, config: WhatIfConfig) -> tuple[list[Effect], dict[str, str]]:
-    """The effects of those asked for; of all with their published defaults where none are named."""
+def wanted_interventions(shortcut: Shortcut, config: WhatIfConfig) -> tuple[list[str], dict[str, str]]:
+    """Those asked for, or all with their published defaults; and why some of all are left out."""
     if config.interventions:
-        return [shortcut.effect(parse_intervention(name)) for name in config.interventions], {}
-    effects, skipped = [], {}
+        return [parse_intervention(name).text for name in config.interventions], {}
+    names: list[str] = []
+    skipped = {}
     for name, one in INTERVENTIONS.items():
-        reason = one.lacks(shortcut.tokens)
-        if reason:
+        if reason := one.lacks(shortcut.tokens, shortcut.settings):
             skipped[name] = reason
         elif name == "drop":
-            classes = [one for one in DROPPED if one in shortcut.tokens.classes]
-            effects += [shortcut.effect(parse_intervention(f"drop(tokens_of={one})")) for one in classes]
+            names += [f"drop(tokens_of={of})" for of in DROPPED if of in shortcut.tokens.classes]
         else:
-            effects.append(shortcut.effect(parse_intervention(name)))
-    return effects, skipped
+            names.append(name)
+    return names, skipped
 
 
-def _solutions(shortcut: Shortcut, config: WhatIfConfig) -> list[Solution]:
+def _solutions(shortcut: Shortcut, taker: StepTaker, config: WhatIfConfig) -> list[Solution]:
     """The settings that meet the target."""
     assert config.target_deltaH is not None
-    estimand = estimand_named(config.target_estimand)
-    return [shortcut.solve(config.target_deltaH, estimand, solver) for solver in config.solve_for]
+    estimand, found = estimand_named(config.target_estimand), []
+    for solver in config.solve_for:
+        solution = shortcut.solve(config.target_deltaH, estimand, solver)
+        if solver == "entropy_bonus" and config.steps and solution.setting is not None:
+            solution = taker.followed(solution)
+        found.append(solution)
+    return found
 
 
 @dataclass(frozen=True)
 class StepTaker:
-    """Takes the optimizer's step for a planned update, on a snapshot.
+    """Takes the optimizer's step for planned updates, on a snapshot.
 
     Attributes:
         source: policy and configuration.
         sample: E with its scores, and U.
         update: the step from U as it is.
         loaded: the optimizer at its saved state.
-        predicted: deltaH1 with the passes over E.
+        shortcut: the contributions, with the gradients of the objectives.
     """
 
     source: BatchSource
     sample: Sample
     update: Update
     loaded: LoadedOptimizer
-    predicted: Predicted
+    shortcut: Shortcut
 
-    def take(self, plan: Plan, asis: Taken | None, progress: MakeProgress = no_progress) -> Taken:
-        """Take the step and measure what it does.
+    @property
+    def asis(self) -> Effect:
+        """The update as it is, whose step has been taken."""
+        own = self._change(self.update.step)
+        return self.shortcut.effect().with_step(own, own.scaled(0.0))
 
-        Args:
-            plan: the update.
-            asis: the update as it is; None where this is it.
-            progress: makes a progress callback from the name of a pass.
-        """
-        policy, sample, rework = self.source.policy, self.sample, self.source.config.probe_rework
-        assert self.predicted.passes is not None
-        gradient = self.gradient(policy, plan, progress)
-        taken = take_step(policy, self.loaded, gradient, self.source.config, plan.learning_rate_factor)
-        way = self.predicted.passes.way
-        on = StepOnBatch(policy, sample.E, taken.step, scores=sample.E_scores, progress=progress)
-        along = along_step(on, way, check=False, binding=True)
-        found = predict(along, sample.E.group, self.update.learning_rate, rework.weighting, rework.baseline)
-        new = score_tokens(policy.at(taken.new_parameters), sample.E, progress("score E after the step"))
-        true = change_by("per_decision", sample.E_scores, new, sample.E.group)
-        return Taken(
-            deltaH1=found.estimates[rework.weighting],
-            deltaH_true=true,
-            difference_true=true.map(lambda one: one.scaled(0.0))
-            if asis is None
-            else true.with_other(lambda a, b: a - b, asis.deltaH_true),
-            clip_factor=taken.clip_factor,
+    def with_step(self, effect: Effect) -> Effect:
+        """An effect with what the optimizer's own step does; taken anew where a token's weight is another one."""
+        if effect.tokens == 0:
+            factor = effect.plan.learning_rate_factor
+            own = self._change(self.update.step)
+            return effect.with_step(own.scaled(factor), own.scaled(factor - 1.0))
+        taken = self.take(effect.plan)
+        step = self.update.step
+        difference = {name: new - step[name] for name, new in taken.step.items()}
+        return effect.with_step(self._change(taken.step), self._change(difference))
+
+    def followed(self, solution: Solution) -> Solution:
+        """A solution whose step meets the target, from the shortcut's by secants; the interval stays relative to it."""
+        assert solution.setting is not None
+        start = self._change(self.update.step).deltaH1[solution.estimand].value
+        way, at, value = solution.target - start, (0.0, solution.setting.value), [start]
+        for _ in range(FOLLOWED):
+            plan = parse_intervention(
+                replace(solution, setting=replace(solution.setting, value=at[1])).intervention
+            )
+            taken = self.take(plan(self.shortcut.plan, self.shortcut.tokens))
+            value.append(self._change(taken.step).deltaH1[solution.estimand].value)
+            if abs(value[-1] - solution.target) <= CLOSE * abs(way):
+                scale = at[1] / solution.setting.value
+                return replace(solution, setting=replace(solution.setting.scaled(scale), value=at[1]))
+            if value[-1] == value[-2]:
+                break
+            slope = (value[-1] - value[-2]) / (at[1] - at[0])
+            at = at[1], at[1] + (solution.target - value[-1]) / slope
+        reached = f"{value[-1]:.3g} nats at a coefficient of {at[0]:.3g}"
+        reason = (
+            f"the optimizer's steps do not come near the target: {reached} (clipping and Adam's denominator)"
+        )
+        return replace(solution, setting=None, reason=reason)
+
+    def measured(self, effects: Sequence[Effect], progress: MakeProgress) -> dict[str, Measured]:
+        """What steps are measured to do, and that of the update as it is."""
+        told: Progress = progress("measurements of interventions")
+        asis = TakenStep(self.update.step, self.update.new_parameters, 0.0, self.update.clip_factor)
+        found = {"": self._measure(asis, None, progress)}
+        for n, effect in enumerate(effects):
+            found[effect.name] = self._measure(self.take(effect.plan, progress), found[""], progress)
+            told(n + 1, len(effects))
+        return found
+
+    def take(self, plan: Plan, progress: MakeProgress = no_progress) -> TakenStep:
+        """The optimizer's step for a planned update."""
+        gradient = self.gradient(plan, progress)
+        return take_step(
+            self.source.policy, self.loaded, gradient, self.source.config, plan.learning_rate_factor
         )
 
-    def gradient(self, policy: Policy, plan: Plan, progress: MakeProgress = no_progress) -> dict[str, Tensor]:
+    def gradient(self, plan: Plan, progress: MakeProgress = no_progress) -> dict[str, Tensor]:
         """The gradient of a planned update's loss, the load-balancing loss's as it is."""
         weights = plan.weights
         of_l = weights.policy + weights.kl
@@ -202,7 +228,29 @@ class StepTaker:
         def constants(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
             return of_l[i, t].unsqueeze(0), weights.bonus[i, t].unsqueeze(0)
 
+        policy = self.source.policy
         (gradient,), _ = token_gradients(policy, self.sample.U, constants, 1, progress("gradient on U"))
         for name, of_router in (self.update.router or {}).items():
             gradient[name] = gradient[name] + of_router
         return gradient
+
+    def _change(self, step: Mapping[str, Tensor]) -> Change:
+        """The first-order change along a step; without errors where the gradients of E's parts are not held."""
+        held = self.shortcut.found.sensitivities
+        total, of_blocks = held.of_step(step)
+        if of_blocks is None:
+            return change_without_errors(total, held.blocks)
+        return changes(total, of_blocks, held.blocks)[0]
+
+    def _measure(self, taken: TakenStep, asis: Measured | None, progress: MakeProgress) -> Measured:
+        """Score E after a step."""
+        E, old = self.sample.E, self.sample.E_scores
+        new = score_tokens(self.source.policy.at(taken.new_parameters), E, progress("score E after the step"))
+        true = change_by("per_decision", old, new, E.group)
+        difference = (
+            true.map(lambda one: one.scaled(0.0))
+            if asis is None
+            else true.with_other(lambda a, b: a - b, asis.deltaH_true)
+        )
+        weights = weight_diagnostics((new.logprob - old.logprob).sum(dim=1))
+        return Measured(true, difference, weights, taken.clip_factor)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from probe.report.numbers import NOT_RESOLVED, with_error
+from probe.attribution.league import CEILING
+from probe.report.numbers import NOT_RESOLVED, number_text, with_error
 from probe.report.rows import Row
 from probe.text import percent
 
@@ -39,6 +40,8 @@ TARGETS = {
     "state_fixed": "what they do to the states of E",
     "own_state": "what they do to their own state",
 }
+LARGE_ERROR = 0.25
+"""Of a difference: a shortcut that is off by more is listed."""
 LEADERS = 4
 """Predictors that the report lists against each target; the result has all."""
 
@@ -63,7 +66,8 @@ def attribution_tables(values: Mapping[str, Any]) -> list[Table]:
     if found is not None:
         tables += [_parts(found), _top(found), _coupling(found), _league(found)]
     if values.get("what_if") is not None:
-        tables += [_what_if(values["what_if"]), _taken(values["what_if"]), _solutions(values["what_if"])]
+        compared = values["what_if"]
+        tables += [_what_if(compared), _shortcuts(compared), _measured(compared), _solutions(compared)]
     return [table for table in tables if table.rows]
 
 
@@ -156,8 +160,8 @@ def _league(found: Mapping[str, Any]) -> Table:
     league: Sequence[Mapping[str, Any]] = found.get("league") or ()
     for target, meaning in TARGETS.items():
         of_target = [one for one in league if one["target"] == target and one["ranked"] == "contributions"]
-        ceiling = [one for one in of_target if one["predictor"].startswith("exact")]
-        others = [one for one in of_target if not one["predictor"].startswith("exact")]
+        ceiling = [one for one in of_target if one["predictor"] == CEILING]
+        others = [one for one in of_target if one["predictor"] != CEILING]
         for one in (*ceiling, *others[:LEADERS]):
             ends = [end for end in one["spearman_ci95"] if end is not None]
             interval = f" [{ends[0]:+.2f}, {ends[1]:+.2f}]" if len(ends) == 2 else ""
@@ -173,37 +177,64 @@ def _league(found: Mapping[str, Any]) -> Table:
 
 def _what_if(found: Mapping[str, Any]) -> Table:
     """What interventions would do, those that raise the entropy most first."""
-    order = sorted(found["interventions"], key=lambda one: -one["difference"]["deltaH1_tok"])
+    order = sorted(found["interventions"], key=lambda one: -(one["difference"]["deltaH1_tok"] or 0.0))
     rows = []
     for one in (found["as_it_is"], *order):
         per, difference = one.get("per_reward"), one["difference"]
-        changed = with_error(difference["deltaH1_tok"], difference.get("deltaH1_tok_se"))
         nothing = one["tokens"] == 0 and difference["deltaH1_tok"] == 0
         cells = (
             with_error(one["deltaH1_tok"], one.get("deltaH1_tok_se")),
-            "" if not one["name"] else "no token" if nothing else changed,
+            "" if not one["name"] else "no token" if nothing else _with_error(difference, "deltaH1_tok"),
             with_error(one["deltaR1"], one.get("deltaR1_se")) if "deltaR1" in one else "-",
-            "-" if per is None else with_error(per["value"], per["value_se"]),
+            "-" if per is None else number_text(per["value"]),
         )
         rows.append(Row(one["name"] or "as it is", cells, ""))
+    rows += [Row(name, ("left out", "", "", ""), reason) for name, reason in found["skipped"].items()]
     return Table(("What if?", "deltaH1, per token", "difference", "expected reward", "nats per reward"), rows)
 
 
-def _taken(found: Mapping[str, Any]) -> Table:
-    """The steps that were really taken."""
+def _shortcuts(found: Mapping[str, Any]) -> Table:
+    """What the sums of contributions alone say, where the optimizer takes part of it back."""
+    rows = []
+    for one in found["interventions"]:
+        short = one.get("shortcut")
+        if short is None or not one["tokens"]:
+            continue
+        own, error = one["difference"]["deltaH1_tok"], short["error"]["deltaH1_tok"]
+        if own is not None and abs(error) > LARGE_ERROR * max(
+            abs(own), one["difference"]["deltaH1_tok_se"] or 0.0
+        ):
+            cells = (
+                _with_error(one["difference"], "deltaH1_tok"),
+                _with_error(short["difference"], "deltaH1_tok"),
+            )
+            rows.append(Row(one["name"], cells, ""))
+    heads = ("Taken back by the optimizer", "difference, its step", "difference, P held")
+    return Table(heads, rows)
+
+
+def _measured(found: Mapping[str, Any]) -> Table:
+    """The steps that were measured."""
     rows = []
     for one in (found["as_it_is"], *found["interventions"]):
         exact = one.get("exact")
-        if exact is not None:
-            cells = (
-                with_error(one["deltaH1_tok"], one.get("deltaH1_tok_se")),
-                with_error(exact["deltaH1_tok"], exact.get("deltaH1_tok_se")),
-                with_error(exact["deltaH_true_tok"], exact.get("deltaH_true_tok_se")),
-                f"{exact['shortcut_error_tok']:+.1e}",
-            )
-            rows.append(Row(one["name"] or "as it is", cells, ""))
-    heads = ("Steps that were taken", "deltaH1, predicted", "of that step", "measured", "shortcut's error")
+        if exact is None:
+            continue
+        k, good = exact["pareto_k"], exact["pareto_k_good"]
+        doubt = "" if good is None or good else f"the weights do not carry it: Pareto k {k:.2f}"
+        cells = (
+            with_error(one["deltaH1_tok"], one.get("deltaH1_tok_se")),
+            with_error(exact["deltaH_true_tok"], exact.get("deltaH_true_tok_se")),
+            "" if not one["name"] else _with_error(exact, "difference_true_tok"),
+        )
+        rows.append(Row(one["name"] or "as it is", cells, doubt))
+    heads = ("Steps that were measured", "deltaH1, per token", "deltaH_true", "its difference")
     return Table(heads, rows)
+
+
+def _with_error(values: Mapping[str, Any], key: str) -> str:
+    """A number of a mapping with its error."""
+    return with_error(values[key], values.get(f"{key}_se"))
 
 
 def _solutions(found: Mapping[str, Any]) -> Table:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from probe.attribution.what_if import Effect, Solution
     from probe.data.batch import RolloutBatch
     from probe.phases.attribution import Attribution
-    from probe.phases.what_if import Taken, WhatIf
+    from probe.phases.what_if import Measured, WhatIf
 
 
 def attribution_values(
@@ -60,8 +60,8 @@ def attribution_values(
 def what_if_values(found: WhatIf) -> dict[str, Any]:
     """The key `what_if` of a result."""
     return {
-        "as_it_is": _effect(found.asis, found.taken.get("")),
-        "interventions": [_effect(one, found.taken.get(one.name)) for one in found.effects],
+        "as_it_is": _effect(found.asis, found.measured.get("")),
+        "interventions": [_effect(one, found.measured.get(one.name)) for one in found.effects],
         "solutions": [_solution(one) for one in found.solutions],
         "skipped": dict(found.skipped),
     }
@@ -136,6 +136,7 @@ def _league(row: LeagueRow) -> dict[str, Any]:
         "spearman": row.spearman.value,
         "spearman_ci95": list(row.spearman.ci95),
         "sign_agreement": row.sign_agreement,
+        "judged": row.judged,
         "recall_top_1": row.recall[0],
         "recall_top_10": row.recall[1],
         "captured_top_10": row.captured,
@@ -143,28 +144,39 @@ def _league(row: LeagueRow) -> dict[str, Any]:
     }
 
 
-def _effect(one: Effect, taken: Taken | None) -> dict[str, Any]:
-    """An intervention."""
+def _effect(one: Effect, measured: Measured | None) -> dict[str, Any]:
+    """An intervention: its step's numbers where that was taken, and the shortcut's."""
+    change, difference = one.told
     found: dict[str, Any] = {
         "name": one.name,
         "claim": one.claim,
         "tokens": one.tokens,
-        **change_values(one.change),
-        "difference": change_values(one.difference),
-        "per_reward": None if one.per_reward is None else _plain("value", one.per_reward),
+        **change_values(change),
+        "difference": change_values(difference),
+        "per_reward": None
+        if one.per_reward is None
+        else {"value": one.per_reward.value, "value_ci95": list(one.per_reward.ci95)},
     }
-    if taken is not None:
-        shortcut = one.change.deltaH1.with_other(lambda a, b: a.value - b.value, taken.deltaH1)
+    if one.of_step is not None:
+        off = one.difference.deltaH1.with_other(lambda a, b: a.value - b.value, difference.deltaH1)
+        found["shortcut"] = {
+            **change_values(one.change),
+            "difference": change_values(one.difference),
+            "error": as_mapping({"deltaH1": off.map(Number)}),
+        }
+    if measured is not None:
+        weights = measured.weights
         found["exact"] = {
             **as_mapping(
                 {
-                    "deltaH1": taken.deltaH1.map(_number),
-                    "deltaH_true": taken.deltaH_true.map(_number),
-                    "difference_true": taken.difference_true.map(_number),
-                    "shortcut_error": shortcut.map(Number),
+                    "deltaH_true": measured.deltaH_true.map(_number),
+                    "difference_true": measured.difference.map(_number),
                 }
             ),
-            "clip_factor": taken.clip_factor,
+            "ESS": weights.ess,
+            "pareto_k": weights.pareto_k,
+            "pareto_k_good": weights.pareto_k_good,
+            "clip_factor": measured.clip_factor,
         }
     return found
 

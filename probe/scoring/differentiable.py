@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from probe.scoring.attention import IMPLEMENTATION, attention_by_queries
-from probe.shards import whole
+from probe.shards import is_shard, whole
 from probe.snapshot import attributes_replaced
 
 EXPERTS = "_experts_implementation_internal"
@@ -92,7 +92,12 @@ def as_trained(model: nn.Module) -> Iterator[None]:
                 and module.padding_idx is not None
                 and module.weight.requires_grad
             ):
-                row = whole(module.weight.detach())[module.padding_idx].clone()
+                index = torch.tensor([module.padding_idx], device=module.weight.device)
+                with torch.no_grad():  # an embedding may scale what it gives
+                    row = whole(module.weight)[index] if is_shard(module.weight) else module(index)
+                row = row[0].detach().clone() * (
+                    float(getattr(module, "embed_scale", 1.0)) if is_shard(module.weight) else 1.0
+                )
                 handles.append(module.register_forward_hook(partial(_with_constant_row, row=row)))
         yield
     finally:

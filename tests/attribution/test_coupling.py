@@ -112,6 +112,19 @@ def test_states_of_one_prompt_have_no_error():
     assert found.size_share["own"].se == math.inf
 
 
+def test_states_without_a_token_that_acts_have_no_shares():
+    rows = [made_row(k, 0.0, (0.0, 0.0, 0.0), momentum=1.0) for k in range(2)]
+    found = coupling(rows, torch.tensor([0, 1]))
+    assert math.isnan(found.size_share["own"].value)
+    assert found.sign_agreement is None
+    assert found.size["momentum"].value == 1.0
+    # one prompt alone has them: a value without an error
+    rows = [made_row(0, 1.0, (1.0, 0.0, 0.0)), made_row(1, 0.0, (0.0, 0.0, 0.0))]
+    found = coupling(rows, torch.tensor([0, 1]))
+    assert found.size_share["own"].value == pytest.approx(0.5)
+    assert found.size_share["own"].se == math.inf
+
+
 def test_without_states_there_is_nothing(monkeypatch):
     made = made_step(monkeypatch)
     assert coupled(made.taker, [], made.weights, no_progress) is None

@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 import torch
 
-from probe.attribution.league import CEILING, TARGETS, _row, _scored, league, spearman
+from probe.attribution.league import CEILING, TARGETS, _of_the_whole, _row, _scored, league, spearman
 from probe.attribution.predictors import PREDICTORS, predictor
 from probe.attribution.predictors.registry import Predictor
 from probe.attribution.tokens import UpdateTokens
@@ -63,6 +63,17 @@ def test_errors_of_both_sources_add_up():
     )
     assert both.se == pytest.approx(math.hypot(a.se, b.se), rel=1e-9)
     assert _scored(0.5).se == math.inf
+    # a source of which one value is there says nothing about its error
+    assert _scored(0.5, [0.4, 0.6], [0.5]).ci95 == (-1.0, 1.0)
+
+
+def test_the_ceiling_is_what_a_perfect_predictor_reaches():
+    """Contributions with the error of E in them: the true ones rank them as the two halves say."""
+    g, n, P = torch.Generator().manual_seed(3), 20_000, 8
+    truth = torch.randn(n, generator=g, dtype=torch.float64)
+    parts = truth / P + 0.5 * torch.randn(P, n, generator=g, dtype=torch.float64) / math.sqrt(P)
+    halves = spearman(parts[::2].sum(0), parts[1::2].sum(0))
+    assert _of_the_whole(halves) == pytest.approx(spearman(truth, parts.sum(0)), abs=0.02)
 
 
 def made(monkeypatch):
@@ -168,7 +179,7 @@ def test_formulas_by_hand():
     assert cov.tolist() == pytest.approx([-1.5 * half, -1.5 * half])
     S = [0.5 * (0.6 + math.log(0.5)), 0.25 * (0.9 + math.log(0.25))]
     assert PREDICTORS["discriminator"].score(tokens).flatten().tolist() == pytest.approx([-S[0], 2 * S[1]])
-    omega = [0.5 * (math.log(0.5) + 0.6), -2 * 0.75 * (math.log(0.25) + 0.9)]
+    omega = [0.5 * (math.log(0.5) + 0.6), -2 * 0.75 * (math.log(0.25) + 0.9)]  # times the ratio, which is 1
     assert PREDICTORS["steer"].score(tokens).flatten().tolist() == pytest.approx([-x for x in omega])
     assert PREDICTORS["positive_advantage"].score(tokens).flatten().tolist() == [-1.0, 0.0]
     assert PREDICTORS["proxy_gradient"].score(tokens).flatten().tolist() == pytest.approx([0.5, 1.5])

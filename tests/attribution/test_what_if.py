@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from probe.attribution.interventions import INTERVENTIONS, Plan, intervention, parse_intervention
-from probe.attribution.what_if import Shortcut
+from probe.attribution.objectives import Change
+from probe.attribution.what_if import Shortcut, entropy_per_reward
 from probe.errors.exceptions import ConfigError
-from probe.estimand import SEQUENCE, TOKEN
+from probe.estimand import SEQUENCE, TOKEN, PerEstimand
 from probe.estimators.advantages import STD_EPSILON
 from probe.estimators.entropy_gradient import entropy_gradient
+from probe.estimators.estimate import Estimate
 from probe.estimators.loss_settings import LossSettings
-from probe.estimators.losses import loss_weight_parts, token_normaliser
+from probe.estimators.losses import loss_weight_parts, token_normaliser, update_normaliser
+from probe.estimators.student import student_quantile
 from probe.parameters import inner_product
 from probe.scoring import score_tokens
 from probe.scoring.gradients import token_gradients
@@ -86,16 +89,33 @@ def test_differences_are_paired(monkeypatch):
     assert effect.difference.deltaH1.token.se < 0.5 * unpaired
 
 
-def test_entropy_per_reward_is_their_ratio(monkeypatch):
-    _, shortcut = made(monkeypatch)
-    effect = shortcut.effect()
-    low, high = effect.change.deltaR1.ci95
-    if low <= 0 <= high:
-        assert effect.per_reward is None
-    else:
-        expected = effect.change.deltaH1.token.value / effect.change.deltaR1.value
-        assert effect.per_reward.value == pytest.approx(expected, rel=1e-9)
-        assert effect.per_reward.se > 0
+def made_change(H, R, shared, P=8):
+    """A change with entropy and reward of given values and errors 1, correlated."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.linalg.qr(torch.randn(P, 3, generator=g, dtype=torch.float64))[0]
+    scale = math.sqrt((P - 1) / P)
+    first, second = scale * x[:, 0], scale * (shared * x[:, 0] + math.sqrt(1 - shared**2) * x[:, 1])
+    token, reward = Estimate(H, first), Estimate(R, second)
+    pair = PerEstimand(token, token)
+    return Change(pair, pair, reward)
+
+
+def test_entropy_per_reward_is_their_ratio_with_the_interval_of_fieller():
+    """The ends are where a linear combination of the two is just compatible with 0."""
+    found = entropy_per_reward(made_change(-30.0, 12.0, 0.6))
+    assert found.value == pytest.approx(-2.5)
+    for x in found.ci95:
+        combination = made_change(-30.0, 12.0, 0.6)
+        rest = combination.deltaH1.token - combination.deltaR1.scaled(x)
+        t = student_quantile(min(combination.deltaH1.token.df, combination.deltaR1.df))
+        assert abs(rest.value) == pytest.approx(t * rest.se, rel=1e-6)
+    assert found.ci95[0] < found.value < found.ci95[1]
+
+
+def test_entropy_per_reward_is_not_told_where_the_reward_hardly_changes():
+    assert entropy_per_reward(made_change(-30.0, 4.9, 0.0)) is None
+    assert entropy_per_reward(made_change(-30.0, 0.0, 0.0)) is None
+    assert entropy_per_reward(replace(made_change(-30.0, 9.0, 0.0), deltaR1=None)) is None
 
 
 @pytest.mark.parametrize("estimand", [TOKEN, SEQUENCE])
@@ -224,10 +244,11 @@ def test_quantile_baseline_and_advantages(monkeypatch):
     without = Shortcut(
         shortcut.found, replace(shortcut.tokens, rewards=None), shortcut.settings, shortcut.inputs
     )
-    with pytest.raises(ConfigError, match="expected rewards of U for quantile_baseline"):
+    with pytest.raises(ConfigError, match="quantile_baseline: expected rewards of U"):
         plan_with(without, "quantile_baseline")
-    assert "needs rewards" in INTERVENTIONS["quantile_baseline"].lacks(without.tokens)
-    assert INTERVENTIONS["quantile_baseline"].lacks(shortcut.tokens) == ""
+    one = INTERVENTIONS["quantile_baseline"]
+    assert "expected rewards of U" in one.lacks(without.tokens, shortcut.settings)
+    assert one.lacks(shortcut.tokens, shortcut.settings) == ""
 
 
 def test_those_that_act_on_ratios_only_change_nothing_on_fresh_rollouts(monkeypatch):
@@ -276,11 +297,63 @@ def test_settings_of_the_loss(monkeypatch):
     top = plan_with(shortcut, "top_entropy(share=0.3)").weights
     expected = loss_weight_parts(replace(step.update.loss, top_entropy_quantile=0.3), step.update.inputs)
     assert torch.equal(top.policy, expected.policy)
-    cut = plan_with(shortcut, "mask_truncated").weights.policy
-    assert not bool(cut[step.U.truncated].any())
+    masking = replace(step.update.loss, mask_truncated_completions=True)
+    cut = plan_with(shortcut, "mask_truncated").weights
+    assert torch.allclose(cut.policy, loss_weight_parts(masking, step.update.inputs).policy)
     zero = step.U.advantages == 0
     masked = plan_with(shortcut, "drop_zero_advantage")
     assert not bool(masked.inputs.mask[zero].any())
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "reinforce"])
+def test_leaving_responses_out_is_the_update_without_them(monkeypatch, loss):
+    """Of whatever a loss divides by: against the weights of a batch that does not have them."""
+    step, shortcut = made(monkeypatch, LossSettings(loss=loss))
+    kept = step.U.advantages != 0
+    assert bool(kept.any())
+    assert not bool(kept.all())
+    found = plan_with(shortcut, "drop_zero_advantage").weights
+    expected = loss_weight_parts(step.update.loss, step.update.inputs.rows(kept))
+    assert torch.allclose(found.policy[kept], expected.policy, rtol=1e-12, atol=1e-18)
+    assert not bool(found.policy[~kept].any())
+
+
+def test_a_number_of_tokens_that_was_recorded_shrinks_with_the_batch(monkeypatch):
+    step, shortcut = made(monkeypatch)
+    recorded = replace(shortcut.inputs, loss_tokens=2.0 * float(step.U.mask.sum()))
+    own = Shortcut(shortcut.found, shortcut.tokens, shortcut.settings, recorded)
+    for name in ("drop_zero_advantage", "mask_truncated", "clip_b(mu=1)"):
+        with_it, without = (plan_with(one, name).weights.policy for one in (own, shortcut))
+        assert torch.allclose(2 * with_it, without, rtol=1e-12, atol=1e-18), name
+
+
+def test_terms_that_an_intervention_adds_are_masked_and_weighed_by_later_ones(monkeypatch):
+    step, shortcut = made(monkeypatch, off_policy=True)
+    tokens = shortcut.tokens
+    for name in ("kl_cov(share=0.5)", "ce_gppo", "entropic(target=0.0)"):
+        weights = plan_with(shortcut, f"{name}+negative_only").weights.policy
+        assert not bool(weights[tokens.A > 0].any()), name
+        cut = plan_with(shortcut, f"mask_truncated+{name}").weights.policy
+        assert not bool(cut[step.U.truncated].any()), name
+        cut = plan_with(shortcut, f"{name}+mask_truncated").weights.policy
+        assert not bool(cut[step.U.truncated].any()), name
+
+
+@pytest.mark.parametrize(
+    "settings", [{"loss": "cispo"}, {"loss": "sapo"}, {"importance_sampling_level": "sequence"}]
+)
+@pytest.mark.parametrize("name", ["clip_higher", "ce_gppo", "kl_cov"])
+def test_what_is_about_clipped_ratios_needs_a_loss_that_clips_them(monkeypatch, settings, name):
+    _, shortcut = made(monkeypatch, LossSettings(**{"loss": "dapo", **settings}))
+    with pytest.raises(ConfigError, match="expected a loss that clips the ratios of tokens"):
+        plan_with(shortcut, name)
+
+
+def test_what_a_loss_multiplies_tokens_by_knows_its_microbatches(monkeypatch):
+    step, _ = made(monkeypatch, LossSettings(loss="bnpo", per_device_train_batch_size=5))
+    weights, inputs = step.weights.policy, step.update.inputs
+    normaliser = update_normaliser(step.update.loss, inputs)
+    assert torch.allclose(weights, -normaliser * inputs.advantages.unsqueeze(1), rtol=1e-12, atol=1e-18)
 
 
 @pytest.mark.parametrize(

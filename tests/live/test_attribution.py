@@ -1,4 +1,4 @@
-"""Which tokens of a training's own batch did it: the numbers of an attribution from files, and what is said otherwise."""
+"""Which tokens of a training's own batch did it: the numbers of an attribution, and what is said otherwise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from probe.scoring import score_tokens
 from tests.support.attributed import attributed, batches, with_history
 from tests.support.enumerable import tiny_policy
 from tests.support.helpers import char_tokenizer
-from tests.support.live_loops import adamw, attach, full_model, plain_step, small_loop
+from tests.support.live_loops import attach, plain_step, small_loop
 
 SETTINGS = LossSettings(loss="grpo", kl_coef=0.1, entropy_coef=0.05)
 
@@ -75,7 +75,7 @@ def test_the_numbers_are_those_of_an_attribution(monkeypatch):
 
 
 def test_another_batch_than_the_steps_is_found_out(monkeypatch):
-    step, parts, reference = made(monkeypatch)
+    step, parts, _ = made(monkeypatch)
     other = replace(step.U, advantages=-step.U.advantages, old_logprobs=None)
     found = changes(step, parts, lambda policy: HostUpdate(other, LossSettings(loss="grpo")))
     assert "it is not the batch that the step was made from" in found.reason
@@ -98,7 +98,7 @@ def test_what_cannot_be_read_is_said(monkeypatch):
     step, parts, _ = made(monkeypatch)
     assert changes(step, "no parts", broken).reason == "no parts"
     assert "the training's batch cannot be read" in changes(step, parts, broken).reason
-    assert changes(step, parts, refused).reason == "expected rollouts, found none"
+    assert changes(step, parts, refused).reason == "DataError: expected rollouts, found none"
     assert changes(step, parts, without_advantages(step)).reason == "the training's batch has no advantages"
 
 
@@ -133,7 +133,6 @@ def test_the_parts_of_several_processes_are_one_batch(monkeypatch):
 @pytest.mark.parametrize("rule", ["adam", "adam_decay", "adamw", "sgd"])
 def test_the_map_from_gradient_to_step_is_kept_where_it_is_asked_for(monkeypatch, rule):
     policy = tiny_policy(monkeypatch)
-    _, U = batches(policy)
     parameters = policy.parameters
     optimizer = (
         torch.optim.SGD(list(parameters.values()), lr=0.1, momentum=0.5)
@@ -156,10 +155,10 @@ def test_the_map_from_gradient_to_step_is_kept_where_it_is_asked_for(monkeypatch
 
 def test_a_loop_of_ones_own_gives_its_batch():
     """A reward of nothing but length: the update of a loop, told to the probe, is taken apart at every step."""
-    loop = small_loop(model=full_model(), optimizer=adamw)
+    loop = small_loop()
     with pytest.raises(ConfigError, match="attribution: expected `update`"):
-        attach(loop.model, loop.optimizer, attribution=True)
-    watch = attach(loop.model, loop.optimizer, update=broken, strict=True)
+        attach(loop.model, loop.optimizers, attribution=True)
+    watch = attach(loop.model, loop.optimizers, update=broken)
     for k in range(2):
         plain_step(loop, k)
     watch.detach()

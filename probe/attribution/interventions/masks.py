@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
 from probe.attribution.interventions.registry import Plan, intervention
 from probe.attribution.tokens import UpdateTokens
+from probe.config.losses import TOKEN_MEANS
 from probe.errors.exceptions import ConfigError
 
 
@@ -67,7 +69,10 @@ def top_entropy(plan: Plan, tokens: UpdateTokens, *, share: float = 0.2) -> Plan
 @intervention("mask_truncated", "arXiv:2503.14476 (DAPO); TRL's mask_truncated_completions")
 def mask_truncated(plan: Plan, tokens: UpdateTokens) -> Plan:
     """Leave responses that the cap cut off out of the loss."""
-    return plan.with_settings(mask_truncated_completions=True)
+    truncated = plan.inputs.truncated
+    if truncated is None or not bool(truncated.any()):
+        return plan
+    return plan.masked(tokens.mask & truncated.unsqueeze(1))
 
 
 @intervention("drop", "ablation")
@@ -81,11 +86,16 @@ def drop(plan: Plan, tokens: UpdateTokens, *, tokens_of: str = "highest fifth") 
     return plan.without(tokens.classes[tokens_of])
 
 
-@intervention("drop_zero_advantage", "arXiv:2503.14476 (DAPO), dynamic sampling")
+@intervention("drop_zero_advantage", "arXiv:2503.14476 (DAPO), dynamic sampling, without sampling others")
 def drop_zero_advantage(plan: Plan, tokens: UpdateTokens) -> Plan:
-    """Mask responses of advantage 0, so that they no longer count in what the loss divides by."""
-    mask = tokens.mask & (tokens.A == 0)
-    return plan if bool((mask == tokens.mask).all()) else plan.masked(mask)
+    """Leave responses of advantage 0 out of the batch, so that they do not count in what the loss divides by."""
+    left = tokens.advantages == 0
+    if bool(left.all()):
+        return plan
+    shrunk = plan.masked(left.unsqueeze(1) & tokens.mask)
+    if plan.settings.loss in TOKEN_MEANS:
+        return shrunk
+    return replace(shrunk, scale=shrunk.scale * len(left) / int((~left).sum()))
 
 
 @intervention(

@@ -25,7 +25,7 @@ from torch import Tensor
 from probe.attribution.tokens import UpdateTokens
 from probe.errors.exceptions import ConfigError, nearest
 from probe.estimators.loss_settings import LossSettings
-from probe.estimators.losses import LossInputs, LossWeights, loss_weight_parts
+from probe.estimators.losses import LossInputs, LossWeights, acting_tokens, loss_weight_parts
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Plan:
         inputs: what the loss is a function of: advantages, and the tokens that count.
         factor: what the policy-gradient term of every token is multiplied by, `(B, T)`, the loss's denominator held.
         extra: more weights of `l`, `(B, T)`, of terms that the loss has no name for.
+        scale: what all of the loss is multiplied by.
         learning_rate_factor: what the learning rate is multiplied by.
     """
 
@@ -44,6 +45,7 @@ class Plan:
     inputs: LossInputs
     factor: Tensor
     extra: Tensor
+    scale: float = 1.0
     learning_rate_factor: float = 1.0
 
     @classmethod
@@ -57,12 +59,25 @@ class Plan:
         return self.times(torch.where(tokens, 0.0, 1.0))
 
     def times(self, factor: Tensor) -> Plan:
-        """With the policy-gradient term of every token multiplied, `(B, T)`."""
-        return replace(self, factor=self.factor * factor.double())
+        """With the terms of every token but KL penalty and entropy bonus multiplied, `(B, T)`."""
+        return replace(self, factor=self.factor * factor.double(), extra=self.extra * factor.double())
 
     def masked(self, tokens: Tensor) -> Plan:
-        """Without some tokens, `(B, T)` bool, as if they had not been sampled: what the loss divides by shrinks."""
-        return replace(self, inputs=replace(self.inputs, mask=self.inputs.mask & ~tokens))
+        """Without some tokens, `(B, T)` bool, as if they had not been sampled.
+
+        What a loss divides by that is a mean over tokens shrinks with them; means over responses stay over as many.
+        """
+        mask, before = self.inputs.mask & ~tokens, self.acting
+        recorded = self.inputs.loss_tokens
+        if recorded is not None:
+            recorded *= int((mask & before).sum()) / max(int(before.sum()), 1)
+        inputs = replace(self.inputs, mask=mask, loss_tokens=recorded)
+        return replace(self, inputs=inputs, extra=torch.where(mask, self.extra, 0.0))
+
+    @property
+    def acting(self) -> Tensor:
+        """The tokens that have a part in its loss, `(B, T)` bool."""
+        return acting_tokens(self.settings, self.inputs)
 
     def with_advantages(self, advantages: Tensor) -> Plan:
         """With other advantages, `(B,)`."""
@@ -76,7 +91,8 @@ class Plan:
     def weights(self) -> LossWeights:
         """The derivatives of its loss."""
         parts = loss_weight_parts(self.settings, self.inputs)
-        return LossWeights(policy=self.factor * parts.policy + self.extra, kl=parts.kl, bonus=parts.bonus)
+        policy = self.factor * parts.policy + self.extra
+        return LossWeights(self.scale * policy, kl=self.scale * parts.kl, bonus=self.scale * parts.bonus)
 
 
 Change = Callable[..., Plan]
@@ -93,6 +109,7 @@ class Intervention:
         claim: the first line of its docstring.
         options: its options with their defaults.
         needs_rewards: whether it is made of the rewards of U.
+        needs_clipping: whether it is about tokens' ratios that PPO's range clips.
     """
 
     name: str
@@ -101,24 +118,34 @@ class Intervention:
     claim: str
     options: dict[str, Any]
     needs_rewards: bool = False
+    needs_clipping: bool = False
 
-    def lacks(self, tokens: UpdateTokens) -> str:
-        """Why it cannot be made of this U; empty where it can."""
-        missing = self.needs_rewards and tokens.rewards is None
-        return "it needs rewards of U, which has advantages alone" if missing else ""
+    def lacks(self, tokens: UpdateTokens, settings: LossSettings) -> str:
+        """Why it cannot be made of this U and its loss; empty where it can."""
+        if self.needs_rewards and tokens.rewards is None:
+            return "expected rewards of U, found advantages alone"
+        plain = (
+            settings.loss not in ("cispo", "sapo", "vespo") and settings.importance_sampling_level == "token"
+        )
+        if self.needs_clipping and not (plain and settings.top_entropy_quantile == 1.0):
+            return f"expected a loss that clips the ratios of tokens, found {settings.loss} with its options"
+        return ""
 
 
 INTERVENTIONS: dict[str, Intervention] = {}
 """By name, in the order of tables."""
 
 
-def intervention(name: str, source: str, *, needs_rewards: bool = False) -> Callable[[Change], Change]:
+def intervention(
+    name: str, source: str, *, needs_rewards: bool = False, needs_clipping: bool = False
+) -> Callable[[Change], Change]:
     """Register a function of a plan and `UpdateTokens`, and of options with defaults, as an intervention.
 
     Args:
         name: by which it is asked for.
         source: where its formula and defaults stand.
         needs_rewards: whether it is made of the rewards of U.
+        needs_clipping: whether it is about tokens' ratios that PPO's range clips.
 
     Raises:
         ValueError: the name is taken, there is no docstring, or an option has no default.
@@ -139,7 +166,9 @@ def intervention(name: str, source: str, *, needs_rewards: bool = False) -> Call
         if inspect.Parameter.empty in options.values():
             raise ValueError(f"intervention {name!r}: expected a default for every option, found one without")
         claim = (change.__doc__ or "").strip().splitlines()[0]
-        INTERVENTIONS[name] = Intervention(name, source, change, claim, options, needs_rewards)
+        INTERVENTIONS[name] = Intervention(
+            name, source, change, claim, options, needs_rewards, needs_clipping
+        )
         return change
 
     return register
@@ -161,7 +190,10 @@ class Composed:
         """The plan with all of them."""
         for one, options in self.steps:
             # as the interventions before it have left them
-            now = replace(tokens, advantages=plan.inputs.advantages.double(), mask=plan.inputs.mask)
+            now = replace(tokens, advantages=plan.inputs.advantages.double(), mask=plan.acting)
+            reason = one.lacks(now, plan.settings)
+            if reason:
+                raise ConfigError(f"whatif.interventions: {one.name}: {reason}")
             plan = one.change(plan, now, **options)
         return plan
 

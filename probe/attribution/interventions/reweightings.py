@@ -60,7 +60,9 @@ def negative_advantage(plan: Plan, tokens: UpdateTokens, *, weight: float = 0.1)
     return plan.times(1.0 + (weight - 1.0) * (tokens.A < 0).double())
 
 
-@intervention("kl_cov", "arXiv:2505.22617, PRIME-RL/Entropy-Mechanism-of-RL core_algos.py")
+@intervention(
+    "kl_cov", "arXiv:2505.22617, PRIME-RL/Entropy-Mechanism-of-RL core_algos.py", needs_clipping=True
+)
 def kl_cov(plan: Plan, tokens: UpdateTokens, *, share: float = 2e-3, coef: float = 1.0) -> Plan:
     """Add `coef |l - l_old|` to the `share` of tokens of largest covariance, and clip no ratio.
 
@@ -69,8 +71,7 @@ def kl_cov(plan: Plan, tokens: UpdateTokens, *, share: float = 2e-3, coef: float
     top = tokens.top(tokens.covariance, max(1, int(share * int(tokens.mask.sum()))))
     normaliser = update_normaliser(plan.settings, plan.inputs)
     penalty = coef * normaliser * (tokens.logprob - tokens.old_logprob).sign() * top.double()
-    free = plan.with_settings(clip_low=1.0, clip_high=math.inf) if plan.settings.loss != "cispo" else plan
-    return _with_extra(free, penalty)
+    return _with_extra(plan.with_settings(clip_low=1.0, clip_high=math.inf, delta=None), penalty)
 
 
 @intervention(
@@ -91,7 +92,9 @@ def entropic(plan: Plan, tokens: UpdateTokens, *, target: float = 0.1, gain: flo
     return _with_extra(plan, -alpha * normaliser * ratio * tokens.A.abs())
 
 
-@intervention("ce_gppo", "arXiv:2509.20712, Kwai-Klear/CE-GPPO compute_gppo_loss_general_beta")
+@intervention(
+    "ce_gppo", "arXiv:2509.20712, Kwai-Klear/CE-GPPO compute_gppo_loss_general_beta", needs_clipping=True
+)
 def ce_gppo(plan: Plan, tokens: UpdateTokens, *, beta_low: float = 0.5, beta_high: float = 1.0) -> Plan:
     """Give tokens that the PPO range clips a gradient of that range's end, times `beta_low` and `beta_high`.
 
@@ -141,16 +144,11 @@ def advantage(plan: Plan, tokens: UpdateTokens, *, kind: str = "dr_grpo") -> Pla
 
 
 def _with_extra(plan: Plan, weights: torch.Tensor) -> Plan:
-    """The plan with more weights of `l`."""
-    return replace(plan, extra=plan.extra + weights)
+    """The plan with more weights of `l`, with the advantages and tokens that it has now; later steps act on them."""
+    return replace(plan, extra=plan.extra + torch.where(plan.acting, weights, 0.0))
 
 
 def _rewards(tokens: UpdateTokens, name: str) -> torch.Tensor:
-    """The rewards of U.
-
-    Raises:
-        ConfigError: only advantages are known.
-    """
-    if tokens.rewards is None:
-        raise ConfigError(f"whatif.interventions: expected rewards of U for {name}, found advantages alone")
+    """The rewards of U."""
+    assert tokens.rewards is not None, name  # see `Intervention.lacks`
     return tokens.rewards.double()

@@ -15,7 +15,7 @@ def entropy_bonus(plan: Plan, tokens: UpdateTokens, *, coef: float = 0.001) -> P
     return plan.with_settings(entropy_coef=plan.settings.entropy_coef + coef)
 
 
-@intervention("clip_higher", "arXiv:2503.14476 (DAPO)")
+@intervention("clip_higher", "arXiv:2503.14476 (DAPO)", needs_clipping=True)
 def clip_higher(plan: Plan, tokens: UpdateTokens, *, high: float = 0.28) -> Plan:
     """Another upper end of the PPO range; it changes nothing where the policy is the one that sampled."""
     if not high > 0:

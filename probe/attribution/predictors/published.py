@@ -34,11 +34,8 @@ def discriminator_centred(tokens: UpdateTokens) -> Tensor:
 
 @predictor("steer", "arXiv:2510.10150, zz-haooo/STEER core_algos.py compute_token_weights")
 def steer(tokens: UpdateTokens) -> Tensor:
-    """`-Omega`, `Omega = A / p_old p (1 - p) (log p + h)`: the tabular change for a policy that has moved."""
-    p = tokens.p.clamp(1e-8, 1 - 1e-8)
-    return (
-        -tokens.A / tokens.old_logprob.exp().clamp_min(1e-8) * p * (1 - p) * (tokens.logprob + tokens.entropy)
-    )
+    """`-Omega`, `Omega = A r (1 - p) (log p + h)`, the ratio `r = p / p_old` being what the table puts on."""
+    return -tokens.A * (1 - tokens.p) * (tokens.logprob + tokens.entropy)
 
 
 @predictor("stare", "arXiv:2606.19236, hp-luo/STARE core_algos.py compute_stare_token_weights")

@@ -8,8 +8,8 @@ A new one is a function of `UpdateTokens` with a decorator:
         return -tokens.A * tokens.entropy
 
 It gives, `(B, T)`, the entropy change that it expects of each token's policy-gradient term, up to a positive factor:
-positive where the token raises the entropy. One that has no sign (`signed=False`) is ranked against sizes. The factor
-by which the loss divides a token is put on by the table.
+positive where the token raises the entropy. One that has no sign (`signed=False`) is ranked against sizes. What the
+loss makes of the advantage (what it divides by, the ratio, clipping) is put on by the table.
 """
 
 from __future__ import annotations

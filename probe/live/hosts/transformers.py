@@ -112,6 +112,7 @@ def attached(
             log=log,
             on_alarm=on_alarm,
             first_step=state.global_step,
+            update=partial(trainer_update, trainer) if asked.attribution else None,
             **merged_settings(trainer, args, given),
         )
     except RolloutError as error:  # no prompt fits
@@ -119,8 +120,6 @@ def attached(
             raise
         _say_not_attached(error)
         return None
-    if "update" not in given and made.settings.attribution:
-        made.update_of = partial(trainer_update, trainer)
     made.schedulers = [trainer.lr_scheduler]
     made.replay(logged_entries(state), logged_levels(state))
     for callback in trainer.callback_handler.callbacks:
