@@ -175,6 +175,11 @@ class Shortcut:
             solver: see `SOLVERS`.
         """
         which = 1 if estimand is TOKEN else 0
+        blocks = self.found.sensitivities.blocks
+        level = blocks.entropy.sum() / (blocks.tokens if estimand is TOKEN else blocks.responses).sum()
+        if target + float(level) <= 0:
+            reason = f"the entropy is {float(level):.3g} {estimand.unit}: it cannot fall by {-target:.3g}"
+            return Solution(solver, target, estimand, None, reason)
         asis = self._sums(self.plan)
         here = self.effect().change.deltaH1[estimand]
         if solver == "learning_rate":
@@ -195,7 +200,6 @@ class Shortcut:
                 "the target is on the other side of 0: no learning rate above 0 changes the sign of deltaH1"
             )
             return Solution(solver, target, estimand, None, reason)
-        blocks = self.found.sensitivities.blocks
 
         def setting(weight: Tensor) -> Tensor:
             by_unit = combined_over(sums[1], blocks, weight)[which]

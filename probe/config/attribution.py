@@ -17,7 +17,7 @@ class AttributionConfig:
     reward: bool = True
     """Attribute the change of the expected reward too, on rewards of E: those of its file, or of
     `batch_config.reward`."""
-    blocks: int = 8
+    blocks: int = 16
     """Parts of E (of whole prompts) whose spread gives the errors; each costs a forward of U for every objective."""
     states: int = 32
     """States of U, drawn at random, whose entropy change is split into the own token's doing, the rest of the

@@ -45,6 +45,12 @@ class ProbeConfig:
                 "attribution.enabled: expected probe_rework.compute_delta_h1 true too, found false; the attribution is "
                 "that of deltaH1"
             )
+        asked = [key for key in ("interventions", "exact", "target_deltaH") if getattr(self.whatif, key)]
+        if asked and not self.whatif.enabled:
+            raise ConfigError(
+                f"whatif.{asked[0]}: expected whatif.enabled true beside it, found false; take "
+                "entropy-probe whatif, or set it"
+            )
         if self.whatif.enabled and not self.attribution.enabled:
             raise ConfigError(
                 "whatif.enabled: expected attribution.enabled true too, found false; interventions are weighed by the "

@@ -74,7 +74,7 @@ class TokenChanges:
 
     Attributes:
         numbers: `deltaH1_positive` and the like, nats per token, by name; classes without a token are left out.
-        scale: what the contributions were multiplied by; None where there are none.
+        scale: what the contributions were multiplied by; None where there are none, or no token had a weight.
         reason: why there are none; empty where there are.
     """
 
@@ -190,8 +190,11 @@ def _changes(
         for name in step
     }
     of_gradient = inner_product(X.__getitem__, own)
+    idle = not any(
+        bool(x.any()) for x in (weights.policy, weights.kl, weights.bonus)
+    )  # all rewards are equal
     scale = of_gradient / raw if raw != 0.0 else 0.0
-    if not 0.0 < scale <= LARGEST_SCALE:
+    if not idle and not 0.0 < scale <= LARGEST_SCALE:
         return TokenChanges(
             {},
             reason=f"the batch's tokens would add {raw:.2g} nats per token where the step's gradient has "
@@ -207,7 +210,7 @@ def _changes(
             chosen = label == names.index(of)
             if bool(chosen.any()):
                 numbers[f"deltaH1_{name}"] = PerEstimand(None, Number(scale * float(c[chosen].sum())))
-    return TokenChanges(numbers, scale)
+    return TokenChanges(numbers, None if idle else scale)
 
 
 def joined(parts: Sequence[HostUpdate]) -> HostUpdate:

@@ -113,7 +113,7 @@ def check_interventions(config: WhatIfConfig) -> None:
         ConfigError: see `parse_intervention`.
     """
     for name in [*config.interventions, *(one for one in config.exact if one != "all")]:
-        parse_intervention(name)
+        parse_intervention(name).check()
 
 
 def wanted_interventions(shortcut: Shortcut, config: WhatIfConfig) -> tuple[list[str], dict[str, str]]:
@@ -128,7 +128,8 @@ def wanted_interventions(shortcut: Shortcut, config: WhatIfConfig) -> tuple[list
         elif name == "drop":
             names += [f"drop(tokens_of={of})" for of in DROPPED if of in shortcut.tokens.classes]
         else:
-            names.append(name)
+            alone = [f"({key}={value})" for key, value in one.options.items() if len(one.options) == 1]
+            names.append(name + "".join(alone))
     return names, skipped
 
 

@@ -11,6 +11,7 @@ from probe.callbacks.defaults import measuring_callbacks
 from probe.callbacks.progress import ProgressBars
 from probe.config.checkpoint import DEMO
 from probe.config.schema import ProbeConfig
+from probe.errors.exceptions import ConfigError
 from probe.files.atomic import atomic_write_bytes, ensure_replaceable
 from probe.files.strict_json import dump_bytes
 from probe.module import EntropyProbe
@@ -36,6 +37,10 @@ def execute(runner: ProbeRunner, module: EntropyProbe, settings: PlanConfig) -> 
     Raises:
         ProbeError: whatever went wrong, in one line.
     """
+    if module.configured.attribution.enabled:
+        raise ConfigError(
+            "attribution.enabled: expected false in a plan, which has no use for it, found true; leave it to the runs"
+        )
     runner.launch()
     path = module.configured.output.results_path if runner.ranks.first else None
     if path is not None:

@@ -19,8 +19,8 @@ PARTS = {
     "kl": "the KL penalty",
     "entropy_bonus": "the entropy bonus",
     "router": "the load-balancing loss of the experts",
-    "control_variates": "what control variates take off the reported deltaH1",
-    "total": "all of the above but control variates",
+    "total": "their sum",
+    "control_variates": "what control variates add to the reported deltaH1; no token can have it",
 }
 SUMS = {
     "by_advantage": "by the sign of the advantage",
@@ -42,6 +42,8 @@ TARGETS = {
 }
 LARGE_ERROR = 0.25
 """Of a difference: a shortcut that is off by more is listed."""
+LONGEST_NAME = 36
+"""Characters of an intervention's name in a table."""
 LEADERS = 4
 """Predictors that the report lists against each target; the result has all."""
 
@@ -162,7 +164,8 @@ def _league(found: Mapping[str, Any]) -> Table:
         of_target = [one for one in league if one["target"] == target and one["ranked"] == "contributions"]
         ceiling = [one for one in of_target if one["predictor"] == CEILING]
         others = [one for one in of_target if one["predictor"] != CEILING]
-        for one in (*ceiling, *others[:LEADERS]):
+        signed = [one for one in others if one["sign_agreement"] is not None]
+        for one in (*ceiling, *signed[:LEADERS]):
             ends = [end for end in one["spearman_ci95"] if end is not None]
             interval = f" [{ends[0]:+.2f}, {ends[1]:+.2f}]" if len(ends) == 2 else ""
             agreement = one["sign_agreement"]
@@ -172,25 +175,36 @@ def _league(found: Mapping[str, Any]) -> Table:
                 percent(one["captured_top_10"]),
             )
             rows.append(Row(one["predictor"].replace("_", " "), cells, meaning))
-    return Table(("League table", "Spearman", "signs right", "top 10 % hold"), rows)
+    count = len({one["predictor"] for one in league}) - 1
+    head = f"League table (best {LEADERS} of {count})"
+    return Table((head, "Spearman", "signs right", "top 10 % hold"), rows)
 
 
 def _what_if(found: Mapping[str, Any]) -> Table:
     """What interventions would do, those that raise the entropy most first."""
     order = sorted(found["interventions"], key=lambda one: -(one["difference"]["deltaH1_tok"] or 0.0))
+    idle = [one for one in order if one["tokens"] == 0 and one["difference"]["deltaH1_tok"] == 0]
     rows = []
-    for one in (found["as_it_is"], *order):
+    for one in (found["as_it_is"], *(one for one in order if one not in idle)):
         per, difference = one.get("per_reward"), one["difference"]
-        nothing = one["tokens"] == 0 and difference["deltaH1_tok"] == 0
+        rewarded = "deltaR1" in one
         cells = (
             with_error(one["deltaH1_tok"], one.get("deltaH1_tok_se")),
-            "" if not one["name"] else "no token" if nothing else _with_error(difference, "deltaH1_tok"),
-            with_error(one["deltaR1"], one.get("deltaR1_se")) if "deltaR1" in one else "-",
+            _with_error(difference, "deltaH1_tok") if one["name"] else "",
+            "-" if not rewarded else _with_error(difference if one["name"] else one, "deltaR1"),
             "-" if per is None else number_text(per["value"]),
         )
-        rows.append(Row(one["name"] or "as it is", cells, ""))
+        rows.append(Row(_label(one["name"]), cells, ""))
+    if idle:
+        rows.append(Row("no token changes", ("", "", "", ""), ", ".join(_label(one["name"]) for one in idle)))
     rows += [Row(name, ("left out", "", "", ""), reason) for name, reason in found["skipped"].items()]
-    return Table(("What if?", "deltaH1, per token", "difference", "expected reward", "nats per reward"), rows)
+    heads = ("What if?", "deltaH1, per token", "difference", "reward's difference", "nats per reward")
+    return Table(heads, rows)
+
+
+def _label(name: str) -> str:
+    """The name of an intervention, shortened to what a table has room for; a result has it whole."""
+    return (name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}...") or "as it is"
 
 
 def _shortcuts(found: Mapping[str, Any]) -> Table:
@@ -208,7 +222,7 @@ def _shortcuts(found: Mapping[str, Any]) -> Table:
                 _with_error(one["difference"], "deltaH1_tok"),
                 _with_error(short["difference"], "deltaH1_tok"),
             )
-            rows.append(Row(one["name"], cells, ""))
+            rows.append(Row(_label(one["name"]), cells, ""))
     heads = ("Taken back by the optimizer", "difference, its step", "difference, P held")
     return Table(heads, rows)
 
@@ -227,7 +241,7 @@ def _measured(found: Mapping[str, Any]) -> Table:
             with_error(exact["deltaH_true_tok"], exact.get("deltaH_true_tok_se")),
             "" if not one["name"] else _with_error(exact, "difference_true_tok"),
         )
-        rows.append(Row(one["name"] or "as it is", cells, doubt))
+        rows.append(Row(_label(one["name"]), cells, doubt))
     heads = ("Steps that were measured", "deltaH1, per token", "deltaH_true", "its difference")
     return Table(heads, rows)
 
@@ -238,14 +252,18 @@ def _with_error(values: Mapping[str, Any], key: str) -> str:
 
 
 def _solutions(found: Mapping[str, Any]) -> Table:
-    """The settings at which the prediction meets the target."""
+    """The settings at which the prediction meets the target, and what their steps were measured to do."""
     rows = []
     for one in found.get("solutions") or ():
-        setting = one["setting"]
+        setting, measured = one["setting"], one["measured"]
         what = {"learning_rate": "learning rate, times", "entropy_bonus": "entropy bonus, coefficient"}[
             one["solver"]
         ]
         cell = NOT_RESOLVED if setting is None else with_error(setting["value"], setting["value_se"])
         target = f"for {one['target']:+.4g} nats per {one['estimand'].replace('sequence', 'response')}"
-        rows.append(Row(what, (cell,), target if setting is not None else f"{target}: {one['reason']}"))
-    return Table(("Settings that meet the target", ""), rows)
+        if setting is None:
+            target = f"{target}: {one['reason']}"
+        elif setting["value_ci95"][0] < 0 < setting["value_ci95"][1]:
+            target = f"{target}; its sign is not resolved"
+        rows.append(Row(what, (cell, "" if measured is None else _with_error(measured, "value")), target))
+    return Table(("Settings that meet the target", "", "measured"), rows)

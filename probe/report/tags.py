@@ -161,7 +161,13 @@ def _attribution_tags(found: Mapping[str, Any]) -> dict[str, float]:
 def _what_if_tags(found: Mapping[str, Any]) -> dict[str, float]:
     """What interventions change of deltaH1 per token, and of the expected reward."""
     tags: dict[str, float] = {}
+    solved = {one["intervention"]: one["solver"] for one in found.get("solutions") or ()}
+    for one in found.get("solutions") or ():
+        if one["setting"] is not None:
+            _add(tags, f"{PREFIX}_what_if/solution/{one['solver']}", one["setting"]["value"])
     for one in found.get("interventions") or ():
+        if one["name"] in solved:  # whose name changes from run to run
+            continue
         for key in ("deltaH1_tok", "deltaR1"):
             _add(tags, f"{PREFIX}_what_if/{key}/{_tag(one['name'])}", one["difference"].get(key))
     return tags

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ def what_if_values(found: WhatIf) -> dict[str, Any]:
     return {
         "as_it_is": _effect(found.asis, found.measured.get("")),
         "interventions": [_effect(one, found.measured.get(one.name)) for one in found.effects],
-        "solutions": [_solution(one) for one in found.solutions],
+        "solutions": [_solution(one, found.measured.get(one.intervention)) for one in found.solutions],
         "skipped": dict(found.skipped),
     }
 
@@ -119,10 +120,10 @@ def _coupling(one: Coupling) -> dict[str, Any]:
     return {
         "sampled": len(one.rows),
         "share": table(one.share),
-        "size_share": table(one.size_share),
+        "size_share": {name: _share(value) for name, value in one.size_share.items()},
         "mean": table(one.mean),
         "size": table(one.size),
-        "sign_agreement": None if one.sign_agreement is None else _plain("value", one.sign_agreement),
+        "sign_agreement": None if one.sign_agreement is None else _share(one.sign_agreement),
         "completeness": one.completeness,
     }
 
@@ -181,8 +182,9 @@ def _effect(one: Effect, measured: Measured | None) -> dict[str, Any]:
     return found
 
 
-def _solution(one: Solution) -> dict[str, Any]:
-    """A setting that meets the target."""
+def _solution(one: Solution, measured: Measured | None) -> dict[str, Any]:
+    """A setting that meets the target, and what its step was measured to do."""
+    true = None if measured is None else measured.deltaH_true[one.estimand]
     return {
         "solver": one.solver,
         "target": one.target,
@@ -190,12 +192,20 @@ def _solution(one: Solution) -> dict[str, Any]:
         "setting": None if one.setting is None else _plain("value", one.setting),
         "intervention": one.intervention or None,
         "reason": one.reason or None,
+        "measured": None if true is None else _plain("value", true),
     }
 
 
 def _number(found: Estimate) -> Number:
     """An estimate with its error; how far that is known is that of `blocks`."""
     return Number(found.value, found.se, found.ci95)
+
+
+def _share(found: Estimate) -> dict[str, Any]:
+    """A share, whose interval is cut to where it can lie; unknown where that is all there is."""
+    low, high = (min(max(end, 0.0), 1.0) for end in found.ci95)
+    known = math.isfinite(found.se) and (low, high) != (0.0, 1.0)
+    return {**_plain("value", found), "value_ci95": [low, high] if known else None}
 
 
 def _plain(name: str, found: Estimate) -> dict[str, Any]:

@@ -79,6 +79,11 @@ def execute(runner: ProbeRunner, module: EntropyProbe, sweep: SweepConfig) -> pd
         ConfigError: impossible settings, or a folder that holds a different sweep.
         ProbeError: an error that would hit every point. What was finished before it is kept.
     """
+    if module.configured.attribution.enabled:
+        raise ConfigError(
+            "attribution.enabled: expected false in a sweep, whose table has no place for it, found true; take "
+            "entropy-probe attribute for single points"
+        )
     grid = build_grid(sweep, module.configured, module.seed, module.given)
     runner.launch()
     ranks, folder = runner.ranks, SweepFolder(sweep.output_folder)

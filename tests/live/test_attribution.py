@@ -82,6 +82,15 @@ def test_another_batch_than_the_steps_is_found_out(monkeypatch):
     assert found.as_mapping() == {"attribution_reason": found.reason}
 
 
+def test_a_batch_without_a_signal_adds_nothing(monkeypatch):
+    """All rewards equal: no token has a weight, and what the step has in it is momentum's and rounding."""
+    step, parts, _ = made(monkeypatch)
+    flat = replace(step.U, advantages=torch.zeros(len(step.U)), old_logprobs=None)
+    found = changes(step, parts, lambda policy: HostUpdate(flat, LossSettings(loss="grpo")))
+    assert found.scale is None
+    assert {one.token.value for one in found.numbers.values()} == {0.0}
+
+
 def broken(policy):
     raise KeyError("completion_ids")
 

@@ -250,6 +250,12 @@ def test_rewards_that_do_not_apply(attributed):
         ({"whatif": {"enabled": True, "interventions": ["clip_kov"]}}, "did you mean clip_cov"),
         ({"whatif": {"enabled": True, "exact": ["clip_kov"]}}, "did you mean clip_cov"),
         (
+            {"whatif": {"enabled": True, "interventions": ["steer(w_min=0.0)"]}},
+            "expected steer.w_min=.... in",
+        ),
+        ({"whatif": {"interventions": ["steer"]}}, "whatif.interventions: expected whatif.enabled true"),
+        ({"whatif": {"target_deltaH": -0.1}}, "whatif.target_deltaH: expected whatif.enabled true"),
+        (
             {"whatif": {"enabled": True, "interventions": ["drop(tokens_of=left)"]}},
             "which U has, found 'left'",
         ),
@@ -282,7 +288,7 @@ def test_interventions_are_compared(attributed):
     named = {one["name"].partition("(")[0] for one in found["interventions"]}
     assert named == set(INTERVENTIONS)
     assert found["as_it_is"]["tokens"] == 0
-    half = next(one for one in found["interventions"] if one["name"] == "learning_rate")
+    half = next(one for one in found["interventions"] if one["name"] == "learning_rate(factor=0.5)")
     assert half["deltaH1_tok"] == pytest.approx(found["as_it_is"]["deltaH1_tok"] / 2)
 
 
@@ -425,6 +431,22 @@ def test_the_log_with_contributions_is_a_rollout_file(attributed, tmp_path):
     assert again["diagnostics"]["gradient_norm"] == pytest.approx(
         first["diagnostics"]["gradient_norm"], rel=1e-5
     )
+
+
+@pytest.mark.parametrize("command", ["sweep", "plan"])
+def test_commands_without_a_place_for_it_refuse_it(attributed, tmp_path, command, capsys):
+    import yaml
+
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(attributed))
+    assert main([command, "--config", str(tmp_path / "run.yaml")]) == 2
+    assert "attribution.enabled: expected false" in capsys.readouterr().err
+
+
+def test_a_target_below_an_entropy_of_0_is_refused_in_words(attributed):
+    attributed["whatif"] = {"enabled": True, "interventions": ["steer"], "target_deltaH": -100.0}
+    for one in run(attributed)["what_if"]["solutions"]:
+        assert one["setting"] is None
+        assert "it cannot fall by 100" in one["reason"]
 
 
 @pytest.mark.parametrize("command", ["attribute", "whatif"])

@@ -197,6 +197,21 @@ class Composed:
             plan = one.change(plan, now, **options)
         return plan
 
+    def check(self) -> None:
+        """Refuse values of options that can be refused without an update.
+
+        Raises:
+            ConfigError: one is out of its range.
+        """
+        one = torch.ones(1, 1, dtype=torch.float64)
+        mask, zero = one.bool(), torch.zeros(1, 1, dtype=torch.float64)
+        whole = torch.ones(1, dtype=torch.float64)
+        tokens = UpdateTokens(mask, -one, one, -one, whole, zero, torch.zeros(1, dtype=torch.int64), whole)
+        plan = Plan.of(LossSettings(), LossInputs(mask, whole, -one, one, torch.zeros(1, dtype=torch.bool)))
+        for step, options in self.steps:
+            if step.name != "drop":  # whose classes are U's
+                step.change(plan, tokens, **options)
+
 
 _CALL = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
