@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from probe.data.batch import RolloutBatch
 from probe.distributed.ranks import ALONE, Ranks
 from probe.distributed.same import fingerprint
 from probe.errors.exceptions import RanksApartError
+from probe.estimators.loss_settings import LossSettings
+from probe.live import HostUpdate
 from tests.support.live_loops import adamw, attach, lora_model, numbers
 from tests.support.trainings import bits, in_processes, set_streams, streams
 
@@ -209,3 +212,77 @@ def test_fingerprints_see_one_bit_and_the_place():
     assert fingerprint([one[:3], one[3:]]) != fingerprint([one[3:], one[:3]])
     for dtype in (torch.bfloat16, torch.float64, torch.uint8):
         assert fingerprint([one.to(dtype)]) != fingerprint([(one + 1).to(dtype)])
+
+
+# ---------------------------------------------------------------- the training's own batch
+
+
+def own_rows(k, ranks):
+    """Rows of a step of every rank: a prompt of two tokens, a response of five; and their advantages."""
+    found = []
+    for rank in range(2):
+        generator = torch.Generator().manual_seed(10 * k + rank)
+        found.append((torch.randint(4, 100, (2, 7), generator=generator), torch.tensor([1.0, -0.5 - rank])))
+    if ranks == 2:
+        return found
+    return [tuple(torch.cat(x) for x in zip(*found, strict=True))]
+
+
+def as_update(ids, advantages):
+    """The rows as the probe takes them, with the loss of the loop below."""
+    rows = ids.tolist()
+    batch = RolloutBatch(
+        prompts=("",) * len(rows),
+        completions=("",) * len(rows),
+        prompt_ids=tuple(tuple(row[:2]) for row in rows),
+        completion_ids=ids[:, 2:],
+        mask=torch.ones(len(rows), 5, dtype=torch.bool),
+        truncated=torch.ones(len(rows), dtype=torch.bool),
+        group=torch.arange(len(rows)),
+        advantages=advantages.double(),
+    )
+    return HostUpdate(batch, LossSettings(loss="reinforce"))
+
+
+def reinforce(folder, ranks):
+    """A loop with a policy gradient on given rows, whose batch the probe is told: the probe's history."""
+    torch.set_num_threads(1)
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank() if ranks > 1 else 0
+    model = lora_model(seed=0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    optimizer = adamw(model)
+    forward = torch.nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
+    now = {}
+    watch = attach(
+        model, optimizer, update=lambda policy: as_update(*now["rows"]), B_E=8, microbatch_size=2, strict=True
+    )
+    for k in range(3):
+        ids, advantages = now["rows"] = own_rows(k, ranks)[rank]
+        logits = forward(input_ids=ids).logits[:, 1:-1].log_softmax(-1)
+        l = logits.gather(-1, ids[:, 2:].unsqueeze(-1)).squeeze(-1)
+        (-(advantages.unsqueeze(1) * l).sum(1).mean()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+    return numbers(watch.history)
+
+
+def test_the_tokens_of_all_ranks_are_one_batch(tmp_path):
+    (alone,) = in_processes(1, reinforce, tmp_path, 1)
+    together = in_processes(2, reinforce, tmp_path, 2)
+    assert bits(together[0]) == bits(together[1])
+    for one, two in zip(alone, together[0], strict=True):
+        assert "attribution_reason" not in one
+        assert "attribution_reason" not in two
+        assert 0 < one["attribution_scale"] < 0.9
+        for name in (
+            "attribution_scale",
+            "deltaH1_positive_tok",
+            "deltaH1_negative_tok",
+            "deltaH1_words_tok",
+        ):
+            assert two[name] == pytest.approx(one[name], rel=1e-3)
