@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from probe.attribution.contributions import Contributions
-from probe.attribution.interventions.registry import Composed, Plan
+from probe.attribution.interventions.registry import Composed, Plan, parse_intervention
 from probe.attribution.objectives import Change, changes, combined_over
 from probe.attribution.tokens import UpdateTokens
 from probe.estimand import SEQUENCE, TOKEN, Estimand
@@ -116,7 +116,7 @@ class Solution:
         if self.setting is None:
             return ""
         option = "factor" if self.solver == "learning_rate" else "coef"
-        return f"{self.solver}({option}={self.setting.value:.6g})"
+        return parse_intervention(f"{self.solver}({option}={self.setting.value:.6g})").text
 
 
 @dataclass(frozen=True)

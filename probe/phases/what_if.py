@@ -128,8 +128,7 @@ def wanted_interventions(shortcut: Shortcut, config: WhatIfConfig) -> tuple[list
         elif name == "drop":
             names += [f"drop(tokens_of={of})" for of in DROPPED if of in shortcut.tokens.classes]
         else:
-            alone = [f"({key}={value})" for key, value in one.options.items() if len(one.options) == 1]
-            names.append(name + "".join(alone))
+            names.append(parse_intervention(name).text)
     return names, skipped
 
 

@@ -42,7 +42,7 @@ TARGETS = {
 }
 LARGE_ERROR = 0.25
 """Of a difference: a shortcut that is off by more is listed."""
-LONGEST_NAME = 36
+LONGEST_NAME = 30
 """Characters of an intervention's name in a table."""
 LEADERS = 4
 """Predictors that the report lists against each target; the result has all."""
@@ -69,7 +69,13 @@ def attribution_tables(values: Mapping[str, Any]) -> list[Table]:
         tables += [_parts(found), _top(found), _coupling(found), _league(found)]
     if values.get("what_if") is not None:
         compared = values["what_if"]
-        tables += [_what_if(compared), _shortcuts(compared), _measured(compared), _solutions(compared)]
+        tables += [
+            _what_if(compared),
+            _without_effect(compared),
+            _shortcuts(compared),
+            _measured(compared),
+            _solutions(compared),
+        ]
     return [table for table in tables if table.rows]
 
 
@@ -195,11 +201,20 @@ def _what_if(found: Mapping[str, Any]) -> Table:
             "-" if per is None else number_text(per["value"]),
         )
         rows.append(Row(_label(one["name"]), cells, ""))
-    if idle:
-        rows.append(Row("no token changes", ("", "", "", ""), ", ".join(_label(one["name"]) for one in idle)))
-    rows += [Row(name, ("left out", "", "", ""), reason) for name, reason in found["skipped"].items()]
     heads = ("What if?", "deltaH1, per token", "difference", "reward's difference", "nats per reward")
     return Table(heads, rows)
+
+
+def _without_effect(found: Mapping[str, Any]) -> Table:
+    """What does not change a token, and what cannot be made of this U."""
+    idle = [
+        _label(one["name"])
+        for one in found["interventions"]
+        if one["tokens"] == 0 and one["difference"]["deltaH1_tok"] == 0
+    ]
+    rows = [Row("no token changes", ("",), ", ".join(idle))] if idle else []
+    rows += [Row(name, ("left out",), reason) for name, reason in found["skipped"].items()]
+    return Table(("Without effect",), rows)
 
 
 def _label(name: str) -> str:

@@ -402,7 +402,7 @@ def test_report_loggers_and_log(attributed, tmp_path):
     tags = scalar_tags(probe.result.values)
     assert "entropy_probe_attribution/deltaH1_tok/momentum" in tags
     assert "entropy_probe_attribution_coupling/states/own" in tags
-    assert "entropy_probe_what_if/deltaH1_tok/positive_advantage" in tags
+    assert "entropy_probe_what_if/deltaH1_tok/positive_advantage_weight_0.1" in tags
     assert all(math.isfinite(value) for value in tags.values())
     (path,) = (tmp_path / "logs").rglob("*.json.gz")
     log = load_log(path)

@@ -179,7 +179,7 @@ class Composed:
     """Interventions one after another, with their options.
 
     Attributes:
-        text: as they were asked for.
+        text: as they are written, the same for the same ones.
         steps: each with the options that were given.
     """
 
@@ -225,12 +225,23 @@ def parse_intervention(text: str) -> Composed:
     Raises:
         ConfigError: an unknown name or option, or a value of another type.
 
-    >>> parse_intervention("learning_rate(factor=0.5)").steps[0][1]
-    {'factor': 0.5}
+    >>> parse_intervention("stare(weight=1.1, target=1)+steer").text
+    'stare(target=1.0)+steer(w_min=0.8)'
     """
     if not isinstance(text, str):
         raise ConfigError(f"whatif.interventions: expected names such as clip_cov, found {text!r}")
-    return Composed(text.strip(), tuple(_step(part, text) for part in _parts(text)))
+    steps = tuple(_step(part, text) for part in _parts(text))
+    return Composed("+".join(_written(one, options) for one, options in steps), steps)
+
+
+def _written(one: Intervention, options: dict[str, Any]) -> str:
+    """The one way in which an intervention is written: options that are not the defaults, and one that is alone."""
+    shown = {
+        key: options.get(key, default)
+        for key, default in one.options.items()
+        if len(one.options) == 1 or options.get(key, default) != default
+    }
+    return one.name + (f"({', '.join(f'{key}={value}' for key, value in shown.items())})" if shown else "")
 
 
 def _parts(text: str) -> list[str]:
