@@ -26,7 +26,7 @@ from probe.attribution.tokens import UpdateTokens
 from probe.attribution.update_spread import spread
 from probe.config.losses import TOKEN_MEANS
 from probe.data.batch import RolloutBatch
-from probe.errors.exceptions import ConfigError, NumericalError
+from probe.errors.exceptions import ConfigError, DataError, NumericalError
 from probe.estimand import PerEstimand
 from probe.estimators.groups import index_groups, sum_per_group
 from probe.estimators.losses import loss_weight_parts
@@ -120,7 +120,10 @@ def attribution(
         )
     rewards, reason = None, "attribution.reward is off"
     if config.attribution.reward:
-        rewards, reason = evaluation_rewards(source, sample.E)
+        try:
+            rewards, reason = evaluation_rewards(source, sample.E)
+        except DataError as error:
+            raise DataError(f"{error}; or set attribution.reward: false (these are rewards of E)") from error
         if rewards is not None and len(rewards[~rewards.isnan()].unique()) < 2:
             rewards, reason = None, "all rewards of E are equal: which responses are better is not known"
     rework = config.probe_rework

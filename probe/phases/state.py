@@ -102,7 +102,10 @@ class ProbeState:
         """DeltaH1; its spread over update batches is the attribution's where there is one, with X from all of E."""
         if self.predicted is None or self.attribution is None:
             return None if self.predicted is None else self.predicted.prediction
-        return replace(self.predicted.prediction, sd_U=self.attribution.sd_U)
+        found, attributed = self.predicted.prediction, self.attribution
+        # two ways to one deltaH1 again: X by backward, and derivatives along the step
+        agreement = attributed.agreement if found.agreement is None else found.agreement
+        return replace(found, sd_U=attributed.sd_U, agreement=agreement)
 
     @property
     def drawn(self) -> Sample:

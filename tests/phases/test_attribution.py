@@ -15,11 +15,20 @@ from probe.attribution.predictors import PREDICTORS
 from probe.callbacks import ProbeCallback
 from probe.cli.main import main
 from probe.errors.exceptions import ConfigError, DataError, NumericalError
+from probe.loading import quiet_libraries
 from probe.report.markdown import report_markdown
 from probe.report.tags import scalar_tags
 from probe.report.terminal import report
 from tests.support.runs import changed, fingerprint, numbers, run, same
-from tests.support.tiny_models import load_base, trainer_checkpoint
+from tests.support.tiny_models import (
+    SHARED_SHAPE,
+    adamw,
+    load_base,
+    save_checkpoint,
+    take_steps,
+    tiny_config,
+    trainer_checkpoint,
+)
 
 pytestmark = [pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")]
 
@@ -166,7 +175,7 @@ def test_without_a_reward_there_is_none(attributed, reward, reason):
 
 def test_a_reward_that_cannot_be_had_of_the_evaluation_batch_is_an_error(attributed):
     reward = f"{__name__}:no_reward_of_24"
-    with pytest.raises(DataError, match="not these"):
+    with pytest.raises(DataError, match=r"not these.*attribution\.reward: false"):
         run(changed(attributed, batch_config={"reward": reward}))
 
 
@@ -187,6 +196,51 @@ def test_a_full_model(attributed, tmp_path, base):
     ]
     assert found["completeness"] < 1e-3
     assert "outside of layers" in {one["name"] for one in found["by_layer"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "off"),
+    [({"dtype": "bfloat16"}, 0.1), ({"dtype": "float16"}, 0.1), ({"load_in_4bit": True}, 0.05)],
+)
+def test_other_precisions(attributed, settings, off):
+    """Where forwards are coarse, differences or derivatives of coarse forwards: the identity as far as these allow."""
+    rework = {"learning_rate": 1e-3, "entropy_coef": 10.0}
+    sections = {"probe_rework": rework, "batch_config": {"B_E": 64}}
+    exact = run(changed(attributed, **sections))["attribution"]
+    attributed["whatif"] = {"enabled": True, "interventions": ["entropy_bonus(coef=1.0)"]}
+    results = run(changed(attributed, checkpoint=settings, **sections))
+    found = results["attribution"]
+    assert found["completeness"] < off
+    if settings != {"load_in_4bit": True}:  # whose weights are others
+        bonus = found["entropy_bonus"]["deltaH1"]
+        assert bonus == pytest.approx(exact["entropy_bonus"]["deltaH1"], rel=0.2)
+    (one,) = results["what_if"]["interventions"]
+    assert math.isfinite(one["difference"]["deltaH1"])
+
+
+def test_the_load_balancing_loss_of_experts_is_a_part_of_its_own(attributed, tmp_path):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    shape = {k: v for k, v in tiny_config().to_dict().items() if k in SHARED_SHAPE}
+    with quiet_libraries(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts))
+        for p in model.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+    optimizer = adamw(model)
+    take_steps(model, optimizer, 2)
+    folder = save_checkpoint(tmp_path / "experts", model, optimizer)
+    rework = {"router_aux_loss_coef": 0.1}
+    attributed["whatif"] = {"enabled": True, "interventions": ["steer"]}
+    results = run(changed(attributed, checkpoint={"checkpoint_path": str(folder)}, probe_rework=rework))
+    found = results["attribution"]
+    assert found["router"]["deltaH1"] != 0
+    assert found["completeness"] < 1e-3
+    assert found["coupling"]["states"]["completeness"] < 1e-3
+    assert results["what_if"]["as_it_is"]["shortcut"]["error"]["deltaH1"] == pytest.approx(
+        0.0, abs=1e-3 * abs(results["what_if"]["as_it_is"]["deltaH1"])
+    )
 
 
 def test_terms_of_the_loss_are_parts_of_their_own(attributed):
