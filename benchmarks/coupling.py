@@ -9,6 +9,7 @@ attributed as `entropy-probe attribute` does. Tables of shares and of the predic
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections import defaultdict
@@ -38,6 +39,9 @@ Found = Mapping[str, Any]
 def attributed(folder: Path, recipe: DemoRecipe, seed: int, states: int) -> Found:
     """The key `attribution` of a run on a policy made by a recipe."""
     place = folder / f"{recipe.grpo_steps}_{recipe.lora_rank}_{seed}"
+    kept = place / "attribution.json"
+    if kept.exists():
+        return json.loads(kept.read_text())  # type: ignore[no-any-return]
     if not place.exists():
         place.mkdir()
         build_demo(place, place / "base", 0, seed, recipe, progress=False)
@@ -51,13 +55,14 @@ def attributed(folder: Path, recipe: DemoRecipe, seed: int, states: int) -> Foun
     config["attribution"] = {"enabled": True, "states": states, "responses": 32}
     config["trainer"] = {"accelerator": "cpu", "logger": False}
     found: Found = OfflineEntropyProbe(config).run_mixed_probe()["attribution"]
+    kept.write_text(json.dumps({key: found[key] for key in ("coupling", "league")}))
     return found
 
 
 def shares(found: Found, of: str = "states") -> dict[str, tuple[float, float, float]]:
     """Shares of the sizes with their intervals."""
     table = found["coupling"][of]["size_share"]
-    return {name: (table[name]["value"], *table[name]["value_ci95"]) for name in TOKEN_TERMS}
+    return {name: (table[name]["value"], *(table[name]["value_ci95"] or (0.0, 1.0))) for name in TOKEN_TERMS}
 
 
 def row(found: Found) -> list[str]:
