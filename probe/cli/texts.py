@@ -111,6 +111,8 @@ Next:
       look at the diagnostics
   {bin}entropy-probe demo --probe_rework.learning_rate 5e-3
       a larger step: where does first order end?
+  {bin}entropy-probe attribute --config quickstart
+      which tokens did it; entropy-probe whatif says what other updates would do
   {bin}entropy-probe run --checkpoint FOLDER --batch_config.dataset_name prompts.jsonl --batch_config.split train \\
       --batch_config.reward my_rewards:accuracy
       your own checkpoint, prompts and reward; every option: {bin}entropy-probe run --help"""

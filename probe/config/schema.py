@@ -45,6 +45,11 @@ class ProbeConfig:
                 "attribution.enabled: expected probe_rework.compute_delta_h1 true too, found false; the attribution is "
                 "that of deltaH1"
             )
+        if self.attribution.enabled and not self.probe_rework.predicts_a_step:
+            raise ConfigError(
+                "attribution.enabled: expected probe_rework.step: optimizer or closed_form, found preconditioned, "
+                "which is no step that an optimizer takes"
+            )
         asked = [key for key in ("interventions", "exact", "target_deltaH") if getattr(self.whatif, key)]
         if asked and not self.whatif.enabled:
             raise ConfigError(

@@ -56,6 +56,7 @@ from probe.snapshot import copied
 from probe.text import error_text
 from probe.timing import Clock
 
+TOO_LATE = "the step was known to be over only when the next one began"
 UNTRIED = Way("jvp", "not tried yet")
 
 
@@ -185,7 +186,7 @@ class UpdateProbe:
         tokens: TokenChanges | None = None
         if self.settings.shares or self.update_of is not None:
             with clock.measures("shares"), passes.way.kernels(policy):
-                parts = self._parts(before, optimizers, step, late)
+                parts = TOO_LATE if late else self._parts(before.old, optimizers, step)
                 if self.settings.shares:
                     memory = None if controls is None else self.memory
                     shares = part_changes(parts, on, passes, prediction, memory, draw_name(before))
@@ -216,16 +217,13 @@ class UpdateProbe:
 
     def _parts(
         self,
-        before: Before,
+        old: Mapping[str, Tensor],
         optimizers: Sequence[torch.optim.Optimizer],
         step: Mapping[str, Tensor],
-        late: bool,
     ) -> StepParts | str:
         """The parts of the step, or why there are none."""
-        if late:
-            return "the step was known to be over only when the next one began"
         keep_map = self.update_of is not None
-        return same_parts(self.ranks, step_parts(optimizers, self.parameters, before.old, step, keep_map))
+        return same_parts(self.ranks, step_parts(optimizers, self.parameters, old, step, keep_map))
 
     def _differentiate(self, on: StepOnBatch) -> AlongStep:
         """E's scores and their derivatives along the step.
@@ -233,12 +231,8 @@ class UpdateProbe:
         What forward mode gives is compared with differences of forwards; where these contradict it, they take its
         place from here on, unless forward mode was asked for.
         """
-        passes = along_step(
-            on,
-            self.way,
-            binding=self.settings.derivative == "jvp",
-            check_scale=self.check_scale,
-        )
+        binding = self.settings.derivative == "jvp"
+        passes = along_step(on, self.way, binding=binding, check_scale=self.check_scale)
         if passes.check is not None:
             self.check_scale = passes.check.scale
         if passes.way != self.way:

@@ -113,7 +113,7 @@ def attribution(
         DataError: a reward of E cannot be computed.
     """
     config, policy = source.config, source.policy
-    check_attributable(loaded, config.probe_rework.predicts_a_step)
+    check_attributable(loaded)
     if predicted.passes is None:
         raise NumericalError(
             "attribution: expected derivatives of forwards, found that the arithmetic allows none; take float32 weights"
@@ -168,21 +168,16 @@ def attribution(
     )
 
 
-def check_attributable(loaded: LoadedOptimizer, predicts_a_step: bool) -> None:
+def check_attributable(loaded: LoadedOptimizer) -> None:
     """Refuse steps that are no sum over U's tokens.
 
     Raises:
-        ConfigError: the optimizer is not Adam or AdamW, or deltaH1 is not of its step.
+        ConfigError: the optimizer is not Adam or AdamW.
     """
     if not isinstance(loaded.optimizer, torch.optim.Adam):
         raise ConfigError(
             "attribution.enabled: expected an Adam or AdamW step, which is linear in the gradient once its denominator "
             f"is held, found {type(loaded.optimizer).__name__}; switch the attribution off"
-        )
-    if not predicts_a_step:
-        raise ConfigError(
-            "attribution.enabled: expected probe_rework.step: optimizer or closed_form, found preconditioned, which is "
-            "no step that an optimizer takes"
         )
 
 

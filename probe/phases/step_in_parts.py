@@ -90,10 +90,11 @@ class StepInParts:
                     by_name = inner_products(gradient, vector)
                     products[name][k, p] = torch.tensor([by_name[n] for n in names], dtype=torch.float64)
                 sums[k] = {n: sums[k][n] + g if sums[k] else g for n, g in gradient.items()}
-                found = self.along(gradient, progress, exact=False)
+                found = self.along(gradient, exact=False)
                 of_blocks[0, k, p], of_blocks[1, k, p] = found.logprob, found.entropy
             if keep and K * P * sum(p.numel() for p in self.policy.parameters.values()) <= MOST_HELD:
                 held.append([{n: g.to(torch.bfloat16) for n, g in one.items()} for one in gradients])
+        progress("score U along the parts of E")(K * P * len(U), K * P * len(U))  # as many forwards, at least
         whole = [self.along(total, progress) for total in sums]
         return Sensitivities(
             logprob=torch.stack([one.logprob for one in whole]),

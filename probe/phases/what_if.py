@@ -97,11 +97,11 @@ def what_if(
     solutions = [] if config.target_deltaH is None else _solutions(shortcut, taker, config)
     solved = [one.intervention for one in solutions if one.setting is not None]
     names, chosen = list(dict.fromkeys([*names, *solved])), list(dict.fromkeys([*chosen, *solved]))
-    effects, told = [], progress("steps of interventions")
+    effects, told = [], progress("gradient on U with interventions")
     for n, name in enumerate(names):
         effect = shortcut.effect(parse_intervention(name))
         effects.append(taker.with_step(effect) if config.steps else effect)
-        told(n + 1, len(names))
+        told((n + 1) * len(sample.U), len(names) * len(sample.U))
     measured = taker.measured([one for one in effects if one.name in chosen], progress) if chosen else {}
     return WhatIf(asis, effects, measured, solutions, skipped)
 
@@ -205,22 +205,22 @@ class StepTaker:
 
     def measured(self, effects: Sequence[Effect], progress: MakeProgress) -> dict[str, Measured]:
         """What steps are measured to do, and that of the update as it is."""
-        told: Progress = progress("measurements of interventions")
+        told: Progress = progress("score E after steps of interventions")
         asis = TakenStep(self.update.step, self.update.new_parameters, 0.0, self.update.clip_factor)
-        found = {"": self._measure(asis, None, progress)}
+        found, B = {"": self._measure(asis, None)}, len(self.sample.E)
         for n, effect in enumerate(effects):
-            found[effect.name] = self._measure(self.take(effect.plan, progress), found[""], progress)
-            told(n + 1, len(effects))
+            found[effect.name] = self._measure(self.take(effect.plan), found[""])
+            told((n + 2) * B, (len(effects) + 1) * B)
         return found
 
-    def take(self, plan: Plan, progress: MakeProgress = no_progress) -> TakenStep:
+    def take(self, plan: Plan) -> TakenStep:
         """The optimizer's step for a planned update."""
-        gradient = self.gradient(plan, progress)
+        gradient = self.gradient(plan)
         return take_step(
             self.source.policy, self.loaded, gradient, self.source.config, plan.learning_rate_factor
         )
 
-    def gradient(self, plan: Plan, progress: MakeProgress = no_progress) -> dict[str, Tensor]:
+    def gradient(self, plan: Plan) -> dict[str, Tensor]:
         """The gradient of a planned update's loss, the load-balancing loss's as it is."""
         weights = plan.weights
         of_l = weights.policy + weights.kl
@@ -229,7 +229,7 @@ class StepTaker:
             return of_l[i, t].unsqueeze(0), weights.bonus[i, t].unsqueeze(0)
 
         policy = self.source.policy
-        (gradient,), _ = token_gradients(policy, self.sample.U, constants, 1, progress("gradient on U"))
+        (gradient,), _ = token_gradients(policy, self.sample.U, constants, 1)
         for name, of_router in (self.update.router or {}).items():
             gradient[name] = gradient[name] + of_router
         return gradient
@@ -242,10 +242,10 @@ class StepTaker:
             return change_without_errors(total, held.blocks)
         return changes(total, of_blocks, held.blocks)[0]
 
-    def _measure(self, taken: TakenStep, asis: Measured | None, progress: MakeProgress) -> Measured:
+    def _measure(self, taken: TakenStep, asis: Measured | None) -> Measured:
         """Score E after a step."""
         E, old = self.sample.E, self.sample.E_scores
-        new = score_tokens(self.source.policy.at(taken.new_parameters), E, progress("score E after the step"))
+        new = score_tokens(self.source.policy.at(taken.new_parameters), E)
         true = change_by("per_decision", old, new, E.group)
         difference = (
             true.map(lambda one: one.scaled(0.0))

@@ -138,7 +138,6 @@ class Interrupt(ProbeCallback):
         ("attribution", "coupling"),
         ("what_if", "gradient on U"),
         ("what_if", "score E"),
-        ("what_if", "steps"),
     ],
 )
 def test_an_interrupt_leaves_everything_as_it_was(attributed, phase, what):
