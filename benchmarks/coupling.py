@@ -59,9 +59,11 @@ def attributed(folder: Path, recipe: DemoRecipe, seed: int, states: int) -> Foun
     return found
 
 
-def shares(found: Found, of: str = "states") -> dict[str, tuple[float, float, float]]:
+def shares(
+    found: Found, of: str = "states", which: str = "size_share"
+) -> dict[str, tuple[float, float, float]]:
     """Shares of the sizes with their intervals."""
-    table = found["coupling"][of]["size_share"]
+    table = found["coupling"][of][which]
     return {name: (table[name]["value"], *(table[name]["value_ci95"] or (0.0, 1.0))) for name in TOKEN_TERMS}
 
 
@@ -70,10 +72,11 @@ def row(found: Found) -> list[str]:
     states, responses = shares(found), shares(found, "responses")
     size = found["coupling"]["states"]["size"]
     times = size["momentum"]["value"] / sum(size[name]["value"] for name in TOKEN_TERMS)
-    own = states["own"]
+    own, alike = states["own"], shares(found, which="mean_share")["own"]
     block = responses["own"][0] + responses["group"][0]
     return [
         f"{100 * own[0]:.1f} [{100 * max(own[1], 0):.1f}, {100 * own[2]:.1f}]",
+        f"{100 * alike[0]:.1f} [{100 * alike[1]:.1f}, {100 * alike[2]:.1f}]",
         *(f"{100 * states[name][0]:.1f}" for name in TOKEN_TERMS[1:]),
         f"{100 * responses['own'][0]:.1f}, {100 * block:.1f}",
         f"{times:.1f}",
@@ -82,15 +85,24 @@ def row(found: Found) -> list[str]:
     ]
 
 
-HEAD = (
-    "own token, % [95 %] | rest of response, % | group, % | other prompts, % | response on itself, diagonal block, % | "
-    "momentum, times all tokens | signs of own token right, % | own share with sign"
+HEAD = " | ".join(
+    (
+        "own token, % [95 %]",
+        "mean of states",
+        "rest of response, %",
+        "group, %",
+        "other prompts, %",
+        "response on itself, diagonal block, %",
+        "momentum, times all tokens",
+        "signs of own token right, %",
+        "own share with sign",
+    )
 )
 
 
 def print_rows(what: str, table: Mapping[int, Sequence[Found]]) -> None:
     """A table, one row per policy."""
-    print(f"\n| {what} | {HEAD} |\n|{'---|' * 9}")
+    print(f"\n| {what} | {HEAD} |\n|{'---|' * 10}")
     for value, runs in table.items():
         for found in runs:
             print(f"| {value} | {' | '.join(row(found))} |")
@@ -128,21 +140,23 @@ def print_league(runs: Sequence[Found]) -> None:
 
 
 def figure_of(by_steps: Mapping[int, Sequence[Found]], by_rank: Mapping[int, Sequence[Found]]) -> Figure:
-    """Shares over training and against the rank."""
+    """Shares over training and against the rank: of all changes, and the mean over states."""
     with plot_style():
-        figure, axes = make_figure(1, 2, "Whose doing is the change of a state's entropy?", share_x=False)
-        for axis, table, label in (
-            (axes[0][0], by_steps, "GRPO steps"),
-            (axes[0][1], by_rank, "rank of the adapter"),
-        ):
-            _panel(axis, table)
-            axis.set_xlabel(label)
-        axes[0][0].set_ylabel("share of the token terms' sizes")
-        axes[0][0].legend(loc="center right")
+        figure, axes = make_figure(2, 2, "Whose doing is the change of a state's entropy?", share_x=False)
+        ways = (("size_share", "share of all changes"), ("mean_share", "share, mean of states"))
+        for row, (which, words) in zip(axes, ways, strict=True):
+            for axis, table, label in zip(
+                row, (by_steps, by_rank), ("GRPO steps", "rank of the adapter"), strict=True
+            ):
+                _panel(axis, table, which)
+                axis.set_xlabel(label)
+            row[0].set_ylabel(words)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
 
 
-def _panel(axis: Axes, table: Mapping[int, Sequence[Found]]) -> None:
+def _panel(axis: Axes, table: Mapping[int, Sequence[Found]], which: str) -> None:
     """One curve per term; bars are the 95 % intervals of single policies."""
     labels = {
         "own": "the token sampled there",
@@ -154,7 +168,7 @@ def _panel(axis: Axes, table: Mapping[int, Sequence[Found]]) -> None:
         xs, ys, low, high = [], [], [], []
         for value, runs in table.items():
             for n, found in enumerate(runs):
-                share = shares(found)[name]
+                share = shares(found, which=which)[name]
                 xs.append(value * 1.04 ** (n + 0.5 * (k - 1.5)))
                 ys.append(share[0])
                 low.append(max(share[0] - max(share[1], 0.0), 0.0))
@@ -169,7 +183,7 @@ def _panel(axis: Axes, table: Mapping[int, Sequence[Found]]) -> None:
             color=CURVES[k],
             label=labels[name],
         )
-        means = [mean(shares(found)[name][0] for found in runs) for runs in table.values()]
+        means = [mean(shares(found, which=which)[name][0] for found in runs) for runs in table.values()]
         axis.plot(list(table), means, color=CURVES[k], linewidth=1.0)
     axis.set_xscale("log", base=2)
     axis.set_xticks(list(table), [str(value) for value in table])

@@ -105,6 +105,8 @@ class Coupling:
         share: `sum c_term / sum of all token terms` of each of `TOKEN_TERMS`: shares with sign, which add up to 1. A
             ratio that means little where the token terms cancel.
         size_share: `sum |c_term| / sum of |c| of the four token terms`: between 0 and 1, they add up to 1.
+        mean_share: mean over the states of `|c_term| / sum of |c| of the four token terms` of that state, of those with
+            a term: every state counts alike, where in `size_share` a few whose entropy moves much may count most.
         mean: mean of each of `TERMS` and of the `total`, nats.
         size: mean of the size of each, nats.
         sign_agreement: share of the states whose own token's term has the sign of the whole change, of those whose
@@ -115,6 +117,7 @@ class Coupling:
     rows: tuple[Row, ...]
     share: Mapping[str, Estimate]
     size_share: Mapping[str, Estimate]
+    mean_share: Mapping[str, Estimate]
     mean: Mapping[str, Estimate]
     size: Mapping[str, Estimate]
     sign_agreement: Estimate | None
@@ -146,6 +149,8 @@ def coupling(rows: Sequence[Row], group: Tensor) -> Coupling:
     one = torch.ones(len(rows), 1, dtype=torch.float64)
     sizes = of_tokens.abs()
     acting = (terms[:, :1] != 0).double()
+    moved = (sizes.sum(1, keepdim=True) > 0).double()
+    own_shares = sizes / sizes.sum(1, keepdim=True).clamp_min(1e-300)
     agree = acting * ((terms[:, :1] > 0) == (whole.unsqueeze(1) > 0)).double()
     known = len(prompts[acting.flatten() > 0].unique()) > 1
     found = estimate(ratio(agree, acting), prompts)[0] if known else None
@@ -153,6 +158,7 @@ def coupling(rows: Sequence[Row], group: Tensor) -> Coupling:
         rows=tuple(rows),
         share=_named(TOKEN_TERMS, estimate(ratio(of_tokens, of_tokens.sum(1, keepdim=True)), prompts)),
         size_share=_named(TOKEN_TERMS, estimate(ratio(sizes, sizes.sum(1, keepdim=True)), prompts)),
+        mean_share=_named(TOKEN_TERMS, estimate(ratio(moved * own_shares, moved), prompts)),
         mean=_named(names, estimate(ratio(values, one), prompts)),
         size=_named(names, estimate(ratio(values.abs(), one), prompts)),
         sign_agreement=found,

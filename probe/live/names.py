@@ -86,29 +86,10 @@ OF_A_TRAINING: tuple[Quantity, ...] = (
         per_token=True,
         parts=_DELTA_ERRORS,
     ),
-    *(
-        Quantity(
-            f"deltaH1_{name}",
-            f"what {words} of the training's own batch add to deltaH1, without an error; with `attribution`",
-            per_token=True,
-        )
-        for name, words in {
-            "positive": "tokens of positive advantage",
-            "negative": "tokens of negative advantage",
-            "right": "tokens of right responses (reward above the middle of the batch's; where rewards are known)",
-            "wrong": "tokens of wrong responses",
-            "high_entropy": "the fifth of the tokens of highest entropy",
-            "eos": "the ends that the policy chose",
-            "digits": "tokens of digits",
-            "words": "tokens with letters",
-        }.items()
-    ),
 )
 """Quantities that only a training has: changes of entropy with errors; those of `CURVES` are sums over the training."""
 _FORECAST = {
     "momentum_share_tok": "deltaH1_momentum_tok / deltaH1_tok; absent where deltaH1_tok cannot be told from 0",
-    "attribution_scale": "what the contributions of the batch's tokens had to be multiplied by to add up to "
-    "deltaH1_gradient_tok on the same E: the factor of gradient clipping, and what dropout makes of it",
     "decay_share_tok": "deltaH1_decay_tok / deltaH1_tok; absent likewise",
     "steps_to_collapse": "optimizer steps from the end of this one until H_orig_tok falls to `collapse_entropy`, the "
     "median; None before the third probe, infinite where it is more likely not to",
@@ -124,6 +105,23 @@ _FORECAST = {
     "the training has logged; in logs alone, the history has `alarms`",
     "explosion_alarm": "the same of an explosion",
     "verdict_code": "0 trustworthy, 1 caution, 2 unresolved, 3 invalid: how far this probe's numbers can be believed",
+}
+_OF_TOKENS = {
+    f"deltaH1_{name}_tok": f"what {words} of the training's own batch add to deltaH1_tok, without an error; with "
+    "`attribution`"
+    for name, words in {
+        "positive": "tokens of positive advantage",
+        "negative": "tokens of negative advantage",
+        "right": "tokens of right responses (reward above the middle of the batch's; where rewards are known)",
+        "wrong": "tokens of wrong responses",
+        "high_entropy": "the fifth of the tokens of highest entropy",
+        "eos": "the ends that the policy chose",
+        "digits": "tokens of digits",
+        "words": "tokens with letters",
+    }.items()
+} | {
+    "attribution_scale": "what the contributions of the batch's tokens had to be multiplied by to add up to "
+    "deltaH1_gradient_tok on the same E: the factor of gradient clipping, and what dropout makes of it",
 }
 _COST = {
     "seconds": "time of this probe",
@@ -156,7 +154,7 @@ LIVE_KEYS: dict[str, str] = {one.key: one.words for one in _changes()}
 """Quantities in nats per response, and with the suffix `_tok` in nats per token; `_se` is the standard error,
 `_ci95_low` and `_ci95_high` the ends of the 95 % interval. Errors are those of sampling E; those of cumulative sums
 count the scatter of steps between probes too."""
-LIVE_NUMBERS: dict[str, str] = {**_FORECAST, **_shared_numbers(), **_COST}
+LIVE_NUMBERS: dict[str, str] = {**_FORECAST, **_OF_TOKENS, **_shared_numbers(), **_COST}
 """Further numbers, without a suffix."""
 STEPS = ("steps_to_collapse", "steps_to_collapse_low", "steps_to_collapse_high")
 ALARMS = {False: "collapse_alarm", True: "explosion_alarm"}

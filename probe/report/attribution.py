@@ -30,10 +30,10 @@ SUMS = {
     "by_layer": "by layer, the whole step",
 }
 TERMS = {
-    "own": "the token sampled at the state itself",
-    "response": "the other tokens of its response",
+    "own": "the token sampled at the state",
+    "response": "the rest of its response",
     "group": "the other responses to its prompt",
-    "others": "the responses to all other prompts",
+    "others": "the responses to other prompts",
 }
 TARGETS = {
     "deltaH1": "what tokens add to deltaH1",
@@ -125,9 +125,12 @@ def _coupling(found: Mapping[str, Any]) -> Table:
     both: Mapping[str, Any] = found.get("coupling") or {}
     rows = []
     for name, meaning in TERMS.items():
-        shares = [both[of]["size_share"][name] if of in both else None for of in ("states", "responses")]
-        if name == "response":
-            shares[1] = None
+        shares = [
+            both["states"][which][name] if "states" in both else None
+            for which in ("size_share", "mean_share")
+        ]
+        whole = both["responses"]["size_share"][name] if "responses" in both and name != "response" else None
+        shares.append(whole)
         cells = ["-" if one is None else _share(one) for one in shares]
         rows.append(Row(name, tuple(cells), meaning))
     if "states" in both:
@@ -135,9 +138,7 @@ def _coupling(found: Mapping[str, Any]) -> Table:
         tokens = sum(sizes[name]["value"] for name in TERMS)
         times = sizes["momentum"]["value"] / tokens if tokens > 0 else None
         if times is not None:
-            rows.append(
-                Row("momentum", (f"{times:.2g} x", "-"), "beside it: its size relative to the four together")
-            )
+            rows.append(Row("momentum", (f"{times:.2g} x", "", ""), "its size relative to the four together"))
         agreement = both["states"]["sign_agreement"]
         if agreement is not None:
             rows.append(
@@ -147,7 +148,7 @@ def _coupling(found: Mapping[str, Any]) -> Table:
                     "states that move the way that their own token pushes them",
                 )
             )
-    heads = ("Whose doing is a state's change?", "share of the sizes", "of whole responses")
+    heads = ("Whose doing?", "share of all changes", "share, mean of states", "of whole responses")
     return Table(heads, rows if both else [])
 
 

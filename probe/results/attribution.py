@@ -121,6 +121,7 @@ def _coupling(one: Coupling) -> dict[str, Any]:
         "sampled": len(one.rows),
         "share": table(one.share),
         "size_share": {name: _share(value) for name, value in one.size_share.items()},
+        "mean_share": {name: _share(value) for name, value in one.mean_share.items()},
         "mean": table(one.mean),
         "size": table(one.size),
         "sign_agreement": None if one.sign_agreement is None else _share(one.sign_agreement),

@@ -97,6 +97,8 @@ def test_shares_are_ratios_of_means():
     found = coupling(rows, torch.tensor([0, 1]))
     assert found.size_share["own"].value == pytest.approx(3 / 8)
     assert sum(one.value for one in found.size_share.values()) == pytest.approx(1.0)
+    assert found.mean_share["own"].value == pytest.approx((1 / 2 + 2 / 6) / 2)
+    assert sum(one.value for one in found.mean_share.values()) == pytest.approx(1.0)
     assert found.share["own"].value == pytest.approx(-1 / 4)
     assert sum(one.value for one in found.share.values()) == pytest.approx(1.0)
     assert found.size["momentum"].value == pytest.approx(4.0)

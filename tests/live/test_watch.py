@@ -16,6 +16,7 @@ from torch import nn
 
 from probe.forecast.forecast import Forecast
 from probe.live import WatchSettings
+from probe.live.attribution import CLASSES
 from probe.live.lines import Outlook, alarm_line, cost_line, probe_line
 from probe.live.names import (
     ALARMS,
@@ -109,8 +110,10 @@ def test_every_documented_name_occurs():
         loop.run()
     found = {name for entry in watch.history for name in entry}
     missing = {*LIVE_KEYS, *(f"{key}_tok" for key in LIVE_KEYS), *LIVE_NUMBERS} - found
-    # shares only where the total is told from 0, alarms in logs alone
-    assert missing <= {"momentum_share_tok", "decay_share_tok", *ALARMS.values()}
+    # shares only where the total is told from 0, alarms in logs alone, tokens where their batch is known
+    of_tokens = {f"deltaH1_{name}_tok" for name in CLASSES} | {"attribution_scale"}
+    assert missing <= {"momentum_share_tok", "decay_share_tok", *ALARMS.values(), *of_tokens}
+    assert of_tokens <= set(LIVE_NUMBERS)
 
 
 def test_all_charts_show_documented_names():
