@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
+from transformers.models.qwen2 import modeling_qwen2
 
 from probe.attribution.interventions import INTERVENTIONS, Plan, intervention, parse_intervention
 from probe.attribution.objectives import Change
@@ -23,19 +25,27 @@ from probe.parameters import inner_product
 from probe.scoring import score_tokens
 from probe.scoring.gradients import token_gradients
 from tests.support.attributed import attributed, batches
-from tests.support.enumerable import tiny_policy
+from tests.support.enumerable import float64_norm, tiny_policy
 
 
-def made(monkeypatch, settings=None, off_policy=False, **options):
-    policy = tiny_policy(monkeypatch, layers=2)
-    E, U = batches(policy, prompts=12, G=4, E=120)
-    if off_policy:
-        g = torch.Generator().manual_seed(4)
-        noise = 0.3 * torch.randn(U.mask.shape, generator=g, dtype=torch.float64)
-        U = replace(U, old_logprobs=score_tokens(policy, U).logprob + noise)
-    step = attributed(policy, E, U, settings or LossSettings(loss="dapo"), **options)
-    classes = {"right": (U.rewards > 0.5).unsqueeze(1) & U.mask, "eos": U.mask & (U.completion_ids == 3)}
-    tokens = replace(step.tokens, classes=classes)
+def made(monkeypatch, settings=LossSettings(loss="dapo"), off_policy=False):  # noqa: B008
+    """A step taken apart, and its shortcut; made once for each of these arguments."""
+    monkeypatch.setattr(modeling_qwen2.Qwen2RMSNorm, "forward", float64_norm)
+    return _made(settings, off_policy)
+
+
+@cache
+def _made(settings, off_policy):
+    with pytest.MonkeyPatch.context() as patched:
+        policy = tiny_policy(patched, layers=2)
+        E, U = batches(policy, prompts=12, G=4, E=120)
+        if off_policy:
+            g = torch.Generator().manual_seed(4)
+            noise = 0.3 * torch.randn(U.mask.shape, generator=g, dtype=torch.float64)
+            U = replace(U, old_logprobs=score_tokens(policy, U).logprob + noise)
+        step = attributed(policy, E, U, settings)
+        classes = {"right": (U.rewards > 0.5).unsqueeze(1) & U.mask, "eos": U.mask & (U.completion_ids == 3)}
+        tokens = replace(step.tokens, classes=classes)
     return step, Shortcut(step.found, tokens, step.update.loss, step.update.inputs)
 
 
