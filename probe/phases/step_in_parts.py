@@ -94,7 +94,7 @@ class StepInParts:
                 of_blocks[0, k, p], of_blocks[1, k, p] = found.logprob, found.entropy
             if keep and K * P * sum(p.numel() for p in self.policy.parameters.values()) <= MOST_HELD:
                 held.append([{n: g.to(torch.bfloat16) for n, g in one.items()} for one in gradients])
-        progress("score U along the parts of E")(K * P * len(U), K * P * len(U))  # as many forwards, at least
+        progress("score U along parts of X")(K * P * len(U), K * P * len(U))  # as many forwards, at least
         whole = [self.along(total, progress) for total in sums]
         return Sensitivities(
             logprob=torch.stack([one.logprob for one in whole]),
