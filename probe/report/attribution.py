@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,11 +155,8 @@ def _share(one: Mapping[str, Any]) -> str:
     """A share with its interval, within 0 and 1."""
     if one["value"] is None:
         return NOT_RESOLVED
-    ends = [float(end) for end in one.get("value_ci95") or () if end is not None and math.isfinite(end)]
-    if len(ends) != 2:
-        return percent(one["value"])
-    low, high = (min(max(end, 0.0), 1.0) for end in ends)
-    return f"{percent(one['value'])} [{percent(low)}, {percent(high)}]"
+    value, ends = f"{100 * one['value']:.1f} %", [100 * end for end in one.get("value_ci95") or ()]
+    return f"{value} [{ends[0]:.1f}, {ends[1]:.1f}]" if len(ends) == 2 else value
 
 
 def _league(found: Mapping[str, Any]) -> Table:
@@ -202,7 +198,7 @@ def _what_if(found: Mapping[str, Any]) -> Table:
             "-" if per is None else number_text(per["value"]),
         )
         rows.append(Row(_label(one["name"]), cells, ""))
-    heads = ("What if?", "deltaH1, per token", "difference", "reward's difference", "nats per reward")
+    heads = ("What if?", "deltaH1, per token", "difference", "reward's difference", "per reward")
     return Table(heads, rows)
 
 
