@@ -19,8 +19,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader
 
 from probe.callbacks.training_lightning import EntropyProbeCallback
+from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import ConfigError
-from probe.live import Alarm
+from probe.estimators.loss_settings import LossSettings
+from probe.live import Alarm, HostUpdate
 from tests.support.helpers import char_tokenizer
 from tests.support.live_loops import numbers
 from tests.support.tiny_models import VOCABULARY, add_lora, tiny_model
@@ -95,6 +97,7 @@ class ActorCritic(LanguageModel):
         self.toggle_optimizer(actor)
         logits = self.model(input_ids=texts).logits[:, 3:-1]
         taken = torch.log_softmax(logits.float(), -1).gather(2, texts[:, 4:, None]).squeeze(2)
+        self.latest = texts, (reward - value.detach()).squeeze(0)
         loss = -((reward - value.detach()).squeeze(0) * taken.sum(1)).mean()
         actor.zero_grad()
         self.manual_backward(loss)
@@ -107,6 +110,25 @@ class ActorCritic(LanguageModel):
     def configure_optimizers(self) -> Any:
         mine = [p for p in self.model.parameters() if p.requires_grad]
         return torch.optim.AdamW(mine, lr=1e-3), torch.optim.SGD(self.critic.parameters(), lr=1e-2)
+
+
+class Telling(ActorCritic):
+    """Tells the probe which batch its updates are made from."""
+
+    def entropy_probe_update(self, policy: Any) -> HostUpdate:
+        texts, advantages = self.latest
+        rows = texts.tolist()
+        batch = RolloutBatch(
+            prompts=("",) * len(rows),
+            completions=("",) * len(rows),
+            prompt_ids=tuple(tuple(row[:4]) for row in rows),
+            completion_ids=texts[:, 4:],
+            mask=torch.ones_like(texts[:, 4:], dtype=torch.bool),
+            truncated=torch.ones(len(rows), dtype=torch.bool),
+            group=torch.arange(len(rows)),
+            advantages=advantages.double(),
+        )
+        return HostUpdate(batch, LossSettings(loss="reinforce"))
 
 
 class TwoOptimizers(LanguageModel):
@@ -348,6 +370,23 @@ def test_a_training_that_was_begun_without_the_probe_goes_on_counting(tmp_path):
     trainer.fit(LanguageModel(tiny_model()), ordered(), ckpt_path=tmp_path / "last.ckpt")
     assert trainer.global_step == 4
     assert [entry["step"] for entry in callback.watch.history] == [3, 4]
+
+
+def test_the_tokens_of_a_batch_that_the_module_tells(tmp_path):
+    module = Telling()
+    for part in module.model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    callback = EntropyProbeCallback(PROMPTS, every=1, B_E=8, max_new_tokens=5, attribution=True, strict=True)
+    make_trainer(tmp_path, callback, max_steps=6).fit(module, loader())
+    history = callback.watch.history
+    assert history
+    assert not [entry["attribution_reason"] for entry in history if "attribution_reason" in entry]
+    assert all(0 < entry["attribution_scale"] <= 1.01 for entry in history)
+    assert any("deltaH1_positive_tok" in entry for entry in history)
+    callback = EntropyProbeCallback(PROMPTS, every=1, B_E=8, max_new_tokens=5, attribution=True)
+    with pytest.raises(ConfigError, match=r"attribution: expected a method `entropy_probe_update\(policy\)`"):
+        make_trainer(tmp_path, callback, max_steps=1).fit(ActorCritic(), loader())
 
 
 def test_an_alarm_stops_training(tmp_path):

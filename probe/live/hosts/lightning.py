@@ -21,6 +21,9 @@ from probe.live.watch import Watch
 from probe.live.zero import is_zero, zero_optimizer
 from probe.shards import is_sharded
 
+UPDATE = "entropy_probe_update"
+"""The method of a LightningModule that gives the batch of its update, see `HostUpdate`."""
+
 
 def attached(
     trainer: Trainer,
@@ -41,7 +44,14 @@ def attached(
     refuse_sharded(trainer)
     _refuse_outer_shards(trainer.lightning_module, policy)
     optimizers = policy_optimizers(trainer, policy)
+    update = getattr(trainer.lightning_module, UPDATE, None)
+    if settings.attribution and not callable(update):
+        raise ConfigError(
+            f"attribution: expected a method `{UPDATE}(policy)` of the LightningModule, which gives the batch that an "
+            f"update is made from (probe.live.HostUpdate), found none in {type(trainer.lightning_module).__name__}"
+        )
     made = Watch(policy, optimizers, prompts, tokenizer, settings, log, on_alarm, counted_steps(trainer))
+    made.update_of = update if settings.attribution else None
     made.schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     return made
 
