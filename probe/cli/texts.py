@@ -75,9 +75,9 @@ examples:
   entropy-probe whatif --config quickstart --exact "[positive_advantage]" --target_deltaH -0.001
 
 It is entropy-probe attribute with --whatif.enabled true. Without --interventions all of them are compared, with their
-published defaults; --exact (names, or all) takes the optimizer's step with them too and measures it; --target_deltaH
-solves for the learning rate and the entropy bonus at which the prediction is so many nats per token, and takes that
-step. docs/interventions.md lists the interventions; so does an unknown name.
+published defaults, each by the step that the optimizer would take; --exact (names, or all) measures those steps too;
+--target_deltaH solves for the learning rate and the entropy bonus whose step is predicted to change the entropy by so
+many nats per token, and measures it. docs/interventions.md lists the interventions; so does an unknown name.
 --config takes a YAML file, or the name of a configuration that comes with the package:
   {configs}
 --checkpoint takes the folder of a checkpoint; it is short for --checkpoint.checkpoint_path. The options below are the
