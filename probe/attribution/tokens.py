@@ -77,7 +77,7 @@ class UpdateTokens:
         eligible = (self.mask if among is None else among).flatten()
         values = torch.where(eligible, x.flatten(), -torch.inf)
         chosen = torch.zeros_like(eligible)
-        chosen[values.argsort(descending=True, stable=True)[: min(count, int(eligible.sum()))]] = True
+        chosen[values.argsort(descending=True, stable=True)[: max(min(count, int(eligible.sum())), 0)]] = True
         return chosen.reshape(self.mask.shape)
 
     def surprising(self, among: Tensor, share: float) -> Tensor:

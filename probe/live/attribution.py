@@ -19,7 +19,7 @@ from torch import Tensor
 from probe.attribution.token_classes import token_labels
 from probe.attribution.update_spread import preconditioned
 from probe.data.batch import RolloutBatch
-from probe.errors.exceptions import ProbeError
+from probe.errors.exceptions import DataError, ProbeError
 from probe.estimand import Number, Numbers, PerEstimand, as_mapping
 from probe.estimators.loss_settings import LossSettings
 from probe.estimators.losses import LossInputs, loss_weight_parts
@@ -145,7 +145,14 @@ def token_changes(
     reasons = [one for one in found if isinstance(one, str)]
     if reasons:
         return TokenChanges({}, reason=reasons[0])
-    update = joined([one for one in found if not isinstance(one, str)])
+    try:  # what fails here fails on all ranks alike
+        update = joined([one for one in found if not isinstance(one, str)])
+    except DataError as error:
+        return TokenChanges({}, reason=error_text(error))
+    if update.loss.router_aux_loss_coef > 0:
+        return TokenChanges(
+            {}, reason="the update has a load-balancing loss, which is no sum over its tokens"
+        )
     return _changes(policy, X, parts, step, passes, update, tokenizer)
 
 
@@ -174,11 +181,14 @@ def _changes(
         None,
         U.loss_tokens,
     )
-    weights = loss_weight_parts(update.loss, inputs)
+    try:
+        weights = loss_weight_parts(update.loss, inputs)
+    except ValueError as error:  # an option without what it needs
+        return TokenChanges({}, reason=f"the update's loss: {error_text(error)}")
     u = preconditioned(parts.gradient_map, X)
     if norm(u) == 0.0:
         return TokenChanges({}, reason="the entropy's gradient is 0")
-    with as_trained(policy.model):
+    with as_trained(policy.model, policy.values):
         if passes.way.mode == "jvp":
             tangents = forward_tangents(policy, U, u)
         else:
@@ -214,7 +224,11 @@ def _changes(
 
 
 def joined(parts: Sequence[HostUpdate]) -> HostUpdate:
-    """The parts of several processes as one batch, in their order; groups of different parts stay apart."""
+    """The parts of several processes as one batch, in their order; groups of different parts stay apart.
+
+    Raises:
+        DataError: some have a column that others have not.
+    """
     if len(parts) == 1:
         return parts[0]
     batches = [part.batch for part in parts]
@@ -222,7 +236,11 @@ def joined(parts: Sequence[HostUpdate]) -> HostUpdate:
 
     def rows(values: Sequence[Tensor | None]) -> Tensor | None:
         there = [x for x in values if x is not None]
-        if len(there) < len(values):
+        if 0 < len(there) < len(values):
+            raise DataError(
+                "expected the same columns of the batch on all processes, found some on a part of them"
+            )
+        if not there:
             return None
         wide = [x if x.dim() == 1 else torch.nn.functional.pad(x, (0, T - x.shape[1])) for x in there]
         return torch.cat(wide)

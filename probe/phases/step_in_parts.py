@@ -137,7 +137,7 @@ class StepInParts:
         if norm(u) == 0.0:
             zero = torch.zeros(U.mask.shape, dtype=torch.float64)
             return TokenTangents(zero, zero)
-        with as_trained(self.policy.model):
+        with as_trained(self.policy.model, self.policy.values):
             if exact and self.passes.way.mode == "jvp":
                 return forward_tangents(self.policy, U, u, progress=progress("forward mode on U"))
             move = norm(self.update.step)

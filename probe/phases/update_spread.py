@@ -63,7 +63,7 @@ def update_spread(
     for of in (X.sequence, X.token):
         u = preconditioned(linear, {name: of(name) for name in linear})
         try:
-            with as_trained(policy.model):
+            with as_trained(policy.model, policy.values):
                 tangents = tangents_of(
                     policy, U, u, passes, norm(update.step), progress, here=update.scores, binding=binding
                 )

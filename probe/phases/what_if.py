@@ -12,6 +12,7 @@ from probe.attribution.objectives import Change, change_without_errors, changes
 from probe.attribution.token_classes import KINDS
 from probe.attribution.what_if import Effect, Shortcut, Solution, estimand_named
 from probe.config.what_if import WhatIfConfig
+from probe.errors.exceptions import NumericalError
 from probe.estimators.estimate import Estimates
 from probe.estimators.ground_truth import change_by
 from probe.estimators.importance_weights import WeightDiagnostics, weight_diagnostics
@@ -25,7 +26,7 @@ from probe.scoring.score import score_tokens
 
 DROPPED = ("right", "wrong", "highest fifth", *KINDS)
 """The classes of tokens that are left out one after another where nobody names interventions."""
-FOLLOWED, CLOSE = 8, 0.01
+FOLLOWED, CLOSE = 12, 0.01
 """Steps taken at most on the way to a target, and the share of the way at which it counts as met."""
 
 
@@ -180,28 +181,48 @@ class StepTaker:
         return effect.with_step(self._change(taken.step), self._change(difference))
 
     def followed(self, solution: Solution) -> Solution:
-        """A solution whose step meets the target, from the shortcut's by secants; the interval stays relative to it."""
+        """A solution whose step meets the target; the interval stays the shortcut's, relative to it.
+
+        The coefficient grows from the shortcut's until a step is beyond the target, at most tenfold at a time and never
+        to the other sign; from there on the two nearest are interpolated between.
+        """
         assert solution.setting is not None
-        start = self._change(self.update.step).deltaH1[solution.estimand].value
-        way, at, value = solution.target - start, (0.0, solution.setting.value), [start]
+        target, at = solution.target, solution.setting.value
+        near: tuple[float, float] = (0.0, self._change(self.update.step).deltaH1[solution.estimand].value)
+        beyond: tuple[float, float] | None = None
+        way, best = target - near[1], near
         for _ in range(FOLLOWED):
-            plan = parse_intervention(
-                replace(solution, setting=replace(solution.setting, value=at[1])).intervention
-            )
-            taken = self.take(plan(self.shortcut.plan, self.shortcut.tokens))
-            value.append(self._change(taken.step).deltaH1[solution.estimand].value)
-            if abs(value[-1] - solution.target) <= CLOSE * abs(way):
-                scale = at[1] / solution.setting.value
-                return replace(solution, setting=replace(solution.setting.scaled(scale), value=at[1]))
-            if value[-1] == value[-2]:
+            try:
+                value = self._with_bonus(solution, at)
+            except NumericalError:
                 break
-            slope = (value[-1] - value[-2]) / (at[1] - at[0])
-            at = at[1], at[1] + (solution.target - value[-1]) / slope
-        reached = f"{value[-1]:.3g} nats at a coefficient of {at[0]:.3g}"
-        reason = (
-            f"the optimizer's steps do not come near the target: {reached} (clipping and Adam's denominator)"
-        )
+            if abs(value - target) < abs(best[1] - target):
+                best = at, value
+            if abs(value - target) <= CLOSE * abs(way):
+                scale = at / solution.setting.value
+                return replace(solution, setting=replace(solution.setting.scaled(scale), value=at))
+            if (value - target) * way > 0:
+                beyond = at, value
+            elif abs(value - target) >= abs(near[1] - target):
+                break  # no nearer than with a smaller one
+            else:
+                slope = (value - near[1]) / (at - near[0])
+                near = at, value
+            if beyond is not None:
+                share = (target - near[1]) / (beyond[1] - near[1])
+                at = near[0] + min(max(share, 0.1), 0.9) * (beyond[0] - near[0])
+            else:
+                at *= min(max(1 + (target - value) / slope / at, 1.5), 10.0)
+        reached = f"{best[1]:.3g} nats at a coefficient of {best[0]:.3g}"
+        reason = f"the optimizer's steps do not come nearer than {reached} (clipping and Adam's denominator)"
         return replace(solution, setting=None, reason=reason)
+
+    def _with_bonus(self, solution: Solution, coefficient: float) -> float:
+        """The first-order change that the step with an entropy bonus makes, nats of the solution's estimand."""
+        assert solution.setting is not None
+        asked = replace(solution, setting=replace(solution.setting, value=coefficient)).intervention
+        plan = parse_intervention(asked)(self.shortcut.plan, self.shortcut.tokens)
+        return self._change(self.take(plan).step).deltaH1[solution.estimand].value
 
     def measured(self, effects: Sequence[Effect], progress: MakeProgress) -> dict[str, Measured]:
         """What steps are measured to do, and that of the update as it is."""

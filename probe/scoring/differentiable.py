@@ -10,7 +10,7 @@ switch is found by `probe.estimators.derivative_check`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -77,13 +77,18 @@ def whole_gradients(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def as_trained(model: nn.Module) -> Iterator[None]:
+def as_trained(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> Iterator[None]:
     """Forwards of which every derivative is the one that training takes: padding rows are constants as inputs.
 
     The other side of `whole_gradients`: the gradient of the loss leaves the padding row of an embedding out for what
     its inputs do, so that what a token adds to the step is a derivative of a forward in which that row stays where it
     is (an output layer that is tied to it goes on moving). Values and other derivatives are the same.
+
+    Args:
+        model: a transformers model, possibly wrapped.
+        values: what stands in for some of its parameters at the point of differentiation, by name.
     """
+    names = {id(p): name for name, p in model.named_parameters()}
     handles = []
     try:
         for module in model.modules():
@@ -92,17 +97,22 @@ def as_trained(model: nn.Module) -> Iterator[None]:
                 and module.padding_idx is not None
                 and module.weight.requires_grad
             ):
-                index = torch.tensor([module.padding_idx], device=module.weight.device)
-                with torch.no_grad():  # an embedding may scale what it gives
-                    row = whole(module.weight)[index] if is_shard(module.weight) else module(index)
-                row = row[0].detach().clone() * (
-                    float(getattr(module, "embed_scale", 1.0)) if is_shard(module.weight) else 1.0
-                )
+                row = _padding_row(module, (values or {}).get(names.get(id(module.weight), "")))
                 handles.append(module.register_forward_hook(partial(_with_constant_row, row=row)))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _padding_row(module: nn.Embedding, value: Tensor | None) -> Tensor:
+    """What an embedding gives for its padding index, `(D_model,)`: of its weight, or of what stands in for that."""
+    index = torch.tensor([module.padding_idx], device=module.weight.device)
+    with torch.no_grad():
+        if value is None and not is_shard(module.weight):
+            return module(index)[0].detach().clone()  # whatever it does to the row
+        weight = whole(module.weight if value is None else value)
+        return weight.detach()[index][0].clone() * float(getattr(module, "embed_scale", 1.0))
 
 
 def _with_constant_row(module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor, row: Tensor) -> Tensor:

@@ -318,14 +318,26 @@ def test_settings_of_the_loss(monkeypatch):
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "reinforce"])
 def test_leaving_responses_out_is_the_update_without_them(monkeypatch, loss):
     """Of whatever a loss divides by: against the weights of a batch that does not have them."""
-    step, shortcut = made(monkeypatch, LossSettings(loss=loss))
+    step, shortcut = made(monkeypatch, LossSettings(loss=loss, entropy_coef=0.3))
     kept = step.U.advantages != 0
     assert bool(kept.any())
     assert not bool(kept.all())
     found = plan_with(shortcut, "drop_zero_advantage").weights
     expected = loss_weight_parts(step.update.loss, step.update.inputs.rows(kept))
     assert torch.allclose(found.policy[kept], expected.policy, rtol=1e-12, atol=1e-18)
+    assert torch.allclose(found.bonus[kept], expected.bonus, rtol=1e-12, atol=1e-18)
     assert not bool(found.policy[~kept].any())
+    twice = plan_with(shortcut, "drop_zero_advantage+drop_zero_advantage").weights
+    assert torch.allclose(twice.policy, found.policy)
+
+
+def test_terms_that_were_added_are_averaged_over_the_tokens_that_are_left(monkeypatch):
+    _, shortcut = made(monkeypatch, off_policy=True)
+    one, other = (
+        plan_with(shortcut, name).weights.policy
+        for name in ("kl_cov(share=1.0)+drop_zero_advantage", "drop_zero_advantage+kl_cov(share=1.0)")
+    )
+    assert torch.allclose(one, other, rtol=1e-9, atol=1e-15)
 
 
 def test_a_number_of_tokens_that_was_recorded_shrinks_with_the_batch(monkeypatch):
@@ -394,13 +406,16 @@ def test_what_is_no_text_is_refused():
 
 @pytest.mark.parametrize(
     "text",
-    ["steer(w_min=0.0)", "top_entropy(share=0.0)", "quantile_baseline(K=2)", "advantage(kind=x)",
+    ["steer(w_min=0.0)", "stare(share=-0.5)", "kl_cov(share=2)", "clip_cov(ratio=-1)", "clip_v(most=-1)",
+     "top_entropy(share=0.0)", "quantile_baseline(K=2)", "advantage(kind=x)",
      "clip_higher(high=0.0)", "learning_rate(factor=-1)"],
 )  # fmt: skip
 def test_options_out_of_range_are_refused(monkeypatch, text):
     _, shortcut = made(monkeypatch)
     with pytest.raises(ConfigError, match=r"whatif.interventions: expected"):
         plan_with(shortcut, text)
+    with pytest.raises(ConfigError, match=r"whatif.interventions: expected"):
+        parse_intervention(text).check()
 
 
 def test_a_new_intervention_is_a_function_with_a_decorator():

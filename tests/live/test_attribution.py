@@ -109,6 +109,10 @@ def test_what_cannot_be_read_is_said(monkeypatch):
     assert "the training's batch cannot be read" in changes(step, parts, broken).reason
     assert changes(step, parts, refused).reason == "DataError: expected rollouts, found none"
     assert changes(step, parts, without_advantages(step)).reason == "the training's batch has no advantages"
+    lacking = changes(step, parts, lambda policy: HostUpdate(step.U, SETTINGS))
+    assert "expected reference log-probs, found none" in lacking.reason
+    experts = LossSettings(router_aux_loss_coef=0.1)
+    assert "load-balancing loss" in changes(step, parts, lambda policy: HostUpdate(step.U, experts)).reason
 
 
 def test_the_parts_of_several_processes_are_one_batch(monkeypatch):
@@ -137,6 +141,8 @@ def test_the_parts_of_several_processes_are_one_batch(monkeypatch):
     assert len(whole.batch.prompt_ids) == len(U)
     one = HostUpdate(U, SETTINGS)
     assert joined([one]) is one
+    with pytest.raises(DataError, match="the same columns of the batch on all processes"):
+        joined([part(0), replace(part(1), ref_logprobs=None)])
 
 
 @pytest.mark.parametrize("rule", ["adam", "adam_decay", "adamw", "sgd"])

@@ -495,6 +495,17 @@ def test_commands_without_a_place_for_it_refuse_it(attributed, tmp_path, command
     assert "attribution.enabled: expected false" in capsys.readouterr().err
 
 
+def test_a_target_that_no_bonus_reaches_is_said_with_what_is_near(attributed):
+    """Clipped to nearly nothing, no bonus moves the step further than clipping lets it."""
+    attributed["whatif"] = {"enabled": True, "interventions": ["steer"], "target_deltaH": 2.0}
+    attributed["whatif"]["solve_for"] = ["entropy_bonus"]
+    (one,) = run(attributed)["what_if"]["solutions"]
+    assert one["setting"] is None
+    assert "the optimizer's steps do not come nearer than" in one["reason"]
+    coefficient = float(one["reason"].split("coefficient of ")[1].split(" ")[0])
+    assert coefficient >= 0
+
+
 def test_a_target_below_an_entropy_of_0_is_refused_in_words(attributed):
     attributed["whatif"] = {"enabled": True, "interventions": ["steer"], "target_deltaH": -100.0}
     for one in run(attributed)["what_if"]["solutions"]:

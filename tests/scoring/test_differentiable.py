@@ -202,6 +202,20 @@ def test_forwards_can_have_the_derivatives_that_training_takes(monkeypatch, tied
     assert not model.get_input_embeddings()._forward_hooks
 
 
+def test_a_padding_row_is_that_of_the_values_that_stand_in(monkeypatch):
+    policy = tiny_policy(monkeypatch, lora=False)
+    policy.model.get_input_embeddings().padding_idx = EOS
+    batch = replace(as_batch([(1, 2, EOS), (2, EOS), (0, 1, 1)]), prompt_ids=((0, EOS, 1),) * 3)
+    name = "model.embed_tokens.weight"
+    other = policy.at({name: 2.0 * policy.point([name])[name]})
+    expected = score_tokens(other, batch)
+    with as_trained(other.model, other.values):
+        found = score_tokens(other, batch)
+    assert torch.equal(found.logprob, expected.logprob)
+    with as_trained(policy.model):
+        assert not torch.equal(score_tokens(other, batch).logprob, expected.logprob)
+
+
 # ---------------------------------------------------------------- stopped gradients
 
 

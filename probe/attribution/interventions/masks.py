@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
 
-from probe.attribution.interventions.registry import Plan, intervention
+from probe.attribution.interventions.registry import Plan, check_share, intervention
 from probe.attribution.tokens import UpdateTokens
 from probe.config.losses import TOKEN_MEANS
 from probe.errors.exceptions import ConfigError
@@ -27,6 +26,7 @@ def clip_cov(
 
     Tokens that the loss clips already are not chosen, and what the loss divides by stays.
     """
+    check_share("clip_cov", "ratio", ratio)
     acting = plan.weights.policy != 0
     C = tokens.covariance
     eligible = (tokens.mask & acting & (low < C) & (high > C)).flatten().nonzero().flatten()
@@ -51,6 +51,7 @@ def clip_b(plan: Plan, tokens: UpdateTokens, *, mu: float = 2.5) -> Plan:
 @intervention("clip_v", "arXiv:2602.03392, Trinity-RFT clipv_advantage.py")
 def clip_v(plan: Plan, tokens: UpdateTokens, *, mu: float = 8.5, most: float = 1e-4) -> Plan:
     """Mask tokens of negative advantage whose `E[S] - S` is above `mu` standard deviations; at most a share `most`."""
+    check_share("clip_v", "most", most)
     ahead = tokens.expected_discriminator - tokens.discriminator
     chosen = tokens.mask & (tokens.A < 0) & (ahead > mu * tokens.spread(ahead))
     N = int(tokens.mask.sum())
@@ -62,7 +63,9 @@ def clip_v(plan: Plan, tokens: UpdateTokens, *, mu: float = 8.5, most: float = 1
 @intervention("top_entropy", "arXiv:2506.01939; TRL's top_entropy_quantile")
 def top_entropy(plan: Plan, tokens: UpdateTokens, *, share: float = 0.2) -> Plan:
     """The policy gradient of the `share` of tokens of highest entropy alone, as TRL does it (its denominator stays)."""
-    _in_range("top_entropy", "share", share)
+    check_share("top_entropy", "share", share)
+    if share == 0:
+        raise ConfigError("whatif.interventions: expected top_entropy(share=...) above 0, found 0")
     return plan.with_settings(top_entropy_quantile=share)
 
 
@@ -89,13 +92,14 @@ def drop(plan: Plan, tokens: UpdateTokens, *, tokens_of: str = "highest fifth") 
 @intervention("drop_zero_advantage", "arXiv:2503.14476 (DAPO), dynamic sampling, without sampling others")
 def drop_zero_advantage(plan: Plan, tokens: UpdateTokens) -> Plan:
     """Leave responses of advantage 0 out of the batch, so that they do not count in what the loss divides by."""
-    left = tokens.advantages == 0
-    if bool(left.all()):
+    acting = plan.acting.any(1)
+    left, kept = acting & (tokens.advantages == 0), acting & (tokens.advantages != 0)
+    if not bool(kept.any()):
         return plan
     shrunk = plan.masked(left.unsqueeze(1) & tokens.mask)
     if plan.settings.loss in TOKEN_MEANS:
         return shrunk
-    return replace(shrunk, scale=shrunk.scale * len(left) / int((~left).sum()))
+    return replace(shrunk, scale=shrunk.scale * int((left | kept).sum()) / int(kept.sum()))
 
 
 @intervention(
@@ -110,9 +114,3 @@ def negative_only(plan: Plan, tokens: UpdateTokens) -> Plan:
 def positive_only(plan: Plan, tokens: UpdateTokens) -> Plan:
     """The terms of responses of positive advantage alone."""
     return plan.without(tokens.A < 0)
-
-
-def _in_range(name: str, option: str, value: float) -> None:
-    """Refuse shares outside of (0, 1]."""
-    if not (math.isfinite(value) and 0 < value <= 1):
-        raise ConfigError(f"whatif.interventions: expected {name}({option}=...) in (0, 1], found {value}")

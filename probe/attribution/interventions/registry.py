@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +26,13 @@ from torch import Tensor
 from probe.attribution.tokens import UpdateTokens
 from probe.errors.exceptions import ConfigError, nearest
 from probe.estimators.loss_settings import LossSettings
-from probe.estimators.losses import LossInputs, LossWeights, acting_tokens, loss_weight_parts
+from probe.estimators.losses import (
+    LossInputs,
+    LossWeights,
+    acting_tokens,
+    loss_weight_parts,
+    update_normaliser,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Plan:
         inputs: what the loss is a function of: advantages, and the tokens that count.
         factor: what the policy-gradient term of every token is multiplied by, `(B, T)`, the loss's denominator held.
         extra: more weights of `l`, `(B, T)`, of terms that the loss has no name for.
-        scale: what all of the loss is multiplied by.
+        scale: what the loss but its entropy bonus, a mean over tokens, is multiplied by.
         learning_rate_factor: what the learning rate is multiplied by.
     """
 
@@ -72,7 +79,10 @@ class Plan:
         if recorded is not None:
             recorded *= int((mask & before).sum()) / max(int(before.sum()), 1)
         inputs = replace(self.inputs, mask=mask, loss_tokens=recorded)
-        return replace(self, inputs=inputs, extra=torch.where(mask, self.extra, 0.0))
+        # terms that were added before are averaged over fewer tokens too
+        old, new = (update_normaliser(self.settings, one) for one in (self.inputs, inputs))
+        extra = self.extra * torch.where(old > 0, new / old.clamp_min(1e-300), 0.0)
+        return replace(self, inputs=inputs, extra=torch.where(mask, extra, 0.0))
 
     @property
     def acting(self) -> Tensor:
@@ -92,7 +102,7 @@ class Plan:
         """The derivatives of its loss."""
         parts = loss_weight_parts(self.settings, self.inputs)
         policy = self.factor * parts.policy + self.extra
-        return LossWeights(self.scale * policy, kl=self.scale * parts.kl, bonus=self.scale * parts.bonus)
+        return LossWeights(self.scale * policy, kl=self.scale * parts.kl, bonus=parts.bonus)
 
 
 Change = Callable[..., Plan]
@@ -211,6 +221,16 @@ class Composed:
         for step, options in self.steps:
             if step.name != "drop":  # whose classes are U's
                 step.change(plan, tokens, **options)
+
+
+def check_share(name: str, option: str, value: float) -> None:
+    """Refuse what is no share of something, in [0, 1].
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not (math.isfinite(value) and 0 <= value <= 1):
+        raise ConfigError(f"whatif.interventions: expected {name}({option}=...) in [0, 1], found {value}")
 
 
 _CALL = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", re.DOTALL)

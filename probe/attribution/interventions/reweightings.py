@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from probe.attribution.interventions.registry import Plan, intervention
+from probe.attribution.interventions.registry import Plan, check_share, intervention
 from probe.attribution.tokens import UpdateTokens
 from probe.errors.exceptions import ConfigError
 from probe.estimators.advantages import STD_EPSILON, AdvantageKind, group_advantages
@@ -40,6 +40,7 @@ def stare(
     target: float = 0.3,
 ) -> Plan:
     """Where the mean entropy is below `target`, weigh the `share` of highest surprisal of each sign of advantage."""
+    check_share("stare", "share", share)
     if float(tokens.entropy[tokens.mask].mean()) >= target:
         return plan
     factor = torch.ones_like(tokens.logprob)
@@ -68,6 +69,7 @@ def kl_cov(plan: Plan, tokens: UpdateTokens, *, share: float = 2e-3, coef: float
 
     Its gradient is 0 where the policy is the one that sampled: a first step on fresh rollouts is not changed by it.
     """
+    check_share("kl_cov", "share", share)
     top = tokens.top(tokens.covariance, max(1, int(share * int(tokens.mask.sum()))))
     normaliser = update_normaliser(plan.settings, plan.inputs)
     penalty = coef * normaliser * (tokens.logprob - tokens.old_logprob).sign() * top.double()
