@@ -121,8 +121,10 @@ def compared(module, reference, large):  # type: ignore[no-untyped-def]
 
     before, found = measured(update.new_parameters), {}
     for name in INTERVENTIONS:
-        effect = taker.with_step(shortcut.effect(parse_intervention(name)))
-        true = measured(taker.take(effect.plan).new_parameters) - before
+        effect = shortcut.effect(parse_intervention(name))
+        taken = taker.take(effect.plan)
+        effect = taker.with_step(effect, taken)
+        true = measured(taken.new_parameters) - before
         step, short = effect.step_difference.deltaH1.token, effect.difference.deltaH1.token
         found[name] = {
             "shortcut": short.value,

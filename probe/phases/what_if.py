@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from probe.loading.optimizer import LoadedOptimizer
 from probe.phases.attribution import Attribution
 from probe.phases.sample import BatchSource, Sample
 from probe.phases.update import TakenStep, Update, take_step
-from probe.scoring.collector import MakeProgress, Progress, no_progress
+from probe.scoring.collector import MakeProgress, no_progress
 from probe.scoring.gradients import token_gradients
 from probe.scoring.score import score_tokens
 
@@ -99,11 +100,17 @@ def what_if(
     solved = [one.intervention for one in solutions if one.setting is not None]
     names, chosen = list(dict.fromkeys([*names, *solved])), list(dict.fromkeys([*chosen, *solved]))
     effects, told = [], progress("gradient on U with interventions")
+    measured = {"": taker.measured(taker.own)} if chosen else {}
     for n, name in enumerate(names):
         effect = shortcut.effect(parse_intervention(name))
-        effects.append(taker.with_step(effect) if config.steps else effect)
+        taken = taker.take(effect.plan) if name in chosen or (config.steps and effect.tokens) else None
+        effects.append(taker.with_step(effect, taken) if config.steps else effect)
+        if taken is not None and name in chosen:  # now, as steps are too large to be kept
+            measured[name] = taker.measured(taken, measured[""])
         told((n + 1) * len(sample.U), len(names) * len(sample.U))
-    measured = taker.measured([one for one in effects if one.name in chosen], progress) if chosen else {}
+    if measured:  # one bar at a time
+        forwards = len(measured) * len(sample.E)
+        progress("score E after steps of interventions")(forwards, forwards)
     return WhatIf(asis, effects, measured, solutions, skipped)
 
 
@@ -164,18 +171,26 @@ class StepTaker:
     shortcut: Shortcut
 
     @property
+    def own(self) -> TakenStep:
+        """The step from U as it is."""
+        made = self.update
+        return TakenStep(made.step, made.new_parameters, made.gradient_norm, made.clip_factor)
+
+    @cached_property
+    def here(self) -> Change:
+        """What the step from U as it is does, to first order."""
+        return self._change(self.update.step)
+
+    @property
     def asis(self) -> Effect:
         """The update as it is, whose step has been taken."""
-        own = self._change(self.update.step)
-        return self.shortcut.effect().with_step(own, own.scaled(0.0))
+        return self.shortcut.effect().with_step(self.here, self.here.scaled(0.0))
 
-    def with_step(self, effect: Effect) -> Effect:
-        """An effect with what the optimizer's own step does; taken anew where a token's weight is another one."""
-        if effect.tokens == 0:
+    def with_step(self, effect: Effect, taken: TakenStep | None) -> Effect:
+        """An effect with what the optimizer's own step does, which is needed where a token's weight is another one."""
+        if taken is None or effect.tokens == 0:
             factor = effect.plan.learning_rate_factor
-            own = self._change(self.update.step)
-            return effect.with_step(own.scaled(factor), own.scaled(factor - 1.0))
-        taken = self.take(effect.plan)
+            return effect.with_step(self.here.scaled(factor), self.here.scaled(factor - 1.0))
         step = self.update.step
         difference = {name: new - step[name] for name, new in taken.step.items()}
         return effect.with_step(self._change(taken.step), self._change(difference))
@@ -188,7 +203,7 @@ class StepTaker:
         """
         assert solution.setting is not None
         target, at = solution.target, solution.setting.value
-        near: tuple[float, float] = (0.0, self._change(self.update.step).deltaH1[solution.estimand].value)
+        near: tuple[float, float] = (0.0, self.here.deltaH1[solution.estimand].value)
         beyond: tuple[float, float] | None = None
         way, best = target - near[1], near
         for _ in range(FOLLOWED):
@@ -224,16 +239,6 @@ class StepTaker:
         plan = parse_intervention(asked)(self.shortcut.plan, self.shortcut.tokens)
         return self._change(self.take(plan).step).deltaH1[solution.estimand].value
 
-    def measured(self, effects: Sequence[Effect], progress: MakeProgress) -> dict[str, Measured]:
-        """What steps are measured to do, and that of the update as it is."""
-        told: Progress = progress("score E after steps of interventions")
-        asis = TakenStep(self.update.step, self.update.new_parameters, 0.0, self.update.clip_factor)
-        found, B = {"": self._measure(asis, None)}, len(self.sample.E)
-        for n, effect in enumerate(effects):
-            found[effect.name] = self._measure(self.take(effect.plan), found[""])
-            told((n + 2) * B, (len(effects) + 1) * B)
-        return found
-
     def take(self, plan: Plan) -> TakenStep:
         """The optimizer's step for a planned update."""
         gradient = self.gradient(plan)
@@ -263,8 +268,8 @@ class StepTaker:
             return change_without_errors(total, held.blocks)
         return changes(total, of_blocks, held.blocks)[0]
 
-    def _measure(self, taken: TakenStep, asis: Measured | None) -> Measured:
-        """Score E after a step."""
+    def measured(self, taken: TakenStep, asis: Measured | None = None) -> Measured:
+        """What a step is measured to do: E is scored after it. Without `asis` it is the update as it is."""
         E, old = self.sample.E, self.sample.E_scores
         new = score_tokens(self.source.policy.at(taken.new_parameters), E)
         true = change_by("per_decision", old, new, E.group)
