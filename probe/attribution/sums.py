@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,31 +37,27 @@ def sums_by_label(
     """The policy-gradient terms of U's tokens by each way to sort them; labels without a token are left out."""
     table: dict[str, list[Sum]] = {}
     for way, (label, names) in labels.items():
-        counts = torch.bincount(label[label >= 0].flatten(), minlength=len(names)).tolist()
-        made = found.sensitivities.changes(found.weights.policy, label, len(names))
-        table[way] = [
-            Sum(name, count, one) for name, count, one in zip(names, counts, made, strict=True) if count
-        ]
+        table[way] = [one for one in _sums(found, label, names) if one.tokens]
     return table
 
 
 def sums_by_response(found: Contributions, mask: Tensor) -> list[Sum]:
     """The same of every response of U, in its order."""
     B = len(mask)
-    label = torch.where(mask, torch.arange(B).unsqueeze(1), -1)
-    made = found.sensitivities.changes(found.weights.policy, label, B)
-    return [
-        Sum(str(i), int(n), one) for i, (n, one) in enumerate(zip(mask.sum(1).tolist(), made, strict=True))
-    ]
+    return _sums(found, torch.where(mask, torch.arange(B).unsqueeze(1), -1), [str(i) for i in range(B)])
 
 
 def sums_by_prompt(found: Contributions, mask: Tensor, group: Tensor) -> list[Sum]:
     """The same of every prompt of U, by the number of its group."""
     numbers, member = group.unique(return_inverse=True)
-    label = torch.where(mask, member.unsqueeze(1), -1)
-    made = found.sensitivities.changes(found.weights.policy, label, len(numbers))
-    counts = torch.bincount(label[label >= 0].flatten(), minlength=len(numbers)).tolist()
-    return [Sum(str(int(n)), count, one) for n, count, one in zip(numbers, counts, made, strict=True)]
+    return _sums(found, torch.where(mask, member.unsqueeze(1), -1), [str(n) for n in numbers.tolist()])
+
+
+def _sums(found: Contributions, label: Tensor, names: Sequence[str]) -> list[Sum]:
+    """The policy-gradient terms of the tokens of each label, `(B, T)` int64 in the order of the names; -1 for none."""
+    counts = torch.bincount(label[label >= 0].flatten(), minlength=len(names)).tolist()
+    made = found.sensitivities.changes(found.weights.policy, label, len(names))
+    return [Sum(name, count, one) for name, count, one in zip(names, counts, made, strict=True)]
 
 
 def sums_by_parameter(found: Contributions) -> dict[str, list[Sum]]:

@@ -41,6 +41,37 @@ class LossGradient:
     router: Mapping[str, Tensor] | None = None
 
 
+def loss_inputs(
+    batch: RolloutBatch,
+    logprob: Tensor,
+    entropy: Tensor,
+    ref_logprobs: Tensor | None = None,
+    order: Tensor | None = None,
+) -> LossInputs:
+    """What the loss of a batch with advantages is a function of.
+
+    Args:
+        batch: U.
+        logprob: `l`, `(B, T)` nats.
+        entropy: `h`, `(B, T)` nats.
+        ref_logprobs: under the reference policy, `(B, T)`, where there is a KL penalty.
+        order: see `loss_gradient`.
+    """
+    assert batch.advantages is not None
+    return LossInputs(
+        batch.mask,
+        batch.advantages,
+        logprob,
+        entropy,
+        batch.truncated,
+        batch.old_logprobs,
+        ref_logprobs,
+        batch.sampling_logprobs,
+        order,
+        batch.loss_tokens,
+    )
+
+
 def loss_gradient(
     policy: Policy,
     batch: RolloutBatch,
@@ -73,18 +104,8 @@ def loss_gradient(
         )
     first = score_tokens(policy, batch, None) if needs_scores(settings, batch) else None
     zeros = torch.zeros(batch.mask.shape, dtype=torch.float64)
-    inputs = LossInputs(
-        batch.mask,
-        batch.advantages,
-        zeros if first is None else first.logprob,
-        zeros if first is None else first.entropy,
-        batch.truncated,
-        batch.old_logprobs,
-        ref_logprobs,
-        batch.sampling_logprobs,
-        order,
-        batch.loss_tokens,
-    )
+    l, h = (zeros, zeros) if first is None else (first.logprob, first.entropy)
+    inputs = loss_inputs(batch, l, h, ref_logprobs, order)
     kept, kept_entropy = loss_weights(settings, inputs)
 
     def token_weights(i: Tensor, t: Tensor, l: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

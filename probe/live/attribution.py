@@ -22,8 +22,9 @@ from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import DataError, ProbeError
 from probe.estimand import Number, Numbers, PerEstimand, as_mapping
 from probe.estimators.loss_settings import LossSettings
-from probe.estimators.losses import LossInputs, loss_weight_parts
+from probe.estimators.losses import loss_weight_parts
 from probe.estimators.step_parts import StepParts
+from probe.estimators.update import loss_inputs
 from probe.estimators.weighting import score_weights
 from probe.loading.tokenizer import token_decoder
 from probe.parameters import inner_product, norm
@@ -167,20 +168,8 @@ def _changes(
 ) -> TokenChanges:
     """See `token_changes`."""
     U = update.batch
-    assert U.advantages is not None
     scores = score_tokens(policy, U)
-    inputs = LossInputs(
-        U.mask,
-        U.advantages,
-        scores.logprob,
-        scores.entropy,
-        U.truncated,
-        U.old_logprobs,
-        update.ref_logprobs,
-        U.sampling_logprobs,
-        None,
-        U.loss_tokens,
-    )
+    inputs = loss_inputs(U, scores.logprob, scores.entropy, update.ref_logprobs)
     try:
         weights = loss_weight_parts(update.loss, inputs)
     except ValueError as error:  # an option without what it needs

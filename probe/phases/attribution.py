@@ -12,7 +12,7 @@ from torch import Tensor
 from probe.attribution.contributions import Contributions, contributions
 from probe.attribution.coupling import Coupling
 from probe.attribution.league import LeagueRow, league
-from probe.attribution.objectives import objectives
+from probe.attribution.objectives import combined, objectives
 from probe.attribution.predictors import PREDICTORS
 from probe.attribution.sums import (
     Sum,
@@ -144,7 +144,7 @@ def attribution(
     seed = stream_seed(source.seed, "attribution")
     states = drawn_states(sample.U, config.attribution.states, seed)
     responses = drawn_responses(sample.U, config.attribution.responses, seed)
-    matrix, rows = influence(step, config.attribution.responses, seed, progress("influence of U"))
+    matrix, rows = influence(step, config.attribution.responses, seed, weights, progress("influence of U"))
     U = sample.U
     labels = token_labels(U, update.scores.entropy, token_decoder(source.tokenizer))
     own_states = coupled(step, states, weights, progress("coupling of states of U"))
@@ -193,14 +193,10 @@ def update_spread_of(found: Contributions, U: RolloutBatch, token_mean: bool) ->
     sizes = sum_per_group(U.lengths.double(), member, size) if token_mean else None
     weights = found.weights
     labels = member.unsqueeze(1).expand_as(U.mask)
-    terms = found.sensitivities.changes(
+    totals, _ = found.sensitivities.of_tokens(
         weights.policy + weights.kl, labels, len(size), entropy_weights=weights.bonus
     )
-    spreads = [
-        spread(torch.tensor([getattr(one.deltaH1, name).value for one in terms], dtype=torch.float64), sizes)
-        for name in ("sequence", "token")
-    ]
-    sequence, token = spreads
+    sequence, token = (spread(own, sizes) for own in combined(totals, found.sensitivities.blocks)[:2])
     return None if sequence is None or token is None else PerEstimand(sequence, token)
 
 

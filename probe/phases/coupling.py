@@ -10,7 +10,7 @@ from torch import Tensor
 
 from probe.attribution.coupling import Coupling, Row, coupling, split_row
 from probe.data.batch import RolloutBatch
-from probe.estimators.losses import LossWeights, loss_weight_parts
+from probe.estimators.losses import LossWeights
 from probe.parameters import inner_product
 from probe.phases.step_in_parts import StepInParts
 from probe.scoring.collector import Progress
@@ -53,7 +53,7 @@ def coupled(
 
 
 def influence(
-    step: StepInParts, count: int, seed: int, progress: Progress
+    step: StepInParts, count: int, seed: int, weights: LossWeights, progress: Progress
 ) -> tuple[Tensor | None, Tensor | None]:
     """What each response of U does to the entropy at the states of sampled responses of E.
 
@@ -61,6 +61,7 @@ def influence(
         step: from U.
         count: responses of E.
         seed: of the draw.
+        weights: of the loss.
         progress: called after each, with the responses of U that were gone over.
 
     Returns:
@@ -69,7 +70,7 @@ def influence(
     rows = _drawn(step.E, count, seed)
     if not rows:
         return None, None
-    weights, found = loss_weight_parts(step.update.loss, step.update.inputs), []
+    found = []
     for n, row in enumerate(rows):
         tangents = step.along(entropy_gradient_at(step.policy, step.E, row, None))
         found.append((weights.policy * tangents.logprob).sum(1))

@@ -97,8 +97,8 @@ def _parts(found: Mapping[str, Any]) -> Table:
 def _cells(one: Mapping[str, Any]) -> tuple[str, str]:
     """A change per token, and that of the reward."""
     return (
-        with_error(one.get("deltaH1_tok"), one.get("deltaH1_tok_se")),
-        with_error(one["deltaR1"], one.get("deltaR1_se")) if "deltaR1" in one else "-",
+        _with_error(one, "deltaH1_tok"),
+        _with_error(one, "deltaR1") if "deltaR1" in one else "-",
     )
 
 
@@ -186,9 +186,8 @@ def _league(found: Mapping[str, Any]) -> Table:
 def _what_if(found: Mapping[str, Any]) -> Table:
     """What interventions would do, those that raise the entropy most first."""
     order = sorted(found["interventions"], key=lambda one: -(one["difference"]["deltaH1_tok"] or 0.0))
-    idle = [one for one in order if one["tokens"] == 0 and one["difference"]["deltaH1_tok"] == 0]
     rows = []
-    for one in (found["as_it_is"], *(one for one in order if one not in idle)):
+    for one in (found["as_it_is"], *(one for one in order if not _idle(one))):
         per, difference = one.get("per_reward"), one["difference"]
         rewarded = "deltaR1" in one
         cells = (
@@ -204,14 +203,15 @@ def _what_if(found: Mapping[str, Any]) -> Table:
 
 def _without_effect(found: Mapping[str, Any]) -> Table:
     """What does not change a token, and what cannot be made of this U."""
-    idle = [
-        _label(one["name"])
-        for one in found["interventions"]
-        if one["tokens"] == 0 and one["difference"]["deltaH1_tok"] == 0
-    ]
+    idle = [_label(one["name"]) for one in found["interventions"] if _idle(one)]
     rows = [Row("no token changes", ("",), ", ".join(idle))] if idle else []
     rows += [Row(name, ("left out",), reason) for name, reason in found["skipped"].items()]
     return Table(("Without effect",), rows)
+
+
+def _idle(one: Mapping[str, Any]) -> bool:
+    """Whether an intervention changes neither a token's weight nor the step."""
+    return bool(one["tokens"] == 0 and one["difference"]["deltaH1_tok"] == 0)
 
 
 def _label(name: str) -> str:

@@ -162,7 +162,7 @@ def test_in_a_table_the_own_token_does_it_all():
 
 def test_influence_has_a_row_for_each_response_of_the_evaluation_batch(monkeypatch):
     made = made_step(monkeypatch)
-    matrix, rows = influence(made.taker, 5, 3, no_progress)
+    matrix, rows = influence(made.taker, 5, 3, made.weights, no_progress)
     assert matrix.shape == (5, len(made.U))
     assert len(set(rows.tolist())) == 5
     i = int(rows[0])
@@ -171,7 +171,7 @@ def test_influence_has_a_row_for_each_response_of_the_evaluation_batch(monkeypat
     by_name = dict(zip(made.policy.parameters, X, strict=True))
     tangents = made.taker.along(by_name)
     assert torch.allclose(matrix[0], (made.weights.policy * tangents.logprob).sum(1), rtol=1e-9, atol=1e-15)
-    assert influence(made.taker, 0, 3, no_progress) == (None, None)
+    assert influence(made.taker, 0, 3, made.weights, no_progress) == (None, None)
 
 
 def test_the_weights_are_those_of_the_loss(monkeypatch):

@@ -40,10 +40,9 @@ from tests.support.live_loops import (
 )
 from tests.support.tiny_models import (
     LINEAR_LAYERS,
-    SHARED_SHAPE,
     add_lora,
     quantize_linear_layers,
-    tiny_config,
+    tiny_experts,
     tiny_model,
 )
 
@@ -122,15 +121,7 @@ def dynamic_rope() -> Loop:
 
 def experts() -> Any:
     """A mixture of experts whose kernel has no forward mode."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    shape = {k: v for k, v in tiny_config(**SMALL).to_dict().items() if k in SHARED_SHAPE}
-    routed = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 4}
-    with quiet_libraries(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **routed))
-        for p in model.parameters():
-            p.data += 0.1 * torch.randn_like(p)
+    model = tiny_experts(moe=8, head_dim=4, **SMALL)
     model.set_experts_implementation("grouped_mm")
     return model
 

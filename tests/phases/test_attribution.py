@@ -15,18 +15,16 @@ from probe.attribution.predictors import PREDICTORS
 from probe.callbacks import ProbeCallback
 from probe.cli.main import main
 from probe.errors.exceptions import ConfigError, DataError, NumericalError
-from probe.loading import quiet_libraries
 from probe.report.markdown import report_markdown
 from probe.report.tags import scalar_tags
 from probe.report.terminal import report
 from tests.support.runs import changed, fingerprint, numbers, run, same
 from tests.support.tiny_models import (
-    SHARED_SHAPE,
     adamw,
     load_base,
     save_checkpoint,
     take_steps,
-    tiny_config,
+    tiny_experts,
     trainer_checkpoint,
 )
 
@@ -218,15 +216,7 @@ def test_other_precisions(attributed, settings, off):
 
 
 def test_the_load_balancing_loss_of_experts_is_a_part_of_its_own(attributed, tmp_path):
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
-    shape = {k: v for k, v in tiny_config().to_dict().items() if k in SHARED_SHAPE}
-    with quiet_libraries(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts))
-        for p in model.parameters():
-            p.data += 0.1 * torch.randn_like(p)
+    model = tiny_experts()
     optimizer = adamw(model)
     take_steps(model, optimizer, 2)
     folder = save_checkpoint(tmp_path / "experts", model, optimizer)

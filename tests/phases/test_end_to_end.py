@@ -27,7 +27,6 @@ from probe.errors.exceptions import (
     OptimizerStateError,
     RolloutError,
 )
-from probe.loading import quiet_libraries
 from probe.results import DIAGNOSTIC_KEYS, RESULT_KEYS
 from probe.rollouts.sampling import sample_rollouts
 from probe.rollouts.write import write_rollouts
@@ -38,7 +37,6 @@ from probe.sweep.rescale import measure_at
 from tests.support.little_memory import MESSAGE, backward, forward_mode, without_memory_for
 from tests.support.runs import changed, fingerprint, numbers, owner, run, same
 from tests.support.tiny_models import (
-    SHARED_SHAPE,
     adamw,
     add_lora,
     load_base,
@@ -46,7 +44,7 @@ from tests.support.tiny_models import (
     save_base,
     save_checkpoint,
     take_steps,
-    tiny_config,
+    tiny_experts,
     trainer_checkpoint,
 )
 
@@ -345,15 +343,7 @@ def test_dropout_in_training_marks_the_update(config, tmp_path, base, kind):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_mixture_of_experts(config, tmp_path, dtype):
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
-    shape = {k: v for k, v in tiny_config().to_dict().items() if k in SHARED_SHAPE}
-    with quiet_libraries(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts))
-        for p in model.parameters():
-            p.data += 0.1 * torch.randn_like(p)
+    model = tiny_experts()
     optimizer = adamw(model)
     take_steps(model, optimizer, 2)
     folder = save_checkpoint(tmp_path / "experts", model, optimizer)

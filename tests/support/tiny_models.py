@@ -67,6 +67,20 @@ def tiny_model(seed: int = 0, **options: Any) -> Any:
     return model
 
 
+def tiny_experts(*, moe: int = 16, head_dim: int = 8, **options: Any) -> Any:
+    """A mixture of four experts, of which two are asked, of the shape of `tiny_model` and as random."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    shape = {k: v for k, v in tiny_config(**options).to_dict().items() if k in SHARED_SHAPE}
+    routed = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": moe, "head_dim": head_dim}
+    with quiet_libraries(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **routed))
+        for p in model.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
 def save_base(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
     """A base model with its tokenizer in `folder`."""
     with quiet_libraries():
