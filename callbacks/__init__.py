@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from probe.callbacks.detailed_logging import DetailedLogging
     from probe.callbacks.fit_memory import FitMemoryFile
     from probe.callbacks.ground_truth import GroundTruth
+    from probe.callbacks.html_report import HtmlReport
     from probe.callbacks.progress import ProgressBars
     from probe.callbacks.results_file import ResultsFile
     from probe.callbacks.tensorboard import TensorBoardDiagnostics
@@ -26,6 +27,7 @@ _HOME = {
     "DetailedLogging": "probe.callbacks.detailed_logging",
     "FitMemoryFile": "probe.callbacks.fit_memory",
     "GroundTruth": "probe.callbacks.ground_truth",
+    "HtmlReport": "probe.callbacks.html_report",
     "ProbeCallback": "probe.callbacks.base",
     "ProgressBars": "probe.callbacks.progress",
     "ResultsFile": "probe.callbacks.results_file",
@@ -40,6 +42,7 @@ __all__ = [
     "DetailedLogging",
     "FitMemoryFile",
     "GroundTruth",
+    "HtmlReport",
     "ProbeCallback",
     "ProgressBars",
     "ResultsFile",

@@ -9,6 +9,7 @@ from probe.callbacks.delta_h1 import DeltaH1
 from probe.callbacks.detailed_logging import DetailedLogging
 from probe.callbacks.fit_memory import FitMemoryFile
 from probe.callbacks.ground_truth import GroundTruth
+from probe.callbacks.html_report import HtmlReport
 from probe.callbacks.progress import ProgressBars
 from probe.callbacks.results_file import ResultsFile
 from probe.callbacks.tensorboard import TensorBoardDiagnostics
@@ -39,4 +40,6 @@ def default_callbacks(config: ProbeConfig) -> list[ProbeCallback]:
         callbacks.append(ResultsFile(config.output.results_path))
     if config.detailed_logging.enabled:
         callbacks.append(DetailedLogging(config.detailed_logging))
+    if config.output.report_path is not None:
+        callbacks.append(HtmlReport(config.output.report_path))
     return [*callbacks, TensorBoardDiagnostics()]

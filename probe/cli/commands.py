@@ -14,6 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from probe.callbacks.defaults import default_callbacks
 from probe.cli.parser import Command, parse
 from probe.cli.texts import NEXT_STEPS, SUMMARIES
+from probe.errors.exceptions import ConfigError
 from probe.module import EntropyProbe
 from probe.plan.command import execute as execute_plan
 from probe.plan.sizes import Plan
@@ -69,6 +70,10 @@ class ProbeCLI(LightningCLI):
         understood: Any = args
         if not isinstance(understood, Command):
             understood = parse(list(sys.argv[1:] if args is None else args), lambda: TrainerSection)
+            if not isinstance(understood, Command):
+                raise ConfigError(
+                    f"expected a subcommand that probes, found {understood.name}, which reads files"
+                )
         name = understood.name
         self.command, self.config = understood, Namespace({"subcommand": name, name: Namespace()})
 

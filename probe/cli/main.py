@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from types import ModuleType
 
 from probe import __version__
-from probe.cli.parser import parse
+from probe.cli.parser import Reading, parse
 from probe.cli.shorthands import shorthands
 from probe.distributed.environment import first_process
 from probe.errors.exceptions import ProbeError
@@ -57,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with terminated_like_interrupted(), quiet_console():
             command = parse(shorthands(args) or ["--help"], lambda: _commands().TrainerSection)
-            _commands().ProbeCLI(command)
+            if isinstance(command, Reading):
+                importlib.import_module("probe.cli.old_logs").write_report(**command.options)
+            else:
+                _commands().ProbeCLI(command)
     except IncompleteSweepError as error:
         return _fail(error, text_of(error), INCOMPLETE, debug)
     except ProbeError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -32,6 +32,8 @@ OWN_SECTIONS: dict[str, type] = {"sweep": SweepConfig, "plan": PlanConfig}
 """The sections that only one subcommand has, by its name."""
 SWITCHED_ON = {"attribute": ("attribution",), "whatif": ("attribution", "whatif")}
 """The sections that a subcommand switches on."""
+READERS = ("report",)
+"""The subcommands that read what runs and trainings have left, and need no configuration."""
 QUICKSTART = SHIPPED_CONFIGS / "quickstart.yaml"
 
 
@@ -72,7 +74,20 @@ class Command:
     plan: PlanConfig | None = None
 
 
-def parse(args: list[str], classes: Callable[[], type]) -> Command:
+@dataclass(frozen=True)
+class Reading:
+    """A command line of a subcommand that reads files.
+
+    Attributes:
+        name: of the subcommand.
+        options: its arguments by their names.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+
+
+def parse(args: list[str], classes: Callable[[], type]) -> Command | Reading:
     """Parse a command line whose shorthands are written out.
 
     Args:
@@ -89,9 +104,12 @@ def parse(args: list[str], classes: Callable[[], type]) -> Command:
         return _parse(args, classes())
 
 
-def _parse(args: list[str], trainer: type) -> Command:
+def _parse(args: list[str], trainer: type) -> Command | Reading:
     """See `parse`."""
-    parsers = {name: _subcommand_parser(name, trainer) for name in SUMMARIES}
+    parsers = {
+        name: _reader_parser(name) if name in READERS else _subcommand_parser(name, trainer)
+        for name in SUMMARIES
+    }
     parser = _main_parser(parsers)
     try:
         with current_directory_importable():
@@ -102,6 +120,10 @@ def _parse(args: list[str], trainer: type) -> Command:
         asked = args[0] if args and args[0] in parsers else "run"
         raise ConfigError(name_list(explain(str(error), parsers[asked]))) from error
     name = config.subcommand
+    if name in READERS:
+        options = vars(config[name])
+        options.pop("debug", None)
+        return Reading(name, options)
     resolved = resolve(parsers[name], config[name], _given(name, own[name]))
     for section in OWN_SECTIONS:
         resolved.mapping.pop(section, None)  # the rest is what describes a run
@@ -152,6 +174,22 @@ def _subcommand_parser(name: str, trainer: type) -> ArgumentParser:
     (checkpoint,) = (action for action in parser._actions if action.option_strings == ["--checkpoint"])
     checkpoint.help = "Folder of the checkpoint, or a YAML file with this section."
     checkpoint.metavar = "FOLDER"
+    return parser
+
+
+def _reader_parser(name: str) -> ArgumentParser:
+    """The parser of a subcommand that reads files."""
+    parser = ArgumentParser(
+        exit_on_error=False,
+        description=DESCRIPTIONS[name],
+        usage=f"entropy-probe {name} {USAGE[name]}",
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument("log", type=str, help="What a run or a training has left; see above.", metavar="LOG")
+    parser.add_argument(
+        "--output", type=str, help="The HTML file to write; by default beside LOG.", metavar="FILE"
+    )
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     return parser
 
 

@@ -9,6 +9,7 @@ USAGE = {
     "whatif": "[--config NAME_OR_FILE] [--exact NAMES] [--target_deltaH NATS] [--section.key VALUE ...]",
     "sweep": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--LIST VALUES ...] [--section.key VALUE ...]",
     "plan": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--pilot_B_E N] [--section.key VALUE ...]",
+    "report": "LOG [--output FILE]",
 }
 """What the help of a subcommand begins with."""
 SUMMARIES = {
@@ -18,6 +19,7 @@ SUMMARIES = {
     "whatif": "Say what other updates would do (clip, reweigh, drop tokens, another rate), and solve for a target.",
     "sweep": "Probe a grid of learning rates, batch sizes, seeds and checkpoints; can be stopped and continued.",
     "plan": "From one small pilot: how large E and U must be to resolve the update, and what that would cost.",
+    "report": "Make one HTML page of what a run or a training has left: a log, a trainer's state, TensorBoard events.",
 }
 """What the help says of each subcommand."""
 DESCRIPTION = """Predict and measure what the next update does to a policy's entropy.
@@ -30,6 +32,7 @@ examples:
   entropy-probe whatif --config quickstart --target_deltaH -0.001
   entropy-probe sweep --config quickstart --eta_factors "[0.5, 1, 2]"
   entropy-probe plan --config quickstart
+  entropy-probe report lightning_logs/2025-01-15/entropy_probe_14-30-25_step_60.json.gz
 
 --config takes a YAML file, or the name of a configuration that comes with the package:
   {configs}"""
@@ -104,6 +107,18 @@ The pilot is the run of the configuration with --pilot_B_E prompts in E. --outpu
   {configs}
 --checkpoint takes the folder of a checkpoint; it is short for --checkpoint.checkpoint_path. The options below are the
 keys of a YAML file.""",
+    "report": """Make one self-contained HTML page of what a run or a training has left.
+
+examples:
+  entropy-probe report lightning_logs/2025-01-15/entropy_probe_14-30-25_step_60.json.gz
+  entropy-probe report checkpoint-100/trainer_state.json --output training.html
+  entropy-probe report lightning_logs/version_0
+
+LOG is one of these:
+  the log or summary of a run (.json, .json.gz); at the level debug it has every token
+  trainer_state.json of a transformers or TRL training with the probe in it
+  metrics.csv of Lightning's CSVLogger
+  a folder with TensorBoard's events""",
 }
 NEXT_STEPS = """
 Next:

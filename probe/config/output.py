@@ -71,3 +71,5 @@ class OutputConfig:
 
     results_path: str | None = None
     """Write the result mapping to this JSON file."""
+    report_path: str | None = None
+    """Write the run as one self-contained HTML page to this file."""

@@ -22,14 +22,15 @@ from probe.live.ranks import of_one_policy
 from probe.live.say import say
 from probe.live.schedule import Schedule
 from probe.live.settings import SMALLEST_E, WatchSettings
+from probe.live.shown import ShownWatch
 from probe.live.source import SampledSource
 from probe.live.step import UpdateProbe
-from probe.live.summary import Summary, summary_of
 from probe.live.updates import ProbedUpdates
+from probe.report.summary import Summary, summary_of
 from probe.scoring.room import Room
 
 
-class Watch(AbstractContextManager["Watch"]):
+class Watch(ShownWatch, AbstractContextManager["Watch"]):
     """A running probe; made by `watch`. A `with` block detaches it in the end.
 
     Attributes:

@@ -65,16 +65,16 @@ def attribution_tables(values: Mapping[str, Any]) -> list[Table]:
     found: Mapping[str, Any] | None = values.get("attribution")
     tables: list[Table] = []
     if found is not None:
-        tables += [_parts(found), _top(found), _coupling(found), _league(found)]
+        tables += [_parts(found), top_tokens_table(found), _coupling(found), _league(found)]
     if values.get("what_if") is not None:
         compared = values["what_if"]
-        tables += [
-            _what_if(compared),
-            _without_effect(compared),
-            _shortcuts(compared),
-            _measured(compared),
-            _solutions(compared),
-        ]
+        tables += [_what_if(compared), *beside_what_if(compared)]
+    return [table for table in tables if table.rows]
+
+
+def beside_what_if(found: Mapping[str, Any]) -> list[Table]:
+    """What there is to say of a comparison of interventions beside their differences; none that is empty."""
+    tables = (_without_effect(found), _shortcuts(found), _measured(found), _solutions(found))
     return [table for table in tables if table.rows]
 
 
@@ -102,7 +102,7 @@ def _cells(one: Mapping[str, Any]) -> tuple[str, str]:
     )
 
 
-def _top(found: Mapping[str, Any], count: int = 3) -> Table:
+def top_tokens_table(found: Mapping[str, Any], count: int = 3) -> Table:
     """The tokens of largest contribution on either side."""
     listed: Sequence[Mapping[str, Any]] = found.get("top_tokens") or ()
     falls = [one for one in listed if one["deltaH1_tok"] < 0][:count]

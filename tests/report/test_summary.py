@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from probe.live.summary import summary_of
+from probe.report.summary import summary_of
 from tests.support.live_loops import attach, seeded, small_loop
 
 

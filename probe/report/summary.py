@@ -96,7 +96,9 @@ def summary_of(history: Sequence[Mapping[str, Any]], steps: int, cost_share: flo
         return None
     first, last = history[0], history[-1]
     changes = [
-        (entry["step"], entry["deltaH_true_tok"]) for entry in history if _resolved(entry, "deltaH_true_tok")
+        (entry["step"], entry["deltaH_true_tok"])
+        for entry in history
+        if is_resolved(entry, "deltaH_true_tok")
     ]
     falls = sorted((one for one in changes if one[1] < 0), key=lambda one: one[1])
     rises = sorted((one for one in changes if one[1] > 0), key=lambda one: -one[1])
@@ -124,7 +126,7 @@ def _pair(entry: Mapping[str, Any], name: str) -> tuple[float, float]:
     return entry.get(name, math.nan), entry.get(f"{name}_se", math.nan)
 
 
-def _resolved(entry: Mapping[str, Any], name: str) -> bool:
+def is_resolved(entry: Mapping[str, Any], name: str) -> bool:
     """Whether a change of an entry can be told from 0, by weights that can be believed."""
     low, high = entry.get(f"{name}_ci95_low"), entry.get(f"{name}_ci95_high")
     if low is None or high is None or entry.get("verdict") == "invalid":

@@ -1,0 +1,67 @@
+"""The run as one HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from probe.callbacks.base import ProbeCallback
+from probe.callbacks.console import say
+from probe.errors.exceptions import LogError
+from probe.files.atomic import atomic_write_bytes, ensure_replaceable
+from probe.loading.tokenizer import token_decoder
+from probe.logs.document import build_log
+from probe.report.html.run import run_page
+
+if TYPE_CHECKING:
+    from probe.module import EntropyProbe
+    from probe.results.result import ProbeResult
+    from probe.runner import ProbeRunner
+
+
+class HtmlReport(ProbeCallback):
+    """Writes a run to `output.report_path`: one page that needs no network, whole or not at all.
+
+    It has everything that a log of the level `debug` has for people, whatever the level of the log; texts are left out
+    where `detailed_logging.log_sequences` is false.
+
+    Attributes:
+        path: the file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Args: `path`, the HTML file to write."""
+        self.path = Path(path)
+        self._written = False
+
+    def on_probe_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Make sure, before anything expensive runs, that the file can be written."""
+        self._written = False
+        if runner.fabric.is_global_zero:
+            ensure_replaceable(self.path)
+
+    def on_report_end(self, runner: ProbeRunner, module: EntropyProbe, result: ProbeResult) -> None:
+        """Write the file."""
+        if not runner.fabric.is_global_zero and not runner.state.sharded:
+            return
+        # where processes hold parts of the step, all of them make its log together
+        document = build_log(
+            result,
+            runner.state,
+            level="debug",
+            log_sequences=runner.config.detailed_logging.log_sequences,
+            log_raw_tensors=False,
+            token_text=token_decoder(module.tokenizer),
+        )
+        if not runner.fabric.is_global_zero:
+            return
+        try:
+            atomic_write_bytes(self.path, run_page(document, result.config).encode("utf-8"))
+            self._written = True
+        except LogError as error:
+            runner.errors.append(error)
+
+    def on_probe_end(self, runner: ProbeRunner, module: EntropyProbe, result: ProbeResult) -> None:
+        """Say where the page is."""
+        if self._written:
+            say(runner, f"report: {self.path}\n")

@@ -1,0 +1,1 @@
+"""A run or a training as one self-contained HTML page."""

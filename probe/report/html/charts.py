@@ -1,0 +1,214 @@
+"""The charts of a run: what is drawn of a result, line by line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from probe.attribution.league import CEILING
+from probe.estimand import Estimand
+from probe.report.attribution import PARTS, TARGETS, TERMS
+from probe.report.html.plots import Chart, Line, Mark, Tone
+from probe.report.numbers import interval_text, number_text, with_error
+from probe.text import percent
+
+CHANGES: tuple[tuple[str, str, Tone, str], ...] = (
+    ("deltaH1", "predicted", "predicted", "deltaH1: the entropy's gradient times the optimizer's step"),
+    ("deltaH_true", "measured", "measured", "deltaH_true: E rescored after the step"),
+    ("residual", "difference", "difference", "predicted minus measured by plain estimators on the same E"),
+)
+"""What the first chart shows of a result: key, label, tone, meaning."""
+SORTED_BY = {
+    "by_outcome": "right and wrong responses (above the middle of the rewards)",
+    "by_advantage": "the sign of the advantage",
+    "by_entropy": "the entropy of the token's state",
+    "by_kind": "what the token is",
+    "by_position": "its place in the response, by tenths",
+    "by_layer": "the layer (the whole step)",
+    "by_matrix": "the matrix (the whole step)",
+}
+"""Ways to sum contributions up, in words."""
+
+
+def change_chart(values: Mapping[str, Any], estimand: Estimand) -> Chart | None:
+    """Prediction against measurement, each with its 95 % interval; None where there is neither."""
+    lines = []
+    for key, label, tone, meaning in CHANGES:
+        name = estimand.key(key)
+        if values.get(name) is not None:
+            lines.append(_line(label, values, name, tone, meaning))
+    if not lines:
+        return None
+    return Chart(f"Change of the entropy, {estimand.unit}", ("", "value", "95 % interval", ""), lines)
+
+
+def parts_chart(values: Mapping[str, Any]) -> Chart | None:
+    """The waterfall from momentum, decay and tokens to deltaH1; None without an attribution."""
+    found: Mapping[str, Any] = values.get("attribution") or {}
+    if "total" not in found:
+        return None
+    steps: list[tuple[str, Mapping[str, Any], str]] = []
+    for name, meaning in PARTS.items():
+        classes = found.get("by_outcome") or found.get("by_advantage") if name == "tokens" else None
+        if name == "total" or name not in found:
+            continue
+        if classes:
+            steps += [
+                (
+                    one["name"],
+                    one,
+                    f"tokens of U: {one.get('tokens', 0)}, {percent_of(one, found)} of the whole",
+                )
+                for one in classes
+            ]
+        else:
+            steps.append((name.replace("_", " "), found[name], meaning))
+    at, lines = 0.0, []
+    for label, one, meaning in steps:
+        value = one["deltaH1_tok"]
+        low, high = (at + end for end in one.get("deltaH1_tok_ci95") or (value, value))
+        tone: Tone = "falls" if value < 0 else "rises"
+        lines.append(
+            Line(label, (Mark(at + value, low, high, tone, start=at),), (_with_error(one),), meaning)
+        )
+        at += value
+    reported = values.get("deltaH1_tok")
+    if reported is not None:
+        lines.append(
+            _line("deltaH1", values, "deltaH1_tok", "predicted", "what is predicted", start=0.0, short=True)
+        )
+    legend: tuple[tuple[Tone, str], ...] = (("falls", "lowers the entropy"), ("rises", "raises it"))
+    return Chart("What deltaH1 is the sum of, nats per token", ("", "adds", ""), lines, legend)
+
+
+def percent_of(one: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """The share of a part in the whole, where there is a whole."""
+    total = found["total"]["deltaH1_tok"]
+    return percent(one["deltaH1_tok"] / total) if total else "no share"
+
+
+def class_charts(values: Mapping[str, Any]) -> list[Chart]:
+    """What classes of tokens, layers and matrices add."""
+    found: Mapping[str, Any] = values.get("attribution") or {}
+    charts = []
+    for key, words in SORTED_BY.items():
+        rows: Sequence[Mapping[str, Any]] = found.get(key) or ()
+        lines = []
+        for one in rows:
+            value = one["deltaH1_tok"]
+            tone: Tone = "falls" if value < 0 else "rises"
+            counted = f"{one['tokens']}" if "tokens" in one else "-"
+            lines.append(_line(one["name"], one, "deltaH1_tok", tone, start=0.0, short=True, more=(counted,)))
+        if lines:
+            charts.append(Chart(f"By {words}, nats per token", ("", "adds to deltaH1", "tokens"), lines))
+    return charts
+
+
+def coupling_charts(values: Mapping[str, Any]) -> list[Chart]:
+    """Whose doing the change of a state's entropy is: the shares of sampled states, and of whole responses."""
+    both: Mapping[str, Any] = (values.get("attribution") or {}).get("coupling") or {}
+    charts = []
+    for which, words in (("states", "states of U"), ("responses", "whole responses of E")):
+        if which not in both:
+            continue
+        lines = []
+        for name, meaning in TERMS.items():
+            share = both[which]["size_share"].get(name)
+            if share is None or share["value"] is None or (which == "responses" and name == "response"):
+                continue
+            low, high = share.get("value_ci95") or (None, None)
+            text = "" if low is None or high is None else interval_text((100 * low, 100 * high))
+            cells = (percent(share["value"]), text or "not known")
+            lines.append(Line(name, (Mark(share["value"], low, high, start=0.0),), cells, meaning))
+        if lines:
+            caption = f"Share in the size of all changes, {both[which]['sampled']} sampled {words}"
+            charts.append(Chart(caption, ("", "share", "95 % interval, %", ""), lines))
+    return charts
+
+
+def league_charts(values: Mapping[str, Any]) -> list[Chart]:
+    """How well the formulas of the literature rank tokens, against each target."""
+    league: Sequence[Mapping[str, Any]] = (values.get("attribution") or {}).get("league") or ()
+    charts = []
+    for target, words in TARGETS.items():
+        lines = []
+        for one in league:
+            if one["target"] != target or one["ranked"] != "contributions" or one["spearman"] is None:
+                continue
+            low, high = one["spearman_ci95"]
+            tone: Tone = "neutral" if one["predictor"] == CEILING else "predicted"
+            signs = "-" if one["sign_agreement"] is None else percent(one["sign_agreement"])
+            interval = f" {interval_text((low, high))}" if low is not None and high is not None else ""
+            cells = (f"{one['spearman']:+.2f}{interval}", signs, percent(one["captured_top_10"]))
+            lines.append(
+                Line(one["predictor"].replace("_", " "), (Mark(one["spearman"], low, high, tone),), cells)
+            )
+        if lines:
+            heads = ("", "Spearman, 95 % interval", "signs right", "its top 10 % hold")
+            charts.append(Chart(f"Ranking of tokens against {words}", heads, lines))
+    return charts
+
+
+def what_if_chart(values: Mapping[str, Any]) -> Chart | None:
+    """What interventions would change of deltaH1, those that raise the entropy most first, with what was measured."""
+    found: Mapping[str, Any] = values.get("what_if") or {}
+    lines, measured = [], False
+    rows: Sequence[Mapping[str, Any]] = found.get("interventions") or ()
+    for one in sorted(rows, key=lambda one: -(one["difference"]["deltaH1_tok"] or 0.0)):
+        difference, exact, per = one["difference"], one.get("exact") or {}, one.get("per_reward")
+        value = difference["deltaH1_tok"]
+        if value is None or (value == 0 and one["tokens"] == 0):
+            continue
+        marks = [_mark(difference, "deltaH1_tok", "predicted")]
+        if exact.get("difference_true_tok") is not None:
+            marks.append(_mark(exact, "difference_true_tok", "measured"))
+            measured = True
+        true = (
+            with_error(exact["difference_true_tok"], exact.get("difference_true_tok_se"))
+            if len(marks) > 1
+            else "-"
+        )
+        cells = (
+            with_error(value, difference.get("deltaH1_tok_se")),
+            true,
+            with_error(difference["deltaR1"], difference.get("deltaR1_se"))
+            if "deltaR1" in difference
+            else "-",
+            "-" if per is None else number_text(per["value"]),
+        )
+        lines.append(Line(one["name"], tuple(marks), cells))
+    if not lines:
+        return None
+    heads = ("", "predicted", "measured", "reward's difference", "deltaH1 per reward")
+    legend: tuple[tuple[Tone, str], ...] = (("predicted", "predicted"),)
+    if measured:
+        legend += (("measured", "measured by its step"),)
+    return Chart("Difference that an intervention makes to deltaH1, nats per token", heads, lines, legend)
+
+
+def _mark(one: Mapping[str, Any], key: str, tone: Tone, start: float | None = None) -> Mark:
+    low, high = one.get(f"{key}_ci95") or (None, None)
+    return Mark(one[key], low, high, tone, start)
+
+
+def _line(
+    label: str,
+    one: Mapping[str, Any],
+    key: str,
+    tone: Tone,
+    note: str = "",
+    start: float | None = None,
+    short: bool = False,
+    more: tuple[str, ...] = (),
+) -> Line:
+    """A value with its interval; `short` leaves the interval to the drawing."""
+    cells = (
+        _with_error(one, key),
+        *(() if short else (interval_text(one.get(f"{key}_ci95")) or "-",)),
+        *more,
+    )
+    return Line(label, (_mark(one, key, tone, start),), cells, note)
+
+
+def _with_error(one: Mapping[str, Any], key: str = "deltaH1_tok") -> str:
+    return with_error(one[key], one.get(f"{key}_se"))
