@@ -138,7 +138,7 @@ def league_charts(values: Mapping[str, Any]) -> list[Chart]:
             low, high = one["spearman_ci95"]
             tone: Tone = "neutral" if one["predictor"] == CEILING else "predicted"
             signs = "-" if one["sign_agreement"] is None else percent(one["sign_agreement"])
-            interval = f" {interval_text((low, high))}" if low is not None and high is not None else ""
+            interval = f" [{low:+.2f}, {high:+.2f}]" if low is not None and high is not None else ""
             cells = (f"{one['spearman']:+.2f}{interval}", signs, percent(one["captured_top_10"]))
             lines.append(
                 Line(one["predictor"].replace("_", " "), (Mark(one["spearman"], low, high, tone),), cells)

@@ -79,7 +79,7 @@
       if (!c || !U.largest) return;
       // the square root lets the many small contributions be seen beside the few large ones
       const strength = Math.round(8 + 67 * Math.sqrt(Math.abs(c) / U.largest));
-      const tone = c > 0 ? "rises" : "falls";
+      const tone = c > 0 ? "shade-rises" : "shade-falls";
       span.style.background = `color-mix(in srgb, var(--${tone}) ${strength}%, transparent)`;
       span.style.borderBottom = `2px ${c > 0 ? "solid" : "dashed"} color-mix(in srgb, var(--${tone}) ${Math.min(100, strength + 25)}%, transparent)`;
     };
