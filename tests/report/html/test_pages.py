@@ -154,7 +154,7 @@ def poisoned_with(value, text):
     return text if isinstance(value, str) else value
 
 
-def test_the_waterfall_ends_at_deltaH1(logged):
+def test_the_waterfall_ends_at_what_is_reported(logged):
     lines = parts_chart(logged.results).lines
     ends = [mark.value for line in lines for mark in line.marks]
     starts = [mark.start for line in lines for mark in line.marks]
