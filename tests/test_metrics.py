@@ -49,8 +49,8 @@ def test_streaming_over_microbatches_is_one_call(reported):
     truth = reweighted_change(old, new, group, reported)
     assert found == pytest.approx(
         {
-            "H": truth.H_orig.sequence,
-            "H_tok": truth.H_orig.token,
+            "H": truth.H_orig.sequence.value,
+            "H_tok": truth.H_orig.token.value,
             "deltaH": truth.change.sequence.value,
             "deltaH_se": truth.change.sequence.se,
             "deltaH_tok": truth.change.token.value,

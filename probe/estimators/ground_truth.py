@@ -29,7 +29,7 @@ class GroundTruth:
         estimates: by estimator: `snis`, `per_decision`, and where they were asked for `per_decision+cv`, `resample`,
             `snis_clipped`.
         reported: the key of the estimate that is reported.
-        H_orig: entropies at `theta`: nats per response, nats per token.
+        H_orig: entropies at `theta`, with their errors over E: nats per response, nats per token.
         weights: diagnostics of the sequences' importance weights.
         scores_new: scores of E at `theta + step`.
         clipped_fraction: share of the log-weights that clipping changed; None without clipping.
@@ -38,7 +38,7 @@ class GroundTruth:
 
     estimates: Mapping[str, Estimates]
     reported: str
-    H_orig: PerEstimand[float]
+    H_orig: Estimates
     weights: WeightDiagnostics
     scores_new: TokenScores
     clipped_fraction: float | None = None
@@ -64,6 +64,11 @@ class GroundTruth:
         """
         less_noisy = self.estimates["per_decision"].with_other(operator.sub, Z)
         return self.with_estimate("per_decision+cv", less_noisy, reported)
+
+
+def entropy_before(scores: TokenScores, group: Tensor) -> Estimates:
+    """The entropy of the policy that sampled, with its error over prompts."""
+    return PerEstimand.of(estimate(lambda q: entropy(q, scores.entropy, scores.mask), group))
 
 
 def change_by(
@@ -114,11 +119,10 @@ def reweighted_change(
     if clip is not None:
         clipped = float((weights.log_weights.abs() > clip).double().mean())
         estimates["snis_clipped"] = change_by("snis", old, new, group, clip)
-    everyone = torch.ones(len(group), dtype=torch.float64)
     return GroundTruth(
         estimates=estimates,
         reported=reported,
-        H_orig=PerEstimand.of(entropy(everyone, old.entropy, old.mask).tolist()),
+        H_orig=entropy_before(old, group),
         weights=weights,
         scores_new=new,
         clipped_fraction=clipped,

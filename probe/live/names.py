@@ -132,11 +132,7 @@ _COST = {
 
 def _changes() -> tuple[Quantity, ...]:
     """The changes of entropy that a training has, those of a run first."""
-    shared = (
-        replace(one, words=one.live, parts=(*one.parts, *one.live_parts))
-        for one in keys.QUANTITIES
-        if one.live and one.per_token
-    )
+    shared = (replace(one, words=one.live) for one in keys.QUANTITIES if one.live and one.per_token)
     return (*shared, *OF_A_TRAINING)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +14,8 @@ from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import NumericalError
 from probe.errors.remedies import Message
 from probe.estimand import Estimand, Number, Numbers, PerEstimand
-from probe.estimators.entropy_change import entropy
-from probe.estimators.estimate import Estimate, Estimates, estimate
-from probe.estimators.ground_truth import GroundTruth
+from probe.estimators.estimate import Estimate, Estimates
+from probe.estimators.ground_truth import GroundTruth, entropy_before
 from probe.estimators.prediction import Prediction
 from probe.live.attribution import TokenChanges
 from probe.live.parts import PartChanges
@@ -174,7 +173,7 @@ def outcome_of_no_step(before: Before, scores: TokenScores, rate: float | None) 
         scores: of E.
         rate: the learning rate.
     """
-    H = entropies(scores, before.E)
+    H = entropy_before(scores, before.E.group)
     unmoved = H.map(lambda one: Estimate(0.0, torch.zeros_like(one.influence)))
     nothing: Numbers = PerEstimand(Number(0.0), Number(0.0))
     return Outcome(
@@ -193,7 +192,6 @@ def outcome_of_no_step(before: Before, scores: TokenScores, rate: float | None) 
 
 def outcome_of_step(
     before: Before,
-    scores: TokenScores,
     prediction: Prediction,
     truth: GroundTruth,
     rate: float | None,
@@ -207,7 +205,6 @@ def outcome_of_step(
 
     Args:
         before: what was kept from before it.
-        scores: of E before it.
         prediction: deltaH1.
         truth: deltaH_true.
         rate: the learning rate.
@@ -217,11 +214,9 @@ def outcome_of_step(
         parts: of deltaH1, where they were asked for.
         tokens: what classes of the training's tokens add to it, likewise.
     """
-    E, H = before.E, entropies(scores, before.E)
-    found = changes(prediction, truth)
+    E = before.E
     return Outcome(
-        # with the error that a level has, which a run leaves to its changes
-        changes=replace(found, measurement={**found.measurement, "H_orig": H.map(reported)}),
+        changes=changes(prediction, truth),
         sizes=BatchSizes(len(E)),
         diagnostics={
             **batch_diagnostics(E),
@@ -231,7 +226,7 @@ def outcome_of_step(
         },
         learning_rate=rate,
         timing={"sample": before.seconds, **seconds},
-        H=H,
+        H=truth.H_orig,
         deltaH1=prediction.total,
         deltaH_true=truth.change,
         mean_length=before.mean_length,
@@ -239,8 +234,3 @@ def outcome_of_step(
         parts=parts,
         tokens=tokens,
     )
-
-
-def entropies(scores: TokenScores, E: RolloutBatch) -> Estimates:
-    """Entropy per response and per token, nats, with errors over prompts."""
-    return PerEstimand.of(estimate(lambda q: entropy(q, scores.entropy, scores.mask), E.group))

@@ -202,7 +202,6 @@ class UpdateProbe:
                 truth = with_noise_floor(truth, policy, E, passes.scores, step, seed)
         return outcome_of_step(
             before,
-            passes.scores,
             prediction,
             truth,
             rate,

@@ -143,10 +143,10 @@ def _measured(truth: GroundTruth, per_token: bool, rounded: bool) -> dict[str, N
     change, before = truth.change, truth.H_orig
     floor = PerEstimand(0.0, 0.0) if rounded or truth.noise_floor is None else truth.noise_floor.size
     seen = change.with_other(lambda found, least: None if abs(found.value) < least else found.value, floor)
-    after = seen.with_other(lambda value, H: Number(None if value is None else H + value), before)
+    after = seen.with_other(lambda value, H: Number(None if value is None else H.value + value), before)
     numbers: dict[str, Numbers] = {
         "deltaH_true": change.with_other(lambda found, value: replace(reported(found), value=value), seen),
-        "H_orig": before.map(Number),
+        "H_orig": before.map(reported),
         "H_upd": after,
     }
     return numbers if per_token else {name: _of_responses(found) for name, found in numbers.items()}

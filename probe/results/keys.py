@@ -36,17 +36,13 @@ QUANTITIES: tuple[Quantity, ...] = (
         "H_orig",
         "entropy of a response before the update, nats",
         per_token=True,
+        parts=_errors("H_orig", "standard error of H_orig over E, nats per response", logged=True),
         group="ground_truth",
         headline=True,
         metric=4,
         core=True,
         row=Shown("H before", "level", "entropy of the policy as it is"),
         live="entropy of the policy before the step",
-        live_parts=(
-            Part("_se", "standard error of H_orig over E, nats per response", logged=_BOTH),
-            Part("_ci95", "its 95 % interval", interval=True, logged=(TOKEN,)),
-            Part("_df", "of its error"),
-        ),
         logged=_BOTH,
     ),
     Quantity(

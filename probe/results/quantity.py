@@ -77,7 +77,6 @@ class Quantity:
         words: what it is, with its unit.
         per_token: whether it exists per token too, under the key with `_tok`, nats per token then.
         parts: its errors and intervals.
-        live_parts: those that it has in a training only.
         group: of the charts in loggers.
         headline: whether its value stands with the results themselves there, whatever its parts do.
         metric: its place among the columns of the HPARAMS tab; None where it is none.
@@ -92,7 +91,6 @@ class Quantity:
     words: str
     per_token: bool = False
     parts: tuple[Part, ...] = ()
-    live_parts: tuple[Part, ...] = ()
     group: str = "prediction"
     headline: bool = False
     metric: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -167,29 +168,49 @@ MEASURES = (
     ErrorMeasure("deltaH_true_se", "se of $\\Delta H_\\mathrm{true}$ over E", "o", "deltaH_true", "_se"),
     ErrorMeasure("deltaH1_se", "se of $\\Delta H_1$ over E", "s", "deltaH1", "_se"),
     ErrorMeasure("deltaH1_sd_U", "sd of $\\Delta H_1$ over U", "^", "deltaH1", "_sd_U"),
-    ErrorMeasure("difference", "$|\\Delta H_1 - \\Delta H_\\mathrm{true}|$", "x"),
+    ErrorMeasure("difference", "$|\\Delta H_1 - \\Delta H_\\mathrm{true}|$, same E", "x"),
     ErrorMeasure("spread", "sd of $\\Delta H_1$ over seeds", "D"),
 )
 
 
-def error_curve(
-    rows: pd.DataFrame, axis_name: str, measure: ErrorMeasure, estimand: Estimand
-) -> tuple[np.ndarray, np.ndarray]:
-    """Batch sizes `(n,)` and the errors at them `(n,)`, in nats; those not known are left out."""
+@dataclass(frozen=True)
+class ErrorCurve:
+    """A measure of error against a batch size.
+
+    Attributes:
+        sizes: `(n,)`, ascending.
+        errors: `(n,)` nats, above 0.
+        se: `(n,)` standard errors of `errors`, nats; NaN where they are not known.
+    """
+
+    sizes: np.ndarray
+    errors: np.ndarray
+    se: np.ndarray
+
+    @property
+    def band(self) -> np.ndarray:
+        """The 95 % intervals as `(2, n)` distances down and up: of the errors' logarithms, as errors are above 0."""
+        factor = np.exp(NORMAL_975 * self.se / self.errors)
+        return np.stack([self.errors - self.errors / factor, self.errors * factor - self.errors])
+
+
+def error_curve(rows: pd.DataFrame, axis_name: str, measure: ErrorMeasure, estimand: Estimand) -> ErrorCurve:
+    """The errors at the batch sizes; those not known are left out."""
     found = []
     for shared, group in grouped(rows.sort_values(axis_name), (axis_name,)):
-        error = _error(group, measure, estimand)
+        error, se = _error(group, measure, estimand)
         if np.isfinite(error) and error > 0:
-            found.append((float(shared[axis_name]), error))
-    sizes, errors = zip(*found, strict=True) if found else ((), ())
-    return np.array(sizes), np.array(errors)
+            found.append((float(shared[axis_name]), error, se))
+    columns = np.array(found, dtype=float).reshape(-1, 3).T
+    return ErrorCurve(*columns)
 
 
 def error_slope(
     rows: pd.DataFrame, axis_name: str, measure: ErrorMeasure, estimand: Estimand
 ) -> PowerLaw | None:
     """The slope of an error against batch size, on log-log axes."""
-    return fit_power_law(*error_curve(rows, axis_name, measure, estimand))
+    curve = error_curve(rows, axis_name, measure, estimand)
+    return fit_power_law(curve.sizes, curve.errors)
 
 
 def other_sizes(axis_name: str) -> tuple[str, ...]:
@@ -197,12 +218,35 @@ def other_sizes(axis_name: str) -> tuple[str, ...]:
     return tuple(name for name in SIZES if name != axis_name)
 
 
-def _error(group: pd.DataFrame, measure: ErrorMeasure, estimand: Estimand) -> float:
-    """A measure of error over repetitions."""
-    predicted = numbers(group, estimand.key("deltaH1"))
-    if measure.name == "difference":
-        return root_mean_square(predicted - numbers(group, estimand.key("deltaH_true")))
+def _error(group: pd.DataFrame, measure: ErrorMeasure, estimand: Estimand) -> tuple[float, float]:
+    r"""A measure of error over repetitions, and its own standard error.
+
+    A standard deviation known to `df` degrees of freedom has the relative standard error `1 / sqrt(2 df)`. For the root
+    of the mean of `n` squares `x_i^2` with errors `s_i` it is
+
+    .. math:: \sqrt{\sum_i x_i^2 s_i^2} / (n \cdot rms)
+    """
     if measure.name == "spread":
+        predicted = numbers(group, estimand.key("deltaH1"))
         known = predicted[np.isfinite(predicted)]
-        return float(known.std(ddof=1)) if len(known) >= REPETITIONS else float("nan")
-    return root_mean_square(numbers(group, estimand.key(measure.of, measure.part)))
+        if len(known) < REPETITIONS:
+            return float("nan"), float("nan")
+        spread = float(known.std(ddof=1))
+        return spread, spread / math.sqrt(2 * (len(known) - 1))
+    if measure.name == "difference":
+        values, errors = (numbers(group, estimand.key("residual", part)) for part in ("", "_se"))
+    else:
+        values = numbers(group, estimand.key(measure.of, measure.part))
+        freedom = numbers(group, estimand.key(measure.of, "_df"))
+        if measure.part == "_sd_U":  # over the prompts of U
+            freedom = np.maximum(numbers(group, "B_U") - 1, 0)
+        with np.errstate(divide="ignore"):
+            errors = values / np.sqrt(2 * freedom)
+    there = np.isfinite(values)
+    if not there.any():
+        return float("nan"), float("nan")
+    rms = root_mean_square(values)
+    if rms == 0:
+        return rms, float("nan")
+    error = float(np.sqrt((values[there] ** 2 * errors[there] ** 2).sum())) / (int(there.sum()) * rms)
+    return rms, error if math.isfinite(error) else float("nan")

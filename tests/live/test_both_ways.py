@@ -42,7 +42,6 @@ OF_ITS_PASSES = {
 OF_ITS_PASSES |= {"sampling_scoring_gap", "on_policy_z"}
 """Its diagnostics of the update batch and of sampling."""
 OF_A_TRAINING = {"avg_generation_length", "step_norm", "shares_error"}
-OF_A_TRAINING |= {f"H_orig{suffix}_{error}" for suffix in ("", "_tok") for error in ("se", "ci95", "df")}
 OF_A_TRAINING |= {
     name
     for part in ("momentum", "decay", "gradient")
@@ -50,7 +49,7 @@ OF_A_TRAINING |= {
     for quantity in (f"deltaH1_{part}{suffix}", f"{part}_share{suffix}")
     for name in (quantity, f"{quantity}_se", f"{quantity}_ci95", f"{quantity}_df")
 }
-"""What only a training has: parts of its step, and the error of the level."""
+"""What only a training has: parts of its step."""
 
 
 def digits(completions: list[str], **_: Any) -> list[float]:

@@ -87,7 +87,7 @@ def test_changes_have_charts_with_their_intervals(state):
     layout = interval_charts(scalars)
     assert len(layout) == 2
     for charts in layout.values():
-        assert len(charts) == 3
+        assert len(charts) == 4
         for kind, (value, low, high) in charts.values():
             assert kind == "Margin"
             assert scalars[low] <= scalars[value] <= scalars[high]

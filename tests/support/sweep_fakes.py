@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from probe.callbacks import ProbeCallback
 from probe.config.checkpoint import CheckpointConfig
 from probe.config.schema import ProbeConfig
 from probe.distributed.ranks import ALONE
 from probe.results.result import ProbeResult
+from probe.sweep.grid import Point
+from probe.sweep.table import build_table
 from tests.support.synthetic_run import as_result
 
 OWN_RATE = 1e-3
@@ -104,9 +108,11 @@ def fake_values(
             hidden = name == "deltaH_true" and abs(value) < floor
             values[f"{name}{suffix}"] = None if hidden else value
             values[f"{name}{suffix}_se"] = None if hidden else error
+            values[f"{name}{suffix}_df"] = None if hidden else 0.8 * batch.B_E
             values[f"{name}{suffix}_ci95"] = None if hidden else [value - 1.96 * error, value + 1.96 * error]
         values[f"deltaH1{suffix}_sd_U"] = 2 * abs(first) / math.sqrt(batch.B_U * batch.G)
         values[f"H_orig{suffix}"] = scale * (0.9 * math.exp(-step / 100) + 0.01 * a)
+        values[f"H_orig{suffix}_se"] = noise * scale * 0.2 / math.sqrt(batch.B_E)
         values[f"eta_10{suffix}"] = 0.1 * abs(slope) / 60
     values["diagnostics"] = {
         "ESS": batch.B_E * 0.9, "w_max": 1.2, "pareto_k": None, "pareto_k_good": True, "noise_floor": 4e-4,
@@ -125,3 +131,41 @@ def fake_config(**batch: Any) -> ProbeConfig:
     """A configuration with a checkpoint's name."""
     config = ProbeConfig(checkpoint=CheckpointConfig(checkpoint_path="/runs/checkpoint-60"))
     return replace(config, batch_config=replace(config.batch_config, **batch))
+
+
+def record(
+    eta: float = 1.0, seed: int = 1, B_E: int = 256, B_U: int = 16, G: int = 8, step: int = 60,
+    noise: float = 1.0, path: str | None = None, name: str | None = None, **changes: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """One finished point."""
+    point = Point(path or f"/runs/checkpoint-{step}", seed, B_U, G, B_E, None, eta)
+    values = fake_values(fake_config(B_E=B_E, B_U=B_U, G=G), seed, eta * OWN_RATE, step, noise)
+    return {
+        "id": point.id,
+        "point": asdict(point),
+        "G_E": 1,
+        "status": "ok",
+        "error": None,
+        "seconds": 1.0,
+        "finished_at": "2025-01-15T14:30:25",
+        "checkpoint_name": name or f"checkpoint-{step}",
+        "own_learning_rate": OWN_RATE,
+        "values": values | {"training_step": step} | changes,
+    }
+
+
+def failed(eta: float = 1.0) -> dict[str, Any]:
+    """One that failed."""
+    return {
+        **record(eta, seed=99),
+        "status": "failed",
+        "error": "no",
+        "values": None,
+        "checkpoint_name": None,
+    }
+
+
+def table_of(*others: dict[str, Any], **axes: Sequence[Any]) -> pd.DataFrame:
+    """The table of a grid, e.g. `table_of(eta=[1, 2], seed=[1, 2])`."""
+    rows = [record(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+    return build_table([*rows, *others])

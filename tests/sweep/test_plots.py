@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -14,58 +13,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from probe.errors.exceptions import LogError
 from probe.estimand import ESTIMANDS
 from probe.sweep.curves import eta_slope, reference_rows
-from probe.sweep.grid import Point
 from probe.sweep.plots.checkpoints import along
 from probe.sweep.plots.write import figures, write_plots
 from probe.sweep.store import SweepFolder
 from probe.sweep.summary import build_summary, write_summary
 from probe.sweep.table import build_table
-from tests.support.sweep_fakes import OWN_RATE, fake_config, fake_values
+from tests.support.figures import legend_texts, panels
+from tests.support.sweep_fakes import OWN_RATE, failed, record, table_of
 
 TOKEN, SEQUENCE = ESTIMANDS
 
 
-def record(eta=1.0, seed=1, B_E=256, B_U=16, G=8, step=60, noise=1.0, path=None, **changes):
-    """One finished point."""
-    point = Point(path or f"/runs/checkpoint-{step}", seed, B_U, G, B_E, None, eta)
-    values = fake_values(fake_config(B_E=B_E, B_U=B_U, G=G), seed, eta * OWN_RATE, step, noise)
-    return {
-        "id": point.id,
-        "point": asdict(point),
-        "G_E": 1,
-        "status": "ok",
-        "error": None,
-        "seconds": 1.0,
-        "finished_at": "2025-01-15T14:30:25",
-        "checkpoint_name": f"checkpoint-{step}",
-        "own_learning_rate": OWN_RATE,
-        "values": values | {"training_step": step} | changes,
-    }
-
-
-def failed(eta=1.0):
-    return {
-        **record(eta, seed=99),
-        "status": "failed",
-        "error": "no",
-        "values": None,
-        "checkpoint_name": None,
-    }
-
-
-def table_of(*names, **axes):
-    """The table of a grid, e.g. `table_of(eta=[1, 2], seed=[1, 2])`."""
-    rows = [record(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
-    return build_table([*rows, *names])
-
-
 def drawn(figure, gid):
     """The artists of that name in every panel of a figure."""
-    return [[artist for artist in axis.findobj() if artist.get_gid() == gid] for axis in figure.axes]
-
-
-def legend_texts(axis):
-    return [text.get_text() for text in axis.get_legend().get_texts()]
+    return [[artist for artist in axis.findobj() if artist.get_gid() == gid] for axis in panels(figure)]
 
 
 def test_only_axes_that_vary_have_plots():
@@ -98,8 +59,8 @@ def eta_table():
 
 def test_the_figure_of_learning_rates_has_what_it_should(eta_table):
     ((_, figure),) = figures(eta_table)
-    assert len(figure.axes) == 4
-    upper, lower = figure.axes[:2], figure.axes[2:]
+    assert len(panels(figure)) == 4
+    upper, lower = panels(figure)[:2], panels(figure)[2:]
     assert [axis.get_title() for axis in upper] == ["per token", "per response"]
     for axis, unit in zip((*upper, *lower), ("token", "response") * 2, strict=True):
         assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
@@ -111,10 +72,10 @@ def test_the_figure_of_learning_rates_has_what_it_should(eta_table):
     assert counts["noise_floor"] == counts["eta_10"] == counts["fit"] == [1, 1, 1, 1]
     assert counts["deltaH_true:below_floor"] == [1, 1, 0, 0]
     assert "checkpoint-60, B_E = 1024" in figure.get_suptitle()
-    texts = legend_texts(upper[0])
+    texts = legend_texts(figure, 0)
     assert any("s = " in text and "\\pm" in text for text in texts)
     assert any("eta_{10}" in text for text in texts)
-    assert any("(2 for small" in text for text in legend_texts(lower[0]))
+    assert any("(2 expected)" in text for text in legend_texts(figure, 2))
 
 
 def test_signs_have_colours_and_unresolved_points_are_hollow(eta_table):
@@ -134,7 +95,7 @@ def test_error_bars_are_the_intervals():
     """Upside down for negative values; down to the bottom where 0 is in the interval."""
     table = table_of(eta=[0.5, 1, 16], B_E=[64])
     ((_, figure),) = figures(table)
-    axis = figure.axes[0]
+    axis = panels(figure)[0]
     bars = [c for c in axis.containers if c.lines[0].get_gid().startswith("deltaH_true")]
     ends = {s[0][0]: (s[0][1], s[1][1]) for c in bars for s in c.lines[2][0].get_segments()}
     assert len(ends) == 3
@@ -213,7 +174,7 @@ def test_two_sizes_make_curves_of_one_colour_each():
     table = table_of(B_E=[64, 256], B_U=[4, 16])
     figure = dict(figures(table))["batch_size_B_E"]
     assert [len(found) for found in drawn(figure, "deltaH1_se")] == [2, 2]
-    assert {"B_U = 4", "B_U = 16"} <= set(legend_texts(figure.axes[0]))
+    assert {"B_U = 4", "B_U = 16"} <= set(legend_texts(figure, 0))
 
 
 def test_the_figure_of_checkpoints():
@@ -223,7 +184,7 @@ def test_the_figure_of_checkpoints():
         assert [len(found) for found in drawn(figure, gid)] == expected
     (line,) = drawn(figure, "H_orig")[0]
     assert list(line.get_xdata()) == [10, 20, 40]
-    assert figure.axes[2].get_xlabel() == "training step"
+    assert panels(figure)[2].get_xlabel() == "training step"
     assert "2 seeds" in figure.get_suptitle()
 
 
@@ -239,8 +200,8 @@ def test_checkpoints_without_steps_stand_in_their_order():
     ((_, figure),) = figures(
         build_table([{**r, "checkpoint_name": r["point"]["checkpoint"][-1]} for r in rows])
     )
-    assert [label.get_text() for label in figure.axes[2].get_xticklabels()] == ["a", "b"]
-    assert figure.axes[2].get_xlabel() == "checkpoint"
+    assert [label.get_text() for label in panels(figure)[2].get_xticklabels()] == ["a", "b"]
+    assert panels(figure)[2].get_xlabel() == "checkpoint"
 
 
 def test_checkpoints_of_the_same_name_have_files_of_their_own():
@@ -257,12 +218,12 @@ def test_parts_that_did_not_run_are_left_out():
         return dict(figures(build_table(rows)))
 
     predicted = without("deltaH_true", "residual")
-    assert len(predicted["eta_B_E64"].axes) == 2
+    assert len(panels(predicted["eta_B_E64"])) == 2
     assert [len(found) for found in drawn(predicted["batch_size_B_E"], "deltaH1_se")] == [1, 1]
     measured = without("deltaH1", "residual", "eta_10")
     assert [len(found) for found in drawn(measured["eta_B_E64"], "deltaH1")] == [0, 0]
     one = without("deltaH1_tok", "deltaH_true_tok", "residual_tok")
-    assert [axis.get_title() for axis in one["eta_B_E64"].axes] == ["per response", ""]
+    assert [axis.get_title() for axis in panels(one["eta_B_E64"])] == ["per response", ""]
 
 
 def test_nothing_resolved_still_gives_a_plot():

@@ -9,10 +9,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from probe.estimand import Estimand
 from probe.sweep.curves import (
     MEASURES,
+    ErrorCurve,
     ErrorMeasure,
     coordinates,
     error_curve,
@@ -22,7 +24,7 @@ from probe.sweep.curves import (
     other_sizes,
     varying,
 )
-from probe.sweep.plots.style import CURVES, make_figure
+from probe.sweep.plots.style import CURVES, DASHES, NEUTRAL, PANEL_WIDTH, make_panels, set_apart, with_room
 
 SIZE_LABELS = {
     "B_E": "$B_E$ (responses in E)",
@@ -41,43 +43,57 @@ def batch_figure(rows: pd.DataFrame, axis_name: str, title: str) -> Figure:
         title: what the rows have in common.
     """
     shown = estimands(rows)
-    figure, axes = make_figure(1, len(shown), title, row_height=4.6)
-    for axis, estimand in zip(axes[0], shown, strict=True):
-        _panel(axis, rows, axis_name, estimand)
-    return figure
+    panels = make_panels(1, len(shown), title, row_height=3.9)
+    handles = [_panel(a, rows, axis_name, e) for a, e in zip(panels.axes[0], shown, strict=True)]
+    return panels.finish([handles])
 
 
-def _panel(axis: Axes, rows: pd.DataFrame, axis_name: str, estimand: Estimand) -> None:
-    """One estimand."""
+def _panel(axis: Axes, rows: pd.DataFrame, axis_name: str, estimand: Estimand) -> list[Any]:
+    """One estimand; returns the entries of its legend."""
     curves = list(grouped(rows, other_sizes(axis_name)))
     lone, different = len(curves) == 1, varying(rows, other_sizes(axis_name))
     by_curve: list[Line2D] = []
     by_measure: dict[str, Line2D] = {}
-    reference: tuple[np.ndarray, np.ndarray] | None = None
+    reference: ErrorCurve | None = None
     for k, (shared, curve) in enumerate(curves):
+        dashes = DASHES[k // len(CURVES) % len(DASHES)]
         if not lone:
             label = coordinates(shared, different)
-            by_curve.append(Line2D([], [], color=CURVES[k % len(CURVES)], linewidth=3, label=label))
+            by_curve.append(
+                Line2D([], [], color=CURVES[k % len(CURVES)], linestyle=dashes, linewidth=2, label=label)
+            )
         for m, measure in enumerate(MEASURES):
-            sizes, errors = error_curve(curve, axis_name, measure, estimand)
-            if not len(sizes):
+            found = error_curve(curve, axis_name, measure, estimand)
+            if not len(found.sizes):
                 continue
             style: dict[str, Any] = {"marker": measure.marker, "linewidth": 0.9}
             color = CURVES[(m if lone else k) % len(CURVES)]
-            axis.plot(sizes, errors, gid=measure.name, color=color, **style)
+            rank = k * len(MEASURES) + m
+            x = set_apart(found.sizes, rank, len(curves) * len(MEASURES), log=True)
+            bars = axis.errorbar(
+                x,
+                found.errors,
+                found.band,
+                color=color,
+                linestyle=dashes,
+                elinewidth=0.8,
+                capsize=1.5,
+                **style,
+            )
+            bars.lines[0].set_gid(measure.name)
             if reference is None or (measure.name == "deltaH1_sd_U" and axis_name != "B_E" and k == 0):
-                reference = (sizes, errors)  # through the error that this size is there to reduce
+                reference = found  # through the error that this size is there to reduce
             label = _label(curve, axis_name, measure, estimand) if lone else measure.label
             by_measure[measure.name] = Line2D(
                 [], [], label=label, color=color if lone else "#555555", **style
             )
     handles = [*by_curve, *by_measure.values()]
     if reference is not None:
-        handles.append(_reference(axis, *reference))
-    axis.set(xscale="log", yscale="log", xlabel=SIZE_LABELS[axis_name], ylabel=f"error ({estimand.unit})")
-    axis.set_title("per token" if estimand.name == "token" else "per response")
+        handles.append(_reference(axis, reference))
+    axis.set(xscale="log", yscale="log", xlabel=SIZE_LABELS[axis_name], title=estimand.per)
+    axis.set_ylabel(f"error ({estimand.unit}), 95 % intervals")
     _ticks(axis, rows, axis_name)
-    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1 if lone else 2)
+    return handles
 
 
 def _label(curve: pd.DataFrame, axis_name: str, measure: ErrorMeasure, estimand: Estimand) -> str:
@@ -89,11 +105,16 @@ def _label(curve: pd.DataFrame, axis_name: str, measure: ErrorMeasure, estimand:
     return f"{measure.label} (slope {fit.slope:.2f}{error})"
 
 
-def _reference(axis: Axes, sizes: np.ndarray, errors: np.ndarray) -> Line2D:
+def _reference(axis: Axes, of: ErrorCurve) -> Line2D:
     """A line of slope -1/2 through the geometric mean of a curve."""
-    center_x, center_y = (float(np.exp(np.log(v).mean())) for v in (sizes, errors))
+    center_x, center_y = (float(np.exp(np.log(v).mean())) for v in (of.sizes, of.errors))
     line = axis.plot(
-        sizes, center_y * (sizes / center_x) ** -0.5, color="#777777", linestyle="--", linewidth=1.2, zorder=1
+        of.sizes,
+        center_y * (of.sizes / center_x) ** -0.5,
+        color=NEUTRAL,
+        linestyle="--",
+        linewidth=1.2,
+        zorder=1,
     )[0]
     line.set_gid("reference")
     line.set_label("slope $-1/2$")
@@ -101,7 +122,13 @@ def _reference(axis: Axes, sizes: np.ndarray, errors: np.ndarray) -> Line2D:
 
 
 def _ticks(axis: Axes, rows: pd.DataFrame, axis_name: str) -> None:
-    """Ticks at the sizes that were measured."""
+    """Ticks at the sizes that were measured; labels as far as there is room for them."""
     sizes = sorted({int(size) for size in rows[axis_name]})
-    axis.set_xticks(sizes, labels=[str(size) for size in sizes])
-    axis.set_xticks([], minor=True)
+    low, high = np.log(axis.get_xlim())
+    inches = (PANEL_WIDTH - 0.8) / (high - low)
+    labelled = with_room(
+        [float(np.log(size)) * inches for size in sizes], [0.08 * len(str(size)) + 0.08 for size in sizes]
+    )
+    axis.set_xticks([sizes[i] for i in labelled], labels=[str(sizes[i]) for i in labelled])
+    axis.set_xticks([size for i, size in enumerate(sizes) if i not in labelled], minor=True)
+    axis.xaxis.set_minor_formatter(NullFormatter())

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from probe.estimand import Estimand
 from probe.sweep.curves import SIZES, coordinates, estimands, grouped, interval, numbers, varying
-from probe.sweep.plots.style import CURVES, make_figure
+from probe.sweep.plots.style import (
+    CURVES,
+    DASHES,
+    NEUTRAL,
+    PANEL_WIDTH,
+    Dashes,
+    Panels,
+    make_panels,
+    set_apart,
+    short_names,
+    with_room,
+)
+
+Curves = Sequence[tuple[str, pd.DataFrame]]
+"""Rows of equal batch sizes, with what tells them apart."""
+CHANGES = (
+    ("deltaH1", "$\\Delta H_1$ predicted", "s"),
+    ("deltaH_true", "$\\Delta H_\\mathrm{true}$ measured", "o"),
+)
+"""Columns, and how they are shown."""
 
 
 def checkpoint_figure(rows: pd.DataFrame, title: str) -> Figure:
@@ -23,16 +45,16 @@ def checkpoint_figure(rows: pd.DataFrame, title: str) -> Figure:
         title: what the rows have in common.
     """
     shown = estimands(rows)
-    figure, axes = make_figure(2, len(shown), title)
+    panels = make_panels(2, len(shown), title)
     rows = rows.assign(position=_positions(rows))
+    different = varying(rows, SIZES)
+    curves = [(coordinates(shared, different), curve) for shared, curve in grouped(rows, SIZES)]
+    handles: list[list[list[Any]]] = [[], []]
     for column, estimand in enumerate(shown):
-        curves = list(grouped(rows, SIZES))
-        for k, (shared, curve) in enumerate(curves):
-            name = coordinates(shared, varying(rows, SIZES))
-            _entropy(axes[0][column], curve, estimand, CURVES[k % len(CURVES)], name)
-            _changes(axes[1][column], curve, estimand, k, name)
-        _finish(axes[0][column], axes[1][column], rows, estimand, bool(len(curves) > 1))
-    return figure
+        upper, lower = (row[column] for row in panels.axes)
+        handles[0].append(_entropy(upper, curves, estimand))
+        handles[1].append(_changes(lower, curves, estimand))
+    return panels.finish(handles, extra=_label_axes(panels, rows, shown))
 
 
 def along(rows: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -63,62 +85,97 @@ def _positions(rows: pd.DataFrame) -> np.ndarray:
     return np.array([float(checkpoints.index(checkpoint)) for checkpoint in rows["checkpoint"]])
 
 
-def _entropy(axis: Axes, rows: pd.DataFrame, estimand: Estimand, color: str, name: str) -> None:
-    """The entropy before the update."""
-    x, mean, half = along(rows, estimand.key("H_orig"))
-    if len(x):
-        _errorbar(axis, x, mean, half, "o-", color, name or "entropy $H$", "H_orig", color)
-
-
-def _changes(axis: Axes, rows: pd.DataFrame, estimand: Estimand, index: int, name: str) -> None:
-    """Predicted and measured change, set apart a little."""
-    span = np.ptp(numbers(rows, "position")) or 1.0
-    lone = not name
-    for offset, column, label, fmt in (
-        (-0.006, "deltaH1", "$\\Delta H_1$ predicted", "s--"),
-        (0.006, "deltaH_true", "$\\Delta H_\\mathrm{true}$ measured", "o-"),
-    ):
-        x, mean, half = along(rows, estimand.key(column))
-        color = CURVES[index % len(CURVES)]
-        if lone:
-            color = CURVES[1] if column == "deltaH1" else CURVES[0]
-        face = "white" if column == "deltaH1" else color
+def _entropy(axis: Axes, curves: Curves, estimand: Estimand) -> list[Any]:
+    """The entropy before the update; returns the entries of the legend."""
+    for k, (_, curve) in enumerate(curves):
+        x, mean, half = along(curve, estimand.key("H_orig"))
         if len(x):
-            text = f"{label}{', ' if name else ''}{name}"
-            _errorbar(axis, x + (offset + 0.02 * index) * span, mean, half, fmt, color, text, column, face)
+            x = set_apart(x, k, len(curves))
+            color, dashes = _look(k)
+            _errorbar(axis, x, mean, half, "H_orig", color=color, marker="o", linestyle=dashes)
+    return [] if len(curves) == 1 else _names(curves)
 
 
-def _errorbar(
-    axis: Axes,
-    x: np.ndarray,
-    mean: np.ndarray,
-    half: np.ndarray,
-    fmt: str,
-    color: str,
-    label: str,
-    gid: str,
-    face: str,
-) -> None:
+def _changes(axis: Axes, curves: Curves, estimand: Estimand) -> list[Any]:
+    """Predicted and measured change; returns the entries of the legend."""
+    lone, handles = len(curves) == 1, []
+    for which, (column, label, marker) in enumerate(CHANGES):
+        alone = CURVES[1] if column == "deltaH1" else CURVES[0]
+        drawn = False
+        for k, (_, curve) in enumerate(curves):
+            x, mean, half = along(curve, estimand.key(column))
+            if not len(x):
+                continue
+            color, dashes = (alone, DASHES[int(column == "deltaH1")]) if lone else _look(k)
+            face = "white" if column == "deltaH1" else color
+            x = set_apart(x, 2 * k + which, 2 * len(curves))
+            _errorbar(
+                axis,
+                x,
+                mean,
+                half,
+                column,
+                color=color,
+                marker=marker,
+                linestyle=dashes,
+                markerfacecolor=face,
+            )
+            drawn = True
+        color = alone if lone else "#555555"
+        face = "white" if column == "deltaH1" else color
+        style: dict[str, Any] = {
+            "color": color,
+            "marker": marker,
+            "markerfacecolor": face,
+            "linestyle": "none",
+        }
+        handles += [Line2D([], [], label=label, **style)] if drawn else []
+    return handles if lone else [*_names(curves), *handles]
+
+
+def _look(k: int) -> tuple[str, Dashes]:
+    """Colour and dashes of the `k`-th curve."""
+    return CURVES[k % len(CURVES)], DASHES[k // len(CURVES) % len(DASHES)]
+
+
+def _names(curves: Curves) -> list[Any]:
+    """The curves' entries in a legend."""
+    looks = [(_look(k), name) for k, (name, _) in enumerate(curves)]
+    return [Line2D([], [], color=c, linestyle=dashes, linewidth=2, label=name) for (c, dashes), name in looks]
+
+
+def _errorbar(axis: Axes, x: np.ndarray, mean: np.ndarray, half: np.ndarray, gid: str, **style: Any) -> None:
     """Points with their 95 % intervals, where these are known."""
-    style: dict[str, Any] = {"elinewidth": 1.0, "capsize": 2.0, "linewidth": 1.0, "markerfacecolor": face}
-    errors = np.nan_to_num(half) if np.isfinite(half).any() else None
-    bars = axis.errorbar(x, mean, yerr=errors, fmt=fmt, color=color, label=label, **style)
+    bars = axis.errorbar(
+        x, mean, yerr=half, elinewidth=1.0, capsize=2.0, linewidth=1.0, markersize=4.5, **style
+    )
     bars.lines[0].set_gid(gid)
 
 
-def _finish(upper: Axes, lower: Axes, rows: pd.DataFrame, estimand: Estimand, several: bool) -> None:
-    """Labels, the line of no change and legends."""
-    per = "token" if estimand.name == "token" else "response"
-    upper.set(title=f"per {per}", ylabel=f"entropy $H$ ({estimand.unit})")
-    lower.set(ylabel=f"change by the next update\n({estimand.unit}, 95 % intervals)")
-    lower.axhline(0.0, color="#777777", linewidth=0.8, zorder=1)
-    steps = numbers(rows, "training_step")
-    if np.array_equal(steps, numbers(rows, "position")):
-        lower.set_xlabel("training step")
-    else:
-        names = dict(zip(rows["position"], rows["checkpoint_name"], strict=True))
-        lower.set_xticks(list(names), labels=[str(n) for n in names.values()], rotation=30, ha="right")
-        lower.set_xlabel("checkpoint")
-    for axis in (upper, lower) if several else (lower,):
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend()
+def _label_axes(panels: Panels, rows: pd.DataFrame, shown: Sequence[Estimand]) -> float:
+    """Labels and the line of no change; returns the inches that names of checkpoints need."""
+    for upper, lower, estimand in zip(*panels.axes, shown, strict=True):
+        upper.set(title=estimand.per, ylabel=f"entropy $H$\n({estimand.unit}, 95 % intervals)")
+        lower.set(ylabel=f"change by the next update\n({estimand.unit}, 95 % intervals)")
+        lower.axhline(0.0, color=NEUTRAL, linewidth=0.8, zorder=1)
+    if np.array_equal(numbers(rows, "training_step"), numbers(rows, "position")):
+        for axis in panels.axes[1]:
+            axis.set_xlabel("training step")
+            axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        return 0.0
+    checkpoints = rows.drop_duplicates("position").sort_values("position")
+    positions, names = list(checkpoints["position"]), short_names(list(checkpoints["checkpoint_name"]))
+    inches = (PANEL_WIDTH - 0.9) / max(max(positions) - min(positions), 1.0)
+    room = max(len(name) for name in names) * 0.075
+    upright = room + 0.1 > inches or len(names) == 1 < room / PANEL_WIDTH
+    labelled = with_room(
+        [position * inches for position in positions], [0.17 if upright else room + 0.1] * len(names)
+    )
+    for axis in panels.axes[1]:
+        axis.set_xlabel("checkpoint")
+        axis.set_xticks(
+            [positions[i] for i in labelled],
+            labels=[names[i] for i in labelled],
+            rotation=90 if upright else 0,
+        )
+    return room if upright else 0.0

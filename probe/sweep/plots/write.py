@@ -35,6 +35,9 @@ from probe.sweep.summary import varying_sizes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LONGEST_NAME = 60
+"""Characters of a checkpoint's name in the names of files."""
+
 
 def write_plots(table: pd.DataFrame, folder: SweepFolder) -> list[Path]:
     """Write every plot whose axis varies; plots of an earlier session are replaced.
@@ -104,8 +107,14 @@ def _file_name(
     parts = [prefix]
     for key, value in shared.items():
         if len({str(other[key]) for other in all_shared}) > 1:
-            parts.append(names[value] if key == "checkpoint" else f"{key}{value}")
+            parts.append(_short(value, names) if key == "checkpoint" else f"{key}{value}")
     return re.sub(r"[^\w.+-]", "_", "_".join(parts))
+
+
+def _short(checkpoint: str, names: Mapping[str, str]) -> str:
+    """A checkpoint's name, or its rank and the end of the name where a file name has no room for all of it."""
+    name = names[checkpoint]
+    return name if len(name) <= LONGEST_NAME else f"{list(names).index(checkpoint)}_{name[-LONGEST_NAME:]}"
 
 
 def _title(shared: Mapping[str, Any], names: Mapping[str, str]) -> str:
