@@ -10,12 +10,17 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-NEGATIVE, POSITIVE = "#0072B2", "#D55E00"
+from probe.report import palette
+
+NEGATIVE, POSITIVE = palette.FALLING, palette.RISING
 """Colours of the sign of a change."""
-PREDICTED, MEASURED, DIFFERENCE, SPREAD = "#000000", "#0072B2", "#D55E00", "#009E73"
-CURVES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C6D1F")
-"""Colours of curves beside each other, taken in turn."""
-FLOOR = "#BBBBBB"
+PREDICTED, MEASURED, DIFFERENCE, SPREAD = (
+    palette.PREDICTED,
+    palette.MEASURED,
+    palette.DIFFERENCE,
+    palette.TRACKED,
+)
+CURVES, FLOOR = palette.CURVES, palette.NEUTRAL
 _STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "axes.titlesize": 10.0,
