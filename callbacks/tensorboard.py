@@ -10,7 +10,8 @@ from probe.callbacks.base import ProbeCallback
 from probe.errors.exceptions import LogError
 from probe.files.atomic import ensure_writable
 from probe.files.failures import write_error, write_failure, writer_errors_raised_once
-from probe.report.publish import publish
+from probe.loading.tokenizer import token_decoder
+from probe.report.publish import Shown, publish
 
 if TYPE_CHECKING:
     from probe.module import EntropyProbe
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class TensorBoardDiagnostics(ProbeCallback):
-    """Sends a result to the run's loggers: scalars, hyper-parameters, and to TensorBoard histograms and text too.
+    """Sends a result to the run's loggers: numbers, settings, and where they take them pictures, texts, histograms.
 
-    On TensorBoard the tab TEXT has the verdict and the report, the tab CUSTOM SCALARS the changes of entropy with
-    their 95 % intervals over checkpoints.
+    On TensorBoard the tab IMAGES begins with prediction against measurement, TEXT has the verdict and the report. A
+    logger of one's own, which may get several checkpoints, has the changes with their 95 % intervals in CUSTOM SCALARS.
 
     Attributes:
         hyperparameters: log the configuration as hyper-parameters.
@@ -47,11 +48,17 @@ class TensorBoardDiagnostics(ProbeCallback):
         if not runner.fabric.is_global_zero:
             return
         show_texts = runner.config.detailed_logging.log_sequences is not False
-        examples = self.examples if show_texts else 0
+        shown = Shown(
+            examples=self.examples if show_texts else 0,
+            hyperparameters=self.hyperparameters,
+            several=runner.logger is not True,
+            tokens=show_texts,
+            text_of=token_decoder(module.tokenizer),
+        )
         for logger in runner.fabric.loggers:
             try:
                 with writer_errors_raised_once():
-                    publish(logger, runner.state, result, examples, self.hyperparameters)
+                    publish(logger, runner.state, result, shown)
             except Exception as error:
                 # Loggers of all makers come by here, with exceptions of any kind.
                 folder, of_disk = _folder(logger, "log_dir"), write_failure(error)

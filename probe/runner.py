@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -30,7 +30,9 @@ from probe.distributed.same import check_same
 from probe.distributed.sharding import NAMES, sharding
 from probe.errors.exceptions import ConfigError, ProbeError
 from probe.estimators.ground_truth import GroundTruth
+from probe.files.atomic import claim_folder
 from probe.loading.tokenizer import token_decoder
+from probe.logs.write import safe_name
 from probe.module import EntropyProbe
 from probe.phases.attribution import Attribution
 from probe.phases.costs import PassRecord
@@ -59,6 +61,8 @@ HOOKS: dict[Phase, tuple[str, str]] = {
     "report": ("on_report_start", "on_report_end"),
 }
 """The hooks of `ProbeCallback` before and after each phase."""
+OWN_LOGGER = "entropy_probe"
+"""Folder of the logger that a run has where nobody gives it one; each run has one of its own in it."""
 TrainerSection = TrainerConfig[ProbeCallback, Logger]
 """What `trainer:` gives, with the classes that callbacks and loggers are derived from."""
 
@@ -75,6 +79,7 @@ class ProbeRunner(TrainerSection):
         state: what the phases of the current (or last) run produced.
         result: the last run's result.
         errors: what went wrong while publishing a result; raised when everything else is published.
+        own_folder: of this runner's own logger, for the present run; None where the loggers are the user's.
         extra_callbacks: those of `trainer.callbacks`, called after the built-in ones.
     """
 
@@ -96,6 +101,7 @@ class ProbeRunner(TrainerSection):
         self.errors: list[ProbeError] = []
         self.config = ProbeConfig()
         self._resolved: Mapping[str, Any] | None = None
+        self.own_folder: Path | None = None
         check_name(self.strategy)
         try:
             sharded = self.strategy in NAMES
@@ -155,14 +161,14 @@ class ProbeRunner(TrainerSection):
             ProbeError: see the phases; publishing errors come last and carry the mapping as `.results`.
         """
         self.config, self.state, self.errors, self.result = module.config, ProbeState(), [], None
-        self._resolved = resolved
+        self._resolved, self.own_folder = resolved, None
         started = datetime.now().astimezone()
         asked = probe.default_callbacks(module.config) if callbacks is None else callbacks
         called = [*asked, *self.extra_callbacks]
         for callback in called:
             _check_callback(callback)
         self.fabric._callbacks = called
-        if self.logger is True:  # one run, one version folder: TensorBoard ties hyper-parameters to it
+        if self.logger is True:
             self.fabric._loggers = _loggers(True, Path(self.config.detailed_logging.output_directory))
         self.launch()
         module.ranks = self.ranks
@@ -178,6 +184,8 @@ class ProbeRunner(TrainerSection):
         except BaseException as error:
             self.fabric.call("on_exception", self, module, error)
             raise
+        finally:
+            _drop_if_empty(self.own_folder)
         if self.errors:
             unpublished = self.errors[0]
             unpublished.results = dict(result.values)
@@ -227,6 +235,7 @@ class ProbeRunner(TrainerSection):
             module.autocast = self.fabric.autocast
             module.load(self.fabric.device, setup_of(self.fabric))
             check_same(self.ranks, dict(module.policy.model.named_parameters()))
+        _name_own_logger(self, f"{safe_name(module.provenance.checkpoint_name)}_{started:%Y-%m-%d_%H-%M-%S}")
         with evaluation_mode(module):
             self.config = module.config  # with what the checkpoint has filled in
             self.phase("sample", module, module.sample)
@@ -279,12 +288,32 @@ def _seed_globals(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def _name_own_logger(runner: ProbeRunner, run: str) -> None:
+    """Call the present run of a runner's own logger `run`, or `run_2`, ...: it is the name that TensorBoard shows."""
+    if runner.logger is not True:
+        return
+    folder = Path(runner.config.detailed_logging.output_directory)
+    if runner.fabric.is_global_zero:
+        runner.own_folder = claim_folder(folder / OWN_LOGGER, run)
+        run = runner.own_folder.name
+    runner.fabric._loggers = _loggers(True, folder, run)
+
+
+def _drop_if_empty(folder: Path | None) -> None:
+    """Remove a folder that nothing was written to."""
+    if folder is not None:
+        with suppress(OSError):
+            folder.rmdir()
+
+
 def _loggers(
-    logger: Logger | list[Logger] | bool | None, folder: Path = Path("lightning_logs")
+    logger: Logger | list[Logger] | bool | None,
+    folder: Path = Path("lightning_logs"),
+    run: str | None = None,
 ) -> list[Logger]:
-    """Lightning's convention for the `logger` argument."""
+    """Lightning's convention for the `logger` argument; `run` is what the folder of this runner's own is called."""
     if logger is True:
-        return [TensorBoardLogger(save_dir=folder, name="entropy_probe")]
+        return [TensorBoardLogger(save_dir=folder, name=OWN_LOGGER, version=run)]
     if logger is False or logger is None:
         return []
     return list(logger) if isinstance(logger, (list, tuple)) else [logger]

@@ -135,6 +135,31 @@ def ensure_writable(folder: str | os.PathLike[str]) -> Path:
     return Path(folder)
 
 
+def claim_folder(root: str | os.PathLike[str], name: str) -> Path:
+    """Make a folder called `name`, or `name_2`, `name_3`, ...: the first that nobody has made yet.
+
+    Of several processes that try the same name, each gets a folder of its own.
+
+    Args:
+        root: where it is made; missing folders above are made too.
+        name: of the folder.
+
+    Raises:
+        LogError: it cannot be made.
+    """
+    number = 1
+    try:
+        os.makedirs(root, exist_ok=True)
+        while True:
+            folder = Path(root) / (name if number == 1 else f"{name}_{number}")
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+            number += 1
+    except OSError as error:
+        raise write_error(root, error) from error
+
+
 def ensure_replaceable(path: str | os.PathLike[str]) -> Path:
     """Like `ensure_writable` for one file, which `atomic_write_bytes` is to write at the end of a long run.
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from probe.phases.state import ProbeState
     from probe.results.result import ProbeResult
 
+PREFORMATTED, LEAST_WORDS = 44, 30
+"""Characters up to which a line of a cell is kept in one piece, and that a column of words has room for at least."""
+
 
 def report_markdown(result: ProbeResult) -> str:
     """The report as Markdown tables."""
@@ -72,10 +75,25 @@ def escaped(text: str, limit: int = 2000) -> str:
     return re.sub(r"\s*\n\s*", "<br>", shown)
 
 
+def unbroken(text: str) -> str:
+    """`escaped`, in one piece: TensorBoard breaks lines within numbers, but not in what is preformatted.
+
+    >>> unbroken("1.5 +/- 0.3")
+    '<pre>1.5 &plusmn; 0.3</pre>'
+    """
+    shown = escaped(text).replace(" +/- ", " &plusmn; ")
+    longest = max(map(len, text.splitlines()), default=0)
+    return f"<pre>{shown}</pre>" if 0 < longest <= PREFORMATTED else shown
+
+
 def _table(heads: Sequence[str], rows: Sequence[Row]) -> str:
     """A Markdown table; nothing for no rows."""
     if not rows:
         return ""
-    lines = [heads, ["---"] * len(heads)]
-    lines += [[escaped(cell) for cell in (row.label, *row.cells, row.meaning)] for row in rows]
+    *others, last = heads
+    # a head that cannot be broken keeps a column of words from becoming one of letters where there is little room
+    wide = f"<pre>{escaped(last) + '&nbsp;' * (LEAST_WORDS - len(last))}</pre>"
+    lines = [[*map(escaped, others), wide if any(row.meaning for row in rows) else escaped(last)]]
+    lines.append(["---"] * len(heads))
+    lines += [[*map(unbroken, (row.label.strip(), *row.cells)), escaped(row.meaning)] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

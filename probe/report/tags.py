@@ -26,9 +26,16 @@ VERDICT_CODE = "verdict_code"
 CURVES = ("advantage", "outcome", "entropy", "kind")
 """The ways to sort tokens whose sums loggers get."""
 SECTIONS = ("checkpoint", "batch_config", "generation", "probe_rework", "importance", "trainer")
-"""Sections of the configuration shown in the HPARAMS tab: those that can change a number."""
+"""Sections of the configuration that loggers get: those that can change a number."""
 SHOWN_AS_RESULTS = ("batch_config/B_E", "batch_config/B_U", "batch_config/G", "probe_rework/learning_rate")
-"""Settings of which the HPARAMS tab shows the value that was used."""
+"""Settings of which loggers get the value that was used."""
+VARIED = {
+    "loss": ("probe_rework", "loss"),
+    "max_new_tokens": ("generation", "max_new_tokens"),
+    "seed": (None, "seed_everything"),
+    "temperature": ("generation", "temperature"),
+}
+"""Columns of the HPARAMS tab that are settings: what one varies between runs, by section and key."""
 
 
 def training_step(result: ProbeResult) -> int:
@@ -96,11 +103,9 @@ def _by_metric(quantities: Iterable[Quantity]) -> list[Quantity]:
 
 
 def hyperparameters(result: ProbeResult) -> dict[str, int | float | str]:
-    """What tells runs apart in the HPARAMS tab: sizes, checkpoint, learning rate, and `settings/SECTION/KEY`.
+    """What describes a run in loggers that search their settings: sizes, checkpoint, `settings/SECTION/KEY`.
 
-    TensorBoard takes the columns from one run and sorts them by name. Hence every run has the same keys, null
-    ones included, and the names are such that the five columns it shows at first are those before
-    `seed_everything`.
+    Every run has the same keys, null ones included.
     """
     found = {key: result.values.get(key) for key in ("B_E", "B_U", "G", "learning_rate")}
     found |= {
@@ -109,6 +114,20 @@ def hyperparameters(result: ProbeResult) -> dict[str, int | float | str]:
     }
     settings = _flatten({section: result.config[section] for section in SECTIONS if section in result.config})
     found |= {f"settings/{key}": value for key, value in settings.items() if key not in SHOWN_AS_RESULTS}
+    return {key: _setting(value) for key, value in found.items()}
+
+
+def varied_settings(result: ProbeResult) -> dict[str, int | float | str]:
+    """The columns of TensorBoard's HPARAMS tab, which has a tick box for each: what one varies, and the verdict.
+
+    TensorBoard takes the columns from one run. Hence every run has the same keys, null ones included. All settings
+    are in the tab TEXT's report of the settings, and in the log.
+    """
+    found = {key: result.values.get(key) for key in ("B_E", "B_U", "G", "learning_rate", "verdict")}
+    found |= {"checkpoint": result.checkpoint_name, "step": result.values.get("training_step")}
+    for name, (section, key) in VARIED.items():
+        held = result.config if section is None else result.config.get(section) or {}
+        found[name] = held.get(key)
     return {key: _setting(value) for key, value in found.items()}
 
 

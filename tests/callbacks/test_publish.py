@@ -19,6 +19,7 @@ from lightning.fabric.loggers import CSVLogger as FabricCSVLogger
 from lightning.fabric.loggers import TensorBoardLogger as FabricTensorBoardLogger
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers import TensorBoardLogger as PyTorchTensorBoardLogger
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
@@ -337,6 +338,20 @@ def test_tensorboard_has_everything_once(state, tmp_path, kind, default_hp_metri
     texts = {name for name in tags["tensors"] if name.endswith("text_summary")}
     assert texts == {f"entropy_probe/{name}/text_summary" for name in ("verdict", "report", "responses")}
     assert "custom_scalars__config__" in tags["tensors"]
+    assert tags["images"] == ["entropy_probe/1_prediction_and_measurement"]
+    (image,) = found.Images(tags["images"][0])
+    picture = Image.open(io.BytesIO(image.encoded_image_string))
+    assert image.step == 60
+    assert picture.size == (image.width, image.height)
+    assert picture.convert("L").getextrema() == (0, 255)  # something is drawn
+
+
+def test_a_run_of_its_own_has_no_charts_of_a_single_point(state, tmp_path):
+    logger = PyTorchTensorBoardLogger(str(tmp_path))
+    runner = make_runner(state, (logger,))
+    runner.logger = True
+    publish(TensorBoardDiagnostics(), state, make_result(state), runner)
+    assert "custom_scalars__config__" not in events(logger).Tags()["tensors"]
 
 
 @pytest.mark.parametrize("kind", [PyTorchTensorBoardLogger, FabricTensorBoardLogger])
@@ -352,11 +367,13 @@ def test_the_hparams_tab_has_settings_and_metrics(state, tmp_path, kind):
     assert "entropy_probe_diagnostics/ESS" in shown
     assert "hp_metric" not in shown
     session = parse(contents[metadata.SESSION_START_INFO_TAG]).session_start_info.hparams
-    assert session["checkpoint_name"].string_value == "step_60"
+    assert session["checkpoint"].string_value == "step_60"
     assert session["learning_rate"].number_value == 1e-6
-    assert session["settings/batch_config/disjoint"].string_value == "true"
-    assert session["settings/probe_rework/loss"].string_value == "dapo"
-    assert sorted(session)[:5] == ["B_E", "B_U", "G", "checkpoint_name", "learning_rate"]
+    assert session["loss"].string_value == "dapo"
+    assert session["verdict"].string_value == make_result(state).values["verdict"]
+    # TensorBoard shows the first five at once, and has a tick box for every one
+    assert sorted(session)[:5] == ["B_E", "B_U", "G", "checkpoint", "learning_rate"]
+    assert len(session) <= 12
 
 
 def test_hyperparameters_can_be_left_to_the_training_loop(state, tmp_path):
@@ -446,7 +463,7 @@ def test_hostile_texts_are_shown_as_they_are(state, tmp_path, text):
     found = events(logger)
     for name in ("verdict", "report", "responses"):
         page = rendered(found.Tensors(f"entropy_probe/{name}/text_summary")[0].tensor_proto.string_val[0])
-        allowed = {"table", "thead", "tbody", "tr", "th", "td", "p", "strong", "br", "ul", "li"}
+        allowed = {"table", "thead", "tbody", "tr", "th", "td", "p", "pre", "strong", "br", "ul", "li"}
         assert set(re.findall(r"</?([a-z0-9]+)", page)) <= allowed
     cells = re.findall(r"<td>(.*?)</td>", page, flags=re.DOTALL)
     assert len(cells) == 2

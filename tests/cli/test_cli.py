@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,7 +92,9 @@ def test_a_run_prints_the_report_and_writes_the_logs(call, files, tmp_path):
     names = [p.name for p in (tmp_path / "lightning_logs").glob("20*/*")]
     assert len(names) == 3
     assert all(name.startswith("entropy_probe_") and "step_60" in name for name in names)
-    assert list((tmp_path / "lightning_logs" / "entropy_probe" / "version_0").glob("events.*"))
+    (run,) = (tmp_path / "lightning_logs" / "entropy_probe").iterdir()
+    assert re.fullmatch(r"step_60_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run.name)
+    assert list(run.glob("events.*"))
 
 
 def test_shorthands(call, files):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -13,6 +14,7 @@ from probe.files.atomic import (
     LEFTOVER_AGE,
     atomic_create_bytes,
     atomic_write_bytes,
+    claim_folder,
     ensure_replaceable,
     ensure_writable,
     remove_leftovers,
@@ -173,3 +175,14 @@ def test_folders_and_links_that_were_left(tmp_path):
 def test_a_folder_that_is_not_there_has_no_leftovers(tmp_path):
     remove_leftovers(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_every_run_gets_a_folder_of_its_own(tmp_path):
+    root = tmp_path / "a" / "b"
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: claim_folder(root, "run"), range(8)))
+    assert sorted(folder.name for folder in made) == ["run", *(f"run_{i}" for i in range(2, 9))]
+    assert all(folder.is_dir() for folder in made)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(LogError, match=r"a file of that name is in the way|a part of the path is a file"):
+        claim_folder(tmp_path / "file", "run")

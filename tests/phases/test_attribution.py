@@ -15,9 +15,12 @@ from probe.attribution.predictors import PREDICTORS
 from probe.callbacks import ProbeCallback
 from probe.cli.main import main
 from probe.errors.exceptions import ConfigError, DataError, NumericalError
+from probe.report.drawing import pixels
+from probe.report.figures import result_figures
 from probe.report.markdown import report_markdown
 from probe.report.tags import scalar_tags
 from probe.report.terminal import report
+from probe.report.token_figure import shaded_responses, tokens_figure
 from tests.support.runs import changed, fingerprint, numbers, run, same
 from tests.support.tiny_models import (
     adamw,
@@ -447,6 +450,11 @@ def test_report_loggers_and_log(attributed, tmp_path):
     assert "entropy_probe_attribution_coupling/states/own" in tags
     assert "entropy_probe_what_if/deltaH1_tok/positive_advantage_weight_0.1" in tags
     assert all(math.isfinite(value) for value in tags.values())
+    assert [name[0] for name in result_figures(probe.result.values)] == ["1", "2", "3", "4", "5"]
+    shaded = shaded_responses(probe.runner.state, None)
+    largest = min(one["deltaH1_tok"] for one in probe.result.values["attribution"]["by_sequence"])
+    assert sum(shaded[0].changes) == pytest.approx(largest, rel=1e-6)
+    assert pixels(tokens_figure(shaded)).size
     (path,) = (tmp_path / "logs").rglob("*.json.gz")
     log = load_log(path)
     record = log["sequences"]["U"][0]

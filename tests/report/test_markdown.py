@@ -22,4 +22,4 @@ def test_the_report_as_markdown_has_a_verdict(state):
     assert "Verdict: <strong>resolved</strong>" in page
     assert "<li>ESS is *high*</li>" in html.unescape(page)
     assert page.count("<table>") == 4
-    assert re.search(r"<td>deltaH1</td>\n<td>[^<]*<br>.*?</td>", page)
+    assert re.search(r"<td><pre>deltaH1</pre></td>\n<td><pre>[^<]*<br>.*?</pre></td>", page)

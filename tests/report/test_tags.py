@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from probe.config.schema import ProbeConfig
-from probe.report.tags import hyperparameters, interval_charts, scalar_tags, training_step
+from probe.report.tags import hyperparameters, interval_charts, scalar_tags, training_step, varied_settings
 from probe.verdict.words import WORDS
 from tests.support.synthetic_run import (
     make_result,
@@ -20,8 +20,9 @@ def test_every_run_has_the_same_hyperparameters(state):
     other = replace(
         result, values={}, config=make_result(state, ProbeConfig()).config | {"seed_everything": None}
     )
-    assert set(hyperparameters(result)) == set(hyperparameters(other))
-    assert hyperparameters(other)["learning_rate"] == "null"
+    for settings in (hyperparameters, varied_settings):
+        assert set(settings(result)) == set(settings(other))
+        assert settings(other)["learning_rate"] == "null"
 
 
 @pytest.mark.parametrize(("known", "step"), [(60, 60), (None, 0)])

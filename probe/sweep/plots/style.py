@@ -31,15 +31,21 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
-NEGATIVE, POSITIVE = "#0072B2", "#D55E00"
+from probe.report import palette
+
+NEGATIVE, POSITIVE = palette.FALLING, palette.RISING
 """Colours of the sign of a change."""
-PREDICTED, MEASURED, DIFFERENCE, SPREAD = "#000000", "#0072B2", "#D55E00", "#009E73"
-CURVES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C6D1F")
-"""Colours of curves beside each other, taken in turn."""
+PREDICTED, MEASURED, DIFFERENCE, SPREAD = (
+    palette.PREDICTED,
+    palette.MEASURED,
+    palette.DIFFERENCE,
+    palette.TRACKED,
+)
+CURVES, FLOOR = palette.CURVES, palette.NEUTRAL
 Dashes = Literal["-", "--", "-.", ":"]
 DASHES: tuple[Dashes, ...] = ("-", "--", "-.", ":")
 """Line styles of curves beside each other: the next one when the colours have been through."""
-FLOOR, FIT, LIMIT, NEUTRAL = "#BBBBBB", "#E69F00", "#CC79A7", "#777777"
+FIT, LIMIT, NEUTRAL = "#E69F00", "#CC79A7", "#777777"
 PANEL_WIDTH, MARGIN = 4.6, 1.0
 """Inches."""
 GAP, SPAN = 0.6, 0.1
