@@ -75,6 +75,7 @@ class ProbeRunner(TrainerSection):
         state: what the phases of the current (or last) run produced.
         result: the last run's result.
         errors: what went wrong while publishing a result; raised when everything else is published.
+        written: the files of the last run's result by what they are, for the last lines on the console.
         extra_callbacks: those of `trainer.callbacks`, called after the built-in ones.
     """
 
@@ -94,6 +95,7 @@ class ProbeRunner(TrainerSection):
         self.state = ProbeState()
         self.result: ProbeResult | None = None
         self.errors: list[ProbeError] = []
+        self.written: dict[str, str] = {}
         self.config = ProbeConfig()
         self._resolved: Mapping[str, Any] | None = None
         check_name(self.strategy)
@@ -155,6 +157,7 @@ class ProbeRunner(TrainerSection):
             ProbeError: see the phases; publishing errors come last and carry the mapping as `.results`.
         """
         self.config, self.state, self.errors, self.result = module.config, ProbeState(), [], None
+        self.written = {}
         self._resolved = resolved
         started = datetime.now().astimezone()
         asked = probe.default_callbacks(module.config) if callbacks is None else callbacks
