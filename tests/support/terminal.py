@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import pty
 import struct
@@ -16,6 +17,8 @@ from types import TracebackType
 
 import pyte
 import pytest
+
+from probe.live import say as said
 
 ROWS = 40
 ENVIRONMENT = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
@@ -31,6 +34,13 @@ def seen(text: str | bytes, columns: int) -> list[str]:
     while lines and not lines[-1]:
         lines.pop()
     return lines
+
+
+def logger_of_nobody(monkeypatch: pytest.MonkeyPatch) -> logging.Logger:
+    """A logger that nobody has set up in the place of the probe's, whose records pytest would take."""
+    alone = logging.Logger("probe.live")
+    monkeypatch.setattr(said, "logger", alone)
+    return alone
 
 
 class Terminal:
