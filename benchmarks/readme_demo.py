@@ -5,6 +5,7 @@ python benchmarks/readme_demo.py
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -42,7 +43,8 @@ def main() -> None:
     """Run the demo in an empty folder and replace the block."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "probe", "demo"]
-        done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+        env = {**os.environ, "COLUMNS": "80"}
+        done = subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True, text=True)
     text, found = BLOCK.subn(lambda match: shown(done.stdout), README.read_text(encoding="utf-8"))
     if found != 1:
         raise SystemExit(f"{README}: expected one report of the demo, found {found}")

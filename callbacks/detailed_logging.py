@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from probe.callbacks.base import ProbeCallback
-from probe.callbacks.console import say
 from probe.config.output import DetailedLoggingConfig
 from probe.errors.exceptions import LogError
 from probe.files.atomic import ensure_writable, remove_leftovers
@@ -51,14 +50,10 @@ class DetailedLogging(ProbeCallback):
             return
         try:
             self.paths = write_log(result, runner.state, self.config, token_decoder(module.tokenizer))
+            runner.written["log"] = str(self.paths.main)
             if self.config.max_files is not None:
                 prune(self.config.output_directory, self.config.max_files, keep=self.paths.main)
         except LogError as error:
             runner.errors.append(error)
         except OSError as error:
             runner.errors.append(write_error(self.config.output_directory, error))
-
-    def on_probe_end(self, runner: ProbeRunner, module: EntropyProbe, result: ProbeResult) -> None:
-        """Say where the log is."""
-        if self.paths is not None:
-            say(runner, f"log: {self.paths.main}\n")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probe.callbacks.base import ProbeCallback
-from probe.callbacks.console import say
 from probe.errors.exceptions import LogError
 from probe.files.atomic import atomic_write_bytes, ensure_replaceable
 from probe.loading.tokenizer import token_decoder
@@ -32,11 +31,9 @@ class HtmlReport(ProbeCallback):
     def __init__(self, path: str | Path) -> None:
         """Args: `path`, the HTML file to write."""
         self.path = Path(path)
-        self._written = False
 
     def on_probe_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
         """Make sure, before anything expensive runs, that the file can be written."""
-        self._written = False
         if runner.fabric.is_global_zero:
             ensure_replaceable(self.path)
 
@@ -57,11 +54,6 @@ class HtmlReport(ProbeCallback):
             return
         try:
             atomic_write_bytes(self.path, run_page(document, result.config).encode("utf-8"))
-            self._written = True
+            runner.written["report"] = str(self.path)
         except LogError as error:
             runner.errors.append(error)
-
-    def on_probe_end(self, runner: ProbeRunner, module: EntropyProbe, result: ProbeResult) -> None:
-        """Say where the page is."""
-        if self._written:
-            say(runner, f"report: {self.path}\n")

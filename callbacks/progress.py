@@ -1,13 +1,12 @@
-"""Progress bars on the terminal."""
+"""Progress on stderr: how far a pass has come, and a line for each phase that is done."""
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, ClassVar
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from probe.callbacks.base import ProbeCallback
+from probe.progress import ProgressDisplay, progress_display
+from probe.report.rows import PHASES
 
 if TYPE_CHECKING:
     from probe.module import EntropyProbe
@@ -15,63 +14,81 @@ if TYPE_CHECKING:
     from probe.runner import ProbeRunner
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
-    """A bar without tqdm's background thread, which would outlive the run."""
-
-    monitor_interval: ClassVar[int] = 0
-
-
 class ProgressBars(ProbeCallback):
-    """One bar per pass over E or U, on stderr.
+    """Shows each pass over E or U while it lasts, and says of each phase how long it took.
 
-    Attributes:
-        force: show the bars also where stderr is not a terminal (a file, a pipe).
+    On a terminal a pass is a bar that goes when it is done; where stderr is a file or a pipe, or `NO_COLOR` is set, a
+    pass that takes long has a line now and then, with per cent and time left.
     """
 
-    def __init__(self, force: bool = False) -> None:
-        """Args: `force`, whether bars are shown also where stderr is not a terminal."""
-        self.force = force
-        self._bar: _Bar | None = None
-        self._pass: tuple[str, str] | None = None
+    def __init__(self) -> None:
+        """Nothing is shown yet."""
+        self._display: ProgressDisplay | None = None
+        self._said: set[str] = set()
+
+    def on_probe_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Begin anew."""
+        self._close()
+        self._display, self._said = None, set()
 
     def on_progress(self, runner: ProbeRunner, phase: str, done: int, total: int, what: str) -> None:
-        """Advance the bar of this pass; a new pass gets a new bar."""
-        if not runner.fabric.is_global_zero or not (self.force or sys.stderr.isatty()):
-            return
-        if self._pass != (phase, what):
-            self._close()
-            label = bar_label(phase, what)
-            self._bar = _Bar(total=total, desc=label, unit="seq", file=sys.stderr, dynamic_ncols=True)
-            self._pass = (phase, what)
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
-            if done >= total:
-                self._close()
+        """Show how far this pass has come."""
+        if runner.fabric.is_global_zero:
+            self._shown().show(label_of(phase, what), done, total)
+
+    def on_sample_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Say how long loading took."""
+        self._say_done(runner)
+
+    def on_sample_end(self, runner: ProbeRunner, module: EntropyProbe) -> None:
+        """Say how long it took."""
+        self._say_done(runner)
+
+    on_entropy_gradient_end = on_update_end = on_prediction_end = on_sample_end
+    on_attribution_end = on_what_if_end = on_ground_truth_end = on_sample_end
 
     def on_report_start(self, runner: ProbeRunner, module: EntropyProbe) -> None:
-        """Close the last bar before the report is printed."""
+        """Take the last bar away, and leave a line free before the report."""
         self._close()
+        if self._said and runner.fabric.is_global_zero:
+            self._shown().line("")
 
     def on_probe_end(self, runner: ProbeRunner, module: EntropyProbe, result: ProbeResult) -> None:
-        """Close the last bar."""
+        """Take the last bar away."""
         self._close()
 
     def on_exception(self, runner: ProbeRunner, module: EntropyProbe, exception: BaseException) -> None:
-        """Close the bar where it stands, so that the error starts on a line of its own."""
+        """Take the bar away, so that the error stands on a line of its own."""
         self._close()
 
+    def _shown(self) -> ProgressDisplay:
+        """What stderr can show."""
+        if self._display is None:
+            self._display = progress_display()
+        return self._display
+
+    def _say_done(self, runner: ProbeRunner) -> None:
+        """One line for each phase that has ended since the last one."""
+        self._close()
+        new = [name for name in runner.state.timing if name not in self._said]
+        self._said.update(new)
+        for name in new if runner.fabric.is_global_zero else ():
+            seconds = runner.state.timing[name]
+            self._shown().line(
+                f"{name.replace('_', ' '):<16} {seconds:6.1f} s  {PHASES.get(name, '')}".rstrip()
+            )
+
     def _close(self) -> None:
-        """Close the bar that is shown, if one is; the next pass starts a new one."""
-        if self._bar is not None:
-            self._bar.close()
-        self._bar = self._pass = None
+        """Take away what is shown."""
+        if self._display is not None:
+            self._display.close()
 
 
-def bar_label(phase: str, what: str) -> str:
-    """The text before the bar, wide enough that the bars of a run stand below each other.
+def label_of(phase: str, what: str) -> str:
+    """What a pass is called.
 
-    >>> bar_label("ground_truth", "score E")
-    'ground truth: score E                 '
+    >>> label_of("ground_truth", "score E")
+    'ground truth: score E'
     """
     label = phase.replace("_", " ")
-    return (f"{label}: {what}" if what else label).ljust(38)
+    return f"{label}: {what}" if what else label

@@ -38,5 +38,6 @@ class ResultsFile(ProbeCallback):
             return
         try:
             atomic_write_bytes(self.path, dump_bytes(result.values))
+            runner.written["results"] = str(self.path)
         except LogError as error:
             runner.errors.append(error)

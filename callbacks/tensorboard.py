@@ -59,6 +59,9 @@ class TensorBoardDiagnostics(ProbeCallback):
             try:
                 with writer_errors_raised_once():
                     publish(logger, runner.state, result, shown)
+                folder = _folder(logger, "log_dir")
+                if folder is not None:
+                    runner.written[type(logger).__name__] = folder
             except Exception as error:
                 # Loggers of all makers come by here, with exceptions of any kind.
                 folder, of_disk = _folder(logger, "log_dir"), write_failure(error)

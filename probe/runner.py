@@ -80,6 +80,7 @@ class ProbeRunner(TrainerSection):
         result: the last run's result.
         errors: what went wrong while publishing a result; raised when everything else is published.
         own_folder: of this runner's own logger, for the present run; None where the loggers are the user's.
+        written: the files of the last run's result by what they are, for the last lines on the console.
         extra_callbacks: those of `trainer.callbacks`, called after the built-in ones.
     """
 
@@ -99,6 +100,7 @@ class ProbeRunner(TrainerSection):
         self.state = ProbeState()
         self.result: ProbeResult | None = None
         self.errors: list[ProbeError] = []
+        self.written: dict[str, str] = {}
         self.config = ProbeConfig()
         self._resolved: Mapping[str, Any] | None = None
         self.own_folder: Path | None = None
@@ -162,6 +164,7 @@ class ProbeRunner(TrainerSection):
         """
         self.config, self.state, self.errors, self.result = module.config, ProbeState(), [], None
         self._resolved, self.own_folder = resolved, None
+        self.written = {}
         started = datetime.now().astimezone()
         asked = probe.default_callbacks(module.config) if callbacks is None else callbacks
         called = [*asked, *self.extra_callbacks]

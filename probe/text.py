@@ -52,6 +52,17 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
+def duration(seconds: float) -> str:
+    """Seconds in words.
+
+    >>> duration(42), duration(600), duration(10000)
+    ('42 s', '10 min', '2.8 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def printable(text: str) -> str:
     r"""A text as a terminal may show it: what is not printable (escape sequences, lone surrogates) as its escape.
 

@@ -14,13 +14,14 @@ from contextlib import contextmanager, suppress
 from types import ModuleType
 
 from probe import __version__
-from probe.cli.parser import Reading, parse
+from probe.cli.parser import Reading, check_subcommand, parse
 from probe.cli.shorthands import shorthands
 from probe.distributed.environment import first_process
 from probe.errors.exceptions import ProbeError
 from probe.errors.memory import is_out_of_memory
 from probe.errors.remedies import Remedy
 from probe.sweep.settings import IncompleteSweepError
+from probe.terminal import StderrHandler
 from probe.text import error_text, printable, text_of
 
 USAGE_ERROR = 2
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = [a for a in args if a != "--debug"]
     try:
         with terminated_like_interrupted(), quiet_console():
+            check_subcommand(args)
             command = parse(shorthands(args) or ["--help"], lambda: _commands().TrainerSection)
             if isinstance(command, Reading):
                 importlib.import_module("probe.cli.old_logs").write_report(**command.options)
@@ -142,7 +144,7 @@ def _quieten_libraries() -> None:
 @contextmanager
 def quiet_console() -> Iterator[None]:
     """Leave stderr to the probe's own notes, progress and errors; libraries' warnings are not the user's to mend."""
-    handler = logging.StreamHandler()
+    handler = StderrHandler()
     handler.setFormatter(_Printable("%(message)s"))
     handler.addFilter(lambda record: first_process())
     package = logging.getLogger("probe")

@@ -12,6 +12,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from textwrap import wrap
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
@@ -23,7 +24,7 @@ from probe.config.explain import explain
 from probe.config.files import SHIPPED_CONFIGS, read_config_file, shipped_names
 from probe.config.parsing import ResolvedConfig, add_probe_arguments, resolve
 from probe.config.trainer import TrainerConfig
-from probe.errors.exceptions import ConfigError
+from probe.errors.exceptions import ConfigError, closest, did_you_mean
 from probe.imports import current_directory_importable
 from probe.plan.settings import PlanConfig
 from probe.sweep.settings import SweepConfig, sweep_config
@@ -54,7 +55,16 @@ class _NeedsClassesError(Exception):
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the lines of the descriptions."""
+    """Keeps indented lines of the descriptions, and fits paragraphs to the terminal."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Join the lines of a paragraph (an option begins a new one) and wrap it."""
+        paragraphs = re.sub(r"(?<=\S)\n(?=\w)", " ", text).split("\n")
+        lines: list[str] = []
+        for line in paragraphs:
+            whole = line[:1] in ("", " ")
+            lines += [line] if whole else wrap(line, width - len(indent), break_on_hyphens=False)
+        return "".join(f"{indent}{line}\n" for line in lines)
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,26 @@ def parse(args: list[str], classes: Callable[[], type]) -> Command | Reading:
         return _parse(args, classes())
 
 
+def check_subcommand(args: list[str]) -> None:
+    """Refuse a command line without a subcommand, before what follows is read as options of one.
+
+    Raises:
+        ConfigError: the first word is none, or an option stands in its place; names the nearest.
+    """
+    first = args[0] if args else "--help"
+    if not first.startswith("-") and first not in SUMMARIES:
+        raise ConfigError(
+            f"expected a subcommand ({', '.join(SUMMARIES)}), found {first!r}"
+            f"{did_you_mean(closest(first, SUMMARIES))}"
+        )
+    asks = ("-h", "--help", "--print_config", "--print_config=")
+    if first.startswith("-") and not first.startswith(asks) and not set(args) & set(SUMMARIES):
+        raise ConfigError(
+            f"expected a subcommand ({', '.join(SUMMARIES)}) before its options, found {first!r}: "
+            f"entropy-probe run {' '.join(args)}"
+        )
+
+
 def _parse(args: list[str], trainer: type) -> Command | Reading:
     """See `parse`."""
     parsers = {
@@ -149,7 +179,7 @@ def _main_parser(parsers: dict[str, ArgumentParser]) -> ArgumentParser:
     parser = _new_parser(
         prog="entropy-probe",
         description=DESCRIPTION.format(configs=", ".join(shipped_names())),
-        usage=f"entropy-probe {{{','.join(parsers)}}} [--config NAME_OR_FILE] ...",
+        usage="entropy-probe SUBCOMMAND [--config NAME_OR_FILE] ...",
         formatter_class=_HelpFormatter,
     )
     subcommands = parser.add_subcommands()
@@ -163,7 +193,7 @@ def _subcommand_parser(name: str, trainer: type) -> ArgumentParser:
     lists = " ".join(f"--{option}" for option in (*SWEEP_LISTS, "checkpoints"))
     parser = _new_parser(
         description=DESCRIPTIONS[name].format(configs=", ".join(shipped_names()), lists=lists),
-        usage=f"entropy-probe {name} {USAGE[name]}",
+        usage=_usage(f"entropy-probe {name} {USAGE[name]}"),
         default_config_files=[str(QUICKSTART)] if name == "demo" else None,
     )
     add_probe_arguments(parser, trainer)
@@ -191,6 +221,12 @@ def _reader_parser(name: str) -> ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     return parser
+
+
+def _usage(text: str) -> str:
+    """The usage in lines of 80 columns, broken between options."""
+    bound = re.sub(r"\[[^]]*\]", lambda option: option[0].replace(" ", "\0"), text)
+    return "\n".join(wrap(bound, 73, subsequent_indent="    ", break_on_hyphens=False)).replace("\0", " ")
 
 
 def _new_parser(**options: Any) -> ArgumentParser:

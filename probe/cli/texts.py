@@ -128,6 +128,7 @@ Next:
       a larger step: where does first order end?
   {bin}entropy-probe attribute --config quickstart
       which tokens did it; entropy-probe whatif says what other updates would do
-  {bin}entropy-probe run --checkpoint FOLDER --batch_config.dataset_name prompts.jsonl --batch_config.split train \\
+  {bin}entropy-probe run --checkpoint FOLDER \\
+      --batch_config.dataset_name prompts.jsonl --batch_config.split train \\
       --batch_config.reward my_rewards:accuracy
-      your own checkpoint, prompts and reward; every option: {bin}entropy-probe run --help"""
+      your own checkpoint, prompts and reward (run --help has every option)"""

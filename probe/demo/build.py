@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from peft import PeftModel
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from probe.data.arithmetic import vocabulary_texts
@@ -22,6 +20,7 @@ from probe.demo.pretraining import new_model, pretrain
 from probe.demo.recipe import DemoRecipe
 from probe.demo.tokenizer import build_tokenizer
 from probe.loading import quiet_libraries
+from probe.progress import progress_display
 
 
 def build_demo(
@@ -90,15 +89,19 @@ def _reproducible(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _bar(title: str, steps: int, value_name: str, progress: bool) -> Iterator[Callable[[float], None]]:
-    """A progress bar, as a function that is called with a value after each step."""
-    with tqdm(total=steps, desc=title, disable=not progress, file=sys.stderr, leave=False) as bar:
+    """Progress on stderr, as a function that is called with a value after each step."""
+    done, shown = 0, progress_display()
 
-        def report(value: float) -> None:
-            bar.set_postfix({value_name: f"{value:.2f}"}, refresh=False)
-            bar.update()
+    def report(value: float) -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            shown.show(title, done, steps, f"{value_name} {value:.2f}")
 
+    try:
         yield report
-        bar.refresh()  # the last value is shown however short the time since the one before
+    finally:
+        shown.close()
 
 
 def _save_base(base: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

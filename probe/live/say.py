@@ -7,16 +7,18 @@ import logging
 import sys
 
 from probe.distributed.ranks import rank_and_size
+from probe.live.bars import above_bars
+from probe.terminal import StderrHandler
 from probe.text import error_text, printable
 
 logger = logging.getLogger("probe.live")
 
 
 def say(line: str, *, warn: bool = False) -> None:
-    """Print a line through logging; where nobody has set logging up, or its handlers fail, on stderr.
+    """Print a line through logging, above progress bars.
 
-    Of several processes the first one speaks. Never raises: a full disk or a dead socket behind a logging handler is no
-    reason to end a training.
+    Where nobody has set logging up, or its handlers fail, it goes to stderr. Of several processes the first one
+    speaks. Never raises: a full disk or a dead socket behind a logging handler is no reason to end a training.
     """
     if rank_and_size()[0] > 0:
         return
@@ -31,9 +33,10 @@ def _log_line(line: str, warn: bool) -> None:
     """Hand a line to logging."""
     line = printable(line)
     if not logger.hasHandlers():
-        handler = logging.StreamHandler()
+        handler = StderrHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
-    logger.log(logging.WARNING if warn else logging.INFO, "entropy probe: %s", line)
+    with above_bars(logger):
+        logger.log(logging.WARNING if warn else logging.INFO, "entropy probe: %s", line)

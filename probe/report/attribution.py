@@ -41,8 +41,6 @@ TARGETS = {
 }
 LARGE_ERROR = 0.25
 """Of a difference: a shortcut that is off by more is listed."""
-LONGEST_NAME = 30
-"""Characters of an intervention's name in a table."""
 LEADERS = 4
 """Predictors that the report lists against each target; the result has all."""
 
@@ -215,8 +213,8 @@ def _idle(one: Mapping[str, Any]) -> bool:
 
 
 def _label(name: str) -> str:
-    """The name of an intervention, shortened to what a table has room for; a result has it whole."""
-    return (name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}...") or "as it is"
+    """The name of an intervention."""
+    return name or "as it is"
 
 
 def _shortcuts(found: Mapping[str, Any]) -> Table:

@@ -16,7 +16,7 @@ from probe.attribution.league import CEILING
 from probe.errors.exceptions import DataError
 from probe.estimand import ESTIMANDS, TOKEN
 from probe.estimators.estimate import NORMAL_975
-from probe.report.attribution import LONGEST_NAME, TARGETS, TERMS
+from probe.report.attribution import TARGETS, TERMS
 from probe.report.drawing import ERROR_BARS, drawn, few_ticks, zero_line
 from probe.report.numbers import with_error
 from probe.report.palette import CURVES, DIFFERENCE, FAINT, FALLING, MEASURED, NEUTRAL, PREDICTED, RISING
@@ -33,6 +33,8 @@ CHANGES = (
 """The rows of `changes_figure`: keys, names and colours."""
 LEADERS = 4
 """Predictors that `league_figure` shows against each target, beside the ceiling."""
+LONGEST_NAME = 30
+"""Characters of an intervention's name in a figure."""
 MOST_INTERVENTIONS = 14
 """Interventions that `what_if_figure` shows: those that change deltaH1 most."""
 TERM_COLORS = dict(zip(TERMS, (RISING, CURVES[5], CURVES[2], FALLING), strict=True))

@@ -36,6 +36,18 @@ ESTIMATORS = {
     "resample": "a fresh E after the update",
 }
 """The estimators of `estimates` in words."""
+PHASES = {
+    "make_demo": "demo policy trained (once; then it is reused)",
+    "load": "policy and optimizer state read from the checkpoint",
+    "sample": "responses drawn, rewarded and scored",
+    "entropy_gradient": "gradient of the entropy on E",
+    "update": "gradient of the loss on U, optimizer step",
+    "prediction": "deltaH1",
+    "attribution": "what every token of U adds to deltaH1",
+    "what_if": "interventions on the update",
+    "ground_truth": "deltaH_true: E scored again after the step",
+}
+"""What takes time in words."""
 
 
 @dataclass(frozen=True)
@@ -225,25 +237,14 @@ def settings_rows(values: Mapping[str, Any]) -> list[Row]:
 def time_rows(values: Mapping[str, Any]) -> list[Row]:
     """Seconds per phase, in the order in which they ran, the total last."""
     timing = values.get("timing", {})
-    meanings = {
-        "make_demo": "demo policy trained (once; then it is reused)",
-        "load": "policy and optimizer state read from the checkpoint",
-        "sample": "responses drawn, rewarded and scored",
-        "entropy_gradient": "gradient of the entropy on E",
-        "update": "gradient of the loss on U, optimizer step",
-        "prediction": "deltaH1",
-        "attribution": "what every token of U adds to deltaH1",
-        "what_if": "interventions on the update",
-        "ground_truth": "deltaH_true: E scored again after the step",
-    }
     throughput: Mapping[str, Mapping[str, float]] = values.get("throughput") or {}
 
     def meaning(name: str) -> str:
         passes = throughput.get(name)
         if passes is None:
-            return meanings.get(name, "")
+            return PHASES.get(name, "")
         return (
-            f"{meanings.get(name, name)} ({passes['tokens_per_second']:,.0f} tokens/s, "
+            f"{PHASES.get(name, name)} ({passes['tokens_per_second']:,.0f} tokens/s, "
             f"{percent(passes['padding'])} padding)"
         )
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
+
+from rich.cells import cell_len
+from rich.text import Text
 
 from probe.report.attribution import attribution_tables
 from probe.report.rows import (
@@ -17,65 +21,225 @@ from probe.report.rows import (
     time_rows,
     trust_rows,
 )
+from probe.terminal import NARROWEST, encodable, padded, wrapped
 
 if TYPE_CHECKING:
     from probe.results.result import ProbeResult
 
-WIDTH = 120
-"""Columns of the report; plain words are wrapped to stay within it, numbers are not."""
+LABELS = (32, 24)
+"""Columns of labels at most, in two layouts; a longer one has a line of its own."""
+SHORTEST_MEANING = 24
+"""Columns below which meanings stand beneath the numbers."""
+GAP = 2
+HEAD, MEANING = "bold", "dim"
+COLOURS = {
+    "trustworthy": "bold green",
+    "caution": "bold yellow",
+    "unresolved": "bold yellow",
+    "invalid": "bold red",
+}
+"""Of the words of a verdict, which say it all without them."""
 
 
-def report(result: ProbeResult) -> str:
-    """The report of a run as plain text: verdict, entropies, whether to trust them, where the time went."""
+def report(result: ProbeResult, width: int = NARROWEST, encoding: str = "utf-8") -> str:
+    """The report of a run as plain text: verdict, entropies, whether to trust them, where the time went.
+
+    Args:
+        result: of the run.
+        width: columns that no line exceeds, 80 or more. No number is broken: where columns do not fit beside each
+            other, the layout is another one.
+        encoding: of the stream; what it cannot show is shown as escapes.
+    """
+    return styled_report(result, width, encoding).plain
+
+
+def styled_report(result: ProbeResult, width: int = NARROWEST, encoding: str = "utf-8") -> Text:
+    """The report with its colours; see `report`."""
     values = result.values
-    parts = [
-        [headline(result)],
-        _verdict(values),
-        _aligned(entropy_rows(values), ("", "nats per token", "nats per response", ERRORS)),
-        _aligned(
-            estimator_rows(values), ("Estimators", "nats per token", "nats per response", "variance ratio")
-        ),
-        _aligned(trust_rows(values), ("Can this be trusted?",)),
-        *(_aligned(table.rows, table.heads) for table in attribution_tables(values)),
-        _aligned(settings_rows(values), ("Settings of the update",)),
-        _aligned(time_rows(values), ("Time",)),
+
+    def shown(text: str) -> str:
+        return encodable(text, encoding)
+
+    tables = [
+        (entropy_rows(values), ("", "nats per token", "nats per response", ERRORS)),
+        (estimator_rows(values), ("Estimators", "nats per token", "nats per response", "variance ratio")),
+        (trust_rows(values), ("Can this be trusted?",)),
+        *((table.rows, table.heads) for table in attribution_tables(values)),
+        (settings_rows(values), ("Settings of the update",)),
+        (time_rows(values), ("Time",)),
     ]
-    return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
+    parts = [
+        [Text(line) for line in wrapped(shown(headline(result)), width, further="  ")],
+        _verdict(values, width, shown),
+        *(_table(rows, heads, width, shown) for rows, heads in tables if rows),
+    ]
+    lines = Text("\n\n").join(Text("\n").join(part) for part in parts if part)
+    return lines.append("\n")
 
 
-def _verdict(values: Mapping[str, Any]) -> list[str]:
+def closing(values: Mapping[str, Any], files: Mapping[str, str], width: int, encoding: str = "utf-8") -> Text:
+    """The last lines: the verdict once more, with its first reason, and where the files are.
+
+    Args:
+        values: the result mapping.
+        files: paths by what they are.
+        width: columns that the verdict does not exceed; a path stays whole, to be copied.
+        encoding: of the stream.
+    """
+    word, lines = values.get("verdict"), list[Text]()
+    if word is not None:
+        reasons: Sequence[str] = values.get("verdict_reasons") or ()
+        text = encodable(f"Verdict: {word}. {reasons[0]}" if reasons else f"Verdict: {word}", encoding)
+        lines += _coloured(wrapped(text, width, further="  "), str(word))
+    lines += [Text(encodable(f"{what}: {path}", encoding)) for what, path in files.items()]
+    return Text("").join(line.append("\n") for line in lines)
+
+
+def _verdict(values: Mapping[str, Any], width: int, shown: Callable[[str], str]) -> list[Text]:
     """The verdict and its reasons, if there is one."""
-    lines = [f"Verdict: {values['verdict']}"] if values.get("verdict") is not None else []
+    word = values.get("verdict")
+    lines = _coloured([shown(f"Verdict: {word}")], str(word)) if word is not None else []
     for reason in values.get("verdict_reasons") or ():
-        lines += textwrap.wrap(
-            reason, WIDTH, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False
-        )
+        lines += [Text(line) for line in wrapped(shown(reason), width, "  - ")]
     return lines
 
 
-def _aligned(rows: Sequence[Row], heads: Sequence[str]) -> list[str]:
-    """Rows as lines with columns of equal width; nothing for no rows.
+def _coloured(lines: Sequence[str], word: str) -> list[Text]:
+    """Lines of which the first begins with the verdict."""
+    first, *further = lines
+    text = Text(first)
+    text.stylize(COLOURS.get(word, HEAD), 0, len(f"Verdict: {word}"))
+    return [text, *map(Text, further)]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A row, ready to be laid out: every text as the terminal shows it.
+
+    Attributes:
+        label: may be too long for its column.
+        cells: lines of each cell.
+        meaning: one paragraph.
+    """
+
+    label: str
+    cells: tuple[tuple[str, ...], ...]
+    meaning: str
+
+
+def _table(rows: Sequence[Row], heads: Sequence[str], width: int, shown: Callable[[str], str]) -> list[Text]:
+    """Rows as lines, in the layout that takes the fewest of them.
 
     The heads are those of the labels, of the cells, and of the meanings, as far as they are given.
     """
-    if not rows:
-        return []
     count = max(len(row.cells) for row in rows)
     heads = [*heads, *[""] * (2 + count - len(heads))]
-    table = [[cell.split("\n") for cell in row.cells] + [[""]] * (count - len(row.cells)) for row in rows]
-    label = max(12, len(heads[0]) - 2, *(len(row.label) for row in rows))
-    widths = [
-        max(len(heads[1 + k]), *(len(line) for cells in table for line in cells[k])) for k in range(count)
+    lines = [
+        _Line(
+            shown(row.label),
+            tuple(tuple(shown(line) for line in cell.split("\n")) for cell in row.cells)
+            + (("",),) * (count - len(row.cells)),
+            shown(row.meaning),
+        )
+        for row in rows
     ]
-    margin = label + 4 + sum(widths) + 2 * count
-    titles = map(str.ljust, heads[1 : 2 + count], [*widths, 0])
-    lines = [(heads[0].ljust(label + 4) + "  ".join(titles)).rstrip()]
-    for row, cells in zip(rows, table, strict=True):
-        meaning = textwrap.wrap(row.meaning, max(WIDTH - margin, 30), break_on_hyphens=False)
-        for k in range(max(1, len(meaning), *(len(cell) for cell in cells))):
-            numbers = "  ".join(
-                (cells[c][k] if k < len(cells[c]) else "").ljust(widths[c]) for c in range(count)
-            )
-            words = meaning[k] if k < len(meaning) else ""
-            lines.append(f"  {(row.label if k == 0 else '').ljust(label)}  {numbers}  {words}".rstrip())
-    return lines
+    return min((found for longest in LABELS for found in _layouts(lines, heads, width, longest)), key=len)
+
+
+def _layouts(lines: Sequence[_Line], heads: Sequence[str], width: int, longest: int) -> Iterator[list[Text]]:
+    """Meanings beside the numbers; and beneath them, the columns in tables below each other if they do not fit.
+
+    Args:
+        lines: rows.
+        heads: as many as cells and two more.
+        width: of the terminal.
+        longest: columns from which on a label has a line of its own.
+    """
+    fitting = [cell_len(line.label) for line in lines if cell_len(line.label) <= longest]
+    label = max(12, cell_len(heads[0]) - GAP, *fitting, 0)
+    widest = width - label - 2 * GAP
+    lines = [
+        replace(
+            line, cells=tuple(tuple(p for part in cell for p in wrapped(part, widest)) for cell in line.cells)
+        )
+        for line in lines
+    ]
+    widths = [
+        max(cell_len(heads[1 + k]), *(cell_len(part) for line in lines for part in line.cells[k]))
+        for k in range(len(heads) - 2)
+    ]
+    room = widest - sum(widths) - GAP * len(widths)
+    if room >= SHORTEST_MEANING or (room >= -GAP and not any(line.meaning for line in lines)):
+        yield list(_beside(lines, heads, label, widths, room))
+    parts: list[Text] = []
+    for columns in _columns_that_fit(widths, widest):
+        chosen = [replace(line, cells=tuple(line.cells[k] for k in columns)) for line in lines]
+        if parts:  # the meanings stand in the first part
+            chosen = [replace(line, meaning="") for line in chosen]
+            parts.append(Text(""))
+        titles = [heads[0], *(heads[1 + k] for k in columns), heads[-1]]
+        parts += _beneath(chosen, titles, label, [widths[k] for k in columns], width)
+    yield parts
+
+
+def _columns_that_fit(widths: Sequence[int], width: int) -> list[list[int]]:
+    """Columns in parts, each of which fits."""
+    parts: list[list[int]] = [[0]] if widths else [[]]
+    for k in range(1, len(widths)):
+        if sum(widths[j] for j in parts[-1]) + widths[k] + GAP * len(parts[-1]) <= width:
+            parts[-1].append(k)
+        else:
+            parts.append([k])
+    return parts
+
+
+def _beside(
+    lines: Sequence[_Line], heads: Sequence[str], label: int, widths: Sequence[int], room: int
+) -> Iterator[Text]:
+    """Every meaning to the right of its numbers."""
+    yield _head(heads, label, widths)
+    for line in lines:
+        meaning = wrapped(line.meaning, max(room, 1)) if line.meaning else []
+        yield from _numbers(line, label, widths, meaning)
+
+
+def _beneath(
+    lines: Sequence[_Line], heads: Sequence[str], label: int, widths: Sequence[int], width: int
+) -> Iterator[Text]:
+    """Every meaning below its numbers; one that several rows share, above them, once."""
+    start = " " * (label + 2 * GAP)
+    yield _head(heads[:-1], label, widths)
+    if heads[-1] and any(line.meaning for line in lines):
+        yield Text(f"{start}{heads[-1]}", MEANING)
+    for meaning, group in groupby(lines, key=lambda line: line.meaning):
+        same = list(group)
+        if meaning and len(same) > 1:
+            yield from (Text(part, MEANING) for part in wrapped(f"{meaning}:", width, "  "))
+        for line in same:
+            yield from _numbers(line, label, widths)
+            if meaning and len(same) == 1:
+                yield from (Text(part, MEANING) for part in wrapped(meaning, width, start))
+
+
+def _head(heads: Sequence[str], label: int, widths: Sequence[int]) -> Text:
+    """The heads of labels, cells and, where there is one, meanings."""
+    cells = (padded(head, width) for head, width in zip(heads[1:], [*widths, 0], strict=False))
+    return Text(f"{padded(heads[0], label + GAP)}{'  '.join(['', *cells])}".rstrip(), HEAD)
+
+
+def _numbers(line: _Line, label: int, widths: Sequence[int], meaning: Sequence[str] = ()) -> Iterator[Text]:
+    """The lines of a row: label, cells, and what stands to their right."""
+    first = line.label
+    if cell_len(line.label) > label:
+        yield from map(
+            Text, wrapped(line.label, label + 2 * GAP + sum(widths) + GAP * len(widths), "  ", "  ")
+        )
+        first = ""
+    for k in range(max(1, len(meaning), *(len(cell) for cell in line.cells), 0)):
+        cells = (
+            padded(cell[k] if k < len(cell) else "", w) for cell, w in zip(line.cells, widths, strict=True)
+        )
+        text = Text(f"  {padded(first if k == 0 else '', label)}  {'  '.join(cells)}  ")
+        text.append(meaning[k] if k < len(meaning) else "", MEANING)
+        text.rstrip()
+        yield text

@@ -10,6 +10,7 @@ from probe.estimand import SEQUENCE, TOKEN, from_mapping
 from probe.report.numbers import with_error
 from probe.sweep.grid import Grid, Point
 from probe.sweep.store import TABLES, Record
+from probe.text import duration
 
 
 @dataclass
@@ -107,19 +108,8 @@ def point_text(point: Point, record: Record, grid: Grid) -> str:
 def _time(record: Record, tally: Tally) -> str:
     """The seconds of a point, and about how long the rest takes."""
     left = tally.seconds_left()
-    rest = f", about {_duration(left)} left" if left is not None and left >= 1 else ""
+    rest = f", about {duration(left)} left" if left is not None and left >= 1 else ""
     return f"{record['seconds']:.1f} s{rest}"
-
-
-def _duration(seconds: float) -> str:
-    """Seconds in words.
-
-    >>> _duration(42), _duration(600), _duration(10000)
-    ('42 s', '10 min', '2.8 h')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _points(count: int) -> str:

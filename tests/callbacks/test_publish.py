@@ -37,7 +37,8 @@ from probe.logs.document import build_log
 from probe.logs.write import log_name, safe_name, write_log
 from probe.phases.state import ProbeState
 from probe.report.tags import scalar_tags
-from probe.report.terminal import WIDTH, report
+from probe.report.terminal import report
+from probe.runner import HOOKS
 from tests.support.helpers import name_of_ended_process, rendered
 from tests.support.synthetic_run import (
     estimate_rows,
@@ -47,6 +48,7 @@ from tests.support.synthetic_run import (
     make_state,
     make_values,
 )
+from tests.support.terminal import Terminal
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_three_files_in_a_folder_per_date(state, tmp_path, capsys):
     assert callback.paths.summary == folder / f"{stem}_summary.json"
     assert callback.paths.config == folder / f"{stem}_config.yaml"
     assert sorted(folder.iterdir()) == sorted(vars(callback.paths).values())
-    assert capsys.readouterr().out == f"log: {callback.paths.main}\n"
+    assert runner.written == {"log": str(callback.paths.main)}
     assert load_log(callback.paths.main) == build_log(make_result(state), state, "standard")
 
 
@@ -560,8 +562,10 @@ def test_the_report_reads_well(state, capsys):
     runner = publish(ConsoleReport(), state, result)
     assert runner.errors == []
     text = capsys.readouterr().out
-    assert text == report(result)
-    lines = text.splitlines()
+    assert text.startswith(report(result))
+    assert text[len(report(result)) :].startswith(f"\nVerdict: {result.values['verdict']}. ")
+    assert max(map(len, text.splitlines())) <= 80
+    lines = report(result, 120).splitlines()
     assert (
         lines[0]
         == "Entropy probe of step_60: E = 6 responses, U = 3 prompts x 4 responses, learning rate 1e-06"
@@ -591,7 +595,36 @@ def test_the_report_reads_well(state, capsys):
         assert re.search(r"[a-z]{3,}.*$", line)
     assert "-0.00112 +/- 0.00031" in text
     assert "total" in lines[-1]
-    assert max(len(line) for line in lines) <= WIDTH
+    assert max(len(line) for line in lines) <= 120
+
+
+@pytest.mark.parametrize("columns", [80, 120, 200])
+def test_the_verdict_is_what_one_sees_in_the_end(state, monkeypatch, columns, tmp_path):
+    result = make_result(state, verdict="caution", verdict_reasons=["[bold]one[/] \x1b[2J", "two"])
+    runner = make_runner(state)
+    with Terminal(columns) as terminal:
+        terminal.take_over(monkeypatch)
+        path = tmp_path / "results.json"
+        for callback in (ConsoleReport(), ResultsFile(path)):
+            runner.written.clear()
+            publish(callback, state, result, runner)
+        publish(ConsoleReport(), state, result, runner)
+    assert runner.errors == []
+    lines = terminal.lines
+    path_lines = -(-len(f"results: {path}") // columns)
+    assert "".join(lines[-path_lines:]) == f"results: {path}"
+    assert lines[-path_lines - 1] == "Verdict: caution. [bold]one[/] \\x1b[2J"
+    assert b"\x1b[1;33mVerdict: caution\x1b[0m" in terminal.raw
+    assert lines.count("Verdict: caution") == 2  # of the two reports, at their beginnings
+
+
+def test_no_colour_means_no_escape_sequence(state, monkeypatch):
+    with Terminal() as terminal:
+        terminal.take_over(monkeypatch)
+        monkeypatch.setenv("NO_COLOR", "1")
+        publish(ConsoleReport(), state, make_result(state))
+    assert b"Verdict: " in terminal.raw
+    assert b"\x1b" not in terminal.raw
 
 
 class AsciiTerminal(io.StringIO):
@@ -619,49 +652,80 @@ def test_a_closed_pipe_is_reported(state, monkeypatch):
 # ---------------------------------------------------------------- progress
 
 
-def test_bars_are_off_without_a_terminal(state, capsys):
+def test_a_short_run_in_a_file_has_a_line_per_phase(state, capsys):
+    runner, module = make_runner(state), make_module()
+    runner.state = replace(state, timing={})
     bars = ProgressBars()
-    bars.on_progress(make_runner(state), "sample", 1, 2, "E")
-    assert capsys.readouterr().err == ""
+    bars.on_probe_start(runner, module)
+    runner.state.timing["load"] = 0.25
+    bars.on_sample_start(runner, module)
+    bars.on_progress(runner, "sample", 2, 4, "sample E")
+    bars.on_progress(runner, "sample", 4, 4, "sample E")
+    runner.state.timing["sample"] = 12.3
+    bars.on_sample_end(runner, module)
+    bars.on_report_start(runner, module)
+    bars.on_probe_end(runner, module, make_result(state))
+    assert capsys.readouterr().err.splitlines() == [
+        "load                0.2 s  policy and optimizer state read from the checkpoint",
+        "sample             12.3 s  responses drawn, rewarded and scored",
+        "",
+    ]
 
 
-def test_one_bar_per_pass(state, capsys):
-    bars, runner = ProgressBars(force=True), make_runner(state)
+def test_every_phase_has_its_line(state):
+    ends = {end for phase, (_, end) in HOOKS.items() if phase != "report"}
+    assert ends <= set(vars(ProgressBars))
+
+
+def test_one_bar_at_a_time(state, monkeypatch):
     threads = threading.active_count()
-    for phase, what in (("sample", "sample E"), ("ground_truth", "score E after the step")):
-        for done in (2, 4):
-            bars.on_progress(runner, phase, done, 4, what)
-    assert bars._bar is None
+    with Terminal() as terminal:
+        before = threading.active_count()
+        terminal.take_over(monkeypatch)
+        bars, runner = ProgressBars(), make_runner(state)
+        for phase, what in (("sample", "sample E"), ("ground_truth", "score E after the step")):
+            for done in (2, 4):
+                bars.on_progress(runner, phase, done, 4, what)
+        assert threading.active_count() == before
     assert threading.active_count() == threads
-    text = capsys.readouterr().err
-    assert "sample: sample E" in text
-    assert "ground truth: score E after the step" in text
-    assert text.count("4/4") == 2
+    raw = terminal.raw.decode()
+    assert "sample: sample E" in raw
+    assert "ground truth: score E after the step" in raw
+    assert terminal.lines == []
 
 
-@pytest.mark.parametrize("end", ["exception", "report", "end", "next pass"])
-def test_an_unfinished_bar_is_closed(state, capsys, end):
-    bars, runner, module = ProgressBars(force=True), make_runner(state), make_module()
-    bars.on_progress(runner, "sample", 1, 4, "E")
-    first = bars._bar
-    if end == "exception":
-        bars.on_exception(runner, module, KeyboardInterrupt())
-    elif end == "report":
-        bars.on_report_start(runner, module)
-    elif end == "end":
-        bars.on_probe_end(runner, module, make_result(state))
-    else:
-        bars.on_progress(runner, "sample", 1, 4, "U")
-        bars.on_exception(runner, module, RuntimeError())
-    assert first.disable or first.pos == 0
-    assert bars._bar is None
-    assert capsys.readouterr().err.endswith("\n")
+@pytest.mark.parametrize("end", ["exception", "report", "end", "next pass", "next phase"])
+def test_an_unfinished_bar_is_taken_away(state, monkeypatch, end):
+    runner, module = make_runner(state), make_module()
+    runner.state = replace(state, timing={})
+    with Terminal() as terminal:
+        terminal.take_over(monkeypatch)
+        bars = ProgressBars()
+        bars.on_progress(runner, "sample", 1, 4, "E")
+        if end == "exception":
+            bars.on_exception(runner, module, KeyboardInterrupt())
+        elif end == "report":
+            bars.on_report_start(runner, module)
+        elif end == "end":
+            bars.on_probe_end(runner, module, make_result(state))
+        elif end == "next phase":
+            bars.on_sample_end(runner, module)
+        else:
+            bars.on_progress(runner, "sample", 1, 4, "U")
+            bars.on_exception(runner, module, RuntimeError())
+        print("an error", file=terminal.stream)
+    assert b"sample: E" in terminal.raw
+    assert terminal.raw.count(b"\x1b[?25l") == terminal.raw.count(b"\x1b[?25h") > 0  # the cursor is back
+    assert terminal.lines == ["an error"]
 
 
 def test_other_ranks_show_nothing(state, capsys):
     runner = make_runner(state)
     runner.fabric.is_global_zero = False
-    ProgressBars(force=True).on_progress(runner, "sample", 1, 2, "E")
+    bars = ProgressBars()
+    bars.on_progress(runner, "sample", 1, 2, "E")
+    bars.on_sample_end(runner, make_module())
+    bars.on_report_start(runner, make_module())
     publish(ConsoleReport(), state, make_result(state), runner)
     captured = capsys.readouterr()
     assert captured.err == captured.out == ""

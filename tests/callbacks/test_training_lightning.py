@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -23,8 +24,10 @@ from probe.data.batch import RolloutBatch
 from probe.errors.exceptions import ConfigError
 from probe.estimators.loss_settings import LossSettings
 from probe.live import Alarm, HostUpdate
+from probe.live.lines import probe_line
 from tests.support.helpers import char_tokenizer
 from tests.support.live_loops import numbers
+from tests.support.terminal import Terminal, logger_of_nobody
 from tests.support.tiny_models import VOCABULARY, add_lora, tiny_model
 from tests.support.trainings import bits, break_probe, in_two_processes, set_streams, streams
 
@@ -288,6 +291,31 @@ def test_a_probe_that_fails_leaves_training_bitwise_as_it_was(tmp_path, monkeypa
     assert [entry["step"] for entry in callback.watch.history] == [1]
     assert "switched off at step 2, training goes on: RuntimeError: a broken probe" in caplog.text
     assert hooks(trainer) == 0
+
+
+# ---------------------------------------------------------------- console
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+@pytest.mark.parametrize("kind", [RichProgressBar, TQDMProgressBar])
+def test_the_probes_lines_stand_above_the_trainers_bar(tmp_path, monkeypatch, kind, columns):
+    logger_of_nobody(monkeypatch)
+    with Terminal(columns) as terminal:
+        terminal.take_over(monkeypatch)
+        _, callback, _ = train(
+            tmp_path, LanguageModel(), {"every": 2}, kind(), enable_progress_bar=True, limit_train_batches=6
+        )
+    lines = terminal.lines
+    bars = [line for line in lines if "Epoch 0" in line]
+    assert len(bars) == 1
+    assert bars[0].startswith("Epoch 0")
+    assert "6/6" in bars[0]
+    text = " ".join(" ".join(line for line in lines if line not in bars).split())
+    assert [entry["step"] for entry in callback.watch.history] == [1, 3, 5]
+    for entry in callback.watch.history:
+        assert f"entropy probe: {probe_line(entry)}" in text
+    assert "entropy probe: summary: 3 of 6 steps probed" in text
+    assert all("entropy probe" not in line or line.startswith("entropy probe") for line in lines)
 
 
 # ---------------------------------------------------------------- results

@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from probe.callbacks.training_transformers import EntropyProbeTrainerCallback
 from probe.errors.exceptions import ConfigError
 from probe.live import Alarm
 from probe.live.hosts.transformers import default_prompts
+from probe.live.lines import probe_line
 from probe.loading import quiet_libraries
 from probe.shards import fully_sharded
 from tests.support.helpers import char_tokenizer
 from tests.support.live_loops import numbers
+from tests.support.terminal import Terminal, logger_of_nobody
 from tests.support.tiny_models import VOCABULARY, add_lora, tiny_model
 from tests.support.trainings import bits, break_probe, in_two_processes, set_streams, streams
 
@@ -377,6 +379,55 @@ def test_results_reach_the_log_and_tensorboard(tmp_path, caplog):
     text = chart.tensor_proto.string_val[0]
     assert b"train/entropy_probe/H_orig_tok" in text
     assert b"train/entropy_probe/steps_to_collapse" in text
+
+
+def printed(trainer: Trainer, monkeypatch: Any, columns: int = 80) -> tuple[list[str], Any]:
+    """What a training with the probe at every second step leaves on a terminal, and the probe's callback."""
+    logger_of_nobody(monkeypatch)
+    with Terminal(columns) as terminal:
+        terminal.take_over(monkeypatch)
+        _, callback = train(trainer, {"every": 2})
+    return terminal.lines, callback
+
+
+@pytest.mark.parametrize("bar", ["printer", "tqdm", "rich"])
+def test_the_console_has_one_line_and_the_reporters_the_numbers(tmp_path, monkeypatch, bar):
+    seen: list[set[str]] = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(set(logs))
+
+    class OwnPrinter(PrinterCallback):
+        """Derived from one that prints, with a way of its own: it is asked as ever."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(set(logs))
+
+    trainer, _ = grpo(tmp_path, max_steps=5, logging_steps=2, disable_tqdm=bar == "printer")
+    if bar == "rich":
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(trl.RichProgressCallback())
+    trainer.add_callback(Reporter())
+    trainer.add_callback(OwnPrinter())
+    kept = list(trainer.callback_handler.callbacks)
+    lines, callback = printed(trainer, monkeypatch)
+    assert trainer.callback_handler.callbacks[: len(kept)] == kept
+    together = " ".join(" ".join(lines).split())
+    for entry in callback.watch.history:
+        assert f"entropy probe: {probe_line(entry)}" in together
+    assert "entropy_probe" not in "".join(lines)  # of whose names the numbers consist
+    assert "deltaH1_gradient_tok" not in "".join(lines)
+    if bar != "rich":
+        assert sum(line.startswith("{'loss': ") for line in lines) == 2  # the trainer's own logs, as ever
+    else:
+        assert any("Training" in line for line in lines)
+    assert all("entropy probe" not in line or line.startswith("entropy probe") for line in lines)
+    bars = [line for line in lines if line.startswith("100%|")]
+    assert len(bars) == (bar == "tqdm")
+    logged = [names for names in seen if "entropy_probe/H_orig_tok" in names]
+    assert len(logged) == 2 * len(callback.watch.history) == 6
+    assert [entry["step"] for entry in probe_logs(trainer)] == [1, 3, 5]
 
 
 def test_the_trainers_own_sampling_and_data_are_the_defaults(tmp_path, caplog):

@@ -19,6 +19,7 @@ from probe.cli.main import main
 from probe.config.files import SHIPPED_CONFIGS, shipped_names
 from probe.module import EntropyProbe
 from probe.runner import ProbeRunner
+from tests.support.terminal import Terminal
 from tests.support.tiny_models import lora_checkpoint, save_base
 
 
@@ -71,6 +72,71 @@ def call(files, tmp_path, monkeypatch, capsys):
         return code, out, err
 
     return run
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_run_on_a_terminal(files, tmp_path, plain):
+    with Terminal(80) as terminal:
+        arguments = ["run", "--config", str(files / "config.yaml"), "--output.results_path", "r.json"]
+        code = terminal.run(arguments, tmp_path, {"NO_COLOR": "1"} if plain else {})
+    raw, lines = terminal.raw.decode(), terminal.lines
+    assert code == 0, raw
+    assert ("\x1b" in raw) == (not plain)
+    values = json.loads((tmp_path / "r.json").read_text())
+    start = next(k for k, line in enumerate(lines) if line.startswith("Entropy probe of step_60: "))
+    # before the report a line for each phase, and notes; no bars
+    phases = [line[:16].strip() for line in lines[:start] if re.search(r"^[a-z ]{16} +\d+\.\d s  ", line)]
+    assert phases == ["load", "sample", "entropy gradient", "update", "prediction", "ground truth"]
+    assert all("\u2501" not in line for line in lines)
+    if not plain:
+        assert "\u2501" in raw  # there were some
+    assert max(map(len, lines)) <= 80
+    label, word = lines[start + 3 if lines[start + 1].startswith("  ") else start + 2].split(": ")
+    assert (label, word) == ("Verdict", values["verdict"])
+    last = next(k for k, line in reversed(list(enumerate(lines))) if line.startswith("Verdict: "))
+    assert lines[last].startswith(f"Verdict: {word}. ")
+    assert any(line.startswith("results: r.json") for line in lines[last:])
+    assert any(line.startswith("log: ") for line in lines[last:])
+    assert len(lines) - last < 15  # it is on the screen
+
+
+def test_a_long_run_in_a_file_says_how_far_it_is(call, files, monkeypatch):
+    monkeypatch.setattr("probe.progress.LINE_SECONDS", 0.0)
+    code, out, err = call("run", "--config", str(files / "config.yaml"), "--generation.batch_size", "4")
+    assert code == 0
+    assert re.search(r"^sample: sample E: 50 % \(4 of 8\), about \d+ s left$", err, re.MULTILINE)
+    assert "\x1b" not in out + err
+    assert "\r" not in err
+    assert max(map(len, out.splitlines()[:-2])) <= 80  # the last ones have paths
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["swep", "--config", "quickstart"], "found 'swep'; did you mean sweep?"),
+        (["whatis"], "did you mean whatif?"),
+        (["xyzzy"], "expected a subcommand (run, demo, "),
+        (
+            ["--config", "quickstart"],
+            "before its options, found '--config': entropy-probe run --config quickstart",
+        ),
+        (["--checkpoint=/a"], "expected a subcommand (run, demo, "),
+    ],
+)
+def test_a_subcommand_is_needed(call, arguments, message):
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["whatif"]])
+def test_help_fits_a_terminal(call, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = call(*command, "--help")
+    assert code == 0
+    head = out.partition("options:")[0].splitlines()
+    assert all(len(line) <= 80 for line in head if not line.startswith("  "))  # examples are to be copied
 
 
 def test_a_run_prints_the_report_and_writes_the_logs(call, files, tmp_path):
@@ -174,7 +240,7 @@ def test_other_bad_input(call, files, tmp_path):
     assert "found no missing.yaml" in err
     code, _, err = call("probe")
     assert code == 2
-    assert "'run'" in err
+    assert "expected a subcommand (run, demo," in err
     (tmp_path / "empty").mkdir()
     code, _, err = call(
         "run", "--config", str(files / "config.yaml"), "--checkpoint", str(tmp_path / "empty")
@@ -465,6 +531,11 @@ LIBRARIES = (
     "pandas",
     "pyarrow",
     "matplotlib",
+    "scipy",
+    "accelerate",
+    "tensorboard",
+    "trl",
+    "rich.console",
 )
 
 
@@ -483,6 +554,8 @@ LIBRARIES = (
         (["sweep", "--B_U", "0"], 2),
         (["plan", "--help"], 0),
         (["plan", "--pilot_B_E", "1"], 2),
+        (["swep"], 2),
+        (["--config", "quickstart"], 2),
     ],
 )
 def test_what_needs_no_library_imports_none(arguments, code):

@@ -337,7 +337,12 @@ def make_runner(state: ProbeState, loggers: tuple[Any, ...] = (), config: ProbeC
     """Stands in for the runner: what the publishing callbacks use of it."""
     fabric = SimpleNamespace(loggers=list(loggers), is_global_zero=True)
     return SimpleNamespace(
-        state=state, fabric=fabric, errors=[], config=config or ProbeConfig(), logger=list(loggers)
+        state=state,
+        fabric=fabric,
+        errors=[],
+        written={},
+        config=config or ProbeConfig(),
+        logger=list(loggers),
     )
 
 

@@ -7,7 +7,14 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from probe.errors.exceptions import ConfigError, DataError, ProbeError, RolloutError
 from probe.from_checkpoint.options import READ
@@ -180,15 +187,34 @@ def default_prompts(trainer: Trainer) -> Any:
 
 
 def log_through(trainer: Trainer, numbers: Mapping[str, float], step: int) -> None:
-    """Log where a trainer reports.
+    """Log where a trainer reports, but not where it prints: some forty numbers are no line to read.
 
     Args:
         trainer: whose log it is.
         numbers: by name.
         step: not needed: the trainer notes the step that it has counted.
     """
-    # not `trainer.log`: TRL's empties the averages of its own metrics there, which would change its logs
-    Trainer.log(trainer, dict(numbers))
+    handler = trainer.callback_handler
+    callbacks = handler.callbacks
+    handler.callbacks = [one for one in callbacks if not prints_logs(one)]
+    try:
+        # not `trainer.log`: TRL's empties the averages of its own metrics there, which would change its logs
+        Trainer.log(trainer, dict(numbers))
+    finally:
+        handler.callbacks = callbacks
+
+
+def prints_logs(callback: TrainerCallback) -> bool:
+    """Whether a callback prints what is logged on the console, where the probe has its one line.
+
+    A class derived from those that do, with an `on_log` of its own, is the user's, and gets the numbers.
+    """
+    by: Any = type(callback).on_log
+    home = getattr(by, "__module__", ""), getattr(by, "__qualname__", "")
+    return by in (PrinterCallback.on_log, ProgressCallback.on_log) or (
+        # TRL need not be installed
+        home == ("trl.trainer.callbacks", "RichProgressCallback.on_log")
+    )
 
 
 def logged_entries(state: TrainerState) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 import probe
+from probe.report import palette
 from probe.text import printable
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -40,7 +41,7 @@ def rendered(
             facts=list(facts),
             sections=list(sections),
             version=probe.__version__,
-            style=Markup(_file("page.css")),
+            style=Markup(_palette() + _file("page.css")),
             script=Markup(script),
             # only this script runs, whatever a text has smuggled in
             script_hash=Markup(f"sha256-{digest}"),
@@ -56,6 +57,20 @@ def plus_minus(text: str) -> Markup:
     Markup('&lt;b&gt; -1.2\xa0\xb1\xa00.3')
     """
     return Markup(str(escape(printable(text))).replace(" +/- ", "\u00a0\u00b1\u00a0"))
+
+
+def _palette() -> str:
+    """The colours that figures have too, for a light page; the style has those of a dark one."""
+    colours = {
+        "predicted": palette.PREDICTED,
+        "measured": palette.MEASURED,
+        "difference": palette.DIFFERENCE,
+        "tracked": palette.TRACKED,
+        "rises": palette.RISING,
+        "falls": palette.FALLING,
+    }
+    listed = " ".join(f"--{name}: {colour};" for name, colour in colours.items())
+    return f":root {{ {listed} }}\n"
 
 
 @cache
