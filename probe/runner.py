@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +16,6 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers import Logger
 from lightning.fabric.strategies import Strategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import TensorBoardLogger
 
 import probe
 from probe.callbacks.base import ProbeCallback
@@ -30,8 +29,8 @@ from probe.distributed.same import check_same
 from probe.distributed.sharding import NAMES, sharding
 from probe.errors.exceptions import ConfigError, ProbeError
 from probe.estimators.ground_truth import GroundTruth
-from probe.files.atomic import claim_folder
 from probe.loading.tokenizer import token_decoder
+from probe.logs.own_logger import OwnLogger
 from probe.logs.write import safe_name
 from probe.module import EntropyProbe
 from probe.phases.attribution import Attribution
@@ -61,8 +60,6 @@ HOOKS: dict[Phase, tuple[str, str]] = {
     "report": ("on_report_start", "on_report_end"),
 }
 """The hooks of `ProbeCallback` before and after each phase."""
-OWN_LOGGER = "entropy_probe"
-"""Folder of the logger that a run has where nobody gives it one; each run has one of its own in it."""
 TrainerSection = TrainerConfig[ProbeCallback, Logger]
 """What `trainer:` gives, with the classes that callbacks and loggers are derived from."""
 
@@ -79,7 +76,6 @@ class ProbeRunner(TrainerSection):
         state: what the phases of the current (or last) run produced.
         result: the last run's result.
         errors: what went wrong while publishing a result; raised when everything else is published.
-        own_folder: of this runner's own logger, for the present run; None where the loggers are the user's.
         written: the files of the last run's result by what they are, for the last lines on the console.
         extra_callbacks: those of `trainer.callbacks`, called after the built-in ones.
     """
@@ -103,7 +99,6 @@ class ProbeRunner(TrainerSection):
         self.written: dict[str, str] = {}
         self.config = ProbeConfig()
         self._resolved: Mapping[str, Any] | None = None
-        self.own_folder: Path | None = None
         check_name(self.strategy)
         try:
             sharded = self.strategy in NAMES
@@ -163,7 +158,7 @@ class ProbeRunner(TrainerSection):
             ProbeError: see the phases; publishing errors come last and carry the mapping as `.results`.
         """
         self.config, self.state, self.errors, self.result = module.config, ProbeState(), [], None
-        self._resolved, self.own_folder = resolved, None
+        self._resolved = resolved
         self.written = {}
         started = datetime.now().astimezone()
         asked = probe.default_callbacks(module.config) if callbacks is None else callbacks
@@ -171,8 +166,7 @@ class ProbeRunner(TrainerSection):
         for callback in called:
             _check_callback(callback)
         self.fabric._callbacks = called
-        if self.logger is True:
-            self.fabric._loggers = _loggers(True, Path(self.config.detailed_logging.output_directory))
+        self._use_own_logger(None)
         self.launch()
         module.ranks = self.ranks
         if self.ranks.size > 1 and module.config.checkpoint.device_map is not None:
@@ -187,8 +181,6 @@ class ProbeRunner(TrainerSection):
         except BaseException as error:
             self.fabric.call("on_exception", self, module, error)
             raise
-        finally:
-            _drop_if_empty(self.own_folder)
         if self.errors:
             unpublished = self.errors[0]
             unpublished.results = dict(result.values)
@@ -238,7 +230,7 @@ class ProbeRunner(TrainerSection):
             module.autocast = self.fabric.autocast
             module.load(self.fabric.device, setup_of(self.fabric))
             check_same(self.ranks, dict(module.policy.model.named_parameters()))
-        _name_own_logger(self, f"{safe_name(module.provenance.checkpoint_name)}_{started:%Y-%m-%d_%H-%M-%S}")
+        self._use_own_logger(f"{safe_name(module.provenance.checkpoint_name)}_{started:%Y-%m-%d_%H-%M-%S}")
         with evaluation_mode(module):
             self.config = module.config  # with what the checkpoint has filled in
             self.phase("sample", module, module.sample)
@@ -258,6 +250,13 @@ class ProbeRunner(TrainerSection):
         self.fabric.call("on_report_end", self, module, result)
         self.fabric.call("on_probe_end", self, module, result)
         return result
+
+    def _use_own_logger(self, run: str | None) -> None:
+        """A logger of one's own for one run, where the user gives none; `run` is its name, once that is known."""
+        if self.logger is True:
+            folder = Path(self.config.detailed_logging.output_directory)
+            own = OwnLogger(folder, run, self.fabric.is_global_zero)
+            self.fabric._loggers = _loggers(True, lambda: own)
 
     def _timed(self, name: str) -> AbstractContextManager[None]:
         """Add the seconds of a block to the state's `timing`."""
@@ -291,32 +290,13 @@ def _seed_globals(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _name_own_logger(runner: ProbeRunner, run: str) -> None:
-    """Call the present run of a runner's own logger `run`, or `run_2`, ...: it is the name that TensorBoard shows."""
-    if runner.logger is not True:
-        return
-    folder = Path(runner.config.detailed_logging.output_directory)
-    if runner.fabric.is_global_zero:
-        runner.own_folder = claim_folder(folder / OWN_LOGGER, run)
-        run = runner.own_folder.name
-    runner.fabric._loggers = _loggers(True, folder, run)
-
-
-def _drop_if_empty(folder: Path | None) -> None:
-    """Remove a folder that nothing was written to."""
-    if folder is not None:
-        with suppress(OSError):
-            folder.rmdir()
-
-
 def _loggers(
     logger: Logger | list[Logger] | bool | None,
-    folder: Path = Path("lightning_logs"),
-    run: str | None = None,
+    own: Callable[[], Logger] = lambda: OwnLogger(Path("lightning_logs")),
 ) -> list[Logger]:
-    """Lightning's convention for the `logger` argument; `run` is what the folder of this runner's own is called."""
+    """Lightning's convention for the `logger` argument; `own` makes this runner's own."""
     if logger is True:
-        return [TensorBoardLogger(save_dir=folder, name=OWN_LOGGER, version=run)]
+        return [own()]
     if logger is False or logger is None:
         return []
     return list(logger) if isinstance(logger, (list, tuple)) else [logger]

@@ -67,7 +67,8 @@ def build_log(
         return _header(LOG_SCHEMA, result, level) | {"results": _core(result.values)}
     omitted: list[dict[str, str]] = []
     statistics = parameters.parameter_statistics(state)
-    values = to_plain(result.values, "results")
+    texts = log_sequences is not False
+    values = to_plain(result.values if texts else _without_texts(result.values), "results")
     log = _header(LOG_SCHEMA, result, level) | {
         "results": values if rank > 1 else _without_long_lists(values, "results", omitted),
         "distributions": distributions.distributions(state),
@@ -75,7 +76,6 @@ def build_log(
         "parameter_blocks": parameters.parameter_blocks(statistics),
         "environment": environment(),
     }
-    texts = log_sequences is not False
     if rank >= LOG_LEVELS.index("detailed"):
         log["sequences"] = records.sequence_records(state, texts, rows=level == "debug")
         if (influence := records.influence_table(state)) is not None:
@@ -104,6 +104,15 @@ def summary(result: ProbeResult, level: LogLevel, files: Mapping[str, str] | Non
         "results": _core(result.values),
         "files": dict(files or {}),
     }
+
+
+def _without_texts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A result without the tokens that it names."""
+    found = values.get("attribution")
+    if not found or not found.get("top_tokens"):
+        return dict(values)
+    rows = [{key: x for key, x in one.items() if key not in ("id", "text")} for one in found["top_tokens"]]
+    return {**values, "attribution": {**found, "top_tokens": rows}}
 
 
 def environment() -> dict[str, str | None]:

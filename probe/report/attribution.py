@@ -107,7 +107,7 @@ def top_tokens_table(found: Mapping[str, Any], count: int = 3) -> Table:
     rises = [one for one in listed if one["deltaH1_tok"] > 0][:count]
     rows = [
         Row(
-            repr(one["text"]) if "text" in one else str(one["id"]),
+            repr(one["text"]) if "text" in one else str(one.get("id", "a token")),
             (f"{one['deltaH1_tok']:+.2e}",),
             f"response {one['sequence']}, token {one['position']}: advantage {one['advantage']:+.2f}, probability "
             f"{one['probability']:.2f}, entropy {one['entropy']:.2f}",

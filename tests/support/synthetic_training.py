@@ -39,7 +39,7 @@ def made_up_history(
             "verdict": ("trustworthy", "caution", "unresolved")[k % 3],
             "verdict_code": k % 3,
             "verdict_reasons": [f"reason of probe {k}"],
-            **with_error("H_orig_tok", H, 0.01),
+            **with_error("H_orig_tok", H, 0.0123),
             **with_error("deltaH1_tok", change * 1.02, 0.001),
             **with_error("deltaH_true_tok", change, 0.001),
             **with_error("deltaH1_momentum_tok", change * 0.8, 0.0005),
