@@ -59,7 +59,12 @@ class LiveBar(ProgressDisplay):
         self._drawn_at = 0.0
 
     def show(self, label: str, done: int, total: int, note: str = "") -> None:
-        """Draw the bar, not more often than one can see."""
+        """Draw the bar, not more often than one can see; a terminal that is gone is no reason to end the work."""
+        with suppress(OSError, ValueError):
+            self._show(label, done, total, note)
+
+    def _show(self, label: str, done: int, total: int, note: str) -> None:
+        """Draw the bar."""
         if label != self._pass:
             self.close()
             self._pass = label
@@ -96,13 +101,15 @@ class LiveBar(ProgressDisplay):
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.width = terminal_width(self._stream)
-        self._console.print(Text(printable(text)))
+        with suppress(OSError, ValueError):
+            self._console.width = terminal_width(self._stream)
+            self._console.print(Text(printable(text)))
 
     def close(self) -> None:
         """Take the bar away."""
         self._bar = self._pass = None
-        self._open.close()
+        with suppress(OSError, ValueError):
+            self._open.close()
 
 
 class ProgressLines(ProgressDisplay):

@@ -130,3 +130,16 @@ def test_a_stream_that_nobody_reads_ends_no_run():
     closed = io.StringIO()
     closed.close()
     ProgressLines(closed).line("x")
+
+
+def test_a_terminal_that_is_gone_ends_no_run(monkeypatch):
+    with Terminal(80) as terminal:
+        terminal.take_over(monkeypatch)
+        shown = progress_display()
+        shown.show("sample: sample E", 1, 4)
+    monkeypatch.setattr("probe.progress.REDRAW_SECONDS", 0.0)
+    shown.show("sample: sample E", 2, 4)
+    shown.line("x")
+    shown.close()
+    shown.show("sample: sample U", 1, 4)
+    shown.close()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 LABELS = (32, 24)
 """Columns of labels at most, in two layouts; a longer one has a line of its own."""
-SHORTEST_MEANING = 24
+SHORTEST_MEANING = 34
 """Columns below which meanings stand beneath the numbers."""
 GAP = 2
 HEAD, MEANING = "bold", "dim"

@@ -27,6 +27,7 @@ from probe.demo.tokenizer import build_tokenizer
 from probe.errors.exceptions import CheckpointError
 from probe.loading import load_policy_model, locate_checkpoint
 from tests.support.helpers import name_of_ended_process
+from tests.support.terminal import Terminal
 
 TINY = DemoRecipe(
     hidden_size=32,
@@ -191,15 +192,20 @@ def test_global_state_is_left_alone(tmp_path):
     assert seen() == before
 
 
-def test_progress_is_on_stderr_or_nowhere(tmp_path, capfd):
-    short = replace(TINY, pretrain_steps=1, grpo_steps=1)
+def test_progress_is_on_stderr_or_nowhere(tmp_path, capfd, monkeypatch):
+    short = replace(TINY, pretrain_steps=3, grpo_steps=2)
     make(tmp_path / "quiet", short)
-    assert capfd.readouterr() == ("", "")
-    ensure_demo_checkpoint(tmp_path / "loud", recipe=short)
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert "pre-training" in err
-    assert "reward" in err
+    ensure_demo_checkpoint(tmp_path / "in a file", recipe=short)
+    assert capfd.readouterr() == ("", "")  # it is over too soon for a line
+    with Terminal() as terminal:
+        terminal.take_over(monkeypatch)
+        monkeypatch.setattr("probe.progress.REDRAW_SECONDS", 0.0)
+        ensure_demo_checkpoint(tmp_path / "loud", recipe=short)
+    raw = terminal.raw.decode()
+    assert "demo: pre-training, loss " in raw
+    assert "2/3" in raw
+    assert "demo: GRPO, reward " in raw
+    assert terminal.lines == []
 
 
 @pytest.mark.slow
