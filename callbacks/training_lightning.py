@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,13 +10,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from probe.live import Watch, WatchSettings
 from probe.live.alarm import OnAlarm, check_on_alarm
 from probe.live.hosts.host import HostedWatch
-from probe.live.hosts.lightning import LoggerOutlets, attached, counted_steps, find_policy
+from probe.live.hosts.lightning import LoggerOutlets, attached, counted_steps, find_policy, let_monitor
 
 
 class EntropyProbeCallback(Callback):
     """Says what the updates of a Lightning training do to the policy's entropy.
 
-    Numbers go to the trainer's loggers, as `entropy_probe/...`. Automatic and manual optimisation, gradient
+    Numbers go to the trainer's loggers, as `entropy_probe/...`; EarlyStopping and ModelCheckpoint can monitor the main
+    ones, such as `entropy_probe/H_orig_tok`. Automatic and manual optimisation, gradient
     accumulation and several optimizers are fine: an update is what the optimizers that hold the policy's parameters
     do, from the first one's step to the last one's.
 
@@ -65,7 +65,7 @@ class EntropyProbeCallback(Callback):
         policy = find_policy(pl_module, self._policy)
         tokenizer = getattr(pl_module, "tokenizer", None) if self._tokenizer is None else self._tokenizer
         self._host.watch = attached(
-            trainer, policy, self._prompts, tokenizer, settings, self._host.keep, self._on_alarm
+            trainer, policy, self._prompts, tokenizer, settings, self._host.log, self._on_alarm
         )
         if self._state is not None:
             self._host.watch.load_state_dict(self._state)
@@ -76,12 +76,14 @@ class EntropyProbeCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what the update brought, at the step under which Lightning logs this batch."""
-        self._host.hand_on(partial(self._loggers.send, trainer.loggers), counted_steps(trainer))
+        self._host.hand_on(self._loggers, counted_steps(trainer))
+        let_monitor(trainer, self.watch)
         if self._host.asks_to_stop():
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the hooks; the history stays."""
+        """Show what the training comes to, and remove the hooks; the history stays."""
+        self._host.conclude(self._loggers, counted_steps(trainer))
         self._host.detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

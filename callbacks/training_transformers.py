@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, Literal
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -12,15 +11,15 @@ from probe.errors.exceptions import ConfigError
 from probe.live import Watch, WatchSettings
 from probe.live.alarm import OnAlarm, check_on_alarm
 from probe.live.hosts.host import HostedWatch
-from probe.live.hosts.transformers import attached, log_through, note_logged_entropy, refuse_sharded
+from probe.live.hosts.transformers import attached, note_logged_entropy, refuse_sharded, trainer_log
 from probe.live.outlets import Outlet
 
 
 class EntropyProbeTrainerCallback(TrainerCallback):
     """Says what the updates of a transformers or TRL trainer do to the policy's entropy.
 
-    Numbers go through the trainer's own log to wherever it reports (TensorBoard, Weights & Biases, `log_history`), as
-    `entropy_probe/...`. The trainer's other metrics are neither flushed nor delayed by it.
+    Numbers go to wherever the trainer reports (TensorBoard, Weights & Biases, `log_history`), as `entropy_probe/...`;
+    pictures and alarms in words too, where it can show them. Its other metrics are neither flushed nor delayed.
 
         trainer = GRPOTrainer(...)
         trainer.add_callback(EntropyProbeTrainerCallback(trainer, every=10))
@@ -58,7 +57,7 @@ class EntropyProbeTrainerCallback(TrainerCallback):
         self.trainer = trainer
         self._host = HostedWatch(on_alarm is not None)
         self._prompts, self._on_alarm, self._settings = prompts, on_alarm, settings
-        self._log = Outlet(partial(log_through, trainer), "the trainer's log", strict)
+        self._log = Outlet(trainer_log(trainer), "the trainer's log", strict)
 
     @property
     def watch(self) -> Watch | None:
@@ -72,7 +71,7 @@ class EntropyProbeTrainerCallback(TrainerCallback):
         refuse_sharded(self.trainer)
         self._host.clear()
         self._host.watch = attached(
-            self.trainer, args, state, self._prompts, self._settings, self._host.keep, self._on_alarm
+            self.trainer, args, state, self._prompts, self._settings, self._host.log, self._on_alarm
         )
 
     def on_step_end(
@@ -80,20 +79,20 @@ class EntropyProbeTrainerCallback(TrainerCallback):
     ) -> None:
         """Log what the step brought, now that the trainer has counted it."""
         asked = control.should_log
-        self._host.hand_on(self._log.send, state.global_step)
+        ends = self._host.end_step(self._log, state.global_step, control.should_training_stop)
+        control.should_training_stop = ends
         control.should_log = asked  # logging takes it back, and the trainer's own log is still to come
-        if self._host.asks_to_stop():
-            control.should_training_stop = True
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The entropy that TRL logs of its own batches is one more reading for the forecast, and may raise an alarm."""
         note_logged_entropy(self.watch, state, kwargs.get("logs"))
-        self._host.hand_on(self._log.send, state.global_step)
+        self._host.hand_on(self._log, state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remove the hooks; the history stays."""
+        """Show what the training comes to, and remove the hooks; the history stays."""
+        self._host.conclude(self._log, state.global_step)
         self._host.detach()

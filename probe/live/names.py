@@ -27,8 +27,23 @@ _CURVE_ERRORS = (
     Part("_se", "its standard error", logged=(TOKEN,)),
     Part("_ci95", "1.96 of these on either side: a sum over many probes", interval=True, logged=(TOKEN,)),
 )
-CURVES = "curves"
-"""Group of the errors of curves: with a prefix of their own they leave TensorBoard's first page to the numbers."""
+CURVES, DETAILS = "curves", "details"
+"""Groups of the errors of curves, and of what is not among `MAIN`: these leave TensorBoard's first page to the rest."""
+MAIN = (
+    "H_orig_tok",
+    "H_predicted_tok",
+    "H_tracked_tok",
+    "deltaH1_tok",
+    "deltaH_true_tok",
+    "mean_deltaH_true_tok",
+    "collapse_chance",
+    "explosion_chance",
+    "steps_to_collapse",
+    "collapse_alarm",
+    "explosion_alarm",
+    "verdict_code",
+)
+"""What is logged under the probe's own prefix: the numbers to look at first."""
 OF_A_TRAINING: tuple[Quantity, ...] = (
     Quantity(
         "cumulative_deltaH1",
@@ -102,7 +117,7 @@ _FORECAST = {
     "collapse_entropy": "the entropy that counts as collapse, nats per token",
     "explosion_entropy": "the entropy that counts as explosion, nats per token; absent where none does",
     "collapse_alarm": "1 for the step after which an alarm of a collapse was raised, by a probe or by an entropy that "
-    "the training has logged; in logs alone, the history has `alarms`",
+    "the training has logged, 0 for other probed steps; in logs alone, the history has `alarms`",
     "explosion_alarm": "the same of an explosion",
     "verdict_code": "0 trustworthy, 1 caution, 2 unresolved, 3 invalid: how far this probe's numbers can be believed",
 }
@@ -204,19 +219,46 @@ def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def probe_scalars(entry: Mapping[str, Any]) -> dict[str, float]:
+    """What is logged of a probe: `scalars`, and 0 for the alarms that can follow, so that one is a peak in a chart.
+
+    >>> probe_scalars({"collapse_entropy": 0.05})
+    {'entropy_probe_details/collapse_entropy': 0.05, 'entropy_probe/collapse_alarm': 0.0}
+    """
+    ends = {ALARMS[False]: "collapse_entropy", ALARMS[True]: "explosion_entropy"}
+    return scalars({**entry, **{name: 0.0 for name, end in ends.items() if entry.get(end) is not None}})
+
+
 def full_name(name: str) -> str:
     """The name under which loggers get a number of the history.
 
-    >>> full_name("H_tracked_tok"), full_name("H_tracked_tok_ci95_low")
-    ('entropy_probe/H_tracked_tok', 'entropy_probe_curves/H_tracked_tok_ci95_low')
+    >>> full_name("H_tracked_tok"), full_name("H_tracked_tok_ci95_low"), full_name("ESS")
+    ('entropy_probe/H_tracked_tok', 'entropy_probe_curves/H_tracked_tok_ci95_low', 'entropy_probe_details/ESS')
     """
-    return f"{PREFIX}_{CURVES}/{name}" if name in _ERRORS_OF_CURVES else f"{PREFIX}/{name}"
+    if name in MAIN:
+        return f"{PREFIX}/{name}"
+    return f"{PREFIX}_{CURVES if name in _ERRORS_OF_CURVES else DETAILS}/{name}"
 
 
 def history_names(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """The probe's numbers in a log, by their names in the history: what `scalars` has named."""
-    groups = (f"{PREFIX}/", f"{PREFIX}_{CURVES}/")
+    """The probe's numbers in a log, by their names in the history: what `scalars` has named, or an older version."""
+    groups = (f"{PREFIX}/", f"{PREFIX}_{CURVES}/", f"{PREFIX}_{DETAILS}/")
     return {name.partition("/")[2]: x for name, x in logs.items() if name.startswith(groups)}
+
+
+def monitored(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The main numbers of an entry that are there at every probe, for callbacks that watch a number.
+
+    >>> monitored({"H_orig_tok": 0.5, "steps_to_collapse": 3.0, "ESS": 60.0, "collapse_chance": None})
+    {'entropy_probe/H_orig_tok': 0.5}
+    """
+    return {
+        full_name(name): float(entry[name])
+        for name in MAIN
+        if name not in (*STEPS, *ALARMS.values())
+        and entry.get(name) is not None
+        and math.isfinite(entry[name])
+    }
 
 
 def band(key: str) -> tuple[str, ...]:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from probe.errors.exceptions import ConfigError
 from probe.live.alarm import Alarm
 from probe.live.lines import cost_line, probe_line
-from probe.live.names import ALARMS, band, full_name, scalars
+from probe.live.names import ALARMS, STEPS, band, full_name, probe_scalars, scalars
+from probe.live.notes import Notes, NoteTaker
 from probe.live.outcome import Outcome
 from probe.live.say import say
 from probe.live.schedule import Schedule
+from probe.live.settings import WatchSettings
+from probe.live.summary import Summary
+from probe.report.boards import LIGHTNING_STEP, TensorBoardWriter, TrackedRun, board_of
 from probe.snapshot import isolated_rng
 from probe.text import error_text
 
 Log = Callable[[Mapping[str, float], int], None]
 """Called with numbers by name (`entropy_probe/...`) and the optimizer step they belong to."""
+Show = Callable[[Notes, int], None]
+"""Called with what is more than numbers, and the optimizer step that it belongs to."""
 OWN_LOG_FAILED = (
     "{name} failed at step {step} and is not used any more ({error}); the numbers are still in `history`"
 )
@@ -28,69 +35,70 @@ HOSTS_LOG_FAILED = (
 STILL_STEPS = 3
 """Probed steps of exactly 0 after which there is a warning."""
 LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
-    "Entropy: predicted and realised": {
-        "nats per token": (
-            "Multiline",
-            ("H_orig_tok", "H_predicted_tok", "H_tracked_tok", "collapse_entropy"),
-        ),
-        "change since the first probe": (
-            "Multiline",
-            ("cumulative_H_tok", "cumulative_deltaH1_tok", "cumulative_deltaH_true_tok"),
-        ),
+    "Entropy, nats per token, with 95 % interval": {
+        "measured: level of the policy before the step": ("Margin", band("H_orig")),
+        "predicted: the first probe's plus the sum of deltaH1": ("Margin", band("H_predicted")),
+        "tracked: the first probe's plus the sum of deltaH_true": ("Margin", band("H_tracked")),
     },
-    "Entropy: predicted and realised, with 95 % interval": {
-        "predicted: the first probe's plus the sum of deltaH1, nats per token": (
-            "Margin",
-            band("H_predicted"),
-        ),
-        "measured: the same plus the sum of deltaH_true, nats per token": ("Margin", band("H_tracked")),
+    "Change since the first probe, nats per token, with 95 % interval": {
+        "of the level": ("Margin", band("cumulative_H")),
+        "predicted: sum of deltaH1": ("Margin", band("cumulative_deltaH1")),
+        "measured: sum of deltaH_true": ("Margin", band("cumulative_deltaH_true")),
     },
-    "Change of entropy since the first probe, with 95 % interval": {
-        "of the level, nats per token": ("Margin", band("cumulative_H")),
-        "sum of deltaH1 (predicted), nats per token": ("Margin", band("cumulative_deltaH1")),
-        "sum of deltaH_true (measured), nats per token": ("Margin", band("cumulative_deltaH_true")),
-    },
-    "Change of entropy per step, with 95 % interval": {
-        "deltaH1 (predicted), nats per token": ("Margin", band("deltaH1")),
-        "deltaH_true (measured), nats per token": ("Margin", band("deltaH_true")),
-        "mean per step over the last probes: predicted, nats per token": ("Margin", band("mean_deltaH1")),
-        "mean per step over the last probes: measured, nats per token": ("Margin", band("mean_deltaH_true")),
-        "parts of deltaH1": (
-            "Multiline",
-            ("deltaH1_tok", "deltaH1_gradient_tok", "deltaH1_momentum_tok", "deltaH1_decay_tok"),
-        ),
+    "Change per step, nats per token, with 95 % interval": {
+        "predicted: deltaH1": ("Margin", band("deltaH1")),
+        "measured: deltaH_true": ("Margin", band("deltaH_true")),
+        "mean of the last probes, predicted": ("Margin", band("mean_deltaH1")),
+        "mean of the last probes, measured": ("Margin", band("mean_deltaH_true")),
     },
     "Forecast": {
-        "chance of collapse and of explosion within the horizon, and alarms": (
+        "steps to collapse: median, ends of the 95 % interval where it has any": ("Multiline", STEPS),
+        "chance of collapse within the horizon; alarms are peaks": (
             "Multiline",
-            ("collapse_chance", "explosion_chance", *ALARMS.values()),
+            ("collapse_chance", ALARMS[False]),
         ),
-        # the upper end is often far away, and would set the scale
-        "steps to collapse, and the lower end of the interval": (
+        "chance of explosion within the horizon; alarms are peaks": (
             "Multiline",
-            ("steps_to_collapse", "steps_to_collapse_low"),
+            ("explosion_chance", ALARMS[True]),
         ),
     },
 }
-"""The charts of TensorBoard's tab CUSTOM SCALARS: chart type and names."""
+"""The charts of TensorBoard's tab CUSTOM SCALARS: chart type and names.
+
+A chart has one colour for all curves of a run, so that each has a chart of its own, with its band; curves beside each
+other are in the pictures (`probe.report.training_figures`)."""
 
 
-def tensorboard_layout(prefix: str = "") -> dict[str, dict[str, list[Any]]]:
-    """The layout for `SummaryWriter.add_custom_scalars`.
-
-    Args:
-        prefix: what the host puts before names (`train/` in transformers' Trainer).
-    """
+def tensorboard_layout() -> dict[str, dict[str, list[Any]]]:
+    """The layout for `SummaryWriter.add_custom_scalars`."""
 
     def tags(kind: str, names: tuple[str, ...]) -> list[str]:
-        full = [prefix + full_name(name) for name in names]
+        full = [full_name(name) for name in names]
         # in charts of several lines TensorBoard takes tags for regular expressions
         return [f"^{name}$" for name in full] if kind == "Multiline" else full
 
     return {
-        category: {title: [kind, tags(kind, names)] for title, (kind, names) in charts.items()}
+        # of a category TensorBoard shows the last chart first
+        category: {title: [kind, tags(kind, names)] for title, (kind, names) in reversed(charts.items())}
         for category, charts in LAYOUT.items()
     }
+
+
+@dataclass(frozen=True)
+class LogTo:
+    """A log that takes more than numbers; called like one that does not.
+
+    Attributes:
+        write: writes numbers by name, at a step.
+        show: shows texts and pictures, at a step.
+    """
+
+    write: Log
+    show: Show
+
+    def __call__(self, numbers: Mapping[str, float], step: int) -> None:
+        """Write numbers."""
+        self.write(numbers, step)
 
 
 def as_log(target: Any) -> Log | None:
@@ -98,31 +106,38 @@ def as_log(target: Any) -> Log | None:
 
     Args:
         target: None, a function of a mapping and a step (Fabric's `log_dict`), a Lightning logger (`log_metrics`), a
-            `SummaryWriter` (`add_scalar`), or a Weights & Biases run (`log`).
+            `SummaryWriter` (`add_scalar`), or a run of Weights & Biases or trackio (`log`).
 
     Raises:
         ConfigError: it is none of these.
     """
-    if target is None:
-        return None
+    if target is None or isinstance(target, LogTo):
+        return target
     if hasattr(target, "log_metrics"):
-        return lambda metrics, step: target.log_metrics(dict(metrics), step=step)
+        return to_logger(target)
     if hasattr(target, "add_scalar"):
         if hasattr(target, "add_custom_scalars"):
             target.add_custom_scalars(tensorboard_layout())
-
-        def write(metrics: Mapping[str, float], step: int) -> None:
-            for name, value in metrics.items():
-                target.add_scalar(name, value, step)
-
-        return write
+        writer = TensorBoardWriter(target)
+        return LogTo(writer.numbers, lambda notes, step: notes.show_on(board_of(target), step))
     if callable(target):
         return lambda metrics, step: target(dict(metrics), step)
     if callable(getattr(target, "log", None)):
-        return lambda metrics, step: target.log(dict(metrics), step=step)
+        run = TrackedRun(target)
+        return LogTo(run.numbers, lambda notes, step: notes.show_on(board_of(target), step))
     raise ConfigError(
         "log: expected a function of (mapping, step), a Lightning logger, a SummaryWriter or a wandb run, found "
         f"{type(target).__name__}"
+    )
+
+
+def to_logger(logger: Any) -> LogTo:
+    """A log to a Lightning logger."""
+    return LogTo(
+        lambda numbers, step: logger.log_metrics(dict(numbers), step=step),
+        lambda notes, step: notes.show_on(
+            board_of(getattr(logger, "experiment", None), LIGHTNING_STEP), step
+        ),
     )
 
 
@@ -133,7 +148,7 @@ class Outlet:
         """Nothing is written yet.
 
         Args:
-            write: writes numbers by name, at a step.
+            write: writes numbers by name, at a step; a `LogTo` shows notes too.
             name: of the log.
             strict: raise what `write` raises.
             failure: what is said, with `{name}`, `{step}` and `{error}`.
@@ -143,11 +158,21 @@ class Outlet:
 
     def send(self, numbers: Mapping[str, float], step: int) -> None:
         """Write, unless it has failed before."""
+        self._attempt(lambda: self._write(numbers, step), step)
+
+    def show(self, notes: Notes, step: int) -> None:
+        """Show what is more than numbers, where the log takes it."""
+        if isinstance(self._write, LogTo):
+            show = self._write.show
+            self._attempt(lambda: show(notes, step), step)
+
+    def _attempt(self, write: Callable[[], None], step: int) -> None:
+        """Write, unless it has failed before; a failure is said."""
         if self._failed:
             return
         try:
             with isolated_rng():  # loggers draw names for files and runs
-                self._write(numbers, step)
+                write()
         except Exception as error:
             if self._strict:
                 raise
@@ -158,9 +183,10 @@ class Outlet:
 class Outlets:
     """Where the entries of one watch go: a line for each, the log, and what is worth a line only sometimes."""
 
-    def __init__(self, log: Log | None, schedule: Schedule, strict: bool) -> None:
-        """Args: `log` or None, the `schedule` whose cost is said, and whether errors of the log are raised."""
-        self._log = None if log is None else Outlet(log, "the log", strict, OWN_LOG_FAILED)
+    def __init__(self, log: Log | None, schedule: Schedule, settings: WatchSettings) -> None:
+        """Args: `log` or None, the `schedule` whose cost is said, and the `settings` of the probe."""
+        self._log = None if log is None else Outlet(log, "the log", settings.strict, OWN_LOG_FAILED)
+        self.notes = NoteTaker(settings)
         self._schedule = schedule
         self._verdict_said = ""
         self._still = 0
@@ -179,13 +205,42 @@ class Outlets:
         timing["other"] = max(entry["seconds"] - sum(timing.values()), 0.0)
         self._cost_of = (outcome.sizes.B_E, outcome.mean_length, timing)
         if self._log is not None:
-            self._log.send(scalars(entry), entry["step"])
+            self._log.send(probe_scalars(entry), entry["step"])
         self._watch_for_standstill(outcome.moved)
 
-    def publish_alarms(self, alarms: Sequence[Alarm]) -> None:
-        """Log alarms under the step after which they were raised, which may be one that was not probed."""
-        if self._log is not None and alarms:
+    def publish_alarms(
+        self, alarms: list[Alarm], history: Sequence[Mapping[str, Any]], probed: bool = True
+    ) -> list[Alarm]:
+        """Log alarms under the step after which they were raised, and what is worth a text or a picture.
+
+        Args:
+            alarms: new ones.
+            history: with the last probe.
+            probed: whether that has just been made.
+
+        Returns:
+            The alarms.
+        """
+        if self._log is None:
+            return alarms
+        if alarms:
             self._log.send(scalars({ALARMS[one.forecast.rising]: 1.0 for one in alarms}), alarms[0].step)
+        notes = self.notes.of_probe(history, alarms) if probed else self.notes.of_alarms(history, alarms)
+        if notes is not None:
+            self._log.show(notes, alarms[0].step if alarms else history[-1]["step"])
+        return alarms
+
+    def publish_end(self, history: Sequence[Mapping[str, Any]], summary: Summary | None, step: int) -> None:
+        """Show what the training comes to.
+
+        Args:
+            history: of all of it.
+            summary: of the history.
+            step: the last one.
+        """
+        notes = None if self._log is None else self.notes.of_end(history, summary)
+        if self._log is not None and notes is not None:
+            self._log.show(notes, step)
 
     def say_cost(self) -> None:
         """The cost model, once, when a training step and a probe have been timed that was not the first one.

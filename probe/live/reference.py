@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from probe.live.names import LIVE_KEYS, LIVE_NUMBERS, LIVE_TEXTS
+from probe.live.names import LIVE_KEYS, LIVE_NUMBERS, LIVE_TEXTS, MAIN
+from probe.report.tags import PREFIX
 from probe.results.reference import cell_text
 
 _PAGE = """# Every name of a training
@@ -14,8 +15,11 @@ This page is made from the tables of the code (`probe.live.names`). How to read 
 
 In nats per response under these names, and in nats per token with `_tok` behind them; `_se` is the standard error,
 `_ci95_low` and `_ci95_high` are the ends of the 95 % interval, `_df` are the degrees of freedom of the error, where
-there is one. In logs all have the prefix `entropy_probe/`, errors and ends of the sums and of the two curves
-`entropy_probe_curves/`; the interval of these is 1.96 standard errors on either side.
+there is one. Logs have the numbers to look at first under the prefix `entropy_probe/`, errors and ends of the sums and
+of the two curves under `entropy_probe_curves/` (their interval is 1.96 standard errors on either side), and all others
+under `entropy_probe_details/`. Under the first are
+
+{main}
 
 {changes}
 
@@ -33,7 +37,10 @@ In the history alone; they are not logged.
 
 def reference_page() -> str:
     """The page as Markdown."""
-    return _PAGE.format(changes=_table(LIVE_KEYS), numbers=_table(LIVE_NUMBERS), texts=_table(LIVE_TEXTS))
+    main = "\n".join(f"- `{PREFIX}/{name}`" for name in MAIN)
+    return _PAGE.format(
+        main=main, changes=_table(LIVE_KEYS), numbers=_table(LIVE_NUMBERS), texts=_table(LIVE_TEXTS)
+    )
 
 
 def _table(names: dict[str, str]) -> str:

@@ -77,6 +77,8 @@ class WatchSettings:
     """Probes that the forecast is made from: the last so many, as far as they lie within four horizons."""
     average_over: int = 10
     """Probes over which the mean change per step is taken."""
+    figures: bool = True
+    """Draw the curves at every alarm, every tenth probe and the end, where the log takes pictures."""
     seed: int = 0
     """Of E's prompts and responses. Nothing is drawn from the training's own random streams."""
     strict: bool = False

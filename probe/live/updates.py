@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -66,6 +67,7 @@ class ProbedUpdates:
         self.error: BaseException | None = None
         self._optimizers, self._history, self._schedule = optimizers, history, schedule
         self._outlets, self._alarms = outlets, alarms
+        outlets.notes.spent = self.spend
         self._adapters = ActiveAdapters(probe.model)
         self._writes = OutsideWrites(probe.parameters)
         self._sizes = ProbeSizes(probe.settings, schedule, history)
@@ -109,9 +111,8 @@ class ProbedUpdates:
         if drawn is not None:
             _finish_queue(self.probe.model)
         step_seconds = time.perf_counter() - self._step_started
-        alarms: list[Alarm] | None = None
-        if drawn is not None:
-            alarms = self._guarded(lambda: self._conclude(drawn, late or self.early))
+        found = partial(self._conclude, drawn, late or self.early) if drawn is not None else None
+        alarms = None if found is None else self._guarded(found)
         # the optimizer's own time belongs to the training step that ends here
         self._resumed = time.perf_counter() - step_seconds
         self._act_on(alarms)
@@ -123,15 +124,15 @@ class ProbedUpdates:
             return
         # an entropy may be noted on one rank alone, which meets nobody for it
         ahead = self._guarded(lambda: history.look_ahead(momentum(self._optimizers)), ALONE)
-        spent = time.perf_counter() - start
-        self._schedule.probe_seconds += spent  # the probe's time, not the training's
-        if self._resumed is not None:
-            self._resumed += spent
+        self.spend(time.perf_counter() - start)
         if ahead is not None:
-            entry, now = history.run.history[-1], history.run.step
-            alarms = self._alarms.raised(ahead, entry, now, probed=False)
-            self._outlets.publish_alarms(alarms)
-            self._act_on(alarms)
+            alarms = self._alarms.raised(ahead, history.run.history[-1], history.run.step, probed=False)
+            self._act_on(self._outlets.publish_alarms(alarms, history.run.history, probed=False))
+
+    def spend(self, seconds: float) -> None:
+        """Count time between two updates as the probe's, not as the training's."""
+        self._schedule.probe_seconds += seconds
+        self._resumed = None if self._resumed is None else self._resumed + seconds
 
     def between(self) -> None:
         """The update has ended, and nothing of the next one has begun."""
@@ -219,8 +220,7 @@ class ProbedUpdates:
         entry |= {"cost_share": self._schedule.share, "every": self._schedule.interval}
         self._outlets.publish(entry, outcome)
         alarms = self._alarms.raised(ahead, entry, entry["step"])
-        self._outlets.publish_alarms(alarms)
-        return alarms
+        return self._outlets.publish_alarms(alarms, self._history.run.history)
 
     def _guarded(self, part: Callable[[], Result], ranks: Ranks | None = None) -> Result | None:
         """Run a part on all ranks; an error ends the probe on all, and the training where a forward was cut off."""

@@ -71,12 +71,13 @@ class Watch(ShownWatch, AbstractContextManager["Watch"]):
         if ranks is not None:
             self._probe.ranks = ranks
             self._probe.source.prompts = ranks.from_first("prompts", lambda: on.prompts)
+        self._outlets = Outlets(log if ranks is not None and ranks.first else None, self.schedule, settings)
         self._updates = ProbedUpdates(
             self._probe,
             on.optimizers,
             self._history,
             self.schedule,
-            Outlets(log if ranks is not None and ranks.first else None, self.schedule, settings.strict),
+            self._outlets,
             self._alarms,
         )
         self._hooks = StepHooks(on.optimizers, self._updates)
@@ -175,6 +176,7 @@ class Watch(ShownWatch, AbstractContextManager["Watch"]):
     def detach(self) -> None:
         """Remove the hooks, and say the summary; the history stays."""
         ends = self.active
+        conclude(self)
         self._hooks.detach()
         if ends and (found := self.summary()) is not None:
             say(f"summary: {found}")
@@ -220,6 +222,15 @@ class Watch(ShownWatch, AbstractContextManager["Watch"]):
         self._history.replay(entries, momentum(self.optimizers))
 
 
+def conclude(watch: Watch) -> None:
+    """Show the last picture and the summary where the log takes any, as far as they have not been shown.
+
+    `detach` does it; trainers that close their loggers before callbacks hear of the end need it earlier.
+    """
+    if watch.active:
+        watch._outlets.publish_end(watch.history, watch.summary(), watch.step)
+
+
 def watch(
     model: Any,
     optimizer: Any,
@@ -248,7 +259,7 @@ def watch(
             training, best not the same ones.
         tokenizer: the policy's.
         log: where the numbers go: a function of `(mapping, step)` such as `fabric.log_dict`, a Lightning logger, a
-            `SummaryWriter`, a Weights & Biases run. None keeps them in `history` only.
+            `SummaryWriter`, a run of Weights & Biases or trackio. None keeps them in `history` only.
         on_alarm: called with an `Alarm` when a collapse or an explosion is likely within `horizon` steps; `"stop"` sets
             `should_stop`. Its exceptions are raised.
         first_step: optimizer steps taken before, where training was resumed.

@@ -1,4 +1,4 @@
-"""Where loggers take texts, pictures and alerts beside numbers: TensorBoard, Weights & Biases, trackio."""
+"""Where loggers take numbers, and beside them texts, pictures and alerts: TensorBoard, Weights & Biases, trackio."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
+LIGHTNING_STEP = "trainer/global_step"
+"""Under which Lightning's loggers of Weights & Biases log a step."""
 LONGEST_TITLE = 60
 """Characters of an alert's title; Weights & Biases takes less than 64."""
 
 
 class Board(Protocol):
-    """What a logger takes beside numbers."""
+    """What a logger takes, numbers and others."""
+
+    def numbers(self, numbers: Mapping[str, float], step: int) -> None:
+        """Log numbers by name."""
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         """Show a text in Markdown."""
@@ -40,6 +45,11 @@ class TensorBoardWriter:
     """
 
     writer: Any
+
+    def numbers(self, numbers: Mapping[str, float], step: int) -> None:
+        """See `Board`."""
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         """See `Board`."""

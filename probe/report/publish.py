@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from probe.phases.state import ProbeState
-from probe.report.boards import board_of
+from probe.report.boards import LIGHTNING_STEP, board_of
 from probe.report.drawing import pixels
 from probe.report.figures import result_figures
 from probe.report.markdown import examples_markdown, report_markdown, verdict_markdown
@@ -23,9 +23,6 @@ from probe.report.tags import (
 )
 from probe.report.token_figure import shaded_responses, tokens_figure
 from probe.results.result import ProbeResult
-
-LIGHTNING_STEP = "trainer/global_step"
-"""Under which Lightning's loggers of Weights & Biases log a step."""
 
 
 @dataclass(frozen=True)

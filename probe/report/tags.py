@@ -77,7 +77,7 @@ def interval_charts(scalars: Mapping[str, float]) -> dict[str, dict[str, list[An
     layout: dict[str, dict[str, list[Any]]] = {}
     for estimand in ESTIMANDS:
         charts: dict[str, list[Any]] = {}
-        for one in keys.QUANTITIES:
+        for one in reversed(keys.QUANTITIES):  # of a category TensorBoard shows the last chart first
             value, *ends = one.band(estimand)
             tags = [f"{PREFIX}{_group(value)}/{value}", *(f"{PREFIX}_{one.group}/{end}" for end in ends)]
             if ends and all(tag in scalars for tag in tags):

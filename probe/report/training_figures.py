@@ -51,7 +51,7 @@ def training_figure(history: History) -> Figure:
         raise DataError(
             "training_figure: expected entries with H_orig_tok, found none; probe at least one step"
         )
-    with drawn(1, 1, 8.2, 5.0) as (figure, axes):
+    with drawn(1, 1, 7.4, 5.4) as (figure, axes):
         axis = axes[0][0]
         dots = rows[:: max(1, math.ceil(len(rows) / MOST_DOTS))]
         axis.errorbar(
@@ -62,10 +62,10 @@ def training_figure(history: History) -> Figure:
             markersize=4.5,
             color=MEASURED,
             elinewidth=1.3,
-            label="level, measured on E",
+            label="measured on E, 95 %",
         )
-        _curve(axis, rows, "H_predicted_tok", PREDICTED, "first level + predicted changes")
-        _curve(axis, rows, "H_tracked_tok", TRACKED, "first level + measured changes")
+        _curve(axis, rows, "H_predicted_tok", PREDICTED, "sum of predicted changes")
+        _curve(axis, rows, "H_tracked_tok", TRACKED, "sum of measured changes")
         top = max(axis.get_ylim()[1], *(entry["H_orig_tok"] for entry in rows))
         for name, words in (("collapse_entropy", "collapse"), ("explosion_entropy", "explosion")):
             level = _number(rows[-1], name)
@@ -77,7 +77,7 @@ def training_figure(history: History) -> Figure:
         axis.set(xlabel="optimizer step", ylabel="entropy, nats per token", title=_training_title(rows))
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
         few_ticks(axis, 8, 6, steps=True)
-        figure.legend(loc="outside lower center", ncols=3)
+        figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -107,7 +107,7 @@ def forecast_figure(history: History) -> Figure:
         [_within(entry.get(name), beyond) for entry in rows]
         for name in ("steps_to_collapse", "steps_to_collapse_low", "steps_to_collapse_high")
     )
-    with drawn(1, 1, 8.2, 5.0) as (figure, axes):
+    with drawn(1, 1, 7.4, 5.4) as (figure, axes):
         axis = axes[0][0]
         axis.fill_between(steps, low, high, color=MEASURED, alpha=0.18, linewidth=0, label="95 % interval")
         axis.plot(steps, median, color=MEASURED, marker=".", markersize=8.0, label="forecast")
@@ -134,7 +134,7 @@ def forecast_figure(history: History) -> Figure:
             title=f"Forecast: collapse {what}",
         )
         few_ticks(axis, 8, 6, steps=True)
-        figure.legend(loc="outside lower center", ncols=3)
+        figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -171,7 +171,7 @@ def _training_title(rows: History) -> str:
     first, last = rows[0], rows[-1]
     title = f"Entropy {first['H_orig_tok']:.3g} to {last['H_orig_tok']:.3g} nats per token"
     outlook = last.get("outlook")
-    return f"{title}: {outlook}" if outlook else title
+    return f"{title}\n{outlook}" if outlook else title
 
 
 def _collapse(history: History) -> int | None:

@@ -25,6 +25,7 @@ from probe.errors.exceptions import ConfigError
 from probe.estimators.loss_settings import LossSettings
 from probe.live import Alarm, HostUpdate
 from probe.live.lines import probe_line
+from probe.live.names import full_name
 from tests.support.helpers import char_tokenizer
 from tests.support.live_loops import numbers
 from tests.support.terminal import Terminal, logger_of_nobody
@@ -349,7 +350,7 @@ def test_results_reach_every_logger(tmp_path, caplog):
     mine = probed[probed["entropy_probe/H_orig_tok"].notna()]
     assert mine["step"].tolist() == [0, 2, 4]
     for name in ("H_orig_tok", "deltaH1_tok", "deltaH_true_tok", "step_norm", "learning_rate"):
-        assert mine[f"entropy_probe/{name}"].tolist() == pytest.approx([e[name] for e in history], rel=1e-12)
+        assert mine[full_name(name)].tolist() == pytest.approx([e[name] for e in history], rel=1e-12)
     (events,) = Path(board.log_dir).glob("events.*")
     reader = EventAccumulator(str(events))
     reader.Reload()

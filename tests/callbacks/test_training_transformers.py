@@ -17,6 +17,7 @@ from probe.errors.exceptions import ConfigError
 from probe.live import Alarm
 from probe.live.hosts.transformers import default_prompts
 from probe.live.lines import probe_line
+from probe.live.names import MAIN, full_name
 from probe.loading import quiet_libraries
 from probe.shards import fully_sharded
 from tests.support.helpers import char_tokenizer
@@ -250,7 +251,7 @@ def test_the_tokens_of_its_own_batch_are_told_apart(tmp_path, options):
         # X of the same E by backward, without control variates
         size = abs(entry["deltaH1_positive_tok"]) + abs(entry.get("deltaH1_negative_tok", 0.0))
         assert both == pytest.approx(entry["deltaH1_gradient_tok"], abs=0.02 * size)
-    logged = [log for log in probe_logs(trainer) if "entropy_probe/deltaH1_positive_tok" in log]
+    logged = [log for log in probe_logs(trainer) if "entropy_probe_details/deltaH1_positive_tok" in log]
     assert len(logged) >= len(acting)
 
 
@@ -362,23 +363,34 @@ def test_results_reach_the_log_and_tensorboard(tmp_path, caplog):
     assert caplog.text.count("3 of 5 steps probed") == 1
     for entry, log in zip(history, logged, strict=True):
         for name in ("H_orig_tok", "deltaH1_tok", "deltaH_true_tok", "deltaH1", "residual_tok", "step_norm"):
-            assert log[f"entropy_probe/{name}"] == entry[name]
+            assert log[full_name(name)] == entry[name]
     (events,) = tmp_path.glob("runs/*/events.*")
     reader = EventAccumulator(str(events))
     reader.Reload()
     tags = [tag for tag in reader.Tags()["scalars"] if "entropy_probe" in tag]
-    assert "train/entropy_probe/H_orig_tok" in tags
-    assert all(tag.startswith(("train/entropy_probe/", "train/entropy_probe_curves/")) for tag in tags)
+    # a group of its own, and on the first page the main numbers alone
+    assert {tag for tag in tags if tag.startswith("entropy_probe/")} <= {
+        f"entropy_probe/{name}" for name in MAIN
+    }
+    prefixes = ("entropy_probe/", "entropy_probe_curves/", "entropy_probe_details/")
+    assert all(tag.startswith(prefixes) for tag in tags)
     for name in ("H_orig_tok", "deltaH_true_tok"):
-        points = [(e.step, e.value) for e in reader.Scalars(f"train/entropy_probe/{name}")]
+        points = [(e.step, e.value) for e in reader.Scalars(f"entropy_probe/{name}")]
         assert points == [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in history]
     assert [e.step for e in reader.Scalars("train/reward")] == [2, 4, 5]
     layout = reader.summary_metadata["custom_scalars__config__"]
     assert layout.plugin_data.plugin_name == "custom_scalars"
     (chart,) = reader.Tensors("custom_scalars__config__")
     text = chart.tensor_proto.string_val[0]
-    assert b"train/entropy_probe/H_orig_tok" in text
-    assert b"train/entropy_probe/steps_to_collapse" in text
+    assert b"entropy_probe/H_orig_tok" in text
+    assert b"entropy_probe/steps_to_collapse" in text
+    assert b"train/" not in text
+    # pictures and words at the end, before the trainer closes its writer
+    (last,) = reader.Images("entropy_probe/1_entropy")
+    assert last.step == 5
+    (summary,) = reader.Tensors("entropy_probe/summary/text_summary")
+    assert b"3 of 5 steps probed" in summary.tensor_proto.string_val[0]
+    assert "entropy_probe/verdict/text_summary" in reader.Tags()["tensors"]
 
 
 def printed(trainer: Trainer, monkeypatch: Any, columns: int = 80) -> tuple[list[str], Any]:
@@ -535,7 +547,7 @@ def test_an_alarm_from_a_logged_entropy_is_logged_under_its_own_step(tmp_path):
     _, callback = train(trainer, LM_PROBE | {"every": 4, "on_alarm": alarms.append})
     (alarm,) = alarms
     assert 9 < alarm.step < 13  # between two probes
-    logged = [entry for entry in trainer.state.log_history if "entropy_probe/collapse_alarm" in entry]
+    logged = [entry for entry in trainer.state.log_history if entry.get("entropy_probe/collapse_alarm")]
     assert [(entry["step"], entry["entropy_probe/collapse_alarm"]) for entry in logged] == [(alarm.step, 1.0)]
     assert [entry["step"] for entry in probe_logs(trainer)] == [1, 5, 9, 13]
     assert callback.watch.history[2]["alarms"] == [alarm.step]

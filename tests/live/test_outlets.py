@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from probe.live.names import PREFIX, scalars
+from probe.live.names import PREFIX, probe_scalars, scalars
 from tests.support.live_loops import TIMES, attach, seeded, small_loop
 
 
@@ -56,7 +56,7 @@ def test_logs_to_a_function_and_to_an_object():
     for seen in (target.seen, calls):
         for (metrics, _), entry in zip(seen, watch.history, strict=True):
             assert {k: v for k, v in metrics.items() if k.split("/")[1] not in TIMES} == {
-                k: v for k, v in scalars(entry).items() if k.split("/")[1] not in TIMES
+                k: v for k, v in probe_scalars(entry).items() if k.split("/")[1] not in TIMES
             }
             assert all(isinstance(x, float) and math.isfinite(x) for x in metrics.values())
             assert type(metrics) is dict

@@ -23,6 +23,7 @@ from probe.live.names import (
     LIVE_KEYS,
     LIVE_NUMBERS,
     LIVE_TEXTS,
+    MAIN,
     PREFIX,
     full_name,
     history_names,
@@ -119,9 +120,9 @@ def test_every_documented_name_occurs():
 def test_all_charts_show_documented_names():
     names = {n for charts in LAYOUT.values() for _, chart in charts.values() for n in chart}
     assert names <= documented()
-    layout = tensorboard_layout("train/")
+    layout = tensorboard_layout()
     shown = {n.strip("^$") for charts in layout.values() for _, chart in charts.values() for n in chart}
-    assert shown == {f"train/{full_name(n)}" for n in names}
+    assert shown == {full_name(n) for n in names}
     assert {kind for charts in layout.values() for kind, _ in charts.values()} == {"Multiline", "Margin"}
 
 
@@ -140,10 +141,13 @@ def test_the_errors_of_curves_are_logged_and_charted_behind_a_prefix_of_their_ow
             [value - 1.96 * se, value + 1.96 * se], rel=1e-3
         )
         assert se == entry[f"{curve}_tok_se"] > 0
-        assert [f"{PREFIX}/{curve}_tok", *ends] in bands
-    extra = [name for name in logged if not name.startswith(f"{PREFIX}/")]
-    assert len(extra) == 15
-    assert sorted(logged)[-15:] == sorted(extra)  # behind all others, wherever names are sorted
+        assert [full_name(f"{curve}_tok"), *ends] in bands
+    main = [name for name in logged if name.startswith(f"{PREFIX}/")]
+    assert len(main) <= len(MAIN) == 12
+    assert sorted(logged)[: len(main)] == sorted(main)  # before all others, wherever names are sorted
+    assert len([name for name in logged if name.startswith(f"{PREFIX}_curves/")]) == 15
+    former = {f"{PREFIX}/{name.partition('/')[2]}": x for name, x in logged.items()}
+    assert history_names(former) == history_names(logged)  # an older log can be gone on from
     assert history_names({**logged, "loss": 1.0}) == {name: entry[name] for name in history_names(logged)}
 
 
@@ -162,7 +166,7 @@ def test_only_finite_numbers_are_logged():
         "not_documented": 1.0,
     }
     found = scalars(entry)
-    assert found == {f"{PREFIX}/every": 1.0, f"{PREFIX}/H_orig_tok": 0.5}
+    assert found == {f"{PREFIX}_details/every": 1.0, f"{PREFIX}/H_orig_tok": 0.5}
     assert all(type(x) is float for x in found.values())
 
 

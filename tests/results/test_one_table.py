@@ -124,10 +124,10 @@ def test_it_is_in_the_table_of_a_sweep(result, tmp_path):
 
 def test_it_is_logged_in_a_training(result):
     logged = scalars(flat_values(result.values))
-    assert logged["entropy_probe/deltaH3_tok"] == 0.0025
-    assert logged["entropy_probe/deltaH3_tok_ci95_high"] == 0.004
-    assert "entropy_probe/deltaH3_ci95_high" not in logged
-    assert "entropy_probe/deltaH3_se" not in logged  # the main changes alone have their errors logged
+    assert logged["entropy_probe_details/deltaH3_tok"] == 0.0025
+    assert logged["entropy_probe_details/deltaH3_tok_ci95_high"] == 0.004
+    assert "entropy_probe_details/deltaH3_ci95_high" not in logged
+    assert "entropy_probe_details/deltaH3_se" not in logged  # the main changes alone have their errors logged
 
 
 def test_it_is_in_the_documentation(result):

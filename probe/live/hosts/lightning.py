@@ -14,8 +14,10 @@ from torch.distributed.fsdp import FSDPModule
 from probe.errors.exceptions import ConfigError
 from probe.live.alarm import OnAlarm
 from probe.live.attach import PROBE_CHECKPOINTS
+from probe.live.names import MAIN, full_name, monitored
+from probe.live.notes import Notes
 from probe.live.optimizers import moved_parameters
-from probe.live.outlets import Log, Outlet, tensorboard_layout
+from probe.live.outlets import Log, Outlet, tensorboard_layout, to_logger
 from probe.live.settings import WatchSettings
 from probe.live.watch import Watch
 from probe.live.zero import is_zero, zero_optimizer
@@ -145,24 +147,37 @@ class LoggerOutlets:
     def __init__(self, strict: bool) -> None:
         """Args: `strict`, whether errors of loggers are raised."""
         self._strict = strict
-        self._outlets: dict[int, Outlet] = {}
+        self._outlets: list[Outlet] = []
 
     def start(self, loggers: Iterable[Any]) -> None:
         """A training begins: no logger has failed yet, and TensorBoard gets the layout of the probe's charts."""
-        self._outlets = {}
+        self._outlets = []
         for logger in loggers:
+            self._outlets.append(Outlet(to_logger(logger), type(logger).__name__, self._strict))
             with contextlib.suppress(Exception):  # it will be said when there is something to log
                 writer: Any = getattr(logger, "experiment", None)
                 if hasattr(writer, "add_custom_scalars"):
                     writer.add_custom_scalars(tensorboard_layout())
 
-    def send(self, loggers: Iterable[Any], numbers: Mapping[str, float], step: int) -> None:
+    def send(self, numbers: Mapping[str, float], step: int) -> None:
         """Log numbers to all of them."""
-        for logger in loggers:
-            if id(logger) not in self._outlets:
-                self._outlets[id(logger)] = _outlet(logger, self._strict)
-            self._outlets[id(logger)].send(numbers, step)
+        for outlet in self._outlets:
+            outlet.send(numbers, step)
+
+    def show(self, notes: Notes, step: int) -> None:
+        """Show what is more than numbers, on those that take it."""
+        for outlet in self._outlets:
+            outlet.show(notes, step)
 
 
-def _outlet(logger: Any, strict: bool) -> Outlet:
-    return Outlet(lambda numbers, step: logger.log_metrics(numbers, step=step), type(logger).__name__, strict)
+def let_monitor(trainer: Trainer, watch: Watch | None) -> None:
+    """Give the last probe's main numbers to callbacks that monitor one (EarlyStopping, ModelCheckpoint).
+
+    They stay until the next probe. Every rank has them, with the same values, as these callbacks need it.
+    """
+    if watch is not None and watch.last is not None:
+        known = monitored(watch.last)
+        gone = [name for name in map(full_name, MAIN) if name not in known]
+        for name in gone:
+            trainer.callback_metrics.pop(name, None)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in known.items()})

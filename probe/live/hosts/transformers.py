@@ -20,17 +20,15 @@ from probe.errors.exceptions import ConfigError, DataError, ProbeError, RolloutE
 from probe.from_checkpoint.options import READ
 from probe.live.alarm import OnAlarm
 from probe.live.attach import PROBE_CHECKPOINTS
+from probe.live.hosts.reporters import passed_over, reporters
 from probe.live.hosts.trl import sampling_changes, trainer_prompts, trainer_update
 from probe.live.names import ALARMS, history_names
-from probe.live.outlets import Log, tensorboard_layout
+from probe.live.notes import Notes
+from probe.live.outlets import Log, LogTo, tensorboard_layout
 from probe.live.say import say
 from probe.live.settings import WatchSettings
 from probe.live.watch import Watch, watch
 from probe.text import error_text
-
-HOST_PREFIX = "train/"
-"""What transformers' reporting callbacks put before names."""
-
 
 LOGGED_ENTROPY = "entropy"
 """Name under which TRL logs the mean entropy of its batches' tokens, nats."""
@@ -129,10 +127,10 @@ def attached(
         return None
     made.schedulers = [trainer.lr_scheduler]
     made.replay(logged_entries(state), logged_levels(state))
-    for callback in trainer.callback_handler.callbacks:
-        writer = getattr(callback, "tb_writer", None)
-        if writer is not None and hasattr(writer, "add_custom_scalars"):
-            writer.add_custom_scalars(tensorboard_layout(HOST_PREFIX))
+    for reporter in reporters(trainer):
+        writer: Any = getattr(reporter.callback, "tb_writer", None)
+        if hasattr(writer, "add_custom_scalars"):
+            writer.add_custom_scalars(tensorboard_layout())
     return made
 
 
@@ -192,16 +190,15 @@ def log_through(trainer: Trainer, numbers: Mapping[str, float], step: int) -> No
     Args:
         trainer: whose log it is.
         numbers: by name.
-        step: not needed: the trainer notes the step that it has counted.
+        step: for what the probe writes to itself; the trainer's log notes the step that it has counted.
     """
-    handler = trainer.callback_handler
-    callbacks = handler.callbacks
-    handler.callbacks = [one for one in callbacks if not prints_logs(one)]
-    try:
+    own = reporters(trainer)
+    printing = [one for one in trainer.callback_handler.callbacks if prints_logs(one)]
+    with passed_over(trainer, [*(one.callback for one in own), *printing]):
         # not `trainer.log`: TRL's empties the averages of its own metrics there, which would change its logs
         Trainer.log(trainer, dict(numbers))
-    finally:
-        handler.callbacks = callbacks
+    for reporter in own:
+        reporter.board.numbers(numbers, step)
 
 
 def prints_logs(callback: TrainerCallback) -> bool:
@@ -215,6 +212,17 @@ def prints_logs(callback: TrainerCallback) -> bool:
         # TRL need not be installed
         home == ("trl.trainer.callbacks", "RichProgressCallback.on_log")
     )
+
+
+def show_through(trainer: Trainer, notes: Notes, step: int) -> None:
+    """Show what is more than numbers where a trainer reports and it can be shown."""
+    for reporter in reporters(trainer):
+        notes.show_on(reporter.board, step)
+
+
+def trainer_log(trainer: Trainer) -> LogTo:
+    """The log of a trainer."""
+    return LogTo(partial(log_through, trainer), partial(show_through, trainer))
 
 
 def logged_entries(state: TrainerState) -> list[dict[str, Any]]:

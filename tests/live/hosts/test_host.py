@@ -15,19 +15,21 @@ def test_every_number_is_logged_under_the_step_that_it_belongs_to():
     def send(numbers: Any, step: int) -> None:
         sent.append((numbers["x"], step))
 
-    host.keep({"x": 0.0}, 1)
-    host.hand_on(send, 0)
+    outlets: Any = SimpleNamespace(send=send)
+
+    host.log({"x": 0.0}, 1)
+    host.hand_on(outlets, 0)
     assert sent == []  # there is no watch
     host.clear()
     watch: Any = SimpleNamespace(step=1, should_stop=False, detach=lambda: None)
     host.watch = watch
-    host.keep({"x": 1.0}, 1)
-    host.hand_on(send, 0)
-    host.keep({"x": 2.0}, 1)  # raised in a batch that takes no step: of the step before
-    host.hand_on(send, 1)
-    host.keep({"x": 3.0}, 1)  # raised in the next one, before it takes its step
+    host.log({"x": 1.0}, 1)
+    host.hand_on(outlets, 0)
+    host.log({"x": 2.0}, 1)  # raised in a batch that takes no step: of the step before
+    host.hand_on(outlets, 1)
+    host.log({"x": 3.0}, 1)  # raised in the next one, before it takes its step
     watch.step = 2
-    host.keep({"x": 4.0}, 2)
-    host.hand_on(send, 1)
-    host.hand_on(send, 2)
+    host.log({"x": 4.0}, 2)
+    host.hand_on(outlets, 1)
+    host.hand_on(outlets, 2)
     assert sent == [(1.0, 0), (2.0, 0), (3.0, 0), (4.0, 1)]
