@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from probe.callbacks.base import ProbeCallback
 from probe.errors.exceptions import LogError
-from probe.files.atomic import atomic_write_bytes, ensure_replaceable
+from probe.files.atomic import ensure_replaceable
 from probe.loading.tokenizer import token_decoder
-from probe.logs.document import build_log
-from probe.report.html.run import run_page
+from probe.report.html.run import write_page
 
 if TYPE_CHECKING:
     from probe.module import EntropyProbe
@@ -39,21 +38,12 @@ class HtmlReport(ProbeCallback):
 
     def on_report_end(self, runner: ProbeRunner, module: EntropyProbe, result: ProbeResult) -> None:
         """Write the file."""
-        if not runner.fabric.is_global_zero and not runner.state.sharded:
-            return
-        # where processes hold parts of the step, all of them make its log together
-        document = build_log(
-            result,
-            runner.state,
-            level="debug",
-            log_sequences=runner.config.detailed_logging.log_sequences,
-            log_raw_tensors=False,
-            token_text=token_decoder(module.tokenizer),
-        )
-        if not runner.fabric.is_global_zero:
+        writes, config = runner.fabric.is_global_zero, runner.config.detailed_logging
+        if not (writes or runner.state.sharded):
             return
         try:
-            atomic_write_bytes(self.path, run_page(document, result.config).encode("utf-8"))
-            runner.written["report"] = str(self.path)
+            write_page(self.path, result, runner.state, config, token_decoder(module.tokenizer), writes)
         except LogError as error:
             runner.errors.append(error)
+        else:
+            runner.written["report"] = str(self.path)

@@ -10,9 +10,15 @@ from typing import Any
 from probe.callbacks.defaults import default_callbacks
 from probe.config.files import read_config_file
 from probe.config.parsing import ResolvedConfig, parse_config
+from probe.errors.exceptions import ConfigError
+from probe.loading.tokenizer import token_decoder
 from probe.module import EntropyProbe
+from probe.report.figures import result_figures
+from probe.report.html.run import write_page
+from probe.report.notebook import Figures, Results, ShownResult, card, result_card
 from probe.results.result import ProbeResult
 from probe.runner import ProbeRunner, TrainerSection
+from probe.text import printable
 
 
 class OfflineEntropyProbe:
@@ -56,14 +62,15 @@ class OfflineEntropyProbe:
         """
         return cls(read_config_file(path))
 
-    def run_mixed_probe(self, checkpoint_path: str | Path | None = None) -> dict[str, Any]:
+    def run_mixed_probe(self, checkpoint_path: str | Path | None = None) -> Results:
         """Run the phases that the configuration asks for.
 
         Args:
             checkpoint_path: probe this checkpoint instead of `checkpoint.checkpoint_path`.
 
         Returns:
-            The result mapping, see `probe.results.RESULT_KEYS`; plain Python types throughout.
+            The result mapping, see `probe.results.RESULT_KEYS`: a dictionary of plain Python types throughout, which
+            a notebook shows, and which has `.plot()`.
 
         Raises:
             ProbeError: whatever went wrong, in one line. A result that could not be written is on the exception as
@@ -76,12 +83,58 @@ class OfflineEntropyProbe:
         if self._module is None:
             self._module = EntropyProbe(self._resolved.probe, self._resolved.seed, self._resolved.given)
         callbacks = default_callbacks(self._module.config)
-        return dict(self.runner.run(self._module, callbacks, self._resolved.mapping).values)
+        return Results(self.runner.run(self._module, callbacks, self._resolved.mapping).values)
 
     @property
-    def result(self) -> ProbeResult | None:
+    def result(self) -> ShownResult | None:
         """The last run's result object."""
+        return None if self.runner.result is None else ShownResult.of(self.runner.result)
+
+    def plot(self) -> Figures:
+        """The figures of the last run.
+
+        Raises:
+            ConfigError: nothing has run.
+        """
+        return Figures(result_figures(self._last().values))
+
+    def report(self, path: str | Path) -> Path:
+        """Write the last run as one self-contained HTML page, as `output.report_path` does.
+
+        Args:
+            path: the file, replaced as a whole.
+
+        Returns:
+            The path.
+
+        Raises:
+            ConfigError: nothing has run.
+            LogError: the file cannot be written.
+        """
+        result, config = self._last(), self.runner.config.detailed_logging
+        tokenizer = None if self._module is None else self._module.tokenizer
+        return write_page(path, result, self.runner.state, config, token_decoder(tokenizer))
+
+    def _last(self) -> ProbeResult:
+        """The last run's result.
+
+        Raises:
+            ConfigError: nothing has run.
+        """
+        if self.runner.result is None:
+            raise ConfigError("expected a finished run, found none; call run_mixed_probe() first")
         return self.runner.result
+
+    def __repr__(self) -> str:
+        checkpoint = self.config["checkpoint"]["checkpoint_path"]
+        sizes = ", ".join(f"{name}={self.config['batch_config'][name]}" for name in ("B_E", "B_U", "G"))
+        ran = "not run yet" if self.runner.result is None else f"last run {self.runner.result.verdict.word}"
+        return printable(f"OfflineEntropyProbe({checkpoint!r}, {sizes}; {ran})")
+
+    def _repr_html_(self) -> str:
+        """What is probed, and the last result, for a notebook."""
+        values = {} if self.runner.result is None else self.runner.result.values
+        return result_card(values, repr(self)) if values else card(repr(self), [], (), ())
 
     def _use(self, resolved: ResolvedConfig) -> None:
         """Take another configuration over, dropping the loaded policy where it is another one."""

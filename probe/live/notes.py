@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from probe.live.alarm import Alarm
 from probe.live.settings import WatchSettings
-from probe.live.summary import Summary
 from probe.report.boards import Board
 from probe.report.drawing import pixels
 from probe.report.markdown import escaped, verdict_markdown
+from probe.report.summary import Summary
 from probe.report.tags import PREFIX
 from probe.report.training_figures import training_figures
 

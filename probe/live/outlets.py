@@ -15,8 +15,8 @@ from probe.live.outcome import Outcome
 from probe.live.say import say
 from probe.live.schedule import Schedule
 from probe.live.settings import WatchSettings
-from probe.live.summary import Summary
 from probe.report.boards import LIGHTNING_STEP, TensorBoardWriter, TrackedRun, board_of
+from probe.report.summary import Summary
 from probe.snapshot import isolated_rng
 from probe.text import error_text
 

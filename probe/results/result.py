@@ -53,7 +53,7 @@ class StepResult:
         return judge(Facts(numbers, self.diagnostics, self.sizes.B_E, self.learning_rate, len(numbers)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ProbeResult(StepResult):
     """What one run found, and of what.
 
@@ -80,6 +80,9 @@ class ProbeResult(StepResult):
     throughput: Mapping[str, Mapping[str, float]]
     attribution: Mapping[str, Any] | None = None
     what_if: Mapping[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.checkpoint_name!r}: {self.verdict.word}>"
 
     @cached_property
     def values(self) -> Mapping[str, Any]:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from probe.errors.exceptions import LogError
 from probe.estimand import TOKEN
+from probe.report.notebook import Figures, html_table
 from probe.report.numbers import with_error
 from probe.sweep.curves import SIZES, estimands, finished, numbers, varying
 from probe.sweep.plots.style import plot_style
@@ -26,17 +21,6 @@ COORDINATES = ("checkpoint_name", "seed", *SIZES, "learning_rate")
 """Columns that say which point a row is."""
 MOST_ROWS = 200
 """Rows of the table that a notebook shows."""
-
-
-class Figures(dict[str, Figure]):
-    """Figures by name; a notebook shows them one below the other."""
-
-    def _repr_html_(self) -> str:
-        """Every figure as an image inside of the page."""
-        return "\n".join(
-            f'<p><img alt="{escape(name)}" src="data:image/png;base64,{_png(figure)}"></p>'
-            for name, figure in self.items()
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +66,7 @@ class Sweep:
             rows.append([*(_cell(row[name]) for name in shown), _cell(word), *changes])
         left_out = f", the first {MOST_ROWS} shown" if len(table) > MOST_ROWS else ""
         caption = f"{len(ok)} of {len(table)} points finished{left_out}{''.join(f'; {one}' for one in same)}"
-        return _html_table(caption, columns, rows)
+        return html_table(caption, columns, rows)
 
 
 def load_sweep(folder: str | Path) -> Sweep:
@@ -115,18 +99,3 @@ def _cell(value: Any) -> str:
     if pd.isna(value):
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _html_table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of escaped texts."""
-    head = "".join(f"<th>{escape(one)}</th>" for one in columns)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(one)}</td>' for one in row)}</tr>\n" for row in rows)
-    return f"<table>\n<caption>{escape(caption)}</caption>\n<tr>{head}</tr>\n{body}</table>"
-
-
-def _png(figure: Figure) -> str:
-    """A figure as a PNG file in base64."""
-    buffer = io.BytesIO()
-    with plot_style():
-        FigureCanvasAgg(figure).print_png(buffer)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -37,3 +37,29 @@ def test_nothing_is_reported_before_a_probe(tmp_path):
     with watch, pytest.raises(ConfigError, match="expected at least one probed step, found none in 0 steps"):
         watch.report(tmp_path / "training.html")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_and_a_notebook_show_the_last_probes(watched):
+    text = repr(watched)
+    assert text.startswith("Watch: 3 of 3 steps probed\nstep 3: H ")
+    page = watched._repr_html_()
+    assert page.count("<tr>") == 4
+    assert "<script" not in page
+    for entry in watched.history:
+        assert f"<td>{entry['verdict']}</td>" in page
+
+
+def test_figures_of_a_training(watched):
+    figures = watched.plot()
+    assert "1_entropy" in figures
+    assert "data:image/png;base64," in figures._repr_html_()
+
+
+def test_a_watch_that_has_seen_nothing():
+    loop = small_loop()
+    watch = attach(loop.model, loop.optimizers[0])
+    with watch:
+        assert repr(watch) == "Watch: 0 of 0 steps probed"
+        assert "0 of 0 steps" in watch._repr_html_()
+        with pytest.raises(ConfigError, match="plot: expected at least one probed step"):
+            watch.plot()

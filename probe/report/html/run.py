@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from probe.config.output import DetailedLoggingConfig
 from probe.estimand import ESTIMANDS
+from probe.files.atomic import atomic_write_bytes
+from probe.logs.document import build_log
 from probe.report.attribution import Table, beside_what_if, top_tokens_table
 from probe.report.html.charts import (
     change_chart,
@@ -22,6 +27,10 @@ from probe.report.html.responses import MOST_TOKENS, response_data
 from probe.report.rows import entropy_rows, estimator_rows, settings_rows, time_rows, trust_rows
 from probe.report.words import answer, verdict_meaning
 
+if TYPE_CHECKING:
+    from probe.phases.state import ProbeState
+    from probe.results.result import ProbeResult
+
 SECTIONS = {
     "verdict": "Verdict",
     "changes": "Predicted and measured",
@@ -34,6 +43,45 @@ SECTIONS = {
     "configuration": "Configuration",
 }
 """Sections of the page, by their ids."""
+
+
+def write_page(
+    path: str | os.PathLike[str],
+    result: ProbeResult,
+    state: ProbeState,
+    config: DetailedLoggingConfig,
+    token_text: Callable[[int], str] | None,
+    writes: bool = True,
+) -> Path:
+    """Write a run as one page: what a log of the level `debug` has for people, whatever the level of the log.
+
+    Where processes hold parts of the step, all of them call this together.
+
+    Args:
+        path: the file, replaced as a whole.
+        result: what the run found.
+        state: what it produced on the way.
+        config: says whether texts are left out.
+        token_text: the text of a token id; None where there is no tokenizer.
+        writes: whether this process writes.
+
+    Returns:
+        The path.
+
+    Raises:
+        LogError: the file cannot be written.
+    """
+    document = build_log(
+        result,
+        state,
+        level="debug",
+        log_sequences=config.log_sequences,
+        log_raw_tensors=False,
+        token_text=token_text,
+    )
+    if writes:
+        atomic_write_bytes(path, run_page(document, result.config).encode("utf-8"))
+    return Path(path)
 
 
 def run_page(

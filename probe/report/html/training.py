@@ -102,7 +102,7 @@ def training_page(
 
 def _state(last: Mapping[str, Any], alarms: Sequence[int]) -> tuple[str, str]:
     """How it stands: the class of its card, and its words."""
-    outlook = _outlook(last)
+    outlook = outlook_of(last)
     if outlook.startswith(("collapsed", "exploded")):
         return "invalid", f"The policy's entropy has {outlook}"
     if outlook.startswith(("collapse", "explosion")):
@@ -112,7 +112,7 @@ def _state(last: Mapping[str, Any], alarms: Sequence[int]) -> tuple[str, str]:
     return "unresolved", "No forecast yet: it takes three probes"
 
 
-def _outlook(entry: Mapping[str, Any]) -> str:
+def outlook_of(entry: Mapping[str, Any]) -> str:
     """The forecast in words; of a log, which has numbers alone, in fewer."""
     if entry.get("outlook"):
         return str(entry["outlook"])
@@ -131,15 +131,15 @@ def _outlook(entry: Mapping[str, Any]) -> str:
 def _answer(history: Sequence[Mapping[str, Any]]) -> list[str]:
     """What happened so far, in sentences; nats per token."""
     first, last = history[0], history[-1]
-    H = _cell(last, "H_orig_tok")
+    H = number_of(last, "H_orig_tok")
     sentences = [f"Entropy before step {last['step']}: {H} nats per token."]
     if len(history) > 1 and last.get("cumulative_H_tok") is not None:
         changes = ("cumulative_H_tok", "cumulative_deltaH_true_tok", "cumulative_deltaH1_tok")
-        levels, measured, predicted = (_cell(last, name) for name in changes)
+        levels, measured, predicted = (number_of(last, name) for name in changes)
         sentences[0] = (
-            f"From step {first['step']} to step {last['step']} the entropy went from {_cell(first, 'H_orig_tok')} to "
-            f"{H} nats per token: {levels} by its levels, {measured} by the changes measured step by step, {predicted} "
-            "by those predicted."
+            f"From step {first['step']} to step {last['step']} the entropy went from "
+            f"{number_of(first, 'H_orig_tok')} to {H} nats per token: {levels} by its levels, {measured} by the "
+            f"changes measured step by step, {predicted} by those predicted."
         )
     alarms = [step for entry in history for step in entry.get("alarms", ())]
     if alarms:
@@ -286,10 +286,10 @@ def _largest(history: Sequence[Mapping[str, Any]]) -> list[Table]:
             Row(
                 f"step {entry['step']}",
                 (
-                    _cell(entry, "deltaH_true_tok"),
-                    _cell(entry, "deltaH1_tok"),
-                    _cell(entry, "deltaH1_momentum_tok"),
-                    _cell(entry, "deltaH1_gradient_tok"),
+                    number_of(entry, "deltaH_true_tok"),
+                    number_of(entry, "deltaH1_tok"),
+                    number_of(entry, "deltaH1_momentum_tok"),
+                    number_of(entry, "deltaH1_gradient_tok"),
                 ),
                 str(entry.get("verdict", "")),
             )
@@ -305,15 +305,15 @@ def _probe_row(entry: Mapping[str, Any]) -> dict[str, Any]:
     reasons = entry.get("verdict_reasons") or ()
     return {
         "step": entry["step"],
-        "cells": [_cell(entry, name) for name in ("H_orig_tok", "deltaH1_tok", "deltaH_true_tok")],
+        "cells": [number_of(entry, name) for name in ("H_orig_tok", "deltaH1_tok", "deltaH_true_tok")],
         "verdict": entry.get("verdict", ""),
         "alarms": ", ".join(f"alarm after step {step}" for step in entry.get("alarms", ())),
-        "outlook": _outlook(entry),
+        "outlook": outlook_of(entry),
         "reason": reasons[0] if reasons else "",
     }
 
 
-def _cell(entry: Mapping[str, Any], name: str) -> str:
+def number_of(entry: Mapping[str, Any], name: str) -> str:
     """A number of the history with its error."""
     value = entry.get(name)
     return NOT_RESOLVED if value is None else with_error(value, entry.get(f"{name}_se"))
