@@ -35,7 +35,7 @@ from probe.data.arithmetic import PROMPT_TEMPLATE, arithmetic_rows
 from probe.data.rewards import exact_number
 from probe.demo.cache import ensure_demo_checkpoint
 from probe.demo.grpo import LINEAR_LAYERS
-from probe.sweep.plots.style import DIFFERENCE, FLOOR, MEASURED, PREDICTED, SPREAD, make_figure, plot_style
+from probe.sweep.plots.style import DIFFERENCE, FLOOR, MEASURED, PREDICTED, SPREAD, plot_style
 
 COLLAPSING, HEALTHY = 1e-3, 1e-4
 """Constant learning rates."""
@@ -330,8 +330,9 @@ def print_table(runs: Sequence[Run]) -> None:
 def collapse_figure(run: Run, healthy: Run | None) -> Figure:
     """Levels, changes per step and forecasts of the collapsing run; the healthy one is a thin line in the first."""
     title = f"GRPO with TRL, learning rate {run.learning_rate:g}, {run.steps} steps"
-    figure, axes = make_figure(1, 3, title, share_x=False, row_height=3.6)
-    level, change, ahead = axes[0]
+    figure = Figure(figsize=(14.8, 4.3), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    level, change, ahead = figure.subplots(1, 3)
     level_panel(level, run, healthy)
     change_panel(change, run)
     forecast_panel(ahead, run)

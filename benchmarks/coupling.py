@@ -29,7 +29,7 @@ from probe.attribution.coupling import TOKEN_TERMS
 from probe.config.files import read_config_file
 from probe.demo.build import build_demo
 from probe.demo.recipe import DemoRecipe
-from probe.sweep.plots.style import CURVES, make_figure, plot_style
+from probe.sweep.plots.style import CURVES, plot_style
 
 STEPS = (2, 5, 10, 20, 40, 80)
 RANKS = (1, 2, 4, 8, 16, 32)
@@ -142,7 +142,9 @@ def print_league(runs: Sequence[Found]) -> None:
 def figure_of(by_steps: Mapping[int, Sequence[Found]], by_rank: Mapping[int, Sequence[Found]]) -> Figure:
     """Shares over training and against the rank: of all changes, and the mean over states."""
     with plot_style():
-        figure, axes = make_figure(2, 2, "Whose doing is the change of a state's entropy?", share_x=False)
+        figure = Figure(figsize=(10.2, 6.9), layout="constrained")
+        figure.suptitle("Whose doing is the change of a state's entropy?", fontsize=11)
+        axes = figure.subplots(2, 2)
         ways = (("size_share", "share of all changes"), ("mean_share", "share, mean of states"))
         for row, (which, words) in zip(axes, ways, strict=True):
             for axis, table, label in zip(

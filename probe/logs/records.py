@@ -6,7 +6,7 @@ Shapes: `B` sequences, `T` response positions. Numbers made for reading are roun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,17 +94,23 @@ def sequence_records(state: ProbeState, texts: bool, rows: bool = False) -> dict
     return section
 
 
-def token_records(state: ProbeState, texts: bool, token_text: Callable[[int], str] | None) -> dict[str, Any]:
+def token_records(
+    state: ProbeState,
+    texts: bool,
+    token_text: Callable[[int], str] | None,
+    batches: Sequence[str] = ("E", "U"),
+) -> dict[str, Any]:
     """For every sequence of E and U its tokens in order, as columns of equal length.
 
     Args:
         state: what the run produced.
         texts: whether token ids and token texts are included.
         token_text: the text of one token id; without it the texts are left out.
+        batches: names of those that are wanted.
     """
     section: dict[str, Any] = {}
     for name, batch in (("E", state.E), ("U", state.U)):
-        if batch is None:
+        if batch is None or name not in batches:
             continue
         arrays = _token_arrays(state, name)
         section[name] = []

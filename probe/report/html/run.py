@@ -13,6 +13,7 @@ from probe.config.output import DetailedLoggingConfig
 from probe.estimand import ESTIMANDS
 from probe.files.atomic import atomic_write_bytes
 from probe.logs.document import build_log
+from probe.logs.records import token_records
 from probe.report.attribution import Table, beside_what_if, top_tokens_table
 from probe.report.html.charts import (
     change_chart,
@@ -53,7 +54,7 @@ def write_page(
     token_text: Callable[[int], str] | None,
     writes: bool = True,
 ) -> Path:
-    """Write a run as one page: what a log of the level `debug` has for people, whatever the level of the log.
+    """Write a run as one page, with everything that a log of the level `debug` has for people.
 
     Where processes hold parts of the step, all of them call this together.
 
@@ -71,14 +72,9 @@ def write_page(
     Raises:
         LogError: the file cannot be written.
     """
-    document = build_log(
-        result,
-        state,
-        level="debug",
-        log_sequences=config.log_sequences,
-        log_raw_tensors=False,
-        token_text=token_text,
-    )
+    # of the level debug only U's tokens: those of E may be many more, and a page does not show them
+    document = build_log(result, state, level="detailed", log_sequences=config.log_sequences)
+    document["tokens"] = token_records(state, config.log_sequences is not False, token_text, ("U",))
     if writes:
         atomic_write_bytes(path, run_page(document, result.config).encode("utf-8"))
     return Path(path)
