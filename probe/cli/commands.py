@@ -12,8 +12,9 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from probe.callbacks.defaults import default_callbacks
-from probe.cli.parser import Command, parse
+from probe.cli.parser import COMPARE, Command, parse
 from probe.cli.texts import NEXT_STEPS, SUMMARIES
+from probe.errors.exceptions import ConfigError
 from probe.module import EntropyProbe
 from probe.plan.command import execute as execute_plan
 from probe.plan.sizes import Plan
@@ -58,7 +59,7 @@ class ProbeCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The methods of this class that are commands."""
-        return {name: set() for name in SUMMARIES}
+        return {name: set() for name in SUMMARIES if name != COMPARE}
 
     def setup_parser(self, add_subcommands: bool, *_: Any) -> None:
         """Nothing to set up: `parse` makes its own."""
@@ -69,6 +70,10 @@ class ProbeCLI(LightningCLI):
         understood: Any = args
         if not isinstance(understood, Command):
             understood = parse(list(sys.argv[1:] if args is None else args), lambda: TrainerSection)
+        if not isinstance(understood, Command):
+            raise ConfigError(
+                f"expected a command that runs a probe, found {COMPARE}; call probe.compare instead"
+            )
         name = understood.name
         self.command, self.config = understood, Namespace({"subcommand": name, name: Namespace()})
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from types import ModuleType
 
 from probe import __version__
-from probe.cli.parser import parse
+from probe.cli.parser import Comparing, parse
 from probe.cli.shorthands import shorthands
 from probe.distributed.environment import first_process
 from probe.errors.exceptions import ProbeError
@@ -57,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with terminated_like_interrupted(), quiet_console():
             command = parse(shorthands(args) or ["--help"], lambda: _commands().TrainerSection)
-            _commands().ProbeCLI(command)
+            if isinstance(command, Comparing):
+                _module("probe.cli.compare").execute(command)
+            else:
+                _commands().ProbeCLI(command)
     except IncompleteSweepError as error:
         return _fail(error, text_of(error), INCOMPLETE, debug)
     except ProbeError as error:
@@ -75,12 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _commands() -> ModuleType:
     """What does the work, with all libraries; a command line that is wrong is refused without them."""
+    return _module("probe.cli.commands")
+
+
+def _module(name: str) -> ModuleType:
+    """A module that needs libraries."""
     try:
-        commands = importlib.import_module("probe.cli.commands")
+        found = importlib.import_module(name)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt("interrupted while starting") from error
     _quieten_libraries()  # once more: some set their level when they are imported
-    return commands
+    return found
 
 
 class Terminated(KeyboardInterrupt):

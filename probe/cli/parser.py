@@ -32,6 +32,8 @@ OWN_SECTIONS: dict[str, type] = {"sweep": SweepConfig, "plan": PlanConfig}
 """The sections that only one subcommand has, by its name."""
 SWITCHED_ON = {"attribute": ("attribution",), "whatif": ("attribution", "whatif")}
 """The sections that a subcommand switches on."""
+COMPARE = "compare"
+"""The subcommand that reads logs and runs nothing."""
 QUICKSTART = SHIPPED_CONFIGS / "quickstart.yaml"
 
 
@@ -56,6 +58,23 @@ class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 @dataclass(frozen=True)
+class Comparing:
+    """`entropy-probe compare`, understood: the one command that is no run.
+
+    Attributes:
+        a: the log of run A.
+        b: the log of run B.
+        unpaired: whether independent errors are taken where E differs.
+        results_path: the JSON file to write; None for none.
+    """
+
+    a: str
+    b: str
+    unpaired: bool
+    results_path: str | None
+
+
+@dataclass(frozen=True)
 class Command:
     """A command line that was understood.
 
@@ -72,7 +91,7 @@ class Command:
     plan: PlanConfig | None = None
 
 
-def parse(args: list[str], classes: Callable[[], type]) -> Command:
+def parse(args: list[str], classes: Callable[[], type]) -> Command | Comparing:
     """Parse a command line whose shorthands are written out.
 
     Args:
@@ -89,9 +108,12 @@ def parse(args: list[str], classes: Callable[[], type]) -> Command:
         return _parse(args, classes())
 
 
-def _parse(args: list[str], trainer: type) -> Command:
+def _parse(args: list[str], trainer: type) -> Command | Comparing:
     """See `parse`."""
-    parsers = {name: _subcommand_parser(name, trainer) for name in SUMMARIES}
+    parsers = {
+        name: _compare_parser() if name == COMPARE else _subcommand_parser(name, trainer)
+        for name in SUMMARIES
+    }
     parser = _main_parser(parsers)
     try:
         with current_directory_importable():
@@ -100,8 +122,14 @@ def _parse(args: list[str], trainer: type) -> Command:
         if trainer is NO_LIBRARIES and re.search(r"trainer\.(callbacks|logger)", str(error)):
             raise _NeedsClassesError from error
         asked = args[0] if args and args[0] in parsers else "run"
+        if asked == COMPARE:
+            text = " ".join(str(error).replace(f"{COMPARE}.", "").split())
+            raise ConfigError(f"{text}; usage: entropy-probe {COMPARE} {USAGE[COMPARE]}") from error
         raise ConfigError(name_list(explain(str(error), parsers[asked]))) from error
     name = config.subcommand
+    if name == COMPARE:
+        given = config[COMPARE]
+        return Comparing(given.A, given.B, given.unpaired, given["output.results_path"])
     resolved = resolve(parsers[name], config[name], _given(name, own[name]))
     for section in OWN_SECTIONS:
         resolved.mapping.pop(section, None)  # the rest is what describes a run
@@ -152,6 +180,26 @@ def _subcommand_parser(name: str, trainer: type) -> ArgumentParser:
     (checkpoint,) = (action for action in parser._actions if action.option_strings == ["--checkpoint"])
     checkpoint.help = "Folder of the checkpoint, or a YAML file with this section."
     checkpoint.metavar = "FOLDER"
+    return parser
+
+
+def _compare_parser() -> ArgumentParser:
+    """The parser of `compare`, which has no configuration."""
+    parser = ArgumentParser(
+        exit_on_error=False,
+        description=DESCRIPTIONS[COMPARE],
+        usage=f"entropy-probe {COMPARE} {USAGE[COMPARE]}",
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument("A", type=str, help="Main log of a run (.json or .json.gz), from level detailed on.")
+    parser.add_argument("B", type=str, help="Main log of another run on the same E.")
+    parser.add_argument(
+        "--unpaired", action="store_true", help="Where E differs, take the errors as independent."
+    )
+    parser.add_argument(
+        "--output.results_path", type=str | None, default=None, help="Write the comparison to this JSON file."
+    )
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     return parser
 
 
