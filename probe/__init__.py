@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from probe.live.watch import watch
     from probe.module import EntropyProbe
     from probe.offline import OfflineEntropyProbe
+    from probe.report.compare import compare
     from probe.results.result import ProbeResult
     from probe.runner import ProbeRunner
 
@@ -41,6 +42,7 @@ _HOME = {
     "ProbeResult": "probe.results",
     "ProbeRunner": "probe.runner",
     "RolloutRecorderCallback": "probe.callbacks.rollout_recorder",
+    "compare": "probe.report.compare",
     "default_callbacks": "probe.callbacks.defaults",
     "load_log": "probe.files.log_files",
     "watch": "probe.live.watch",
@@ -56,6 +58,7 @@ __all__ = [
     "ProbeResult",
     "ProbeRunner",
     "RolloutRecorderCallback",
+    "compare",
     "default_callbacks",
     "load_log",
     "watch",

@@ -153,6 +153,7 @@ def tiny_run(tmp_path, monkeypatch):
         }
         config["batch_config"]["reward"] = "exact_number"
         config["generation"] = {"max_new_tokens": 4}
+        config["detailed_logging"] = {"level": "detailed"}
         return config
 
     monkeypatch.setattr("probe.offline.read_config_file", read)
@@ -162,7 +163,7 @@ def tiny_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("block", blocks("python"))
 def test_python_blocks_run(block, tmp_path, tiny_run):
     stand_in = next((make for sign, make in STAND_INS.items() if sign in block), dict)
-    for path in re.findall(r'load_log\("(.*?)"\)', block):
+    for path in re.findall(r'"([\w./-]+\.json\.gz)"', block):
         probe.OfflineEntropyProbe.from_config_file("quickstart").run_mixed_probe()
         (log,) = Path("lightning_logs").glob("20*/*.json.gz")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -183,6 +184,7 @@ def started(monkeypatch) -> list[tuple[str, Any]]:
         calls.append((command.name, EntropyProbe(resolved.probe, resolved.seed, resolved.given)))
 
     monkeypatch.setattr("probe.cli.commands.ProbeCLI", note)
+    monkeypatch.setattr("probe.cli.compare.execute", lambda command: calls.append(("compare", command)))
     for name in ("my.yaml", "run.yaml"):  # the reader's own
         Path(name).write_text("batch_config: {B_E: 8}\n")
     return calls
@@ -212,7 +214,9 @@ def test_commands_are_understood(block, started, capsys):
 @pytest.mark.parametrize("text", [DESCRIPTION, *DESCRIPTIONS.values(), NEXT_STEPS.replace("{bin}", "  ")])
 def test_the_examples_of_help_and_demo_are_understood(text, started, capsys):
     examples = re.findall(
-        r"^ +entropy-probe ((?:run|demo|sweep|plan|attribute|whatif)(?:.*\\\n)*.*)$", text, re.MULTILINE
+        r"^ +entropy-probe ((?:run|demo|sweep|plan|attribute|whatif|compare)(?:.*\\\n)*.*)$",
+        text,
+        re.MULTILINE,
     )
     assert examples
     for example in examples:

@@ -59,7 +59,7 @@ class ProbeCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The methods of this class that are commands."""
-        return {name: set() for name in SUMMARIES}
+        return {name: set() for name in SUMMARIES if name != COMPARE}
 
     def setup_parser(self, add_subcommands: bool, *_: Any) -> None:
         """Nothing to set up: `parse` makes its own."""

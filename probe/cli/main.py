@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from types import ModuleType
 
 from probe import __version__
-from probe.cli.parser import Reading, check_subcommand, parse
+from probe.cli.parser import READERS, Reading, check_subcommand, parse
 from probe.cli.shorthands import shorthands
 from probe.distributed.environment import first_process
 from probe.errors.exceptions import ProbeError
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_subcommand(args)
             command = parse(shorthands(args) or ["--help"], lambda: _commands().TrainerSection)
             if isinstance(command, Reading):
-                importlib.import_module("probe.cli.old_logs").write_report(**command.options)
+                _module(READERS[command.name]).execute(**command.options)
             else:
                 _commands().ProbeCLI(command)
     except IncompleteSweepError as error:
@@ -80,12 +80,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _commands() -> ModuleType:
     """What does the work, with all libraries; a command line that is wrong is refused without them."""
+    return _module("probe.cli.commands")
+
+
+def _module(name: str) -> ModuleType:
+    """A module that needs libraries."""
     try:
-        commands = importlib.import_module("probe.cli.commands")
+        found = importlib.import_module(name)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt("interrupted while starting") from error
     _quieten_libraries()  # once more: some set their level when they are imported
-    return commands
+    return found
 
 
 class Terminated(KeyboardInterrupt):

@@ -28,7 +28,7 @@ READ = (
 """What a page can be made from."""
 
 
-def write_report(log: str, output: str | None = None) -> Path:
+def execute(log: str, output: str | None = None) -> Path:
     """Make the page of a run or a training, and say where it is.
 
     Args:

@@ -33,8 +33,8 @@ OWN_SECTIONS: dict[str, type] = {"sweep": SweepConfig, "plan": PlanConfig}
 """The sections that only one subcommand has, by its name."""
 SWITCHED_ON = {"attribute": ("attribution",), "whatif": ("attribution", "whatif")}
 """The sections that a subcommand switches on."""
-READERS = ("report",)
-"""The subcommands that read what runs and trainings have left, and need no configuration."""
+READERS = {"report": "probe.cli.old_logs", "compare": "probe.cli.compare"}
+"""The subcommands that read what runs and trainings have left and need no configuration, with what executes them."""
 QUICKSTART = SHIPPED_CONFIGS / "quickstart.yaml"
 
 
@@ -148,12 +148,13 @@ def _parse(args: list[str], trainer: type) -> Command | Reading:
         if trainer is NO_LIBRARIES and re.search(r"trainer\.(callbacks|logger)", str(error)):
             raise _NeedsClassesError from error
         asked = args[0] if args and args[0] in parsers else "run"
+        if asked in READERS:
+            text = " ".join(str(error).replace(f"{asked}.", "").split())
+            raise ConfigError(f"{text}; usage: entropy-probe {asked} {USAGE[asked]}") from error
         raise ConfigError(name_list(explain(str(error), parsers[asked]))) from error
     name = config.subcommand
     if name in READERS:
-        options = vars(config[name])
-        options.pop("debug", None)
-        return Reading(name, options)
+        return Reading(name, _reading_options(config[name]))
     resolved = resolve(parsers[name], config[name], _given(name, own[name]))
     for section in OWN_SECTIONS:
         resolved.mapping.pop(section, None)  # the rest is what describes a run
@@ -215,12 +216,34 @@ def _reader_parser(name: str) -> ArgumentParser:
         usage=f"entropy-probe {name} {USAGE[name]}",
         formatter_class=_HelpFormatter,
     )
-    parser.add_argument("log", type=str, help="What a run or a training has left; see above.", metavar="LOG")
-    parser.add_argument(
-        "--output", type=str, help="The HTML file to write; by default beside LOG.", metavar="FILE"
-    )
+    if name == "report":
+        parser.add_argument("log", type=str, help="What a run or a training has left.", metavar="LOG")
+        parser.add_argument(
+            "--output", type=str, help="The HTML file to write; by default beside LOG.", metavar="FILE"
+        )
+    else:
+        parser.add_argument(
+            "A", type=str, help="Main log of a run (.json or .json.gz), from level detailed on."
+        )
+        parser.add_argument("B", type=str, help="Main log of another run on the same E.")
+        parser.add_argument(
+            "--unpaired", action="store_true", help="Where E differs, take the errors as independent."
+        )
+        parser.add_argument(
+            "--output.results_path",
+            type=str | None,
+            default=None,
+            help="Write the comparison to this JSON file.",
+        )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     return parser
+
+
+def _reading_options(given: Namespace) -> dict[str, Any]:
+    """The arguments of a subcommand that reads files, by the names that its function has for them."""
+    return {
+        key.rpartition(".")[2].lower(): value for key, value in given.items(branches=False) if key != "debug"
+    }
 
 
 def _usage(text: str) -> str:

@@ -10,6 +10,7 @@ USAGE = {
     "sweep": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--LIST VALUES ...] [--section.key VALUE ...]",
     "plan": "[--config NAME_OR_FILE] [--checkpoint FOLDER] [--pilot_B_E N] [--section.key VALUE ...]",
     "report": "LOG [--output FILE]",
+    "compare": "A B [--unpaired] [--output.results_path FILE.json]",
 }
 """What the help of a subcommand begins with."""
 SUMMARIES = {
@@ -20,6 +21,7 @@ SUMMARIES = {
     "sweep": "Probe a grid of learning rates, batch sizes, seeds and checkpoints; can be stopped and continued.",
     "plan": "From one small pilot: how large E and U must be to resolve the update, and what that would cost.",
     "report": "Make one HTML page of what a run or a training has left: a log, a trainer's state, TensorBoard events.",
+    "compare": "Say what one run has more than another on the same E, with errors that know what they share.",
 }
 """What the help says of each subcommand."""
 DESCRIPTION = """Predict and measure what the next update does to a policy's entropy.
@@ -33,6 +35,7 @@ examples:
   entropy-probe sweep --config quickstart --eta_factors "[0.5, 1, 2]"
   entropy-probe plan --config quickstart
   entropy-probe report lightning_logs/2025-01-15/entropy_probe_14-30-25_step_60.json.gz
+  entropy-probe compare A.json.gz B.json.gz
 
 --config takes a YAML file, or the name of a configuration that comes with the package:
   {configs}"""
@@ -96,6 +99,15 @@ lists: {lists}; --output_folder FOLDER keeps the points, --overwrite starts anew
   {configs}
 --checkpoint takes the folder of a checkpoint; it is short for --checkpoint.checkpoint_path. The options below are the
 keys of a YAML file.""",
+    "compare": """Compare two runs by their logs: B - A of entropies and changes, with standard errors and intervals.
+
+examples:
+  entropy-probe compare A.json.gz B.json.gz
+  entropy-probe compare A.json.gz B.json.gz --output.results_path comparison.json
+
+On the same E the errors are paired: what both runs share cancels. The two logs have what it takes from
+detailed_logging.level detailed on. B is on the E of A with --batch_config.E_rollouts A.json.gz, or with A's
+seed_everything and sizes of E. Where the two E differ, --unpaired takes their errors as independent.""",
     "plan": """From one small pilot: which B_E and B_U would resolve the update, with an interval, and at what cost.
 
 examples:

@@ -68,9 +68,7 @@ def reweighted_entropy(
         log_w = log_ratio.sum(1)
         if clip is not None:
             log_w = log_w.clamp(-clip, clip)
-        w = q * _shifted(log_w, q).exp()
-        N, T = (w * h_new.sum(1)).sum() / w.sum(), (w * tokens.sum(1)).sum() / w.sum()
-        return torch.stack([N, N / T])
+        return snis_entropy(q, log_w, h_new.sum(1), tokens.sum(1))
     if estimator != "per_decision" or clip is not None:
         raise ValueError(
             f"estimator: expected 'snis' or 'per_decision' (clipping with 'snis' only), found {estimator!r}"
@@ -79,6 +77,20 @@ def reweighted_entropy(
     rho = q.unsqueeze(1) * _shifted(before, q.unsqueeze(1)).exp()
     N, T = ((rho * x).sum(0) / rho.sum(0) for x in (h_new, tokens))
     return torch.stack([N.sum(), N.sum() / T.sum()])
+
+
+def snis_entropy(q: Tensor, log_w: Tensor, N: Tensor, T: Tensor) -> Tensor:
+    """`[H_seq, H_tok]` nats by one self-normalised weight per response, from sums over responses.
+
+    Args:
+        q: `(B,)` weights of the sequences.
+        log_w: `(B,)` log-weights, up to a constant.
+        N: `(B,)` entropies of the responses, nats.
+        T: `(B,)` their tokens.
+    """
+    w = q * _shifted(log_w, q).exp()
+    mean_N, mean_T = (w * N).sum() / w.sum(), (w * T).sum() / w.sum()
+    return torch.stack([mean_N, mean_N / mean_T])
 
 
 def _shifted(log_w: Tensor, q: Tensor) -> Tensor:

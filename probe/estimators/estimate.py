@@ -83,6 +83,42 @@ class Estimate:
         """`value` minus and plus `t` standard errors, with Student's `t` for `df` degrees of freedom."""
         return student_interval(self.value, self.se, self.df)
 
+    def by_response(self, group: Tensor) -> Tensor:
+        """The influence of every response, `(B,)`: an equal share of its prompt's; see `from_responses`.
+
+        Args:
+            group: `(B,)`, that the estimate was made with.
+
+        Raises:
+            ValueError: the estimate has another number of prompts.
+        """
+        member, size = index_groups(group)
+        if len(size) != len(self.influence):
+            raise ValueError(
+                f"expected an estimate over {len(size)} prompts, found one over {len(self.influence)}"
+            )
+        return (self.influence / size)[member]
+
+    @classmethod
+    def from_responses(
+        cls, value: float, shares: Tensor, group: Tensor, fit: Tensor | None = None
+    ) -> Estimate:
+        """The estimate whose responses have these influences.
+
+        Args:
+            value: in nats.
+            shares: `(B,)`, see `by_response`.
+            group: `(B,)`, equal for responses to one draw of a prompt.
+            fit: see `Estimate`.
+
+        >>> found = Estimate(1.0, torch.tensor([0.5, -0.5]))
+        >>> group = torch.tensor([3, 3, 8])
+        >>> Estimate.from_responses(1.0, found.by_response(group), group).se == found.se
+        True
+        """
+        influence = sum_per_group(shares, *index_groups(group))
+        return cls(value, influence) if fit is None else cls(value, influence, fit)
+
     def __sub__(self, other: Estimate) -> Estimate:
         """The paired difference of two estimates from the same batch."""
         return self + other.scaled(-1.0)

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from probe.estimand import SEQUENCE, TOKEN
 from probe.logs.distributions import RECORD_DIGITS, TABLE_DIGITS, mean_or_none, rounded
 
 if TYPE_CHECKING:
     from probe.data.batch import RolloutBatch
+    from probe.estimators.estimate import Estimate, Estimates
     from probe.phases.attribution import Attribution
     from probe.phases.state import ProbeState
 
@@ -24,6 +26,27 @@ CONTRIBUTIONS = tuple(
     f"contribution_{name}" for name in ("deltaH1", "deltaH1_tok", "state_fixed", "state_fixed_tok", "deltaR1")
 )
 """What the policy-gradient term of a token adds to each number of an attribution; without rewards not to the last."""
+
+
+def influences(state: ProbeState) -> dict[str, Estimate]:
+    """The reported estimates from E whose errors are influences of its prompts, by key.
+
+    An estimate that has more prompts than E (with a fresh sample beside it) is none of E alone.
+    """
+    if state.E is None:
+        return {}
+    found: dict[str, Estimates] = {}
+    if state.prediction is not None and state.prediction.estimates:
+        found["deltaH1"] = state.prediction.total
+    if state.ground_truth is not None:
+        found |= {"H_orig": state.ground_truth.H_orig, "deltaH_true": state.ground_truth.change}
+    prompts = len(state.E.group.unique())
+    return {
+        estimand.key(name): both[estimand]
+        for estimand in (SEQUENCE, TOKEN)
+        for name, both in found.items()
+        if len(both[estimand].influence) == prompts
+    }
 
 
 def group_table(U: RolloutBatch) -> dict[str, list[Any]]:
@@ -78,6 +101,11 @@ def sequence_records(state: ProbeState, texts: bool, rows: bool = False) -> dict
         columns = _sequence_columns(state, name)
         lengths = batch.lengths.tolist()
         section[name] = []
+        if name == "E":
+            section["E_rollouts"] = state.drawn.config.batch_config.E_rollouts
+            section["influence_fit"] = {
+                key: one.fit.tolist() for key, one in influences(state).items() if len(one.fit)
+            }
         if batch.bias_flags:
             section.setdefault("bias_flags", {})[name] = list(batch.bias_flags)
         for i, ids in enumerate(batch.prompt_ids):
@@ -150,6 +178,9 @@ def _per_sequence(state: ProbeState, name: str) -> dict[str, Tensor]:
             "log_weight": state.ground_truth.weights.log_weights,
         }
     batch = state.E if name == "E" else state.U
+    if name == "E" and state.E is not None:
+        group = state.E.group
+        found |= {f"influence_{key}": one.by_response(group) for key, one in influences(state).items()}
     if batch is not None:
         found |= {"reward": batch.rewards, "advantage": batch.advantages}
     return {key: values for key, values in found.items() if values is not None}

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
+import probe
 from probe.callbacks import ProbeCallback
 from probe.cli.commands import ProbeCLI
 from probe.cli.main import main
@@ -189,7 +190,7 @@ def test_help_explains_options(call):
     assert "demo" in out
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["sweep"], ["plan"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["sweep"], ["plan"], ["demo"], ["compare"]])
 def test_help_begins_with_what_one_needs_first(call, command):
     code, out, _ = call(*command, "--help")
     assert code == 0
@@ -199,7 +200,7 @@ def test_help_begins_with_what_one_needs_first(call, command):
     examples = [line.strip() for line in first.splitlines() if line.startswith("  entropy-probe ")]
     assert examples
     assert all(line.startswith(f"entropy-probe {' '.join(command)}".strip()) for line in examples)
-    if command != ["demo"]:
+    if command not in (["demo"], ["compare"]):
         for name in shipped_names():
             assert name in first
     if command in (["run"], ["sweep"], ["plan"]):
@@ -410,6 +411,43 @@ def test_a_mistake_in_a_plan_gives_one_line_and_code_2(call, files, extra, messa
     assert "Plan for" not in out
 
 
+def test_a_comparison_prints_a_page_and_writes_its_mapping(call, files, tmp_path):
+    config = ["--config", str(files / "config.yaml"), "--detailed_logging.level", "detailed"]
+    for name, rate in (("A", "1e-3"), ("B", "2e-3")):
+        code, _, err = call(
+            "run", *config, "--probe_rework.learning_rate", rate,
+            "--detailed_logging.output_directory", str(tmp_path / name),
+        )  # fmt: skip
+        assert code == 0, err
+    a, b = (str(next((tmp_path / name).glob("*/*.json.gz"))) for name in "AB")
+    code, out, _ = call("compare", a, b, "--output.results_path", str(tmp_path / "found.json"))
+    assert code == 0
+    assert out == str(probe.compare(a, b))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found == json.loads(json.dumps(probe.compare(a, b).as_mapping()))
+    assert found["how"] == "paired"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["A.json"],
+            "the following arguments are required: B; usage: entropy-probe compare A B [--unpaired]",
+        ),
+        (["A.json", "B.json", "C.json"], "unrecognized arguments: C.json; usage: entropy-probe compare"),
+        (["A.json", "B.json", "--paired"], "--paired"),
+        (["A.json", "B.json"], "cannot read A.json: No such file or directory; check the path"),
+    ],
+)
+def test_a_mistake_in_a_comparison_gives_one_line_and_code_2(call, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("compare", *arguments)
+    assert code == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
 def test_a_sweep_with_a_broken_checkpoint_goes_on_and_gives_code_3(call, files, tmp_path):
     (tmp_path / "runs" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "runs" / "checkpoint-60").symlink_to(files / "step_60")
@@ -553,6 +591,8 @@ LIBRARIES = (
         (["run", "--batch_config.B_E", "1"], 2),
         (["sweep", "--B_U", "0"], 2),
         (["plan", "--help"], 0),
+        (["compare", "--help"], 0),
+        (["compare", "A.json"], 2),
         (["plan", "--pilot_B_E", "1"], 2),
         (["swep"], 2),
         (["--config", "quickstart"], 2),

@@ -15,6 +15,7 @@ import torch
 
 from probe.config.output import DetailedLoggingConfig
 from probe.errors.exceptions import LogError
+from probe.estimators.estimate import Estimate
 from probe.files.log_files import LOG_SCHEMA, SCHEMA_VERSION, load_log
 from probe.files.strict_json import dump, dump_bytes, to_plain
 from probe.logs.distributions import histogram, moments_and_quantiles
@@ -131,6 +132,21 @@ def test_sequences_carry_texts_and_numbers(small):
     assert of_U["reward"] == float(small.U.rewards[3])
     assert {"advantage", "logprob_before", "entropy_before", "group"} <= set(of_U)
     assert len(log["sequences"]["prompts"]) == 3 + 2
+
+
+def test_influences_of_the_responses_give_the_errors_of_the_reported_numbers(small):
+    """At debug to the last bit; without a phase its number has none."""
+    log = build_log(make_result(small), small, "debug", token_text=token_text)
+    assert log["sequences"]["E_rollouts"] is None
+    for key in ("H_orig", "deltaH1", "deltaH_true", "H_orig_tok", "deltaH1_tok", "deltaH_true_tok"):
+        shares = torch.tensor(log["raw"]["E"][f"influence_{key}"], dtype=torch.float64)
+        found = Estimate.from_responses(0.0, shares, small.E.group)
+        assert found.se == pytest.approx(log["results"][f"{key}_se"], rel=1e-12), key
+        record = log["sequences"]["E"][1]
+        assert record[f"influence_{key}"] == pytest.approx(float(shares[1]), rel=1e-8)
+    bare = replace(small, ground_truth=None, predicted=None)
+    records = build_log(make_result(small), bare, "detailed")["sequences"]["E"]
+    assert not any(key.startswith("influence_") for key in records[0])
 
 
 def test_without_sequences_no_text_and_no_token_id_is_left(small):
