@@ -79,7 +79,7 @@ def pictures(run: Path, training: Path, output: Path) -> list[Path]:
 
         page = visit("run", "light")
         take(page, "report.png", "header", "#tokens figure")
-        page.locator(".token").nth(1).hover()
+        page.locator(".token").nth(2).hover()
         page.evaluate("window.scrollTo(0, 0)")
         take(page, "report_tokens.png", "#responses", ".response:nth-child(4)")
         take(visit("training", "dark"), "report_training.png", "header", "#forecast")

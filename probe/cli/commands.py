@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from probe.callbacks.defaults import default_callbacks
-from probe.cli.parser import Command, parse
+from probe.cli.parser import READERS, Command, parse
 from probe.cli.texts import NEXT_STEPS, SUMMARIES
 from probe.errors.exceptions import ConfigError
 from probe.module import EntropyProbe
@@ -59,7 +59,7 @@ class ProbeCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The methods of this class that are commands."""
-        return {name: set() for name in SUMMARIES if name != COMPARE}
+        return {name: set() for name in SUMMARIES if name not in READERS}
 
     def setup_parser(self, add_subcommands: bool, *_: Any) -> None:
         """Nothing to set up: `parse` makes its own."""
