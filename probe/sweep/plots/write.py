@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from probe.errors.exceptions import LogError
 from probe.files.atomic import atomic_write_bytes
@@ -60,7 +59,7 @@ def write_plots(table: pd.DataFrame, folder: SweepFolder) -> list[Path]:
         with plot_style(), writer_errors_raised_once(), SummaryWriter(str(folder.path / EVENTS)) as events:
             for name, figure in figures(table):
                 buffer = io.BytesIO()
-                FigureCanvasAgg(figure).print_png(buffer)
+                figure.savefig(buffer, format="png")
                 files.append(atomic_write_bytes(folder.path / f"{name}.png", buffer.getvalue()))
                 events.add_figure(f"sweep/{name}", figure, close=False)
     except OSError as error:
