@@ -22,6 +22,7 @@ from probe.shards import fully_sharded
 from tests.support.helpers import char_tokenizer
 from tests.support.live_loops import numbers
 from tests.support.tiny_models import VOCABULARY, add_lora, tiny_model
+from tests.support.trackers import WandbRun, library, media_of
 from tests.support.trainings import bits, break_probe, in_two_processes, set_streams, streams
 
 with quiet_libraries():
@@ -389,6 +390,39 @@ def test_results_reach_the_log_and_tensorboard(tmp_path, caplog):
     (summary,) = reader.Tensors("entropy_probe/summary/text_summary")
     assert b"3 of 5 steps probed" in summary.tensor_proto.string_val[0]
     assert "entropy_probe/verdict/text_summary" in reader.Tags()["tensors"]
+
+
+class WandbLike(TrainerCallback):
+    """As transformers' WandbCallback and TrackioCallback report."""
+
+    def __init__(self) -> None:
+        self.run = WandbRun()
+        self._wandb = library("wandb", "Image", run=self.run)
+        self._initialized = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        named = {f"train/{name}": value for name, value in logs.items()}
+        self._wandb.log({**named, "train/global_step": state.global_step})
+
+
+def test_weights_and_biases_get_the_probes_own_names_and_pictures(tmp_path):
+    trainer = language_model(tmp_path, max_steps=5)
+    like = WandbLike()
+    trainer.add_callback(like)
+    _, callback = train(trainer, LM_PROBE | {"every": 2})
+    logged = [data for data, _ in like.run.logged]
+    assert not any(name.startswith("train/entropy_probe") for data in logged for name in data)
+    levels = [
+        (data["train/global_step"], data["entropy_probe/H_orig_tok"])
+        for data in logged
+        if "entropy_probe/H_orig_tok" in data
+    ]
+    assert levels == [(entry["step"], entry["H_orig_tok"]) for entry in callback.watch.history]
+    assert len(media_of(like.run.logged)["entropy_probe/1_entropy"]) == 1  # at the end
+    assert like.run.summary["entropy_probe/verdict"] == callback.watch.last["verdict"]
+    assert [data for data in logged if "train/loss" in data]  # the trainer's own come as ever
+    assert len(probe_logs(trainer)) == 3
+    assert like in trainer.callback_handler.callbacks
 
 
 def test_the_trainers_own_sampling_and_data_are_the_defaults(tmp_path, caplog):
