@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from lightning import LightningModule
 
 import probe
 from probe.cli.main import main
-from probe.cli.parser import Command
+from probe.cli.parser import READERS, Command
 from probe.cli.texts import DESCRIPTION, DESCRIPTIONS, NEXT_STEPS
 from probe.config.files import read_config_file
 from probe.config.schema import SECTIONS
@@ -183,8 +184,12 @@ def started(monkeypatch) -> list[tuple[str, Any]]:
         resolved = command.resolved
         calls.append((command.name, EntropyProbe(resolved.probe, resolved.seed, resolved.given)))
 
+    def note_reading(name: str, **options: Any) -> None:
+        calls.append((name, options))
+
     monkeypatch.setattr("probe.cli.commands.ProbeCLI", note)
-    monkeypatch.setattr("probe.cli.compare.execute", lambda command: calls.append(("compare", command)))
+    for name, module in READERS.items():
+        monkeypatch.setattr(f"{module}.execute", partial(note_reading, name))
     for name in ("my.yaml", "run.yaml"):  # the reader's own
         Path(name).write_text("batch_config: {B_E: 8}\n")
     return calls
@@ -214,7 +219,7 @@ def test_commands_are_understood(block, started, capsys):
 @pytest.mark.parametrize("text", [DESCRIPTION, *DESCRIPTIONS.values(), NEXT_STEPS.replace("{bin}", "  ")])
 def test_the_examples_of_help_and_demo_are_understood(text, started, capsys):
     examples = re.findall(
-        r"^ +entropy-probe ((?:run|demo|sweep|plan|attribute|whatif|compare)(?:.*\\\n)*.*)$",
+        r"^ +entropy-probe ((?:run|demo|sweep|plan|attribute|whatif|compare|report)(?:.*\\\n)*.*)$",
         text,
         re.MULTILINE,
     )

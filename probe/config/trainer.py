@@ -32,4 +32,5 @@ class TrainerConfig(Generic[Callback, Log]):
     """Further callbacks, called after the built-in ones."""
     logger: Log | list[Log] | bool | None = True
     """A Lightning logger or several (`lightning.pytorch.loggers.CSVLogger`); true is a TensorBoardLogger in
-    `detailed_logging.output_directory`, false is none."""
+    `detailed_logging.output_directory`, with a folder for each run that is called after checkpoint and time; false is
+    none."""

@@ -76,7 +76,7 @@ class NoteTaker:
         self._settings = settings
         self._verdict = ""
         self._alarms: list[int] = []
-        self._drawn = 0
+        self._drawn, self._ended = 0, 0  # length of the history then
 
     def of_probe(self, history: Sequence[Mapping[str, Any]], alarms: Sequence[Alarm]) -> Notes | None:
         """What the last probe of a history has brought, with the alarms that it has raised; None for nothing new."""
@@ -94,12 +94,13 @@ class NoteTaker:
         return self._notes(history, alarms, {}, {}, False)
 
     def of_end(self, history: Sequence[Mapping[str, Any]], summary: Summary | None) -> Notes | None:
-        """What the training comes to; None where nothing has happened since the last picture."""
-        if len(history) <= self._drawn or summary is None:
+        """What the training comes to; None where that has been said, or there is too little for a summary."""
+        if len(history) == self._ended or summary is None:
             return None
+        self._ended = len(history)
         texts = {"summary": f"<pre>{escaped(str(summary))}</pre>"}
         facts = {"outlook": summary.outlook} if summary.outlook else {}
-        return self._notes(history, (), texts, facts, True)
+        return self._notes(history, (), texts, facts, len(history) > self._drawn)
 
     def _notes(
         self,

@@ -77,11 +77,13 @@ def tensorboard_layout() -> dict[str, dict[str, list[Any]]]:
         # in charts of several lines TensorBoard takes tags for regular expressions
         return [f"^{name}$" for name in full] if kind == "Multiline" else full
 
-    return {
-        # of a category TensorBoard shows the last chart first
-        category: {title: [kind, tags(kind, names)] for title, (kind, names) in reversed(charts.items())}
-        for category, charts in LAYOUT.items()
-    }
+    layout = {}
+    for category, charts in LAYOUT.items():
+        shown = {title: [kind, tags(kind, names)] for title, (kind, names) in charts.items()}
+        # of charts with bands TensorBoard shows the last one first
+        banded = any(kind == "Margin" for kind, _ in charts.values())
+        layout[category] = dict(reversed(shown.items())) if banded else shown
+    return layout
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -25,7 +25,7 @@ from probe.errors.exceptions import ConfigError
 from probe.estimators.loss_settings import LossSettings
 from probe.live import Alarm, HostUpdate
 from probe.live.lines import probe_line
-from probe.live.names import full_name
+from probe.live.names import full_name, monitored
 from tests.support.helpers import char_tokenizer
 from tests.support.live_loops import numbers
 from tests.support.terminal import Terminal, logger_of_nobody
@@ -535,6 +535,41 @@ def test_an_alarm_of_the_first_process_holds_for_both(tmp_path):
     for name in ("parameters", "optimizers"):
         assert calmed[0][0][name] == calmed[1][0][name]
     assert calmed[0][0]["parameters"] != plain[0][0]["parameters"]
+
+
+def stopped_early(folder: Path, probe: dict[str, Any]) -> tuple[int, dict[str, float]]:
+    """A training that EarlyStopping ends, of one process or of two."""
+    stop = EarlyStopping("entropy_probe/H_orig_tok", mode="min", stopping_threshold=100.0)
+    options = {"max_epochs": 5, "limit_train_batches": 3, **probe}
+    _, callback, trainer = train(folder, LanguageModel(), {"every": 2}, stop, **options)
+    kept = {
+        name: float(x) for name, x in trainer.callback_metrics.items() if name.startswith("entropy_probe/")
+    }
+    assert kept == pytest.approx(monitored(callback.watch.last), rel=1e-6)
+    return trainer.global_step, kept
+
+
+def test_early_stopping_can_monitor_the_entropy(tmp_path):
+    steps, kept = stopped_early(tmp_path, {})
+    assert steps == 3
+    assert {"entropy_probe/H_orig_tok", "entropy_probe/deltaH1_tok", "entropy_probe/deltaH_true_tok"} <= set(
+        kept
+    )
+    assert "entropy_probe/collapse_chance" not in kept  # that takes three probes
+
+
+def test_checkpoints_can_be_chosen_by_the_entropy(tmp_path):
+    best = ModelCheckpoint(tmp_path, monitor="entropy_probe/H_orig_tok", mode="max", every_n_train_steps=1)
+    _, callback, _ = train(tmp_path, LanguageModel(), {"every": 4}, best, enable_checkpointing=True)
+    levels = [entry["H_orig_tok"] for entry in callback.watch.history]  # kept between probes
+    assert float(best.best_model_score) == pytest.approx(max(levels), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_both_processes_have_what_early_stopping_monitors(tmp_path):
+    first, second = in_two_processes(stopped_early, tmp_path, {"devices": 2, "strategy": "ddp"})
+    assert first == second
+    assert first[0] == 3
 
 
 class Sharded(LanguageModel):

@@ -24,6 +24,7 @@ from tests.support.helpers import char_tokenizer
 from tests.support.live_loops import numbers
 from tests.support.terminal import Terminal, logger_of_nobody
 from tests.support.tiny_models import VOCABULARY, add_lora, tiny_model
+from tests.support.trackers import WandbRun, library, media_of
 from tests.support.trainings import bits, break_probe, in_two_processes, set_streams, streams
 
 with quiet_libraries():
@@ -440,6 +441,39 @@ def test_the_console_has_one_line_and_the_reporters_the_numbers(tmp_path, monkey
     logged = [names for names in seen if "entropy_probe/H_orig_tok" in names]
     assert len(logged) == 2 * len(callback.watch.history) == 6
     assert [entry["step"] for entry in probe_logs(trainer)] == [1, 3, 5]
+
+
+class WandbLike(TrainerCallback):
+    """As transformers' WandbCallback and TrackioCallback report."""
+
+    def __init__(self) -> None:
+        self.run = WandbRun()
+        self._wandb = library("wandb", "Image", run=self.run)
+        self._initialized = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        named = {f"train/{name}": value for name, value in logs.items()}
+        self._wandb.log({**named, "train/global_step": state.global_step})
+
+
+def test_weights_and_biases_get_the_probes_own_names_and_pictures(tmp_path):
+    trainer = language_model(tmp_path, max_steps=5)
+    like = WandbLike()
+    trainer.add_callback(like)
+    _, callback = train(trainer, LM_PROBE | {"every": 2})
+    logged = [data for data, _ in like.run.logged]
+    assert not any(name.startswith("train/entropy_probe") for data in logged for name in data)
+    levels = [
+        (data["train/global_step"], data["entropy_probe/H_orig_tok"])
+        for data in logged
+        if "entropy_probe/H_orig_tok" in data
+    ]
+    assert levels == [(entry["step"], entry["H_orig_tok"]) for entry in callback.watch.history]
+    assert len(media_of(like.run.logged)["entropy_probe/1_entropy"]) == 1  # at the end
+    assert like.run.summary["entropy_probe/verdict"] == callback.watch.last["verdict"]
+    assert [data for data in logged if "train/loss" in data]  # the trainer's own come as ever
+    assert len(probe_logs(trainer)) == 3
+    assert like in trainer.callback_handler.callbacks
 
 
 def test_the_trainers_own_sampling_and_data_are_the_defaults(tmp_path, caplog):

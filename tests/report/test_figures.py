@@ -278,7 +278,7 @@ def test_the_entropy_of_a_training():
     assert "alarm, step 7" in legend(figure)
     assert "collapse, 0.2" in legend(figure)
     assert not any("explosion" in name for name in legend(figure))  # far above the frame
-    assert axis.get_title() == "Entropy 0.5 to 0.06 nats per token\\ncollapse in about 3 steps"
+    assert axis.get_title() == "Entropy 0.5 to 0.06 nats per token\ncollapse in about 3 steps"
     (levels,) = axis.containers
     assert list(levels.lines[0].get_ydata()) == [entry["H_orig_tok"] for entry in history()]
     segment = levels.lines[2][0].get_segments()[0][:, 1]
