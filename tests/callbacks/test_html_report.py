@@ -50,10 +50,10 @@ def test_texts_are_left_out_where_they_are_left_out_of_logs(run, tmp_path):
         callback = HtmlReport(tmp_path / "page.html")
         callback.on_report_end(make_runner(state, config=config), Module(), result)
         pages.append(callback.path.read_text(encoding="utf-8"))
-    assert '"texts": [" ' in pages[0]
+    assert '"texts":[" ' in pages[0]
     words = state.U.prompts[0].partition("<")[0]
     assert words in pages[0]
-    assert '"texts": []' in pages[1]
+    assert '"texts":[]' in pages[1]
     assert words not in pages[1]
 
 

@@ -14,6 +14,8 @@ ROOM = 0.04
 """Share of the range that is left free at either end of an axis."""
 MOST_TICKS = 5
 """Stretches between the ticks of an axis, at the most."""
+MOST_READINGS = 1000
+"""Steps of a chart whose values can be read: a pointer tells no more apart."""
 
 
 @dataclass(frozen=True)
@@ -214,21 +216,19 @@ class CurveChart:
 
     @property
     def readings(self) -> list[tuple[float, float, str]]:
-        """For every step, where it stands, and its values in words."""
+        """Steps, where they stand, and their values in words; of very many steps some, the last among them."""
         steps = sorted({x for curve in self.curves for x in curve.x})
-        return [(self.across.at(step), step, self._words(step)) for step in steps]
-
-    def _words(self, step: float) -> str:
-        """The values of a step."""
-        said = [f"step {step:.0f}"]
+        stride = math.ceil(len(steps) / MOST_READINGS) or 1
+        kept = sorted({*steps[::stride], *steps[-1:]})
+        said: dict[float, list[str]] = {step: [f"step {step:.0f}"] for step in kept}
         for curve in self.curves:
-            for k, x in enumerate(curve.x):
-                if x == step and _finite(curve.y[k]):
+            for k, (step, y) in enumerate(zip(curve.x, curve.y, strict=True)):
+                if step in said and y is not None and math.isfinite(y):
                     ends = (curve.low[k], curve.high[k]) if curve.low else (None, None)
                     known = all(end is not None for end in ends)
                     interval = f" [{ends[0]:.4g}, {ends[1]:.4g}]" if known else ""
-                    said.append(f"{curve.name} {curve.y[k]:.4g}{interval}")
-        return "; ".join(said)
+                    said[step].append(f"{curve.name} {y:.4g}{interval}")
+        return [(self.across.at(step), step, "; ".join(words)) for step, words in said.items()]
 
     def path(self, curve: Curve) -> str:
         """The values as an SVG path; a gap where one is missing."""

@@ -88,6 +88,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=False,
     )
     environment.filters["plus_minus"] = plus_minus
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment
 
 

@@ -9,16 +9,15 @@ from typing import Any
 from probe.text import printable
 
 MOST_TOKENS = 100_000
-"""Tokens that a page holds (some 3 MB); of more, the responses of largest contribution."""
+"""Tokens that a page holds (some 4 MB); of more, the responses of largest contribution."""
 TOKEN_COLUMNS = {
     "c": "contribution_deltaH1_tok",
-    "s": "contribution_state_fixed_tok",
     "r": "contribution_deltaR1",
     "h": "entropy_before",
     "l": "logprob_before",
 }
 """Columns of a token on the page, by their names in a log."""
-DIGITS = 4
+DIGITS = 3
 """Significant digits of a token's numbers."""
 
 

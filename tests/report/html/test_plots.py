@@ -95,3 +95,12 @@ def test_readings_say_every_value_of_a_step():
         (2, "step 2"),
         (3, "step 3; measured 0.25"),
     ]
+
+
+def test_of_very_many_steps_some_can_be_read():
+    steps = list(range(5001))
+    curve = Curve("H", "measured", steps, [0.5] * 5001)
+    readings = CurveChart("", [curve]).readings
+    assert 500 < len(readings) <= 1001
+    assert readings[0][1] == 0
+    assert readings[-1][1] == 5000

@@ -30,7 +30,7 @@ def test_every_token_has_its_numbers(document):
             ("h", "entropy_before"),
             ("l", "logprob_before"),
         ):
-            assert one[name] == pytest.approx(own[column], rel=1e-3)
+            assert one[name] == pytest.approx(own[column], rel=5e-3)
     sizes = [abs(one["contribution"]) for one in data["responses"]]
     assert sizes == sorted(sizes, reverse=True)
     assert data["largest"] == max(abs(c) for one in data["responses"] for c in one["c"])
@@ -39,7 +39,7 @@ def test_every_token_has_its_numbers(document):
 def test_what_tokens_add_is_what_their_response_adds(document):
     for one in response_data(document)["responses"]:
         size = sum(abs(c) for c in one["c"])
-        assert math.fsum(one["c"]) == pytest.approx(one["contribution"], abs=2e-3 * size)
+        assert math.fsum(one["c"]) == pytest.approx(one["contribution"], abs=1e-2 * size)
 
 
 def test_of_too_many_tokens_the_largest_responses_stay(document):

@@ -141,7 +141,7 @@
     }
     function table(r) {
       const names = [["token", (k) => k], ["text", r.t && ((k) => JSON.stringify(U.texts[r.t[k]]))], ["deltaH1, nats per token", r.c && ((k) => number(r.c[k], 4))],
-        ["state-fixed", r.s && ((k) => number(r.s[k], 4))], ["expected reward", r.r && ((k) => number(r.r[k], 4))], ["probability", r.l && ((k) => number(Math.exp(r.l[k]), 4))], ["entropy, nats", r.h && ((k) => number(r.h[k], 4))]].filter((one) => one[1]);
+        ["expected reward", r.r && ((k) => number(r.r[k], 4))], ["probability", r.l && ((k) => number(Math.exp(r.l[k]), 4))], ["entropy, nats", r.h && ((k) => number(r.h[k], 4))]].filter((one) => one[1]);
       const made = make("table", "sortable"), head = made.createTHead().insertRow(), body = made.createTBody();
       made.append(make("caption", "", `Tokens of response ${r.i}`));
       for (const [name] of names) { const th = make("th"), button = make("button", "sort", name); th.scope = "col"; button.type = "button"; th.append(button); head.append(th); }
