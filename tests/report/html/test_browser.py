@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -92,6 +94,10 @@ def test_nothing_sticks_out(visit, name, width, height):
         })"""
     )
     assert overprinted == []
+    picture = page.screenshot(full_page=name != "hostile")
+    assert picture.startswith(b"\x89PNG")
+    if folder := os.environ.get("SCREENSHOTS"):  # for those who want to look
+        Path(folder, f"{name}_{width}.png").write_bytes(picture)
 
 
 def test_a_token_says_its_values_under_the_pointer(visit, logged):
