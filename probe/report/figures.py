@@ -123,7 +123,7 @@ def parts_figure(values: Mapping[str, Any]) -> Figure:
         axis.set(xlabel="nats per token", ylim=(len(rows) + 0.6, -0.6), title="What deltaH1 is the sum of")
         axis.grid(visible=False, axis="y")
         axis.margins(x=0.08)
-        few_ticks(axis, 5)
+        few_ticks(axis, 3)
     return figure
 
 

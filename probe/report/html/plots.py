@@ -25,10 +25,12 @@ class Axis:
     Attributes:
         low: its left (or lower) end.
         high: its right (or upper) end; above `low`.
+        whole: whether it has whole numbers alone, as steps are.
     """
 
     low: float
     high: float
+    whole: bool = False
 
     @classmethod
     def over(cls, values: Iterable[float | None], with_zero: bool = False) -> Axis:
@@ -58,7 +60,7 @@ class Axis:
         span = self.high - self.low
         power = 10.0 ** math.floor(math.log10(span / MOST_TICKS))
         for factor in (1, 2, 2.5, 5, 10, 20, 25, 50):
-            step = factor * power
+            step = max(factor * power, 1.0) if self.whole else factor * power
             first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
             if last - first <= MOST_TICKS:
                 return tuple(round(k * step, 15) + 0.0 for k in range(first, last + 1))
@@ -206,7 +208,12 @@ class CurveChart:
     def across(self) -> Axis:
         """Over the steps."""
         steps = [x for curve in self.curves for x in curve.x]
-        return Axis.over([*steps, *(rule.value for rule in self.rules if rule.upright)])
+        axis = Axis.over([*steps, *(rule.value for rule in self.rules if rule.upright)])
+        return Axis(
+            min(axis.low, min(steps, default=0) - 0.5),
+            max(axis.high, max(steps, default=0) + 0.5),
+            whole=True,
+        )
 
     @cached_property
     def up(self) -> Axis:
@@ -252,12 +259,14 @@ class CurveChart:
         return " ".join(f"M{self._x(x)},{self._y(low)} V{self._y(high)}" for x, low, high in curve.edges)
 
     def points(self, curve: Curve) -> str:
-        """The values as an SVG path of lines of no length, which round caps make dots."""
-        if not curve.dots:
-            return ""
-        return " ".join(
-            f"M{self._x(x)},{self._y(y)} h0" for x, y in zip(curve.x, curve.y, strict=True) if _finite(y)
-        )
+        """Values as an SVG path of lines of no length, whose round caps are dots; of a curve those that stand alone."""
+        there = [_finite(y) for y in curve.y]
+        alone = [
+            known and (curve.dots or not (any(there[k - 1 : k] if k else ()) or any(there[k + 1 : k + 2])))
+            for k, known in enumerate(there)
+        ]
+        places = zip(curve.x, curve.y, alone, strict=True)
+        return " ".join(f"M{self._x(x)},{self._y(y)} h0" for x, y, shown in places if shown)
 
     def _x(self, step: float) -> float:
         return self.across.at(step)

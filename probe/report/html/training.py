@@ -84,7 +84,11 @@ def training_page(
     return rendered(
         "training",
         title=title,
-        facts=[f"{steps} optimizer steps", f"{len(history)} probed", f"last probe at step {last['step']}"],
+        facts=[
+            f"{steps} optimizer step{'s' if steps != 1 else ''}",
+            f"{len(history)} probed",
+            f"last probe at step {last['step']}",
+        ],
         sections=[(id, words) for id, words in SECTIONS.items() if shown[id]],
         state=_state(last, alarms),
         answer=_answer(history),

@@ -64,7 +64,8 @@ def test_curves_have_gaps_where_values_are_missing():
     chart = CurveChart("", [curve])
     assert chart.path(curve).count("M") == 2
     assert points(chart.path(curve)) == 3
-    assert chart.band(curve) == chart.bars(curve) == chart.points(curve) == ""
+    assert chart.band(curve) == chart.bars(curve) == ""
+    assert chart.points(curve).count("M") == 1  # the last value stands alone
 
 
 def test_open_intervals_end_at_the_edge():
@@ -104,3 +105,12 @@ def test_of_very_many_steps_some_can_be_read():
     assert 500 < len(readings) <= 1001
     assert readings[0][1] == 0
     assert readings[-1][1] == 5000
+
+
+@pytest.mark.parametrize("steps", [[1], [1, 2], [5, 9], [1, 1000]])
+def test_steps_are_whole_numbers(steps):
+    across = CurveChart("", [Curve("H", "measured", steps, [0.5] * len(steps))]).across
+    assert across.low < steps[0]
+    assert steps[-1] < across.high
+    assert across.ticks
+    assert all(tick == round(tick) for tick in across.ticks)
