@@ -32,6 +32,7 @@ HOSTS_LOG_FAILED = (
     "`watch.history`"
 )
 """What is said of a log that was given to the probe alone, and of one that a trainer writes to as well."""
+NOTES_FAILED = "{name} takes no pictures and texts from step {step} on ({error}); it gets numbers as before"
 STILL_STEPS = 3
 """Probed steps of exactly 0 after which there is a warning."""
 LAYOUT: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
@@ -155,22 +156,23 @@ class Outlet:
             strict: raise what `write` raises.
             failure: what is said, with `{name}`, `{step}` and `{error}`.
         """
-        self._write, self._name, self._strict, self._failure = write, name, strict, failure
-        self._failed = False
+        self._write, self._name, self._strict = write, name, strict
+        self._failures = {False: failure, True: NOTES_FAILED}
+        self._failed: set[bool] = set()
 
     def send(self, numbers: Mapping[str, float], step: int) -> None:
         """Write, unless it has failed before."""
         self._attempt(lambda: self._write(numbers, step), step)
 
     def show(self, notes: Notes, step: int) -> None:
-        """Show what is more than numbers, where the log takes it."""
+        """Show what is more than numbers, where the log takes it; what fails there ends no numbers."""
         if isinstance(self._write, LogTo):
             show = self._write.show
-            self._attempt(lambda: show(notes, step), step)
+            self._attempt(lambda: show(notes, step), step, of_notes=True)
 
-    def _attempt(self, write: Callable[[], None], step: int) -> None:
+    def _attempt(self, write: Callable[[], None], step: int, of_notes: bool = False) -> None:
         """Write, unless it has failed before; a failure is said."""
-        if self._failed:
+        if self._failed & {False, of_notes}:  # numbers that cannot be written end the notes too
             return
         try:
             with isolated_rng():  # loggers draw names for files and runs
@@ -178,8 +180,9 @@ class Outlet:
         except Exception as error:
             if self._strict:
                 raise
-            self._failed = True
-            say(self._failure.format(name=self._name, step=step, error=error_text(error)), warn=True)
+            self._failed.add(of_notes)
+            said = self._failures[of_notes].format(name=self._name, step=step, error=error_text(error))
+            say(said, warn=True)
 
 
 class Outlets:

@@ -29,6 +29,15 @@ SECTIONS = ("checkpoint", "batch_config", "generation", "probe_rework", "importa
 """Sections of the configuration that loggers get: those that can change a number."""
 SHOWN_AS_RESULTS = ("batch_config/B_E", "batch_config/B_U", "batch_config/G", "probe_rework/learning_rate")
 """Settings of which loggers get the value that was used."""
+SHOWN = {
+    "B_E": "B_E",
+    "LR": "learning_rate",
+    "Verdict": "verdict",
+    "group_size_G": "G",
+    "prompts_B_U": "B_U",
+    "step": "training_step",
+}
+"""Columns of the HPARAMS tab that a result has, by its keys."""
 VARIED = {
     "loss": ("probe_rework", "loss"),
     "max_new_tokens": ("generation", "max_new_tokens"),
@@ -120,11 +129,12 @@ def hyperparameters(result: ProbeResult) -> dict[str, int | float | str]:
 def varied_settings(result: ProbeResult) -> dict[str, int | float | str]:
     """The columns of TensorBoard's HPARAMS tab, which has a tick box for each: what one varies, and the verdict.
 
-    TensorBoard takes the columns from one run. Hence every run has the same keys, null ones included. All settings
-    are in the tab TEXT's report of the settings, and in the log.
+    TensorBoard takes the columns from one run. Hence every run has the same keys, null ones included. It sorts them by
+    name and shows five at first; the names are such that verdict, checkpoint and learning rate are among them. All
+    settings are in the log.
     """
-    found = {key: result.values.get(key) for key in ("B_E", "B_U", "G", "learning_rate", "verdict")}
-    found |= {"checkpoint": result.checkpoint_name, "step": result.values.get("training_step")}
+    found = {name: result.values.get(key) for name, key in SHOWN.items()}
+    found["checkpoint"] = result.checkpoint_name
     for name, (section, key) in VARIED.items():
         held = result.config if section is None else result.config.get(section) or {}
         found[name] = held.get(key)

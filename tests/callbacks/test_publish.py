@@ -370,11 +370,11 @@ def test_the_hparams_tab_has_settings_and_metrics(state, tmp_path, kind):
     assert "hp_metric" not in shown
     session = parse(contents[metadata.SESSION_START_INFO_TAG]).session_start_info.hparams
     assert session["checkpoint"].string_value == "step_60"
-    assert session["learning_rate"].number_value == 1e-6
+    assert session["LR"].number_value == 1e-6
     assert session["loss"].string_value == "dapo"
-    assert session["verdict"].string_value == make_result(state).values["verdict"]
+    assert session["Verdict"].string_value == make_result(state).values["verdict"]
     # TensorBoard shows the first five at once, and has a tick box for every one
-    assert sorted(session)[:5] == ["B_E", "B_U", "G", "checkpoint", "learning_rate"]
+    assert sorted(session)[:5] == ["B_E", "LR", "Verdict", "checkpoint", "group_size_G"]
     assert len(session) <= 12
 
 

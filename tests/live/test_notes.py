@@ -131,6 +131,28 @@ def test_a_loop_with_a_run_of_weights_and_biases(monkeypatch):
     assert [step for _, step in run.logged] == sorted(step for _, step in run.logged)
 
 
+class Blind(WandbRun):
+    """Takes no pictures."""
+
+    def log(self, data: dict[str, Any], step: int | None = None, commit: bool | None = None) -> None:
+        if any(isinstance(value, trackers.Media) for value in data.values()):
+            raise OSError(28, "No space left on device")
+        super().log(data, step)
+
+
+def test_a_log_that_fails_to_show_pictures_still_gets_numbers(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, trackers.__name__.partition(".")[0], library("tests", "Image"))
+    run = Blind()
+    with seeded():
+        loop = small_loop(steps=12)
+        watch = attach(loop.model, loop.optimizers[0], log=run, strict=False)
+        loop.run()
+        watch.detach()
+    assert [step for _, step in run.logged] == list(range(1, 13))
+    assert caplog.text.count("the log takes no pictures and texts from step 10 on") == 1
+    assert watch.error is None
+
+
 def test_drawing_counts_as_the_probes_time():
     run = WandbRun()
     with seeded():
