@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -186,12 +187,19 @@ class Outlet:
 
 
 class Outlets:
-    """Where the entries of one watch go: a line for each, the log, and what is worth a line only sometimes."""
+    """Where the entries of one watch go: a line for each, the log, and what is worth a line only sometimes.
+
+    Attributes:
+        notes: what is worth a text or a picture.
+        report: writes the page of the training, at every alarm and in the end; None where nobody wants one.
+    """
 
     def __init__(self, log: Log | None, schedule: Schedule, settings: WatchSettings) -> None:
         """Args: `log` or None, the `schedule` whose cost is said, and the `settings` of the probe."""
         self._log = None if log is None else Outlet(log, "the log", settings.strict, OWN_LOG_FAILED)
         self.notes = NoteTaker(settings)
+        self.report: Callable[[], object] | None = None
+        self._strict = settings.strict
         self._schedule = schedule
         self._verdict_said = ""
         self._still = 0
@@ -226,6 +234,8 @@ class Outlets:
         Returns:
             The alarms.
         """
+        if alarms:
+            self._write_report()
         if self._log is None:
             return alarms
         if alarms:
@@ -243,9 +253,24 @@ class Outlets:
             summary: of the history.
             step: the last one.
         """
+        if history:
+            self._write_report()
         notes = None if self._log is None else self.notes.of_end(history, summary)
         if self._log is not None and notes is not None:
             self._log.show(notes, step)
+
+    def _write_report(self) -> None:
+        """Write the page; where it cannot be written, that is said, and training goes on."""
+        if self.report is None:
+            return
+        start = time.perf_counter()
+        try:
+            self.report()
+        except Exception as error:  # no reason to end a training
+            if self._strict:
+                raise
+            say(f"the report was not written ({error_text(error)}); training goes on", warn=True)
+        self.notes.spent(time.perf_counter() - start)
 
     def say_cost(self) -> None:
         """The cost model, once, when a training step and a probe have been timed that was not the first one.

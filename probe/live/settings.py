@@ -79,6 +79,8 @@ class WatchSettings:
     """Probes over which the mean change per step is taken."""
     figures: bool = True
     """Draw the curves at every alarm, every tenth probe and the end, where the log takes pictures."""
+    report_path: str | None = None
+    """Write the training as one HTML page to this file, at every alarm and in the end; see `Watch.report`."""
     seed: int = 0
     """Of E's prompts and responses. Nothing is drawn from the training's own random streams."""
     strict: bool = False

@@ -6,11 +6,13 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 from probe.distributed.ranks import Ranks
 from probe.errors.exceptions import ConfigError
+from probe.files.atomic import ensure_replaceable
 from probe.live.alarm import Alarms, OnAlarm, check_on_alarm
 from probe.live.attach import backward_hooks, checked_attachment, say_attached
 from probe.live.attribution import UpdateOf
@@ -57,6 +59,8 @@ class Watch(ShownWatch, AbstractContextManager["Watch"]):
         with job.together("attach"):
             on = checked_attachment(model, optimizer, prompts, tokenizer, settings)
             check_on_alarm(on_alarm)
+            if settings.report_path is not None and job.first:
+                ensure_replaceable(settings.report_path)
         self.settings, self.model, self.optimizers = settings, on.model, on.optimizers
         self.schedule = Schedule(
             settings.every, settings.budget, settings.B_E, SMALLEST_E, settings.at_least_every
@@ -80,6 +84,8 @@ class Watch(ShownWatch, AbstractContextManager["Watch"]):
             self._outlets,
             self._alarms,
         )
+        if settings.report_path is not None:
+            self._outlets.report = partial(self.report, settings.report_path)
         self._hooks = StepHooks(on.optimizers, self._updates)
         if ranks is None:
             return
@@ -176,8 +182,10 @@ class Watch(ShownWatch, AbstractContextManager["Watch"]):
     def detach(self) -> None:
         """Remove the hooks, and say the summary; the history stays."""
         ends = self.active
-        conclude(self)
-        self._hooks.detach()
+        try:
+            conclude(self)
+        finally:
+            self._hooks.detach()
         if ends and (found := self.summary()) is not None:
             say(f"summary: {found}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from probe.errors.exceptions import ConfigError, LogError
@@ -63,3 +65,46 @@ def test_a_watch_that_has_seen_nothing():
         assert "0 of 0 steps" in watch._repr_html_()
         with pytest.raises(ConfigError, match="plot: expected at least one probed step"):
             watch.plot()
+
+
+def test_a_page_at_every_alarm_and_in_the_end(tmp_path):
+    path = tmp_path / "training.html"
+    with seeded(0):
+        loop = small_loop()
+        # an entropy above its band is an explosion from the first probe on
+        watch = attach(loop.model, loop.optimizers[0], report_path=str(path), entropy_band=(1e-6, 1e-3))
+        loop.run(4)
+        alarms = [step for entry in watch.history for step in entry.get("alarms", ())]
+        assert alarms
+        assert path.read_text(encoding="utf-8").count("data-verdict=") == alarms[-1]
+        loop.run(2)
+        watch.detach()
+    page = path.read_text(encoding="utf-8")
+    assert page.count("data-verdict=") == 6
+    assert f"Alarm after step {alarms[0]}." in page
+    assert "The policy&#39;s entropy has exploded" in page
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_page_that_cannot_be_written_ends_no_training(tmp_path, caplog, strict):
+    folder = tmp_path / "folder"
+    with seeded(0):
+        loop = small_loop()
+        watch = attach(loop.model, loop.optimizers[0], report_path=str(folder / "page.html"), strict=strict)
+        loop.run(2)
+        shutil.rmtree(folder)
+        folder.write_text("in the way")
+        if strict:
+            with pytest.raises(LogError):
+                watch.detach()
+        else:
+            watch.detach()
+            assert "the report was not written (LogError: " in caplog.text
+    assert not watch.active
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    loop = small_loop()
+    with pytest.raises(LogError, match="file"):
+        attach(loop.model, loop.optimizers[0], report_path=str(tmp_path / "file" / "page.html"))
