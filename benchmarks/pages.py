@@ -3,15 +3,22 @@
     python benchmarks/pages.py
 
 Without `--log` the demo is probed with attribution and interventions (a minute); without `--training` the run of
-`benchmarks/collapse.py` that collapses is trained (several minutes). The tests of pages drive the same browser.
+`benchmarks/collapse.py` that collapses is trained (several minutes). With `--tensorboard FOLDER` there is one of
+TensorBoard's first page as well; `benchmarks/collapse.py --folder FOLDER --report_to tensorboard` writes such a folder.
+The tests of pages drive the same browser.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import socket
+import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +93,36 @@ def pictures(run: Path, training: Path, output: Path) -> list[Path]:
     return taken
 
 
+def tensorboard_picture(logdir: Path, output: Path) -> Path:
+    """A screenshot of TensorBoard's first page of a folder with trainings."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir)]
+    server = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", address.rpartition(":")[2]])
+    try:
+        for _ in range(100):
+            with suppress(OSError), urllib.request.urlopen(address):
+                break
+            time.sleep(0.3)
+        with open_browser() as browser:
+            page = browser.new_page(viewport={"width": 1368, "height": 912})
+            page.goto(f"{address}/#timeseries")
+            page.get_by_text("entropy_probe/2_forecast").first.wait_for(timeout=60_000)
+            page.wait_for_timeout(4_000)  # pictures are fetched when their cards are there
+            page.screenshot(path=str(output / "collapse_tensorboard.png"))
+    finally:
+        server.terminate()
+        server.wait()
+    return output / "collapse_tensorboard.png"
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--log", type=Path, help="log of a run, at the level debug")
     parser.add_argument("--training", type=Path, help="trainer_state.json of a training")
+    parser.add_argument("--tensorboard", type=Path, help="folder with the events of trainings")
     parser.add_argument("--output", type=Path, default=DOCS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -99,6 +131,8 @@ def main() -> None:
         training = args.training or training_log(Path(folder) / "training")
         for path in pictures(run, training, args.output):
             print(path)
+    if args.tensorboard is not None:
+        print(tensorboard_picture(args.tensorboard, args.output))
 
 
 if __name__ == "__main__":
