@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from probe.errors.exceptions import LogError
 from probe.estimand import ESTIMANDS, Estimand, Number
@@ -54,6 +55,8 @@ def compare(
         order = _order(first, second)
     if order is not None:
         return _paired(first, second.in_order(order, first.group))
+    if not unpaired and (group := _same_prompts(first, second)) is not None:
+        return _by_prompt(first, replace(second, group=group))
     if not unpaired:
         raise LogError(_different(first, second))
     return _unpaired(first, second)
@@ -99,7 +102,10 @@ def _different(a: LoggedRun, b: LoggedRun) -> str:
         found = "the same responses in other groups"
     steps = [run.results.get("training_step") for run in (a, b)]
     if None not in steps and steps[0] != steps[1]:
-        remedy = f"checkpoints of different steps ({steps[0]} and {steps[1]}) draw an E of their own:"
+        remedy = (
+            f"checkpoints of different steps ({steps[0]} and {steps[1]}) draw responses of their own: give both runs "
+            "the same prompts (seed_everything, B_E and data), or"
+        )
     else:
         remedy = f"{PAIRED.format(a=a.path or 'A.json.gz')}, or"
     return (
@@ -149,8 +155,13 @@ def _rows(a: LoggedRun, b: LoggedRun, quantities: Sequence[str]) -> list[Compare
     return [row for row in found if row is not None]
 
 
-def _row(a: LoggedRun, b: LoggedRun, quantity: str, estimand: Estimand) -> ComparedRow | None:
-    """A quantity with the paired difference; None where one of the runs does not have it."""
+def _row(
+    a: LoggedRun, b: LoggedRun, quantity: str, estimand: Estimand, same_fit: bool | None = None
+) -> ComparedRow | None:
+    """A quantity with the paired difference; None where one of the runs does not have it.
+
+    `same_fit` as in `paired_difference`; None where the order of the prompts says it.
+    """
     first, second = (run.number(quantity, estimand) for run in (a, b))
     if first is None or second is None:
         return None
@@ -162,7 +173,7 @@ def _row(a: LoggedRun, b: LoggedRun, quantity: str, estimand: Estimand) -> Compa
     if mine is None or other is None:
         difference = Number(_value(second) - _value(first))
         return ComparedRow(quantity, estimand, first, second, difference, note=NO_ERROR)
-    found = paired_difference(mine, other, same_fit=torch.equal(a.rank, b.rank))
+    found = paired_difference(mine, other, torch.equal(a.rank, b.rank) if same_fit is None else same_fit)
     unpaired_se = math.hypot(mine.se, other.se)
     first, second = _with_error(first, mine), _with_error(second, other)
     floor = math.hypot(*(run.floor(quantity, estimand) for run in (a, b)))
@@ -178,6 +189,58 @@ def _level(a: LoggedRun, b: LoggedRun, estimand: Estimand, note: str) -> Compare
     if first is None or second is None:
         return None
     return ComparedRow("H_orig", estimand, first, second, None, note=note)
+
+
+# ---------------------------------------------------------------- the same prompts
+
+
+def _same_prompts(a: LoggedRun, b: LoggedRun) -> Tensor | None:
+    """For B's responses the groups of A that have the same prompts; None where the two E are of other prompts.
+
+    Several draws of one prompt are exchangeable.
+    """
+    there: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for group, prompt in reversed(_prompts(a).items()):
+        there[prompt].append(group)
+    renamed: dict[int, int] = {}
+    for group, prompt in _prompts(b).items():
+        if not there[prompt]:
+            return None
+        renamed[group] = there[prompt].pop()
+    if any(there.values()):
+        return None
+    return torch.tensor([renamed[group] for group in b.group.tolist()], dtype=torch.int64)
+
+
+def _prompts(run: LoggedRun) -> dict[int, tuple[int, ...]]:
+    """The prompt of every group, by token ids, in the order of the log."""
+    return {group: prompt for group, (prompt, _) in zip(run.group.tolist(), run.responses, strict=True)}
+
+
+def _by_prompt(a: LoggedRun, b: LoggedRun) -> Comparison:
+    """Two runs with responses of their own to the same prompts: of two checkpoints, say.
+
+    Prompts are the independent units of all errors, and every quantity is that of the run's own policy on its own E.
+    """
+    found = [_row(a, b, name, estimand, same_fit=False) for estimand in ESTIMANDS for name in LABELS]
+    rows = tuple(row for row in found if row is not None)
+    if not rows:
+        raise LogError("expected something that both runs have, found nothing: neither level nor change")
+    note = (
+        "Each run has responses of its own to the same prompts: what the prompts share cancels in the differences, "
+        "what the responses draw does not. Two updates of one policy are known better on one E "
+        f"({PAIRED.format(a=a.path or 'A.json.gz')})."
+    )
+    return Comparison(
+        a=a.described(),
+        b=b.described(),
+        how="by prompt",
+        same_policy=None,
+        responses=None,
+        prompts=len(a.group.unique()),
+        rows=rows,
+        notes=(note, *_flag_notes(a, b)),
+    )
 
 
 # ---------------------------------------------------------------- two policies

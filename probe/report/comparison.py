@@ -22,7 +22,7 @@ LABELS = {
     "deltaH_true": "deltaH_true",
 }
 """The quantities that are compared, in this order, with their labels."""
-How = Literal["paired", "unpaired"]
+How = Literal["paired", "by prompt", "unpaired"]
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,11 @@ class Comparison:
     Attributes:
         a: run A.
         b: run B.
-        how: `paired` on one E, or `unpaired`: of two samples, with independent errors.
+        how: `paired` on one E; `by prompt`, of responses of their own to the same prompts; or `unpaired`, of two
+            samples, with independent errors.
         same_policy: whether both updates start from one policy; None where that is not known (`unpaired`).
-        responses: of E; None where there are two.
-        prompts: of E, the independent units of the errors; None where there are two.
+        responses: of E; None where there are two E.
+        prompts: of E, the independent units of the errors; None where those of the runs differ.
         rows: every quantity, those per token first.
         notes: what to know about all of them.
     """
@@ -191,6 +192,8 @@ def _heading(found: Comparison) -> list[str]:
     if found.how == "paired":
         of = f"{found.responses} responses to {found.prompts} prompts"
         first = f"B - A in nats, on one E: {of}; 95 % intervals, paired errors"
+    elif found.how == "by prompt":
+        first = f"B - A in nats, on the same {found.prompts} prompts: 95 % intervals, errors paired by prompt"
     else:
         first = "B - A in nats, of two different E: 95 % intervals, errors taken as independent"
     lines = [*textwrap.wrap(first, WIDTH), ""]

@@ -171,3 +171,34 @@ def test_intervals_cover_the_exact_difference(spaces, capsys, other, what):
     for key, count in inside.items():
         assert low <= count / REPETITIONS <= high, key
         assert sorted(gains[key])[REPETITIONS // 2] > 1, key
+
+
+@pytest.mark.slow
+def test_intervals_cover_the_difference_of_two_policies_on_the_same_prompts(spaces):
+    """Each policy draws responses of its own; prompts are what they have in common."""
+    space = spaces[1]
+    number = int(space.batch.group.max()) + 1
+    policies = [(space.old, space.probability), (space.new, space.new.sequence_logprob.exp())]
+    exact = []
+    for scores, probability in policies:
+        N, T = (
+            float((probability * x).sum() / probability.sum())
+            for x in (scores.sequence_entropy, scores.lengths.double())
+        )
+        exact.append((N, N / T))
+    low, high = scipy.stats.binom.ppf([5e-5, 1 - 5e-5], REPETITIONS, 0.95) / REPETITIONS
+    g, inside, gains = torch.Generator().manual_seed(SEED), [0, 0], [[], []]
+    for _ in range(REPETITIONS):
+        drawn = torch.randint(number, (SIZE,), generator=g)
+        found = []
+        for scores, probability in policies:
+            within = torch.where(space.batch.group == drawn.unsqueeze(1), probability, 0.0)
+            rows = torch.multinomial(within, 1, generator=g).flatten()
+            found.append(list(entropy_before(take_scores(scores, rows), torch.arange(SIZE))))
+        for k, (mine, other) in enumerate(zip(*found, strict=True)):
+            difference = paired_difference(mine, other, same_fit=False)
+            inside[k] += difference.ci95[0] <= exact[1][k] - exact[0][k] <= difference.ci95[1]
+            gains[k].append(math.hypot(mine.se, other.se) / difference.se)
+    for count, gain in zip(inside, gains, strict=True):
+        assert low <= count / REPETITIONS <= high
+        assert sorted(gain)[REPETITIONS // 2] > 1

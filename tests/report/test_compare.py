@@ -58,6 +58,7 @@ def runs(tmp_path_factory):
         "other_U": run("other_U", batch_config={**on_a, "B_U": 6}),
         "other_E": run("other_E", probe_rework={"master_seed": 5}),
         "policy": run("policy", second, batch_config=on_a),
+        "own_E": run("own_E", second),
         "groups": run("groups", batch_config={"B_E": 35, "G_E": 2}),
         "groups_rate": run("groups_rate", probe_rework={"learning_rate": 2e-3}, batch_config={"B_E": 35, "G_E": 2}),
     }  # fmt: skip
@@ -237,13 +238,51 @@ def test_an_e_that_neither_has_drawn(logs):
     assert "B is flagged: E_not_from_this_policy" in found.notes[0]
 
 
+def test_two_checkpoints_on_the_same_prompts(runs, logs):
+    """Each with responses of its own: influences are subtracted prompt by prompt, whatever the order of the log."""
+    found = probe.compare(runs["a"], runs["own_E"])
+    assert (found.how, found.same_policy, found.responses, found.prompts) == ("by prompt", None, None, 70)
+    assert {row.key for row in found.rows} == {
+        f"{name}{suffix}" for name in ("H_orig", "H_upd", "deltaH1", "deltaH_true") for suffix in ("", "_tok")
+    }
+    a, b = logs["a"], logs["own_E"]
+    for row in found.rows:
+        if row.quantity == "H_upd" or row.difference is None:
+            continue
+        by_prompt = []
+        for log in (a, b):
+            prompts = log["sequences"]["prompts"]
+            sums: dict[str, list[float]] = {}
+            for one in log["sequences"]["E"]:
+                sums.setdefault(prompts[one["prompt"]]["text"], []).append(one[f"influence_{row.key}"])
+            by_prompt.append(sums)
+        assert by_prompt[0].keys() == by_prompt[1].keys()
+        pairs = [
+            y - x for text in by_prompt[0] for x, y in zip(*(sums[text] for sums in by_prompt), strict=True)
+        ]
+        fits = [log["sequences"].get("influence_fit", {}).get(row.key, []) for log in (a, b)]
+        variance = 70 / 69 * math.fsum(x * x for x in pairs) + math.fsum(x * x for fit in fits for x in fit)
+        assert row.difference.value == pytest.approx(row.b.value - row.a.value)
+        assert row.difference.se == pytest.approx(math.sqrt(variance), rel=1e-6)
+        assert row.unpaired_se == pytest.approx(math.hypot(row.a.se, row.b.se))
+    records = b["sequences"]["E"]
+    b["sequences"]["E"] = records[::-1]
+    again = probe.compare(a, b)
+    for row in found.rows:
+        if row.difference is not None and len(set(map(str, (one["prompt"] for one in records)))) == 70:
+            assert again.row(row.key).difference.se == pytest.approx(row.difference.se)
+    assert "on the same 70 prompts" in str(found)
+    assert probe.compare(runs["a"], runs["own_E"], unpaired=True).how == "unpaired"
+
+
 def test_another_e_is_refused_or_has_independent_errors(runs, logs):
     with pytest.raises(LogError, match=r"found 70 and 70 responses, \d+ of them in common; rerun B with "
                                        r"--batch_config.E_rollouts \S+a.json.gz, or with A's.*--unpaired"):  # fmt: skip
         probe.compare(runs["a"], runs["other_E"])
     logs["other_E"]["results"]["training_step"] = 80
     with pytest.raises(
-        LogError, match=r"checkpoints of different steps \(60 and 80\) draw an E of their own: pass"
+        LogError,
+        match=r"checkpoints of different steps \(60 and 80\) draw responses of their own: give both runs the same",
     ):
         probe.compare(runs["a"], logs["other_E"])
     found = probe.compare(runs["a"], runs["other_E"], unpaired=True)
