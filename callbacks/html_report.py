@@ -10,6 +10,7 @@ from probe.errors.exceptions import LogError
 from probe.files.atomic import ensure_replaceable
 from probe.loading.tokenizer import token_decoder
 from probe.report.html.run import write_page
+from probe.text import error_text
 
 if TYPE_CHECKING:
     from probe.module import EntropyProbe
@@ -45,5 +46,9 @@ class HtmlReport(ProbeCallback):
             write_page(self.path, result, runner.state, config, token_decoder(module.tokenizer), writes)
         except LogError as error:
             runner.errors.append(error)
+        except Exception as error:  # a fault of the page ends no run, and keeps nobody else from publishing
+            failure = LogError(f"the report was not written to {self.path}: {error_text(error)}")
+            failure.__cause__ = error
+            runner.errors.append(failure)
         else:
             runner.written["report"] = str(self.path)

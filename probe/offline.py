@@ -101,6 +101,8 @@ class OfflineEntropyProbe:
     def report(self, path: str | Path) -> Path:
         """Write the last run as one self-contained HTML page, as `output.report_path` does.
 
+        Of several processes the first one writes; all of them call it, as each may hold a part of the step.
+
         Args:
             path: the file, replaced as a whole.
 
@@ -113,7 +115,8 @@ class OfflineEntropyProbe:
         """
         result, config = self._last(), self.runner.config.detailed_logging
         tokenizer = None if self._module is None else self._module.tokenizer
-        return write_page(path, result, self.runner.state, config, token_decoder(tokenizer))
+        first = self.runner.fabric.is_global_zero
+        return write_page(path, result, self.runner.state, config, token_decoder(tokenizer), first)
 
     def _last(self) -> ProbeResult:
         """The last run's result.

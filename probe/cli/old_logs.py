@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from probe.config.files import read_config_file
-from probe.errors.exceptions import LogError
+from probe.errors.exceptions import ConfigError, LogError
 from probe.files.atomic import atomic_write_bytes
 from probe.files.log_files import load_log
 from probe.live.names import ALARMS, PREFIX, history_names
@@ -36,9 +36,12 @@ def execute(log: str, output: str | None = None) -> Path:
         output: the file to write; None for one beside the log.
 
     Raises:
+        ConfigError: `output` is no name of a page.
         LogError: the log cannot be read, or the page not written.
     """
     path = Path(log).expanduser()
+    if output is not None and Path(output).suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"--output: expected a file that ends in .html, found {output}")
     written = atomic_write_bytes(_beside(path) if output is None else output, page_of(path).encode("utf-8"))
     print(f"report: {printable(str(written))}")
     return written
@@ -68,19 +71,25 @@ def page_of(path: Path) -> str:
         return _page_of_steps(path, _csv_steps(path))
     state = _trainer_state(path)
     if state is not None:
-        logs = ({"step": one.get("step"), **history_names(one)} for one in state if isinstance(one, Mapping))
-        return _page_of_steps(path, logs)
+        logs = (one for one in state["log_history"] if isinstance(one, Mapping))
+        steps = state.get("global_step")
+        counted = steps if isinstance(steps, int) else 0
+        return _page_of_steps(
+            path, ({"step": one.get("step"), **history_names(one)} for one in logs), counted
+        )
     return run_page(load_log(path), _config_beside(path))
 
 
-def _trainer_state(path: Path) -> list[Any] | None:
-    """The log of a transformers trainer; None where the file is none."""
+def _trainer_state(path: Path) -> dict[str, Any] | None:
+    """The state of a transformers trainer; None where the file is none."""
+    if path.suffix != ".json" or path.name.endswith("_summary.json"):
+        return None
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None  # `load_log` says what is wrong with it
     history = found.get("log_history") if isinstance(found, dict) else None
-    return history if isinstance(history, list) else None
+    return found if isinstance(history, list) else None
 
 
 def _config_beside(path: Path) -> dict[str, Any] | None:
@@ -124,9 +133,14 @@ def _event_steps(path: Path) -> Iterable[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
-def _page_of_steps(path: Path, steps: Iterable[Mapping[str, Any]]) -> str:
-    """The page of a training whose numbers were logged step by step."""
+def _page_of_steps(path: Path, steps: Iterable[Mapping[str, Any]], counted: int = 0) -> str:
+    """The page of a training whose numbers were logged step by step; `counted` steps, as far as a trainer says so."""
     history = logged_history(steps)
+    if not history and path.is_dir() and (logs := sorted(path.glob("*_summary.json"))):
+        raise LogError(
+            f"cannot make a report of {path}: expected the events of a training, found the logs of {len(logs)} runs; "
+            f"give one of them ({logs[-1].name}, ...)"
+        )
     if not history:
         raise LogError(
             f"cannot make a report of {path}: expected the numbers of a training that was probed ({PREFIX}/H_orig_tok, "
@@ -138,7 +152,9 @@ def _page_of_steps(path: Path, steps: Iterable[Mapping[str, Any]]) -> str:
             "log (NAME.json.gz in its folder per date), which has more"
         )
     last = history[-1]
-    return training_page(history, last["step"], last.get("cost_share"), title=f"Entropy of {path.name}")
+    return training_page(
+        history, max(counted, last["step"]), last.get("cost_share"), title=f"Entropy of {path.name}"
+    )
 
 
 def logged_history(steps: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def result_figures(values: Mapping[str, Any]) -> dict[str, Figure]:
         "1_prediction_and_measurement": (changes_figure, any(_has(values, key) for key, *_ in CHANGES)),
         "2_parts": (parts_figure, bool(values.get("attribution"))),
         "3_what_if": (what_if_figure, bool(_effective(values))),
-        "4_coupling": (coupling_figure, bool((values.get("attribution") or {}).get("coupling"))),
+        "4_coupling": (coupling_figure, _has_shares(values)),
         "5_league": (league_figure, bool((values.get("attribution") or {}).get("league"))),
     }
     return {name: make(values) for name, (make, there) in makers.items() if there}
@@ -268,6 +268,12 @@ def _has(values: Mapping[str, Any], key: str) -> bool:
     return any(values.get(estimand.key(key)) is not None for estimand in ESTIMANDS)
 
 
+def _has_shares(values: Mapping[str, Any]) -> bool:
+    """Whether there is a share of coupling that is not 0."""
+    both = (values.get("attribution") or {}).get("coupling") or {}
+    return any(share["value"] for one in both.values() for share in one["size_share"].values())
+
+
 def _section(values: Mapping[str, Any], key: str, of: str) -> Any:
     """A section of a result that a figure needs.
 
@@ -318,7 +324,9 @@ def _dot(
     **style: Any,
 ) -> None:
     """A number as a dot with its interval."""
-    value, ends = values.get(key), _interval(values, key)
+    if key not in values:
+        return  # never computed, which is not the same as not resolved
+    value, ends = values[key], _interval(values, key)
     if value is None or not math.isfinite(value):
         axis.text(0.0, place, " not resolved", color=color, va="center")
         return

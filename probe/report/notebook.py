@@ -39,8 +39,8 @@ class Results(dict[str, Any]):
     It is equal to the plain dictionary of its items, and JSON as it is.
 
     >>> Results(verdict="caution", deltaH1_tok=-0.01, deltaH1_tok_se=0.001)
-    Verdict: caution: the numbers can be believed with the reservations below
-    This update lowers the policy's entropy by 0.0100 +/- 0.0010 nats per token (predicted).
+    Verdict: caution: the numbers can be believed, with reservations
+    This update lowers the policy's entropy: predicted -0.0100 +/- 0.0010 nats per token.
     3 keys, see dict(results) and .plot()
     """
 
@@ -93,7 +93,7 @@ def result_card(values: Mapping[str, Any], title: str = "") -> str:
     rows = []
     for key, label in CHANGES:
         for name, unit in ((f"{key}_tok", "nats per token"), (key, "nats per response")):
-            if values.get(name) is not None:
+            if name in values:
                 error, interval = values.get(f"{name}_se"), interval_text(values.get(f"{name}_ci95"))
                 rows.append([key, label, with_error(values[name], error), interval, unit])
     heads = ("", "", "value +/- standard error", "95 % interval", "unit")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 PREDICTED, MEASURED, DIFFERENCE, TRACKED = "#000000", "#0072B2", "#D55E00", "#009E73"
 """Of what is predicted and measured, of their difference, and of a level that measured changes add up to."""
-FALLING, RISING = "#0072B2", "#D55E00"
-"""Of what lowers the entropy and of what raises it."""
+FALLING, RISING = "#5E3C99", "#E66101"
+"""Of what lowers the entropy and of what raises it: the ends of a scale of their own (PuOr of ColorBrewer)."""
 NEUTRAL = "#BBBBBB"
 """Of what stands in the background: parts that are no token's, noise floors, other runs."""
 INK, FAINT = "#222222", "#666666"

@@ -18,6 +18,43 @@ LEAST_PROBES = 2
 
 
 @dataclass(frozen=True)
+class Collapse:
+    """When the entropy was first found at its threshold, by what all readings said then.
+
+    Attributes:
+        by: the step of the probe that found it there: it was at the threshold after this step.
+        above: the step of the probe before, which had not found it there yet; None where there was none.
+    """
+
+    by: int
+    above: int | None
+
+    @property
+    def words(self) -> str:
+        """The steps between which it came."""
+        if self.above is None or self.above + 1 >= self.by:
+            return f"at step {self.by}"
+        return f"between steps {self.above} and {self.by}"
+
+
+def collapse_of(history: Sequence[Mapping[str, Any]]) -> Collapse | None:
+    """When a training's entropy has collapsed; None where no probe has found it at the threshold.
+
+    It is the definition of alarm and outlook: not a single reading, which scatters, but the forecast's level after the
+    step, of which no steps are left to the threshold.
+
+    Args:
+        history: entries of a watch.
+    """
+    above = None
+    for entry in history:
+        if entry.get("steps_to_collapse") == 0:
+            return Collapse(entry["step"], above)
+        above = entry["step"]
+    return None
+
+
+@dataclass(frozen=True)
 class Summary:
     """A training in a few numbers; entropies in nats per token.
 
@@ -129,6 +166,8 @@ def _pair(entry: Mapping[str, Any], name: str) -> tuple[float, float]:
 def is_resolved(entry: Mapping[str, Any], name: str) -> bool:
     """Whether a change of an entry can be told from 0, by weights that can be believed."""
     low, high = entry.get(f"{name}_ci95_low"), entry.get(f"{name}_ci95_high")
+    if entry.get(name) is None:  # below the noise floor the value is null, and its interval is not
+        return False
     if low is None or high is None or entry.get("verdict") == "invalid":
         return False
     return bool(low * high > 0)

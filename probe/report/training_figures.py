@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from probe.errors.exceptions import DataError
 from probe.report.drawing import drawn, few_ticks
 from probe.report.palette import ALARM, DIFFERENCE, MEASURED, PREDICTED, TRACKED
+from probe.report.summary import Collapse, collapse_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,8 +86,8 @@ def forecast_figure(history: History) -> Figure:
     """Steps left until the collapse as they were forecast, against what came.
 
     The band is the 95 % interval; where it has no upper end it goes on beyond the frame, and so does a forecast of no
-    collapse, which is an arrow at the top. Once the entropy has been measured at the threshold, a line says what was
-    left.
+    collapse, which is an arrow at the top. Once the entropy was found at the threshold (`collapse_of`), a line says
+    what was left.
 
     Args:
         history: of a watch.
@@ -99,7 +100,7 @@ def forecast_figure(history: History) -> Figure:
         raise DataError(
             "forecast_figure: expected entries with steps_to_collapse, found none; it takes three probes"
         )
-    came = _collapse(history)
+    came = collapse_of(history)
     steps = [entry["step"] for entry in rows]
     top = _top_of(rows, came)
     beyond = 2 * top
@@ -122,11 +123,11 @@ def forecast_figure(history: History) -> Figure:
                 label="beyond, or no collapse",
             )
         if came is not None:
-            before = [step for step in steps if step < came] or steps[:1]
-            left = [max(came - 1 - step, 0) for step in before]
+            before = [step for step in steps if step <= came.by]
+            left = [came.by - step for step in before]
             axis.plot(before, left, color=PREDICTED, linestyle="-", label="what was left")
         _mark_alarms(axis, history)
-        what = "not reached yet" if came is None else f"reached before step {came}"
+        what = "not reached yet" if came is None else f"came {came.words}"
         axis.set(
             xlabel="optimizer step",
             ylabel="steps until collapse",
@@ -174,19 +175,10 @@ def _training_title(rows: History) -> str:
     return f"{title}\n{outlook}" if outlook else title
 
 
-def _collapse(history: History) -> int | None:
-    """The first probed step that began with the entropy at the threshold or below it; None where none did."""
-    for entry in history:
-        level, threshold = _number(entry, "H_orig_tok"), _number(entry, "collapse_entropy")
-        if level is not None and threshold is not None and level <= threshold:
-            return int(entry["step"])
-    return None
-
-
-def _top_of(rows: History, came: int | None) -> float:
+def _top_of(rows: History, came: Collapse | None) -> float:
     """The upper end of the frame of forecasts: half as much again as there was, or as the shortest forecasts are."""
     if came is not None:
-        return max(1.5 * (came - rows[0]["step"]), 4.0)
+        return max(1.5 * (came.by - rows[0]["step"]), 4.0)
     finite = sorted(x for entry in rows if (x := _number(entry, "steps_to_collapse")) is not None)
     seen = float(rows[-1]["step"] - rows[0]["step"] + 1)
     return max(2.0 * seen, 3.0 * finite[len(finite) // 4] if finite else 0.0, 10.0)

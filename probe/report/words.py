@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +11,25 @@ from probe.text import percent
 
 VERDICTS = {
     "trustworthy": "the numbers can be believed",
-    "caution": "the numbers can be believed with the reservations below",
+    "caution": "the numbers can be believed, with reservations",
     "unresolved": "the change is too small for this sample: its sign or size is not known",
-    "invalid": "the numbers cannot be believed, for the reasons below",
+    "invalid": "the numbers cannot be believed",
 }
 """What the words of a verdict mean."""
+PRECONDITIONED = "preconditioned_step"
+"""The flag of a prediction that is not of the optimizer's step."""
+NAMED = {
+    "decay": "weight decay",
+    "kl": "the KL penalty",
+    "entropy_bonus": "the entropy bonus",
+    "router": "the load-balancing loss",
+    "control_variates": "control variates",
+}
+"""Parts that are named where they are large."""
+WORTH_NAMING = 0.1
+"""Of the largest part, from which on another one is named."""
+MOST_UPDATES = 1000
+"""Updates up to which it is said how many would halve or double the entropy."""
 
 
 def verdict_meaning(word: str | None) -> str:
@@ -30,7 +45,9 @@ def answer(values: Mapping[str, Any]) -> list[str]:
     Args:
         values: the result mapping of a run, as far as it is there.
     """
-    of = "_tok" if any(f"{key}_tok" in values for key in ("deltaH1", "deltaH_true")) else ""
+    # the estimand of the measurement, where there is one
+    first = "deltaH_true" if "deltaH_true" in values or "deltaH_true_tok" in values else "deltaH1"
+    of = "_tok" if f"{first}_tok" in values else ""
     per = "nats per token" if of else "nats per response"
     told = [
         (key, verb)
@@ -39,7 +56,7 @@ def answer(values: Mapping[str, Any]) -> list[str]:
     ]
     sentences = [_change(values, told, f"H_orig{of}", per)] if told else []
     found = values.get("attribution")
-    if found is not None and found.get("momentum") and of:
+    if found is not None and found.get("momentum") and found.get("total"):
         sentences.append(_parts(found))
     return sentences
 
@@ -61,10 +78,29 @@ def _change(values: Mapping[str, Any], told: list[tuple[str, str]], level: str, 
         )
     if value == 0:
         return f"This update leaves the entropy as it is: {verb} 0 {per}{others}."
-    H = values.get(level)
-    share = "" if not H else f", {percent(abs(value / H))} of its {number_text(H)}"
-    way = "lowers" if value < 0 else "raises"
-    return f"This update {way} the policy's entropy by {with_error(abs(value), error)} {per}{share} ({verb}{others})."
+    H, way = values.get(level), "lowers" if value < 0 else "raises"
+    by = f" by {percent(abs(value / H))} of its {number_text(H)} {per}" if H else ""
+    unit = "" if H else f" {per}"
+    sentence = f"This update {way} the policy's entropy{by}: {verb} {with_error(value, error)}{unit}{others}."
+    flags = (values.get("diagnostics") or {}).get("bias_flags") or ()
+    if key.startswith("deltaH1") and PRECONDITIONED in flags:
+        return f"{sentence} It is the preconditioned gradient's: no step that an optimizer takes."
+    ahead = _so_many(value / H) if H else ""
+    return f"{sentence} {ahead}" if ahead else sentence
+
+
+def _so_many(share: float) -> str:
+    """How many updates that change the entropy by the same share would halve or double it; nothing for very many."""
+    if share <= -1.0:
+        return ""
+    steps = math.log(0.5 if share < 0 else 2.0) / math.log1p(share)
+    if steps > MOST_UPDATES:
+        return ""
+    what = "halve" if share < 0 else "double"
+    return (
+        f"About {max(round(steps), 1)} updates like it would {what} it; whether they come, one checkpoint cannot say: "
+        "a forecast takes a probe inside of the training (probe.watch)."
+    )
 
 
 def _parts(found: Mapping[str, Any]) -> str:
@@ -73,9 +109,17 @@ def _parts(found: Mapping[str, Any]) -> str:
     def cell(one: Mapping[str, Any]) -> str:
         return with_error(one["deltaH1_tok"], one.get("deltaH1_tok_se"))
 
-    sentence = f"Of the prediction, momentum of earlier updates adds {cell(found['momentum'])}"
+    sentence = f"Of the prediction, {cell(found['momentum'])} is momentum of earlier updates"
     if found.get("tokens"):
-        sentence += f" and the tokens of U add {cell(found['tokens'])}"
+        sentence += f" and {cell(found['tokens'])} the tokens of U"
     rows = found.get("by_outcome") or found.get("by_advantage") or ()
     listed = ", ".join(f"{one['name']} {cell(one)}" for one in rows if one.get("deltaH1_tok"))
-    return f"{sentence} ({listed})." if listed and found.get("tokens") else f"{sentence}."
+    if listed and found.get("tokens"):
+        sentence += f" ({listed})"
+    largest = max(abs(found[name]["deltaH1_tok"]) for name in ("momentum", "tokens") if found.get(name))
+    others = [
+        f"{words} {cell(found[name])}"
+        for name, words in NAMED.items()
+        if found.get(name) and abs(found[name]["deltaH1_tok"]) > WORTH_NAMING * largest
+    ]
+    return f"{sentence}; {', '.join(others)}." if others else f"{sentence}."

@@ -77,3 +77,17 @@ def test_other_ranks_write_nothing(run, tmp_path):
     callback.on_probe_start(runner, Module())
     callback.on_report_end(runner, Module(), result)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_of_the_page_ends_no_run(run, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise TypeError("a fault")
+
+    monkeypatch.setattr("probe.callbacks.html_report.write_page", fails)
+    state, result = run
+    runner = make_runner(state)
+    HtmlReport(tmp_path / "page.html").on_report_end(runner, Module(), result)
+    assert [str(error) for error in runner.errors] == [
+        f"the report was not written to {tmp_path / 'page.html'}: TypeError: a fault"
+    ]
+    assert runner.written == {}

@@ -83,7 +83,9 @@ def test_a_log_and_its_summary(call, logged, tmp_path):
     (summary,) = logged.folder.glob("logs/*/*_summary.json")
     code, out, err = call(summary, "--output", tmp_path / "summary.html")
     assert (code, err) == (0, "")
-    assert "checkpoint_path: " in (tmp_path / "summary.html").read_text()  # the configuration beside it
+    page = (tmp_path / "summary.html").read_text(encoding="utf-8")
+    assert "checkpoint_path: " in page  # the configuration beside it
+    assert f"This is a summary; the log {logged.log.name} beside it has more." in page
 
 
 @pytest.mark.parametrize("write", [trainer_state, csv_file, events, events_of_transformers])
@@ -97,6 +99,12 @@ def test_the_log_of_a_training(call, tmp_path, write):
     assert "The policy&#39;s entropy has collapsed" in page
     assert "Alarm after step 61." in page
     assert f"{history[-1]['H_orig_tok']:.3f} ± 0.012".replace(" ", "\u00a0") in page
+
+
+def test_steps_are_those_that_the_trainer_has_counted(call, tmp_path):
+    path = trainer_state(tmp_path, made_up_history(probes=10, alarm=None))
+    call(path, "--output", "training.html")
+    assert "<span>120 optimizer steps</span>" in (tmp_path / "training.html").read_text(encoding="utf-8")
 
 
 def test_a_log_gives_the_history_back():
@@ -158,6 +166,19 @@ def test_events_of_a_run_are_referred_to_its_log(tmp_path):
         writer.add_scalar("entropy_probe/H_orig_tok", 0.5, 60)
     with pytest.raises(LogError, match=r"found those of a run; give the run's log \(NAME.json.gz"):
         page_of(tmp_path)
+
+
+def test_a_folder_of_logs_is_answered_with_them(call, logged):
+    code, out, err = call(logged.log.parent)
+    assert (code, out) == (2, "")
+    assert "found the logs of 1 runs; give one of them (" in err
+
+
+def test_a_page_ends_in_html(call, logged, tmp_path):
+    code, out, err = call(logged.log, "--output", tmp_path / "page.pdf")
+    assert (code, out) == (2, "")
+    assert "--output: expected a file that ends in .html, found" in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_page_that_cannot_be_written(call, logged, tmp_path):

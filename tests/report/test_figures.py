@@ -296,17 +296,17 @@ def test_the_forecast_against_what_came():
     figure = forecast_figure(history())
     (axis,) = figure.axes
     lines = {line.get_label(): line for line in axis.lines}
-    came = next(entry["step"] for entry in history() if entry["H_orig_tok"] <= 0.2)
+    came = next(entry["step"] for entry in history() if entry["steps_to_collapse"] == 0)
     left = lines["what was left"]
-    assert all(x + y == came - 1 for x, y in zip(left.get_xdata(), left.get_ydata(), strict=True))
+    assert all(x + y == came for x, y in zip(left.get_xdata(), left.get_ydata(), strict=True))
     top = axis.get_ylim()[1]
     assert list(lines["beyond, or no collapse"].get_xdata()) == [3, 4]
     assert all(y > top for y in lines["forecast"].get_ydata()[:2])  # and its band is open at the top
-    assert axis.get_title() == f"Forecast: collapse reached before step {came}"
+    assert axis.get_title() == f"Forecast: collapse came at step {came}"
 
 
 def test_without_a_collapse_nothing_came():
-    rows = [entry | {"collapse_entropy": 0.01} for entry in history()]
+    rows = history(collapse=0.01)
     figure = forecast_figure(rows)
     assert figure.axes[0].get_title() == "Forecast: collapse not reached yet"
     assert "what was left" not in legend(figure)

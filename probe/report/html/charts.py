@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ from probe.attribution.league import CEILING
 from probe.estimand import Estimand
 from probe.report.attribution import PARTS, TARGETS, TERMS
 from probe.report.html.plots import Chart, Line, Mark, Tone
-from probe.report.numbers import interval_text, number_text, with_error
+from probe.report.numbers import NOT_RESOLVED, interval_text, number_text, with_error
+from probe.report.words import PRECONDITIONED
 from probe.text import percent
 
 CHANGES: tuple[tuple[str, str, Tone, str], ...] = (
@@ -30,13 +32,25 @@ SORTED_BY = {
 """Ways to sum contributions up, in words."""
 
 
+def _meaning(values: Mapping[str, Any], key: str, meaning: str) -> str:
+    """What a change means; a prediction of the preconditioned gradient is not of a step."""
+    flags = (values.get("diagnostics") or {}).get("bias_flags") or ()
+    if key == "deltaH1" and PRECONDITIONED in flags:
+        return "deltaH1: the entropy's gradient times the preconditioned gradient, no step that an optimizer takes"
+    return meaning
+
+
 def change_chart(values: Mapping[str, Any], estimand: Estimand) -> Chart | None:
     """Prediction against measurement, each with its 95 % interval; None where there is neither."""
     lines = []
-    for key, label, tone, meaning in CHANGES:
-        name = estimand.key(key)
+    for key, label, tone, words in CHANGES:
+        name, meaning = estimand.key(key), _meaning(values, key, words)
         if values.get(name) is not None:
             lines.append(_line(label, values, name, tone, meaning))
+        elif name in values:
+            lines.append(
+                Line(label, (), (NOT_RESOLVED, interval_text(values.get(f"{name}_ci95")) or "-"), meaning)
+            )
     if not lines:
         return None
     return Chart(f"Change of the entropy, {estimand.unit}", ("", "value", "95 % interval", ""), lines)
@@ -57,7 +71,7 @@ def parts_chart(values: Mapping[str, Any]) -> Chart | None:
                 (
                     one["name"],
                     one,
-                    f"tokens of U: {one.get('tokens', 0)}, {percent_of(one, found)} of the whole",
+                    f"tokens of U: {one.get('tokens', 0)}{_share_of_sum(one, found)}",
                 )
                 for one in classes
             ]
@@ -66,7 +80,7 @@ def parts_chart(values: Mapping[str, Any]) -> Chart | None:
     at, lines = 0.0, []
     for label, one, meaning in steps:
         value = one["deltaH1_tok"]
-        low, high = (at + end for end in one.get("deltaH1_tok_ci95") or (value, value))
+        low, high = (None if end is None else at + end for end in one.get("deltaH1_tok_ci95") or (None, None))
         tone: Tone = "falls" if value < 0 else "rises"
         lines.append(
             Line(label, (Mark(at + value, low, high, tone, start=at),), (_with_error(one),), meaning)
@@ -81,10 +95,12 @@ def parts_chart(values: Mapping[str, Any]) -> Chart | None:
     return Chart("What deltaH1 is the sum of, nats per token", ("", "adds", ""), lines, legend)
 
 
-def percent_of(one: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """The share of a part in the whole, where there is a whole."""
+def _share_of_sum(one: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """The share of a part in the sum of all that control variates do not add, where that is not 0."""
     total = found["total"]["deltaH1_tok"]
-    return percent(one["deltaH1_tok"] / total) if total else "no share"
+    without = " without control variates" if "control_variates" in found else ""
+    share = one["deltaH1_tok"] / total + 0.0 if total else 0.0
+    return f"; {percent(share)} of the sum{without}" if total else ""
 
 
 def class_charts(values: Mapping[str, Any]) -> list[Chart]:
@@ -108,21 +124,30 @@ def coupling_charts(values: Mapping[str, Any]) -> list[Chart]:
     """Whose doing the change of a state's entropy is: the shares of sampled states, and of whole responses."""
     both: Mapping[str, Any] = (values.get("attribution") or {}).get("coupling") or {}
     charts = []
-    for which, words in (("states", "states of U"), ("responses", "whole responses of E")):
+    for which, words in (("states", "states of U"), ("responses", "whole responses of U")):
         if which not in both:
             continue
         lines = []
-        for name, meaning in TERMS.items():
+        own = {"own": "the tokens of the response itself"} if which == "responses" else {}
+        for name, meaning in (TERMS | own).items():
             share = both[which]["size_share"].get(name)
             if share is None or share["value"] is None or (which == "responses" and name == "response"):
                 continue
-            low, high = share.get("value_ci95") or (None, None)
-            text = "" if low is None or high is None else interval_text((100 * low, 100 * high))
-            cells = (percent(share["value"]), text or "not known")
-            lines.append(Line(name, (Mark(share["value"], low, high, start=0.0),), cells, meaning))
+            value = 100 * share["value"]
+            low, high = (
+                (100 * end for end in share["value_ci95"]) if share.get("value_ci95") else (None, None)
+            )
+            text = "" if low is None or high is None else f"[{low:.1f}, {high:.1f}]"
+            lines.append(
+                Line(
+                    name, (Mark(value, low, high, start=0.0),), (f"{value:.1f}", text or "not known"), meaning
+                )
+            )
         if lines:
-            caption = f"Share in the size of all changes, {both[which]['sampled']} sampled {words}"
-            charts.append(Chart(caption, ("", "share", "95 % interval, %", ""), lines))
+            caption = (
+                f"Share in the size of all changes in per cent, {both[which]['sampled']} sampled {words}"
+            )
+            charts.append(Chart(caption, ("", "share", "95 % interval", ""), lines))
     return charts
 
 
@@ -137,14 +162,19 @@ def league_charts(values: Mapping[str, Any]) -> list[Chart]:
                 continue
             low, high = one["spearman_ci95"]
             tone: Tone = "neutral" if one["predictor"] == CEILING else "predicted"
-            signs = "-" if one["sign_agreement"] is None else percent(one["sign_agreement"])
+            signs = "-" if one["sign_agreement"] is None else f"{100 * one['sign_agreement']:.1f} %"
             interval = f" [{low:+.2f}, {high:+.2f}]" if low is not None and high is not None else ""
-            cells = (f"{one['spearman']:+.2f}{interval}", signs, percent(one["captured_top_10"]))
+            cells = (
+                f"{one['spearman']:+.2f}{interval}",
+                signs,
+                f"{100 * one['captured_top_10']:.1f} %",
+                str(one["tokens"]),
+            )
             lines.append(
                 Line(one["predictor"].replace("_", " "), (Mark(one["spearman"], low, high, tone),), cells)
             )
         if lines:
-            heads = ("", "Spearman, 95 % interval", "signs right", "its top 10 % hold")
+            heads = ("", "Spearman, 95 % interval", "signs right", "its top 10 % hold", "tokens")
             charts.append(Chart(f"Ranking of tokens against {words}", heads, lines))
     return charts
 
@@ -152,38 +182,49 @@ def league_charts(values: Mapping[str, Any]) -> list[Chart]:
 def what_if_chart(values: Mapping[str, Any]) -> Chart | None:
     """What interventions would change of deltaH1, those that raise the entropy most first, with what was measured."""
     found: Mapping[str, Any] = values.get("what_if") or {}
-    lines, measured = [], False
     rows: Sequence[Mapping[str, Any]] = found.get("interventions") or ()
-    for one in sorted(rows, key=lambda one: -(one["difference"]["deltaH1_tok"] or 0.0)):
-        difference, exact, per = one["difference"], one.get("exact") or {}, one.get("per_reward")
-        value = difference["deltaH1_tok"]
-        if value is None or (value == 0 and one["tokens"] == 0):
-            continue
-        marks = [_mark(difference, "deltaH1_tok", "predicted")]
-        if exact.get("difference_true_tok") is not None:
-            marks.append(_mark(exact, "difference_true_tok", "measured"))
-            measured = True
-        true = (
-            with_error(exact["difference_true_tok"], exact.get("difference_true_tok_se"))
-            if len(marks) > 1
-            else "-"
-        )
-        cells = (
-            with_error(value, difference.get("deltaH1_tok_se")),
-            true,
-            with_error(difference["deltaR1"], difference.get("deltaR1_se"))
-            if "deltaR1" in difference
-            else "-",
-            "-" if per is None else number_text(per["value"]),
-        )
-        lines.append(Line(one["name"], tuple(marks), cells))
-    if not lines:
+    rows = [
+        one
+        for one in sorted(rows, key=lambda one: -(one["difference"]["deltaH1_tok"] or 0.0))
+        if one["difference"]["deltaH1_tok"] is not None
+        and (one["difference"]["deltaH1_tok"] != 0 or one["tokens"] != 0)
+    ]
+    if not rows:
         return None
-    heads = ("", "predicted", "measured", "reward's difference", "deltaH1 per reward")
-    legend: tuple[tuple[Tone, str], ...] = (("predicted", "predicted"),)
+    measured = any(_measured(one) is not None for one in rows)
+    lines = []
+    for one in rows:
+        difference, exact, per = one["difference"], _measured(one), one.get("per_reward")
+        marks = [_mark(difference, "deltaH1_tok", "predicted")]
+        cells = [_with_error(difference)]
+        if measured:
+            cells.append("-" if exact is None else _with_error(exact, "difference_true_tok"))
+        if exact is not None:
+            marks.append(_mark(exact, "difference_true_tok", "measured"))
+        cells.append(_with_error(difference, "deltaR1") if "deltaR1" in difference else "-")
+        cells.append("-" if per is None else number_text(per["value"]))
+        lines.append(Line(one["name"], tuple(marks), tuple(cells)))
+    heads = ["", "predicted", "measured", "reward's difference", "deltaH1 per reward"]
+    legend: list[tuple[Tone, str]] = [("predicted", "predicted")]
     if measured:
-        legend += (("measured", "measured by its step"),)
-    return Chart("Difference that an intervention makes to deltaH1, nats per token", heads, lines, legend)
+        legend.append(("measured", "measured by its step"))
+    else:
+        heads.remove("measured")
+    caption = "Difference that an intervention makes to deltaH1 (without control variates), nats per token"
+    return Chart(caption, tuple(heads), lines, tuple(legend), _limit(lines))
+
+
+def _measured(one: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What was measured of an intervention's step; None where it was not."""
+    exact: Mapping[str, Any] = one.get("exact") or {}
+    return exact if exact.get("difference_true_tok") is not None else None
+
+
+def _limit(lines: Sequence[Line]) -> float | None:
+    """How far an axis reaches where a few values would squeeze all others to a point; None where none would."""
+    sizes = sorted(abs(line.marks[0].value) for line in lines)
+    usual = sizes[(3 * len(sizes)) // 4] if len(sizes) > 3 else math.inf
+    return 1.5 * usual if 0 < usual < sizes[-1] / 3 else None
 
 
 def _mark(one: Mapping[str, Any], key: str, tone: Tone, start: float | None = None) -> Mark:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 Tone = Literal["predicted", "measured", "difference", "tracked", "falls", "rises", "neutral"]
@@ -63,13 +64,17 @@ class Axis:
             step = max(factor * power, 1.0) if self.whole else factor * power
             first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
             if last - first <= MOST_TICKS:
-                return tuple(round(k * step, 15) + 0.0 for k in range(first, last + 1))
+                return tuple(float(f"{k * step:.12g}") + 0.0 for k in range(first, last + 1))
         raise AssertionError("a step of 50 times a fifth's power of ten is longer than the axis")
 
     @property
     def labels(self) -> list[tuple[float, str]]:
         """Where the ticks stand, and what is written at them."""
-        return [(self.at(tick), f"{tick:.6g}") for tick in self.ticks]
+        step = min((b - a for a, b in pairwise(self.ticks)), default=1.0)
+        largest = max((abs(tick) for tick in self.ticks), default=1.0) or 1.0
+        # as many digits as tell neighbours apart
+        digits = max(math.floor(math.log10(largest)) - math.floor(math.log10(step)) + 2, 3)
+        return [(self.at(tick), f"{tick:.{min(digits, 15)}g}") for tick in self.ticks]
 
 
 @dataclass(frozen=True)
@@ -122,17 +127,25 @@ class Chart:
         heads: of the labels, the cells and, where there are notes, of these.
         lines: from the top.
         legend: tones with their meaning, where there is more than one.
+        limit: how far the axis reaches on either side of 0; None for as far as the marks do.
     """
 
     caption: str
     heads: tuple[str, ...]
     lines: Sequence[Line]
     legend: tuple[tuple[Tone, str], ...] = ()
+    limit: float | None = None
 
     @cached_property
     def axis(self) -> Axis:
-        """Over all of its marks, and 0."""
-        return Axis.over((x for line in self.lines for mark in line.marks for x in mark.reach), True)
+        """Over all of its marks, as far as the limit allows, and 0."""
+        within = math.inf if self.limit is None else self.limit
+        reach = (x for line in self.lines for mark in line.marks for x in mark.reach if x is not None)
+        return Axis.over((min(max(x, -within), within) for x in reach), True)
+
+    def beyond(self, mark: Mark) -> bool:
+        """Whether a mark stands at the end of the axis because its value is farther out."""
+        return not self.axis.low <= mark.value <= self.axis.high
 
     @property
     def with_notes(self) -> bool:

@@ -31,7 +31,8 @@ def response_data(document: Mapping[str, Any], most: int = MOST_TOKENS) -> dict[
     Returns:
         `responses` (the largest contribution first; index, group, prompt, reward, advantage, length, contribution,
         and by token: `t` its text, and `TOKEN_COLUMNS`), `texts` of tokens, `prompts`, `largest` contribution of a
-        token, `left_out` responses, and whether they are `attributed`. Texts are printable.
+        token, `left_out` responses, whether they are `attributed`, and whether their tokens are (`shaded`). Texts are
+        printable.
     """
     sequences: Mapping[str, Any] = document.get("sequences") or {}
     records: Sequence[Mapping[str, Any]] = sequences.get("U") or ()
@@ -56,6 +57,7 @@ def response_data(document: Mapping[str, Any], most: int = MOST_TOKENS) -> dict[
         "largest": max((abs(c) for one in kept for c in one.get("c", ()) if c is not None), default=0.0),
         "left_out": len(records) - len(kept),
         "attributed": attributed,
+        "shaded": attributed and any("c" in one for one in kept),
         "tokens": count,
     }
 

@@ -12,6 +12,7 @@ import yaml
 from probe.config.output import DetailedLoggingConfig
 from probe.estimand import ESTIMANDS
 from probe.files.atomic import atomic_write_bytes
+from probe.files.log_files import SUMMARY_SCHEMA
 from probe.logs.document import build_log
 from probe.logs.records import token_records
 from probe.report.attribution import Table, beside_what_if, top_tokens_table
@@ -127,6 +128,7 @@ def run_page(
         estimators=estimator_rows(values),
         classes=class_charts(values),
         top=_top(found),
+        claims=_claims(what_if),
         responses=response_data(document, most_tokens),
         why_unshaded=_why_unshaded(document, found),
         trust=trust_rows(values),
@@ -160,8 +162,21 @@ def _top(found: Mapping[str, Any]) -> Table | None:
     return table if table.rows else None
 
 
+def _claims(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The names of interventions, and what they are."""
+    return [(one["name"], one["claim"]) for one in found.get("interventions") or () if one.get("claim")]
+
+
 def _why_unshaded(document: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """Why tokens are not shaded, with what to do."""
+    main = (document.get("files") or {}).get("main")
+    if document.get("schema") == SUMMARY_SCHEMA:
+        return f"This is a summary; the log {main or 'of the run'} beside it has more."
+    if document.get("level") == "minimal":
+        return (
+            "This log, of the level minimal, has no responses; the level debug has them with their tokens, and so has "
+            "a report that the run itself writes (output.report_path)."
+        )
     if not found:
         return (
             "Tokens are shaded by what they add to deltaH1 where that was worked out: entropy-probe attribute, or "

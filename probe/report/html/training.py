@@ -12,7 +12,7 @@ from probe.report.html.plots import Curve, CurveChart, Rule, Tone
 from probe.report.html.render import rendered
 from probe.report.numbers import NOT_RESOLVED, with_error
 from probe.report.rows import Row
-from probe.report.summary import is_resolved, summary_of
+from probe.report.summary import collapse_of, is_resolved, summary_of
 from probe.report.words import verdict_meaning
 from probe.verdict.words import WORDS
 
@@ -93,7 +93,6 @@ def training_page(
         state=_state(last, alarms),
         answer=_answer(history),
         verdicts=_verdicts(history),
-        last_reasons=list(last.get("verdict_reasons") or ()),
         summary=None if summary is None else str(summary),
         charts=charts,
         largest=_largest(history),
@@ -113,18 +112,15 @@ def _state(last: Mapping[str, Any], alarms: Sequence[int]) -> tuple[str, str]:
         return "caution", f"Forecast: {outlook}"
     if outlook:
         return ("caution" if alarms else "trustworthy"), f"Forecast: {outlook}"
-    return "unresolved", "No forecast yet: it takes three probes"
+    return "unresolved", "No forecast yet: it takes three probes whose steps have moved the policy"
 
 
 def outlook_of(entry: Mapping[str, Any]) -> str:
     """The forecast in words; of a log, which has numbers alone, in fewer."""
     if entry.get("outlook"):
         return str(entry["outlook"])
-    H, low, high = (entry.get(name) for name in ("H_orig_tok", "collapse_entropy", "explosion_entropy"))
-    if _known(H) and _known(low) and low >= H:
+    if entry.get("steps_to_collapse") == 0:
         return "collapsed"
-    if _known(H) and _known(high) and high <= H:
-        return "exploded"
     for what in ("collapse", "explosion"):
         chance = entry.get(f"{what}_chance")
         if _known(chance) and chance >= WORTH_SAYING:
@@ -152,10 +148,16 @@ def _answer(history: Sequence[Mapping[str, Any]]) -> list[str]:
     return sentences
 
 
-def _verdicts(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, str]]:
-    """How many probes had which verdict, with its meaning."""
+def _verdicts(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, str, str]]:
+    """How many probes had which verdict, with its meaning, and the first reason of the last of them."""
     counted = Counter(entry.get("verdict") for entry in history)
-    return [(word, counted[word], verdict_meaning(word)) for word in WORDS if counted[word]]
+    reasons: dict[Any, str] = {}
+    for entry in history:
+        if entry.get("verdict_reasons") and entry.get("verdict") != WORDS[0]:
+            reasons[entry.get("verdict")] = f"step {entry['step']}: {entry['verdict_reasons'][0]}"
+    return [
+        (word, counted[word], verdict_meaning(word), reasons.get(word, "")) for word in WORDS if counted[word]
+    ]
 
 
 def _column(history: Sequence[Mapping[str, Any]], name: str) -> list[float | None]:
@@ -200,21 +202,20 @@ def _entropy(history: Sequence[Mapping[str, Any]], alarms: Sequence[int]) -> Cur
 
 
 def _forecast(history: Sequence[Mapping[str, Any]], alarms: Sequence[int]) -> CurveChart | None:
-    """The step at which the entropy was forecast to collapse, over time, against the step at which it did."""
-    rows = [e for e in history if _known(e.get("steps_to_collapse"))]
-    came = _came(history)
-    rows = [e for e in rows if came is None or e["step"] < came]
-    if not rows:
-        return None
+    """The step at whose end a collapse was forecast, over time, against the step at whose end it came."""
+    came = collapse_of(history)
+    rows = [e for e in history if _known(e.get("steps_to_collapse")) and e["steps_to_collapse"] > 0]
 
     def at(entry: Mapping[str, Any], name: str) -> float | None:
         ahead = entry.get(name)
         return entry["step"] + ahead if _known(ahead) else None
 
-    last = history[-1]["step"]
-    horizon = last + (last - history[0]["step"])
+    first, last = history[0]["step"], history[-1]["step"]
+    horizon = last + (last - first)
     # a median or an end far beyond everything that was seen would squeeze the chart to a line
     seen = [e for e in rows if (at(e, "steps_to_collapse") or math.inf) <= horizon]
+    if not seen:
+        return None
     ends = [
         min(end, horizon) if (end := at(e, "steps_to_collapse_high")) is not None else horizon for e in seen
     ]
@@ -227,30 +228,16 @@ def _forecast(history: Sequence[Mapping[str, Any]], alarms: Sequence[int]) -> Cu
         ends,
         dots=True,
     )
-    if not seen:
-        return None
-    today = Curve("the present step", "neutral", [history[0]["step"], last], [history[0]["step"], last])
+    today = Curve("the present step", "neutral", [first, last], [first, last])
     rules = _alarm_rules(alarms)
+    words = "The entropy has not been found at the threshold so far."
     if came is not None:
-        rules.append(Rule(came, f"came at step {came}"))
-    words = (
-        f"The entropy first was at the threshold before step {came}."
-        if came is not None
-        else "The entropy has not been at the threshold so far."
-    )
+        rules.append(Rule(came.by, f"came by step {came.by}"))
+        words = f"The entropy came to the threshold {came.words}."
     left_out = len(rows) - len(seen)
     if left_out:
-        words += f" {left_out} forecasts beyond step {horizon:.0f} are not drawn."
-    return CurveChart("Step at which a collapse was forecast", [today, curve], rules, words)
-
-
-def _came(history: Sequence[Mapping[str, Any]]) -> int | None:
-    """The first probed step before which the entropy was at its threshold; None where it never was."""
-    for entry in history:
-        threshold = entry.get("collapse_entropy")
-        if threshold is not None and entry["H_orig_tok"] <= threshold:
-            return int(entry["step"])
-    return None
+        words += f" {left_out} forecast{'s' if left_out > 1 else ''} beyond step {horizon:.0f} not drawn."
+    return CurveChart("Step at whose end a collapse was forecast", [today, curve], rules, words)
 
 
 def _known(value: float | None) -> TypeGuard[float]:
@@ -300,7 +287,9 @@ def _largest(history: Sequence[Mapping[str, Any]]) -> list[Table]:
             for entry in rows
         ]
         if cells:
-            tables.append(Table((words, "measured", "predicted", "of it momentum", "of it gradient"), cells))
+            tables.append(
+                Table((words, "measured", "predicted", "of it momentum", "of it gradient", "verdict"), cells)
+            )
     return tables
 
 

@@ -221,22 +221,27 @@ def test_the_answers_follow_the_verdict():
         "deltaH_true_tok_se": 0.001,
         "deltaH_true_tok_ci95": [-0.013, -0.009],
     }
-    assert answer(values) == [
-        "This update lowers the policy's entropy by 0.0110 +/- 0.0010 nats per token, 2.2 % of its 0.5 (measured; "
-        "predicted -0.0100 +/- 0.0010)."
-    ]
-    assert answer({**values, "deltaH_true_tok": 0.011, "deltaH_true_tok_ci95": [0.009, 0.013]})[0].startswith(
-        "This update raises the policy's entropy by 0.0110 +/- 0.0010"
+    said = answer(values)[0]
+    assert said.startswith(
+        "This update lowers the policy's entropy by 2.2 % of its 0.5 nats per token: measured -0.0110 +/- 0.0010; "
+        "predicted -0.0100 +/- 0.0010. About 31 updates like it would halve it; "
     )
+    assert pytest.approx(0.25, rel=0.02) == 0.5 * (1 - 0.011 / 0.5) ** 31
+    raised = answer({**values, "deltaH_true_tok": 0.011, "deltaH_true_tok_ci95": [0.009, 0.013]})[0]
+    assert raised.startswith("This update raises the policy's entropy by 2.2 %")
+    assert "About 32 updates like it would double it" in raised
+    tiny = {**values, "deltaH_true_tok": -1e-5, "deltaH_true_tok_ci95": [-2e-5, -1e-6]}
+    assert "updates like it" not in answer(tiny)[0]
+    whole = {**values, "deltaH_true_tok": -0.5, "deltaH_true_tok_ci95": [-0.6, -0.4]}
+    assert "updates like it" not in answer(whole)[0]
     assert "is not resolved: measured" in answer({**values, "deltaH_true_tok_ci95": [-0.03, 0.01]})[0]
     assert "is not resolved: measured" in answer({**values, "verdict": "unresolved"})[0]
     assert "is not known: measured" in answer({**values, "verdict": "invalid"})[0]
     assert "leaves the entropy as it is" in answer({**values, "deltaH_true_tok": 0.0})[0]
     assert answer({"verdict": "invalid", "deltaH_true_tok": None}) == []
     alone = {"deltaH1": -2.0, "deltaH1_se": 0.1, "verdict": "caution"}
-    assert answer(alone) == [
-        "This update lowers the policy's entropy by 2.00 +/- 0.10 nats per response (predicted)."
-    ]
+    said = "This update lowers the policy's entropy: predicted -2.00 +/- 0.10 nats per response."
+    assert answer(alone) == [said]
 
 
 # ---------------------------------------------------------------- trainings
@@ -253,7 +258,7 @@ def test_the_page_of_a_training_says_how_it_stands():
         assert words in text
     text = Outline(training_page(history, steps=120)).text
     assert "Alarm after step 61." in text
-    assert "The entropy first was at the threshold before step 81." in text
+    assert "The entropy came to the threshold between steps 79 and 81." in text
     assert "20 probes trustworthy" in text
 
 
@@ -304,3 +309,88 @@ def test_largest_updates_are_resolved_ones():
     start = outline.text.index("Largest falls")
     listed = re.findall(r"step (\d+)", outline.text[start : outline.text.index("Every probe", start)])
     assert listed == ["7", "9", "11"]
+
+
+def test_a_part_of_one_block_has_no_interval(logged):
+    """Of a single prompt in E nothing is known of errors: null in a log."""
+    document = logged.document
+    found = document["results"]["attribution"]
+    for one in (*(found[name] for name in ("momentum", "decay", "tokens", "total")), *found["by_outcome"]):
+        one |= {"deltaH1_tok_se": None, "deltaH1_tok_ci95": [None, None]}
+    assert "What deltaH1 is the sum of" in run_page(document)
+
+
+def test_the_last_reason_of_every_verdict_is_told():
+    text = Outline(training_page(made_up_history(probes=6, alarm=None), steps=12)).text
+    for step, k in ((9, 4), (11, 5)):  # the last of caution and of unresolved; a good one needs no reason
+        assert f"The last, step {step}: reason of probe {k}" in text
+    assert "reason of probe 3" in text  # in the table of all
+    assert "The last, step 7" not in text
+
+
+def test_where_the_measurement_is_per_response_the_answer_is():
+    values = {
+        "verdict": "trustworthy",
+        **{"deltaH1": -0.06, "deltaH1_tok": -0.004, "deltaH_true": -0.05, "H_orig": 7.0, "H_orig_tok": 0.4},
+    }
+    assert answer(values)[0].startswith(
+        "This update lowers the policy's entropy by 0.714 % of its 7 nats per response: "
+    )
+    assert "measured -0.05" in answer(values)[0]
+
+
+def test_a_preconditioned_prediction_is_no_update():
+    values = {
+        "deltaH1_tok": -0.004,
+        "H_orig_tok": 0.4,
+        "diagnostics": {"bias_flags": ["preconditioned_step"]},
+    }
+    (said,) = answer(values)
+    assert said.endswith("It is the preconditioned gradient's: no step that an optimizer takes.")
+    assert "updates like it" not in said
+    (line,) = change_chart(values, TOKEN).lines
+    assert "no step that an optimizer takes" in line.note
+
+
+def test_large_parts_are_named():
+    parts = {"momentum": -0.003, "tokens": -0.0002, "kl": 0.001, "decay": 1e-6, "control_variates": -0.0005}
+    found = {name: {"deltaH1_tok": x} for name, x in parts.items()}
+    said = answer({"deltaH1_tok": -0.004, "attribution": {**found, "total": {"deltaH1_tok": -0.0022}}})[1]
+    assert said == (
+        "Of the prediction, -0.003 is momentum of earlier updates and -0.0002 the tokens of U; the KL penalty 0.001, "
+        "control variates -0.0005."
+    )
+
+
+def test_what_is_below_the_noise_floor_has_a_line():
+    values = {"deltaH1_tok": -1e-6, "deltaH_true_tok": None, "deltaH_true_tok_ci95": [-2e-6, -1e-6]}
+    predicted, measured = change_chart(values, TOKEN).lines
+    assert predicted.marks
+    assert (measured.marks, measured.cells[0]) == ((), "not resolved")
+
+
+def test_tokens_of_a_detailed_log_are_not_said_to_be_shaded(logged):
+    document = logged.document
+    document["level"] = "detailed"
+    del document["tokens"]
+    text = Outline(run_page(document)).text
+    assert "This log, of the level detailed, has no tokens" in text
+    assert "Point at a token" not in text
+
+
+def test_a_change_below_the_noise_floor_ends_no_page():
+    history = made_up_history(probes=6, alarm=None)
+    history[2] |= {
+        "deltaH_true_tok": None,
+        "deltaH_true_tok_ci95_low": -0.02,
+        "deltaH_true_tok_ci95_high": -0.01,
+    }
+    assert "not resolved" in training_page(history, steps=12)
+
+
+def test_a_single_low_reading_is_no_collapse():
+    history = made_up_history(probes=20, alarm=None)
+    history[-1] |= {"H_orig_tok": 0.09, "outlook": "", "steps_to_collapse": 12.0}
+    text = Outline(training_page(history, steps=40)).text
+    assert "has collapsed" not in text
+    assert "The entropy has not been found at the threshold so far." in text

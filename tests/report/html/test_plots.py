@@ -11,7 +11,17 @@ from probe.report.html.plots import Axis, Chart, Curve, CurveChart, Line, Mark, 
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(-1e-9, 3e-9), (0.0, 1.0), (-2.5, -2.4999), (-1e6, 1e-6), (0.13, 0.49), (-1, 1e12)]
+    ("low", "high"),
+    [
+        (-1e-9, 3e-9),
+        (0.0, 1.0),
+        (-2.5, -2.4999),
+        (-1e6, 1e-6),
+        (0.13, 0.49),
+        (-1, 1e12),
+        (-1e-17, 1e-17),
+        (0.43419901, 0.43419905),
+    ],
 )
 def test_ticks_are_few_round_and_inside(low, high):
     axis = Axis(low, high)
@@ -21,7 +31,10 @@ def test_ticks_are_few_round_and_inside(low, high):
     )
     steps = {round((b - a) / (high - low), 6) for a, b in zip(axis.ticks, axis.ticks[1:], strict=False)}
     assert len(steps) == 1
-    assert [at for at, _ in axis.labels] == sorted(at for at, _ in axis.labels)
+    assert [at for at, _ in axis.labels] == sorted({at for at, _ in axis.labels})
+    assert len({label for _, label in axis.labels}) == len(axis.ticks)
+    for tick, (_, label) in zip(axis.ticks, axis.labels, strict=True):
+        assert math.isclose(float(label), tick, rel_tol=1e-9, abs_tol=1e-3 * (high - low))
 
 
 def test_ticks_of_any_axis():
@@ -114,3 +127,12 @@ def test_steps_are_whole_numbers(steps):
     assert steps[-1] < across.high
     assert across.ticks
     assert all(tick == round(tick) for tick in across.ticks)
+
+
+def test_what_is_beyond_the_limit_is_marked():
+    marks = [Mark(x) for x in (1e-4, 2e-4, -1e-4, 5e-3)]
+    chart = Chart("", ("",), [Line(str(k), (mark,), ()) for k, mark in enumerate(marks)], limit=3e-4)
+    assert [chart.beyond(mark) for mark in marks] == [False, False, False, True]
+    assert chart.axis.at(5e-3) == 100.0
+    assert chart.axis.high < 4e-4
+    assert not any(Chart("", ("",), chart.lines).beyond(mark) for mark in marks)

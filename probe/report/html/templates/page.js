@@ -9,7 +9,7 @@
   };
   const data = (id) => { const found = $(id); return found ? JSON.parse(found.textContent) : null; };
   const number = (x, digits = 3) => x === null || x === undefined ? "not known" : (x === 0 ? "0" :
-    (Math.abs(x) < 1e-3 || Math.abs(x) >= 1e5 ? x.toExponential(digits - 1) : String(Number(x.toPrecision(digits)))));
+    (Math.abs(x) < 1e-3 || Math.abs(x) >= 1e5 ? x.toExponential(digits - 1).replace(/e([-+])(\d)$/, "e$10$2") : String(Number(x.toPrecision(digits)))));
   const signed = (x) => x > 0 ? "+" + number(x) : number(x);
 
   // ---- light and dark
@@ -78,7 +78,7 @@
     const shade = (span, c) => {
       if (!c || !U.largest) return;
       // the square root lets the many small contributions be seen beside the few large ones
-      const strength = Math.round(8 + 67 * Math.sqrt(Math.abs(c) / U.largest));
+      const strength = Math.round(8 + 52 * Math.sqrt(Math.abs(c) / U.largest));
       const tone = c > 0 ? "shade-rises" : "shade-falls";
       span.style.background = `color-mix(in srgb, var(--${tone}) ${strength}%, transparent)`;
       span.style.borderBottom = `2px ${c > 0 ? "solid" : "dashed"} color-mix(in srgb, var(--${tone}) ${Math.min(100, strength + 25)}%, transparent)`;
@@ -184,7 +184,7 @@
       shown = Math.min(shown + PAGE, chosen.length);
       list.append(part);
       more.hidden = shown >= chosen.length;
-      found.textContent = `${shown} of ${chosen.length} shown`;
+      found.textContent = chosen.length ? `${shown} of ${chosen.length} shown` : `none of ${U.responses.length} responses is like this`;
     }
     function choose() {
       const text = find.value.toLowerCase();
