@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from probe.estimand import PerEstimand
+from probe.estimand import Number, PerEstimand
 from probe.estimators.entropy_change import snis_entropy
 from probe.estimators.estimate import Estimate, Estimates, estimate
 from probe.estimators.student import student_interval
@@ -37,6 +37,11 @@ class Difference:
     def ci95(self) -> tuple[float, float]:
         """`value` minus and plus Student's `t` standard errors."""
         return student_interval(self.value, self.se, self.df)
+
+    @property
+    def number(self) -> Number:
+        """The difference as a result gives a number."""
+        return Number(self.value, self.se, self.ci95, df=self.df)
 
 
 def paired_difference(a: Estimate, b: Estimate, same_fit: bool = True) -> Difference:
@@ -77,6 +82,9 @@ def independent_difference(a: tuple[float, float, float], b: tuple[float, float,
 
 def level_elsewhere(log_w: Tensor, N: Tensor, T: Tensor, group: Tensor) -> Estimates:
     """The entropy of another policy than the one that E was drawn from, nats, by one weight per response.
+
+    Influences are linear in the estimator: levels of several policies on one E, subtracted, have the error of the
+    difference. A change of entropy is such a difference, and so is a difference of changes.
 
     Args:
         log_w: `(B,)` log-probs of the responses under the other policy minus those under the one that drew them.

@@ -19,6 +19,8 @@ from probe.files.log_files import LOG_SCHEMA, load_log
 from probe.report.comparison import ComparedRun
 
 Log = Mapping[str, Any]
+DERIVATIVE_ERRORS = ("derivative_agreement", "step_difference", "difference_error")
+"""Diagnostics that say what deltaH1 may be wrong by, relative to it, by its derivatives and not by sampling."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,14 @@ class LoggedRun:
         return results
 
     @property
+    def diagnostics(self) -> Mapping[str, Any]:
+        """How good its results are."""
+        return self.results.get("diagnostics") or {}
+
+    @property
     def flags(self) -> tuple[str, ...]:
         """Why its results are biased."""
-        return tuple((self.results.get("diagnostics") or {}).get("bias_flags") or ())
+        return tuple(self.diagnostics.get("bias_flags") or ())
 
     @property
     def sampled(self) -> bool:
@@ -84,19 +91,29 @@ class LoggedRun:
     @property
     def has_responses(self) -> bool:
         """Whether its responses are there with their token ids and influences."""
-        return bool(self.records) and all(
-            "completion_ids" in record and any(key.startswith("influence_") for key in record)
-            for record in self.records
+        return self.texts is not None and all(
+            any(key.startswith("influence_") for key in record) for record in self.records
         )
 
     @cached_property
+    def texts(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]] | None:
+        """Token ids of prompt and response of every record; None where the log does not have them."""
+        if not self.records or any("completion_ids" not in record for record in self.records):
+            return None
+        prompts = self.log["sequences"]["prompts"]
+        return [
+            (tuple(prompts[record["prompt"]]["ids"]), tuple(record["completion_ids"]))
+            for record in self.records
+        ]
+
+    @cached_property
     def responses(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Token ids of prompt and response of every record.
+        """The same, of a log that can be paired.
 
         Raises:
             LogError: they are not there.
         """
-        if not self.has_responses:
+        if self.texts is None or not self.has_responses:
             known = any("completion_ids" in record for record in self.records)
             found = f"level {self.log.get('level')!r} without them"
             if known:
@@ -105,11 +122,7 @@ class LoggedRun:
                 f"{self.called}: expected a log with the responses of E and their influences, found {found}; run it "
                 "again with --detailed_logging.level detailed (and log_sequences not false)"
             )
-        prompts = self.log["sequences"]["prompts"]
-        return [
-            (tuple(prompts[record["prompt"]]["ids"]), tuple(record["completion_ids"]))
-            for record in self.records
-        ]
+        return self.texts
 
     def in_order(self, order: Sequence[int], group: Tensor) -> LoggedRun:
         """The same with its responses in another order, and other numbers for the same prompts."""
@@ -147,10 +160,20 @@ class LoggedRun:
         )
 
     def floor(self, quantity: str, estimand: Estimand) -> float:
-        """The noise floor of a quantity, nats; 0 where it has none."""
-        if quantity not in ("deltaH_true", "H_upd"):
+        """What a quantity may be wrong by besides sampling, nats; 0 where nothing is known of that.
+
+        Of a measured change it is the noise floor; of deltaH1 what its derivatives differ by from others
+        (`DERIVATIVE_ERRORS`), and in 16 bits at least the noise floor. On one E these errors do not cancel in a
+        difference, as those of sampling do.
+        """
+        rounding = float(self.diagnostics.get(estimand.key("noise_floor")) or 0.0)
+        if quantity in ("deltaH_true", "H_upd"):
+            return rounding
+        number = self.number(quantity, estimand)
+        if quantity != "deltaH1" or number is None or number.value is None:
             return 0.0
-        return float((self.results.get("diagnostics") or {}).get(estimand.key("noise_floor")) or 0.0)
+        own = abs(number.value) * max(float(self.diagnostics.get(key) or 0.0) for key in DERIVATIVE_ERRORS)
+        return max(own, rounding) if "half_precision" in self.flags else own
 
     def described(self) -> ComparedRun:
         """What a comparison says of it."""
