@@ -224,8 +224,10 @@ class ProbeRunner(TrainerSection):
         """Run the phases in order, timed."""
         self.fabric.call("on_probe_start", self, module)
         if module.model is None and module.config.checkpoint.checkpoint_path == DEMO:
-            with self._timed("make_demo"), self.fabric.rank_zero_first(local=True):
-                module.make_demo()
+            with self._timed("demo_policy"), self.fabric.rank_zero_first(local=True):
+                trained = module.make_demo()
+            if not trained:  # it was there: no time worth a line
+                del self.state.timing["demo_policy"]
         with self._timed("load"), self.ranks.together("load"):
             module.autocast = self.fabric.autocast
             module.load(self.fabric.device, setup_of(self.fabric))

@@ -50,7 +50,7 @@ class Table:
     """Rows under heads.
 
     Attributes:
-        heads: of the labels, of the cells and, where there is one more, of the meanings.
+        heads: of the labels and of the cells.
         rows: of the table.
     """
 

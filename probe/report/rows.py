@@ -37,7 +37,7 @@ ESTIMATORS = {
 }
 """The estimators of `estimates` in words."""
 PHASES = {
-    "make_demo": "demo policy trained (once; then it is reused)",
+    "demo_policy": "trained (once; from now on it is reused)",
     "load": "policy and optimizer state read from the checkpoint",
     "sample": "responses drawn, rewarded and scored",
     "entropy_gradient": "gradient of the entropy on E",

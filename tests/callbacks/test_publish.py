@@ -35,6 +35,7 @@ from probe.config.schema import ProbeConfig
 from probe.errors.exceptions import LogError
 from probe.files.log_files import load_log
 from probe.logs.document import build_log
+from probe.logs.own_logger import OwnLogger
 from probe.logs.write import log_name, safe_name, write_log
 from probe.phases.state import ProbeState
 from probe.report.tags import scalar_tags
@@ -402,6 +403,13 @@ def test_runs_and_a_training_have_the_tags_of_each_others_charts_or_none(state, 
     assert shared >= 3  # the entropy, the change predicted and the one measured
 
 
+@pytest.mark.parametrize("kind", [PyTorchTensorBoardLogger, FabricTensorBoardLogger, OwnLogger])
+def test_the_last_lines_name_tensorboard(state, tmp_path, kind):
+    logger = kind(tmp_path)
+    runner = publish(TensorBoardDiagnostics(), state, make_result(state), make_runner(state, (logger,)))
+    assert runner.written == {"TensorBoard": logger.log_dir}
+
+
 @pytest.mark.parametrize("kind", [PyTorchTensorBoardLogger, FabricTensorBoardLogger])
 def test_the_hparams_tab_has_settings_and_metrics(state, tmp_path, kind):
     logger = kind(str(tmp_path))
@@ -414,13 +422,14 @@ def test_the_hparams_tab_has_settings_and_metrics(state, tmp_path, kind):
     assert "entropy_probe/deltaH1_tok" in shown
     assert "entropy_probe_diagnostics/ESS" in shown
     assert "hp_metric" not in shown
+    assert "entropy_probe/verdict_code" not in shown  # the word stands among the settings
     session = parse(contents[metadata.SESSION_START_INFO_TAG]).session_start_info.hparams
     assert session["checkpoint"].string_value == "step_60"
     assert session["LR"].number_value == 1e-6
     assert session["loss"].string_value == "dapo"
     assert session["Verdict"].string_value == make_result(state).values["verdict"]
     # TensorBoard shows the first five at once, and has a tick box for every one
-    assert sorted(session)[:5] == ["B_E", "LR", "Verdict", "checkpoint", "group_size_G"]
+    assert sorted(session)[:5] == ["B_E", "LR", "Seed", "Verdict", "checkpoint"]
     assert len(session) <= 12
 
 
