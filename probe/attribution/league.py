@@ -209,7 +209,9 @@ def _row(
         a, b = (score, true) if signed else (score.abs(), true.abs())
         return spearman(a, b) if kept is None else spearman(a[kept], b[kept])
 
-    constant = any(len(one.unique()) < 2 for one in ((score, truth) if signed else (score.abs(), truth.abs())))
+    constant = any(
+        len(one.unique()) < 2 for one in ((score, truth) if signed else (score.abs(), truth.abs()))
+    )
     both = (score != 0) & (truth != 0)
     agree = (score.sign() == truth.sign())[both].double()
     size, size_of_score = truth.abs(), score.abs()
@@ -219,9 +221,7 @@ def _row(
         signed=signed,
         spearman=None
         if constant
-        else _scored(
-            rho(), [rho(member != g) for g in member.unique()], [rho(true=one) for one in without]
-        ),
+        else _scored(rho(), [rho(member != g) for g in member.unique()], [rho(true=one) for one in without]),
         sign_agreement=float(agree.mean()) if signed and len(agree) else None,
         judged=len(agree),
         recall=tuple(_recall(size_of_score, size, share) for share in TOP),

@@ -28,7 +28,8 @@ _CURVE_ERRORS = (
     Part("_ci95", "1.96 of these on either side: a sum over many probes", interval=True, logged=(TOKEN,)),
 )
 CURVES, DETAILS = "curves", "details"
-"""Groups of the errors of curves, and of most that is not among `MAIN`: these leave TensorBoard's first page to the rest."""
+"""Groups of the errors of curves, and of most that is not among `MAIN`: they leave TensorBoard's first page to the
+rest."""
 MAIN = (
     "H_orig_tok",
     "H_predicted_tok",
@@ -198,8 +199,8 @@ _ERRORS_OF_MAIN = {
     if one.live and key.removesuffix(part.ending) in MAIN
     for name in part.flat(key, None)
 }
-"""Errors of what a run logs under the same name, with their groups there. TensorBoard's chart of a band reports every run
-as faulty that has a part of its tags: those of a training and of runs beside it have to be all the same."""
+"""Errors of what a run logs under the same name, with their groups there. TensorBoard's chart of a band reports every
+run as faulty that has a part of its tags: those of a training and of runs beside it have to be all the same."""
 
 
 def _logged(one: Quantity) -> list[str]:

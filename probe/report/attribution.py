@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from probe.attribution.league import CEILING
-from probe.report.numbers import NOT_RESOLVED, number_text, with_error
+from probe.digits import NOT_RESOLVED, number_text, with_error
 from probe.report.rows import Row
 from probe.text import percent
 
@@ -220,7 +220,9 @@ def _base(one: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     estimates: Sequence[Mapping[str, Any]] = values.get("estimates") or ()
     reported = [entry for entry in estimates if entry["quantity"] == "deltaH1" and entry.get("reported")]
     if any(entry["estimator"].endswith("+cv") for entry in reported):
-        said.append(f"without control variates, as all of this table (with them {_with_error(values, 'deltaH1_tok')})")
+        said.append(
+            f"without control variates, as all of this table (with them {_with_error(values, 'deltaH1_tok')})"
+        )
     return "; ".join(said)
 
 
@@ -260,7 +262,12 @@ def _shortcuts(found: Mapping[str, Any]) -> Table:
                 _of_the_optimizer(own, held),
             )
             rows.append(Row(_label(one["name"]), cells, ""))
-    heads = ("Where the optimizer changes it", "difference, its step", "by tokens' sums alone", "the optimizer")
+    heads = (
+        "Where the optimizer changes it",
+        "difference, its step",
+        "by tokens' sums alone",
+        "the optimizer",
+    )
     return Table(heads, rows)
 
 

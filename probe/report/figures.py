@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from probe.attribution.contributions import PARTS
 from probe.attribution.league import CEILING
+from probe.digits import with_error
 from probe.errors.exceptions import DataError
 from probe.estimand import ESTIMANDS, TOKEN
 from probe.estimators.estimate import NORMAL_975
 from probe.report.attribution import TARGETS, TERMS
 from probe.report.drawing import ERROR_BARS, drawn, few_ticks, zero_line
-from probe.report.numbers import with_error
 from probe.report.palette import CURVES, DIFFERENCE, FAINT, FALLING, MEASURED, NEUTRAL, PREDICTED, RISING
 
 if TYPE_CHECKING:

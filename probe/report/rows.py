@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from probe.estimand import ESTIMANDS, SEQUENCE, TOKEN, Estimand, Number, Numbers, PerEstimand, from_mapping
-from probe.report.numbers import (
+from probe.digits import (
     NOT_RESOLVED,
     interval_text,
     number_text,
     plain_words,
     with_error,
 )
+from probe.estimand import ESTIMANDS, SEQUENCE, TOKEN, Estimand, Number, Numbers, PerEstimand, from_mapping
 from probe.results import diagnostic_keys, keys
 from probe.results.quantity import Form, Shown
 from probe.text import percent

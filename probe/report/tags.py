@@ -97,7 +97,7 @@ def interval_charts(scalars: Mapping[str, float]) -> dict[str, dict[str, list[An
 
 
 def hyperparameter_metrics(scalars: Mapping[str, float]) -> dict[str, float]:
-    """The scalars that the HPARAMS tab shows, as far as they are there; the verdict stands among its settings, as a word."""
+    """The scalars that the HPARAMS tab shows, as far as they are there; the verdict is a word among its settings."""
     found = _by_metric(keys.QUANTITIES)
     changes = [estimand.key(one.key) for estimand in ESTIMANDS for one in found if estimand in one.estimands]
     tags = [f"{PREFIX}{_group(name)}/{name}" for name in changes]

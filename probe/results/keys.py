@@ -110,9 +110,8 @@ QUANTITIES: tuple[Quantity, ...] = (
     ),
     Quantity(
         "residual",
-        "same-E difference deltaH1 (matched) - deltaH_true (snis), nats per response: curvature and code error; sampling "
-        "errors of E mostly cancel; "
-        "absent with step: preconditioned",
+        "same-E difference deltaH1 (matched) - deltaH_true (snis), nats per response: curvature and code error; "
+        "sampling errors of E mostly cancel; absent with step: preconditioned",
         per_token=True,
         parts=_errors("residual", "standard error of the residual over E, nats per response"),
         group="ground_truth",

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 
+from probe.digits import with_error
 from probe.report.attribution import attribution_tables
-from probe.report.numbers import with_error
 from probe.report.terminal import report
 from tests.support.synthetic_run import as_result
 
@@ -49,7 +49,7 @@ def test_a_column_of_differences_has_differences_alone(with_attribution):
 
 
 @pytest.mark.parametrize("controls", [True, False])
-def test_the_two_values_of_deltaH1_are_told_apart_where_they_stand(with_attribution, controls):
+def test_the_two_values_of_the_prediction_are_told_apart_where_they_stand(with_attribution, controls):
     values = with_controls(with_attribution, controls)
     rows = {row.label: row for row in table_of(values, "Which tokens").rows}
     assert "without control variates" in rows["total"].meaning
