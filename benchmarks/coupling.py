@@ -109,14 +109,15 @@ def print_rows(what: str, table: Mapping[int, Sequence[Found]]) -> None:
 
 
 def print_league(runs: Sequence[Found]) -> None:
-    """Rank correlations of each predictor, mean and standard deviation over policies."""
+    """Rank correlations of each predictor, mean and standard deviation over the policies that have one."""
     ranks: dict[tuple[str, str, str], list[Found]] = defaultdict(list)
     for found in runs:
         for one in found["league"]:
-            ranks[one["predictor"], one["ranked"], one["target"]].append(one)
+            if one["spearman"] is not None:  # tokens of equal scores have no rank
+                ranks[one["predictor"], one["ranked"], one["target"]].append(one)
     targets = ("deltaH1", "state_fixed", "own_state")
     names = sorted(
-        {(name, ranked) for name, ranked, _ in ranks},
+        {(name, ranked) for name, ranked, target in ranks if target == "deltaH1"},
         key=lambda key: (key[1], -mean(abs(one["spearman"]) for one in ranks[(*key, "deltaH1")])),
     )
     heads = " | ".join(f"{target}: Spearman | signs, % | largest tenth holds, %" for target in targets)

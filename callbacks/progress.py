@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from probe.callbacks.base import ProbeCallback
-from probe.progress import ProgressDisplay, progress_display
+from probe.progress import ProgressDisplay, done_line, progress_display
 from probe.report.rows import PHASES
 
 if TYPE_CHECKING:
@@ -74,9 +74,7 @@ class ProgressBars(ProbeCallback):
         self._said.update(new)
         for name in new if runner.fabric.is_global_zero else ():
             seconds = runner.state.timing[name]
-            self._shown().line(
-                f"{name.replace('_', ' '):<16} {seconds:6.1f} s  {PHASES.get(name, '')}".rstrip()
-            )
+            self._shown().line(done_line(name.replace("_", " "), seconds, PHASES.get(name, "")))
 
     def _close(self) -> None:
         """Take away what is shown."""

@@ -61,11 +61,11 @@ class TensorBoardDiagnostics(ProbeCallback):
                     publish(logger, runner.state, result, shown)
                 folder = _folder(logger, "log_dir")
                 if folder is not None:
-                    runner.written[type(logger).__name__] = folder
+                    runner.written[_called(logger)] = folder
             except Exception as error:
                 # Loggers of all makers come by here, with exceptions of any kind.
                 folder, of_disk = _folder(logger, "log_dir"), write_failure(error)
-                failure = LogError(f"{type(logger).__name__} did not take the results: {error}")
+                failure = LogError(f"{_called(logger)} did not take the results: {error}")
                 if folder is not None and of_disk is not None:
                     failure = write_error(folder, of_disk)
                     if runner.logger is True:
@@ -73,6 +73,12 @@ class TensorBoardDiagnostics(ProbeCallback):
                         shutil.rmtree(folder, ignore_errors=True)
                 failure.__cause__ = error
                 runner.errors.append(failure)
+
+
+def _called(logger: Any) -> str:
+    """What a person knows a logger as: TensorBoard, whatever its class is derived for; else the name of its class."""
+    names = [kind.__name__ for kind in type(logger).__mro__]
+    return "TensorBoard" if "TensorBoardLogger" in names else names[0]
 
 
 def _folder(logger: Any, name: str) -> str | None:

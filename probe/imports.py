@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -74,6 +75,18 @@ def current_directory_importable() -> Iterator[None]:
             sys.path.remove("")
 
 
+@contextmanager
+def quiet_bitsandbytes() -> Iterator[None]:
+    """Let bitsandbytes, which peft imports where it is installed, log errors only: it warns of every kernel it lacks."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def at_first_use(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     """The `__getattr__` of a package whose names are imported when they are asked for.
 
@@ -84,7 +97,8 @@ def at_first_use(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]
 
     def get(name: str) -> Any:
         if name in homes:
-            return getattr(importlib.import_module(homes[name]), name)
+            with quiet_bitsandbytes():
+                return getattr(importlib.import_module(homes[name]), name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return get

@@ -14,7 +14,7 @@ from torch import nn
 from probe.config.checkpoint import DEMO, CheckpointConfig
 from probe.config.given import changed_keys
 from probe.config.schema import ProbeConfig
-from probe.demo.cache import ensure_demo_checkpoint
+from probe.demo.cache import demo_is_cached, ensure_demo_checkpoint
 from probe.distributed.ranks import ALONE
 from probe.distributed.sharding import Setup, shard
 from probe.errors.exceptions import CheckpointError, ConfigError
@@ -142,10 +142,17 @@ class EntropyProbe(LightningModule):
             _fill_settings(self)
             self.prompts = _drawn_prompts(self)
 
-    def make_demo(self) -> None:
-        """Where the demo policy is asked for, take its folder, in which it is trained where the cache has none."""
-        if self.checkpoint.checkpoint_path == DEMO:
-            self.checkpoint = replace(self.checkpoint, checkpoint_path=str(ensure_demo_checkpoint()))
+    def make_demo(self) -> bool:
+        """Where the demo policy is asked for, take its folder, in which it is trained where the cache has none.
+
+        Returns:
+            Whether it was trained.
+        """
+        if self.checkpoint.checkpoint_path != DEMO:
+            return False
+        cached = demo_is_cached()
+        self.checkpoint = replace(self.checkpoint, checkpoint_path=str(ensure_demo_checkpoint()))
+        return not cached
 
     @property
     def policy(self) -> Policy:

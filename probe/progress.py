@@ -151,6 +151,15 @@ class ProgressLines(ProgressDisplay):
         self._start = self._said_at = self._clock()
 
 
+def done_line(name: str, seconds: float, meaning: str = "") -> str:
+    """The line that stays of a phase.
+
+    >>> done_line("ground truth", 2.345, "deltaH_true")
+    'ground truth        2.3 s  deltaH_true'
+    """
+    return f"{name:<16} {seconds:6.1f} s  {meaning}".rstrip()
+
+
 def progress_display() -> ProgressDisplay:
     """What stderr can show: a bar on a terminal, else lines."""
     return LiveBar(sys.stderr) if understands_escapes(sys.stderr) else ProgressLines(sys.stderr)

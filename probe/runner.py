@@ -224,8 +224,7 @@ class ProbeRunner(TrainerSection):
         """Run the phases in order, timed."""
         self.fabric.call("on_probe_start", self, module)
         if module.model is None and module.config.checkpoint.checkpoint_path == DEMO:
-            with self._timed("make_demo"), self.fabric.rank_zero_first(local=True):
-                module.make_demo()
+            _make_demo(self, module)
         with self._timed("load"), self.ranks.together("load"):
             module.autocast = self.fabric.autocast
             module.load(self.fabric.device, setup_of(self.fabric))
@@ -265,6 +264,15 @@ class ProbeRunner(TrainerSection):
     def config_mapping(self, module: EntropyProbe) -> dict[str, Any]:
         """The configuration that counted, as it is saved with a result: it can be run again as it is."""
         return asdict(module.config) if self._resolved is None else module.sources.applied_to(self._resolved)
+
+
+def _make_demo(runner: ProbeRunner, module: EntropyProbe) -> None:
+    """Train the demo policy, timed, unless it is there."""
+    clock = Clock()
+    with clock.measures("demo_policy"), runner.fabric.rank_zero_first(local=True):
+        trained = module.make_demo()
+    if trained:
+        runner.state.timing |= clock.seconds
 
 
 def _check_callback(callback: Any) -> None:

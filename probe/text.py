@@ -44,12 +44,15 @@ def shown(value: object, limit: int = 60) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as per cent.
+    """A share as per cent, with one decimal at most; one that this would make 0 or all is said to be within it.
 
-    >>> percent(0.125)
-    '12.5 %'
+    >>> percent(0.1251), percent(0.4), percent(0.0002), percent(0.9998), percent(1.0), percent(0.0)
+    ('12.5 %', '40 %', '< 0.1 %', '> 99.9 %', '100 %', '0 %')
     """
-    return f"{100 * share:.3g} %"
+    shown = f"{100 * share:.1f}".removesuffix(".0")
+    if shown in ("0", "-0") and share != 0:
+        return f"{'<' if share > 0 else '> -'} 0.1 %".replace("- ", "-")
+    return "> 99.9 %" if shown == "100" and share < 1 else f"{shown} %"
 
 
 def duration(seconds: float) -> str:

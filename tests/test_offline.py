@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from probe import OfflineEntropyProbe
@@ -13,6 +16,14 @@ from tests.phases.conftest import base, checkpoint, config, prompts  # noqa: F40
 @pytest.fixture
 def probe(config):  # noqa: F811
     return OfflineEntropyProbe(config)
+
+
+def test_importing_it_says_nothing():
+    """In a process of its own: libraries warn once."""
+    names = "EntropyProbeCallback, EntropyProbeTrainerCallback, OfflineEntropyProbe, watch"
+    code = f"import probe; from probe import {names}; import logging; print(logging.getLogger('bitsandbytes').level)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 def test_before_a_run(probe, tmp_path):

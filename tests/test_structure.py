@@ -16,7 +16,8 @@ import probe
 REPOSITORY = Path(__file__).parents[1]
 
 FLOORS = (
-    "config files errors snapshot parameters shards estimand timing text terminal progress limits finite imports",
+    "config files errors snapshot parameters shards estimand timing text digits terminal progress limits finite "
+    "imports",
     "rollouts scoring distributed loading data from_checkpoint",
     "attribution verdict forecast estimators metrics demo",
     "phases",

@@ -62,7 +62,8 @@ class LeagueRow:
         name: of the predictor.
         target: one of `TARGETS`.
         signed: whether contributions were ranked; where not, their sizes were.
-        spearman: rank correlation of score and contribution, of their sizes where the score has no sign.
+        spearman: rank correlation of score and contribution, of their sizes where the score has no sign; None where
+            all tokens have the same score (or contribution), so that there is nothing to rank by.
         sign_agreement: share of the tokens with a contribution and a score whose signs agree; None without a sign.
         judged: the number of those tokens, which have a score other than 0.
         recall: for each of `TOP`, share of the tokens of largest |contribution| that are among those of largest
@@ -74,7 +75,7 @@ class LeagueRow:
     name: str
     target: str
     signed: bool
-    spearman: Score
+    spearman: Score | None
     sign_agreement: float | None
     judged: int
     recall: tuple[float, ...]
@@ -139,8 +140,8 @@ def _own_states(
 
 
 def _rank(row: LeagueRow) -> tuple[bool, float]:
-    """Those with a sign first, and the best first: one that is wrong throughout is the last."""
-    return not row.signed, -row.spearman.value
+    """Those with a sign first, and the best first: one that is wrong throughout is behind all but those without any."""
+    return not row.signed, math.inf if row.spearman is None else -row.spearman.value
 
 
 class _Truth:
@@ -175,6 +176,8 @@ class _Truth:
         even, odd = (self._number(self.blocks[:, k::2].sum(1)) for k in (0, 1))
         halves = _row(CEILING, target, odd, even, signed, self.member, ())
         found = halves.spearman
+        if found is None:
+            return [halves]
         whole = Score(
             _of_the_whole(found.value), found.se, (_of_the_whole(found.ci95[0]), _of_the_whole(found.ci95[1]))
         )
@@ -206,6 +209,9 @@ def _row(
         a, b = (score, true) if signed else (score.abs(), true.abs())
         return spearman(a, b) if kept is None else spearman(a[kept], b[kept])
 
+    constant = any(
+        len(one.unique()) < 2 for one in ((score, truth) if signed else (score.abs(), truth.abs()))
+    )
     both = (score != 0) & (truth != 0)
     agree = (score.sign() == truth.sign())[both].double()
     size, size_of_score = truth.abs(), score.abs()
@@ -213,9 +219,9 @@ def _row(
         name=name,
         target=target,
         signed=signed,
-        spearman=_scored(
-            rho(), [rho(member != g) for g in member.unique()], [rho(true=one) for one in without]
-        ),
+        spearman=None
+        if constant
+        else _scored(rho(), [rho(member != g) for g in member.unique()], [rho(true=one) for one in without]),
         sign_agreement=float(agree.mean()) if signed and len(agree) else None,
         judged=len(agree),
         recall=tuple(_recall(size_of_score, size, share) for share in TOP),

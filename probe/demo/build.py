@@ -20,7 +20,7 @@ from probe.demo.pretraining import new_model, pretrain
 from probe.demo.recipe import DemoRecipe
 from probe.demo.tokenizer import build_tokenizer
 from probe.loading import quiet_libraries
-from probe.progress import progress_display
+from probe.progress import done_line, progress_display
 
 
 def build_demo(
@@ -43,13 +43,13 @@ def build_demo(
     with quiet_libraries(), _reproducible(seed):
         tokenizer = build_tokenizer(vocabulary_texts())
         base = new_model(recipe, tokenizer)
-        with _bar("demo: pre-training", recipe.pretrain_steps, "loss", progress) as report:
+        with _bar("pre-training", recipe.pretrain_steps, "loss", progress) as report:
             pretrain(base, tokenizer, recipe, seed, report)
         with _writing():
             _save_base(base, tokenizer, folder / "base")
         model = add_adapter(base, recipe)
         before = demo_statistics(model, tokenizer, recipe, seed)
-        with _bar("demo: GRPO", recipe.grpo_steps, "reward", progress) as report:
+        with _bar("GRPO", recipe.grpo_steps, "reward", progress) as report:
             optimizer = train_grpo(model, tokenizer, recipe, seed, report)
         after = demo_statistics(model, tokenizer, recipe, seed)
         with _writing():
@@ -89,19 +89,21 @@ def _reproducible(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _bar(title: str, steps: int, value_name: str, progress: bool) -> Iterator[Callable[[float], None]]:
-    """Progress on stderr, as a function that is called with a value after each step."""
-    done, shown = 0, progress_display()
+    """Progress on stderr, as a function that is called with a value after each step; a line stays in the end."""
+    done, last, shown, start = 0, "", progress_display(), time.perf_counter()
 
     def report(value: float) -> None:
-        nonlocal done
-        done += 1
+        nonlocal done, last
+        done, last = done + 1, f"{value_name} {value:.2f}"
         if progress:
-            shown.show(title, done, steps, f"{value_name} {value:.2f}")
+            shown.show(f"demo: {title}", done, steps, last)
 
     try:
         yield report
     finally:
         shown.close()
+    if progress:
+        shown.line(done_line(title, time.perf_counter() - start, f"demo policy: {done} steps, {last}"))
 
 
 def _save_base(base: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

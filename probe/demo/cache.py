@@ -55,7 +55,7 @@ def ensure_demo_checkpoint(
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected an integer from 0 to 2**32 - 1, found {seed}")
-    root = Path(os.path.abspath(cache_dir or default_cache_dir())) / f"demo-v{DEMO_VERSION}-seed{seed}"
+    root = _root(cache_dir, seed)
     if not is_complete(root):
         try:
             _make(root, seed, recipe or DemoRecipe(), progress)
@@ -66,6 +66,16 @@ def ensure_demo_checkpoint(
                 "ENTROPY_PROBE_CACHE to a folder that you may write to, on a disk with some megabytes of space"
             ) from error
     return root / "checkpoint"
+
+
+def demo_is_cached(cache_dir: Path | None = None, seed: int = 0) -> bool:
+    """Whether `ensure_demo_checkpoint` would reuse what is there."""
+    return is_complete(_root(cache_dir, seed))
+
+
+def _root(cache_dir: Path | None, seed: int) -> Path:
+    """The folder of a demo."""
+    return Path(os.path.abspath(cache_dir or default_cache_dir())) / f"demo-v{DEMO_VERSION}-seed{seed}"
 
 
 def is_complete(root: Path) -> bool:

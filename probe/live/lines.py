@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from probe.digits import with_error
 from probe.forecast.forecast import Forecast, calls_for_alarm
 from probe.live.schedule import Schedule
-from probe.report.numbers import with_error
 
 IN_SIGHT, FEW_PROBES = 10, 50
 """Horizons within which a collapse is in sight; steps between probes from which on a hint says how to get more."""

@@ -28,7 +28,8 @@ _CURVE_ERRORS = (
     Part("_ci95", "1.96 of these on either side: a sum over many probes", interval=True, logged=(TOKEN,)),
 )
 CURVES, DETAILS = "curves", "details"
-"""Groups of the errors of curves, and of what is not among `MAIN`: these leave TensorBoard's first page to the rest."""
+"""Groups of the errors of curves, and of most that is not among `MAIN`: they leave TensorBoard's first page to the
+rest."""
 MAIN = (
     "H_orig_tok",
     "H_predicted_tok",
@@ -191,6 +192,17 @@ _ERRORS_OF_CURVES = {
 }
 
 
+_ERRORS_OF_MAIN = {
+    name: one.group
+    for one in keys.QUANTITIES
+    for key, part in one.keyed_parts().items()
+    if one.live and key.removesuffix(part.ending) in MAIN
+    for name in part.flat(key, None)
+}
+"""Errors of what a run logs under the same name, with their groups there. TensorBoard's chart of a band reports every
+run as faulty that has a part of its tags: those of a training and of runs beside it have to be all the same."""
+
+
 def _logged(one: Quantity) -> list[str]:
     """The names under which a change is logged, with its errors."""
     parts = [
@@ -234,16 +246,24 @@ def full_name(name: str) -> str:
 
     >>> full_name("H_tracked_tok"), full_name("H_tracked_tok_ci95_low"), full_name("ESS")
     ('entropy_probe/H_tracked_tok', 'entropy_probe_curves/H_tracked_tok_ci95_low', 'entropy_probe_details/ESS')
+    >>> full_name("deltaH1_tok"), full_name("deltaH1_tok_se")
+    ('entropy_probe/deltaH1_tok', 'entropy_probe_prediction/deltaH1_tok_se')
     """
     if name in MAIN:
         return f"{PREFIX}/{name}"
-    return f"{PREFIX}_{CURVES if name in _ERRORS_OF_CURVES else DETAILS}/{name}"
+    group = CURVES if name in _ERRORS_OF_CURVES else _ERRORS_OF_MAIN.get(name, DETAILS)
+    return f"{PREFIX}_{group}/{name}"
 
 
 def history_names(logs: Mapping[str, Any]) -> dict[str, Any]:
     """The probe's numbers in a log, by their names in the history: what `scalars` has named, or an older version."""
     groups = (f"{PREFIX}/", f"{PREFIX}_{CURVES}/", f"{PREFIX}_{DETAILS}/")
-    return {name.partition("/")[2]: x for name, x in logs.items() if name.startswith(groups)}
+    short = {name: name.partition("/")[2] for name in logs}
+    return {
+        short[name]: x
+        for name, x in logs.items()
+        if name.startswith(groups) or (short[name] in _ERRORS_OF_MAIN and name == full_name(short[name]))
+    }
 
 
 def monitored(entry: Mapping[str, Any]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,6 +146,17 @@ def to_logger(logger: Any) -> LogTo:
     )
 
 
+def kind_of(reason: str) -> str:
+    """A reason without its numbers, so that those of one kind are equal.
+
+    >>> kind_of("The effective sample size of E is 9.5 of 64 responses") == kind_of(
+    ...     "The effective sample size of E is 12 of 64 responses"
+    ... )
+    True
+    """
+    return re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", "#", reason)
+
+
 class Outlet:
     """One log of the host's. What fails there is said and ends no training; after that it gets nothing any more."""
 
@@ -202,6 +214,7 @@ class Outlets:
         self._strict = settings.strict
         self._schedule = schedule
         self._verdict_said = ""
+        self._kinds_said: set[str] = set()
         self._still = 0
         self._cost_of: tuple[int, float, Mapping[str, float]] | None = None
         self._cost_said = False
@@ -283,11 +296,14 @@ class Outlets:
             say(cost_line(self._schedule, *self._cost_of))
 
     def _say_probe(self, entry: Mapping[str, Any]) -> None:
-        """One line per probe; with the first reason where the verdict has changed for the worse."""
-        line = probe_line(entry)
-        if entry["verdict"] not in ("trustworthy", self._verdict_said):
-            line += f" [{entry['verdict_reasons'][0]}]"
-        self._verdict_said = entry["verdict"]
+        """One line per probe; with the first reason where the verdict is another one, or the reason of a new kind."""
+        line, word = probe_line(entry), entry["verdict"]
+        if word != "trustworthy":
+            kind = kind_of(entry["verdict_reasons"][0])
+            if word != self._verdict_said or kind not in self._kinds_said:
+                line += f" [{entry['verdict_reasons'][0]}]"
+            self._kinds_said.add(kind)
+        self._verdict_said = word
         say(line)
 
     def _watch_for_standstill(self, moved: bool) -> None:

@@ -16,8 +16,9 @@ This page is made from the tables of the code (`probe.live.names`). How to read 
 In nats per response under these names, and in nats per token with `_tok` behind them; `_se` is the standard error,
 `_ci95_low` and `_ci95_high` are the ends of the 95 % interval, `_df` are the degrees of freedom of the error, where
 there is one. Logs have the numbers to look at first under the prefix `entropy_probe/`, errors and ends of the sums and
-of the two curves under `entropy_probe_curves/` (their interval is 1.96 standard errors on either side), and all others
-under `entropy_probe_details/`. Under the first are
+of the two curves under `entropy_probe_curves/` (their interval is 1.96 standard errors on either side), errors of
+`H_orig_tok`, `deltaH1_tok` and `deltaH_true_tok` where a run has them (`entropy_probe_ground_truth/`,
+`entropy_probe_prediction/`), and all others under `entropy_probe_details/`. Under the first are
 
 {main}
 

@@ -17,7 +17,7 @@ from probe.logs.document import environment
 from probe.report.html.training import number_of, outlook_of, training_page
 from probe.report.notebook import Figures, card
 from probe.report.training_figures import training_figures
-from probe.text import printable
+from probe.text import first_line, printable
 
 SHOWN = ("H_orig_tok", "deltaH1_tok", "deltaH_true_tok")
 """Numbers of a probe that a notebook shows."""
@@ -39,6 +39,16 @@ class ShownWatch:
     @property
     def step(self) -> int:
         """Number of optimizer steps seen."""
+        raise NotImplementedError
+
+    @property
+    def active(self) -> bool:
+        """Whether the hooks are there."""
+        raise NotImplementedError
+
+    @property
+    def error(self) -> BaseException | None:
+        """The exception that switched the probe off, or None."""
         raise NotImplementedError
 
     def report(self, path: str | os.PathLike[str]) -> Path:
@@ -86,6 +96,10 @@ class ShownWatch:
 
     def __repr__(self) -> str:
         lines = [f"Watch: {len(self.history)} of {self.step} steps probed"]
+        if self.error is not None:
+            lines[0] += f"; switched off by {first_line(self.error)}"
+        elif not self.active:
+            lines[0] += "; detached"
         if self.history:
             lines.append(probe_line(self.history[-1]))
         return printable("\n".join(lines))

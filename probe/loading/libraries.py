@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from probe.imports import quiet_bitsandbytes
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,21 +23,17 @@ def quiet_libraries() -> Iterator[None]:
     from transformers.utils import logging as hf_logging
 
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    bnb_logger = logging.getLogger("bitsandbytes")
-    bnb_level = bnb_logger.level
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    bnb_logger.setLevel(logging.ERROR)
     recorded: list[warnings.WarningMessage] = []
     try:
-        with warnings.catch_warnings(record=True) as recorded:
+        with quiet_bitsandbytes(), warnings.catch_warnings(record=True) as recorded:
             warnings.simplefilter("always")
             yield
     finally:
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
-        bnb_logger.setLevel(bnb_level)
         for category, message in dict.fromkeys((entry.category, str(entry.message)) for entry in recorded):
             # A library's plans for its next version are no news to the user.
             notice = issubclass(category, (DeprecationWarning, PendingDeprecationWarning, FutureWarning))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from probe.digits import with_error
 from probe.estimand import ESTIMANDS
 from probe.estimators.control_variates import SMALLEST_SAMPLE
 from probe.estimators.power import PROMISED
 from probe.plan.sizes import SPREAD, Plan, RunCost, Wanted
-from probe.report.numbers import with_error
 from probe.text import percent
 from probe.verdict.resolution import LEAST_FREEDOM, PRECISE
 

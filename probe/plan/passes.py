@@ -18,7 +18,7 @@ REST_OF_U = ("sample",)
 """Phases whose time outside of passes goes with U: rewards are computed."""
 REST_OF_E = ("prediction", "ground_truth")
 """Phases whose time outside of passes goes with E: checks by forwards, errors over prompts."""
-ONCE = ("make_demo", "total")
+ONCE = ("demo_policy", "total")
 """Entries of `timing` that are no part of a run's own time."""
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from probe.attribution.league import CEILING
-from probe.report.numbers import NOT_RESOLVED, number_text, with_error
+from probe.digits import NOT_RESOLVED, number_text, with_error
 from probe.report.rows import Row
 from probe.text import percent
 
@@ -18,8 +18,8 @@ PARTS = {
     "kl": "the KL penalty",
     "entropy_bonus": "the entropy bonus",
     "router": "the load-balancing loss of the experts",
-    "total": "their sum",
-    "control_variates": "what control variates add to the reported deltaH1; no token can have it",
+    "total": "their sum: deltaH1 without control variates",
+    "control_variates": "what they add to make it the reported deltaH1; no token can have it",
 }
 SUMS = {
     "by_advantage": "by the sign of the advantage",
@@ -50,7 +50,7 @@ class Table:
     """Rows under heads.
 
     Attributes:
-        heads: of the labels, of the cells and, where there is one more, of the meanings.
+        heads: of the labels and of the cells.
         rows: of the table.
     """
 
@@ -63,10 +63,10 @@ def attribution_tables(values: Mapping[str, Any]) -> list[Table]:
     found: Mapping[str, Any] | None = values.get("attribution")
     tables: list[Table] = []
     if found is not None:
-        tables += [_parts(found), top_tokens_table(found), _coupling(found), _league(found)]
+        tables += [_parts(found, values), top_tokens_table(found), _coupling(found), _league(found)]
     if values.get("what_if") is not None:
         compared = values["what_if"]
-        tables += [_what_if(compared), *beside_what_if(compared)]
+        tables += [_what_if(compared, values), *beside_what_if(compared)]
     return [table for table in tables if table.rows]
 
 
@@ -76,13 +76,15 @@ def beside_what_if(found: Mapping[str, Any]) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-def _parts(found: Mapping[str, Any]) -> Table:
+def _parts(found: Mapping[str, Any], values: Mapping[str, Any]) -> Table:
     """What deltaH1 is the sum of, and sums of the tokens' part."""
     rows = [
         Row(name.replace("_", " "), _cells(found[name]), meaning)
         for name, meaning in PARTS.items()
         if name in found
     ]
+    if "control_variates" in found and "deltaH1_tok" in values:
+        rows.append(Row("reported", (_with_error(values, "deltaH1_tok"), "-"), "deltaH1 as above"))
     error = f"{found['completeness']:.1e}"
     rows.append(Row("  off by", (error, ""), "how far the parts are from adding up, relative to the largest"))
     for key, meaning in SUMS.items():
@@ -166,37 +168,62 @@ def _league(found: Mapping[str, Any]) -> Table:
         ceiling = [one for one in of_target if one["predictor"] == CEILING]
         others = [one for one in of_target if one["predictor"] != CEILING]
         signed = [one for one in others if one["sign_agreement"] is not None]
-        for one in (*ceiling, *signed[:LEADERS]):
-            ends = [end for end in one["spearman_ci95"] if end is not None]
-            interval = f" [{ends[0]:+.2f}, {ends[1]:+.2f}]" if len(ends) == 2 else ""
+        without = [one for one in others if one["spearman"] is None and one not in signed[:LEADERS]]
+        for one in (*ceiling, *signed[:LEADERS], *without):
             agreement = one["sign_agreement"]
             cells = (
-                f"{one['spearman']:+.2f}{interval}",
+                _correlation(one),
                 "-" if agreement is None else percent(agreement),
                 percent(one["captured_top_10"]),
             )
-            rows.append(Row(one["predictor"].replace("_", " "), cells, meaning))
+            rows.append(
+                Row(one["predictor"].replace("_", " "), cells, f"{meaning}, {one['tokens']} tokens ranked")
+            )
     count = len({one["predictor"] for one in league}) - 1
     head = f"League table (best {LEADERS} of {count})"
     return Table((head, "Spearman", "signs right", "top 10 % hold"), rows)
 
 
-def _what_if(found: Mapping[str, Any]) -> Table:
-    """What interventions would do, those that raise the entropy most first."""
+def _correlation(one: Mapping[str, Any]) -> str:
+    """A rank correlation of the league table with its interval."""
+    if one["spearman"] is None:
+        return "all scores alike"
+    ends = [end for end in one["spearman_ci95"] if end is not None]
+    return f"{one['spearman']:+.2f}" + (f" [{ends[0]:+.2f}, {ends[1]:+.2f}]" if len(ends) == 2 else "")
+
+
+def _what_if(found: Mapping[str, Any], values: Mapping[str, Any]) -> Table:
+    """What interventions would do, those that raise the entropy most first.
+
+    Columns of differences are empty for the update as it is; its expected reward stands beneath.
+    """
     order = sorted(found["interventions"], key=lambda one: -(one["difference"]["deltaH1_tok"] or 0.0))
     rows = []
     for one in (found["as_it_is"], *(one for one in order if not _idle(one))):
         per, difference = one.get("per_reward"), one["difference"]
-        rewarded = "deltaR1" in one
+        changes = [
+            _with_error(difference, key) if key in difference else "-" for key in ("deltaH1_tok", "deltaR1")
+        ]
         cells = (
-            with_error(one["deltaH1_tok"], one.get("deltaH1_tok_se")),
-            _with_error(difference, "deltaH1_tok") if one["name"] else "",
-            "-" if not rewarded else _with_error(difference if one["name"] else one, "deltaR1"),
+            _with_error(one, "deltaH1_tok"),
+            *(changes if one["name"] else ("", "")),
             "-" if per is None else number_text(per["value"]),
         )
-        rows.append(Row(_label(one["name"]), cells, ""))
+        rows.append(Row(_label(one["name"]), cells, "" if one["name"] else _base(one, values)))
     heads = ("What if?", "deltaH1, per token", "difference", "reward's difference", "per reward")
     return Table(heads, rows)
+
+
+def _base(one: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    """What there is to say of the update that interventions are compared with."""
+    said = [f"expected reward {_with_error(one, 'deltaR1')}"] if "deltaR1" in one else []
+    estimates: Sequence[Mapping[str, Any]] = values.get("estimates") or ()
+    reported = [entry for entry in estimates if entry["quantity"] == "deltaH1" and entry.get("reported")]
+    if any(entry["estimator"].endswith("+cv") for entry in reported):
+        said.append(
+            f"without control variates, as all of this table (with them {_with_error(values, 'deltaH1_tok')})"
+        )
+    return "; ".join(said)
 
 
 def _without_effect(found: Mapping[str, Any]) -> Table:
@@ -218,7 +245,7 @@ def _label(name: str) -> str:
 
 
 def _shortcuts(found: Mapping[str, Any]) -> Table:
-    """What the sums of contributions alone say, where the optimizer takes part of it back."""
+    """What the sums of contributions alone say, where the optimizer's own step says something else."""
     rows = []
     for one in found["interventions"]:
         short = one.get("shortcut")
@@ -228,13 +255,34 @@ def _shortcuts(found: Mapping[str, Any]) -> Table:
         if own is not None and abs(error) > LARGE_ERROR * max(
             abs(own), one["difference"]["deltaH1_tok_se"] or 0.0
         ):
+            held = short["difference"]["deltaH1_tok"]
             cells = (
                 _with_error(one["difference"], "deltaH1_tok"),
                 _with_error(short["difference"], "deltaH1_tok"),
+                _of_the_optimizer(own, held),
             )
             rows.append(Row(_label(one["name"]), cells, ""))
-    heads = ("Taken back by the optimizer", "difference, its step", "difference, P held")
+    heads = (
+        "Where the optimizer changes it",
+        "difference, its step",
+        "by tokens' sums alone",
+        "the optimizer",
+    )
     return Table(heads, rows)
+
+
+def _of_the_optimizer(own: float, held: float) -> str:
+    """What the optimizer's step makes of the difference that the sums of contributions say.
+
+    >>> _of_the_optimizer(0.02, 0.03), _of_the_optimizer(0.03, 0.02), _of_the_optimizer(-0.01, 0.02)
+    ('takes back 33 %', 'adds 50 %', 'turns its sign')
+    """
+    if held == 0:
+        return "-"
+    ratio = own / held
+    if ratio < 0:
+        return "turns its sign"
+    return f"{'takes back' if ratio < 1 else 'adds'} {100 * abs(1 - ratio):.0f} %"
 
 
 def _measured(found: Mapping[str, Any]) -> Table:

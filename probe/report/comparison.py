@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any, Literal
 
+from probe.digits import interval_text, with_error
 from probe.estimand import ESTIMANDS, Estimand, Number
-from probe.report.numbers import interval_text, with_error
 from probe.text import printable
 
 COMPARISON_SCHEMA = "entropy-probe/comparison"

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from probe.attribution.contributions import PARTS
 from probe.attribution.league import CEILING
+from probe.digits import with_error
 from probe.errors.exceptions import DataError
 from probe.estimand import ESTIMANDS, TOKEN
 from probe.estimators.estimate import NORMAL_975
 from probe.report.attribution import TARGETS, TERMS
 from probe.report.drawing import ERROR_BARS, drawn, few_ticks, zero_line
-from probe.report.numbers import with_error
 from probe.report.palette import CURVES, DIFFERENCE, FAINT, FALLING, MEASURED, NEUTRAL, PREDICTED, RISING
 
 if TYPE_CHECKING:
@@ -342,7 +342,8 @@ def _say_values(axis: Axes, values: Mapping[str, Any], rows: Sequence[tuple[str,
         if value is not None and math.isfinite(value):
             at = (value - low) / (high - low)
             side, shift = ("left", -12) if at < 0.4 else ("right", 12) if at > 0.6 else ("center", 0)
-            text = with_error(value, values.get(f"{key}_se")).replace("+/-", "\u00b1")
+            # a true minus and heavy letters outlive the small cards of loggers; the box keeps the zero line out of them
+            text = with_error(value, values.get(f"{key}_se")).replace("+/-", "\u00b1").replace("-", "\u2212")
             axis.annotate(
                 text,
                 (value, place),
@@ -351,6 +352,10 @@ def _say_values(axis: Axes, values: Mapping[str, Any], rows: Sequence[tuple[str,
                 ha=side,
                 va="bottom",
                 color=color,
+                fontsize=14.5,
+                weight="bold",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+                zorder=4,
             )
 
 

@@ -23,7 +23,8 @@ def report_markdown(result: ProbeResult) -> str:
     parts = [
         f"**{escaped(headline(result))}**",
         verdict_markdown(values),
-        _table(("", "nats per token", "nats per response", ERRORS), entropy_rows(values)),
+        f"Changes: {escaped(ERRORS)}",
+        _table(("", "nats per token", "nats per response", ""), entropy_rows(values)),
         _table(
             ("Estimators", "nats per token", "nats per response", "variance ratio", ""),
             estimator_rows(values),

@@ -9,8 +9,8 @@ from dataclasses import fields
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from probe.digits import interval_text, with_error
 from probe.report.figures import result_figures
-from probe.report.numbers import interval_text, with_error
 from probe.report.words import answer, verdict_meaning
 from probe.results.result import ProbeResult
 from probe.text import printable

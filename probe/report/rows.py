@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from probe.estimand import ESTIMANDS, SEQUENCE, TOKEN, Estimand, Number, Numbers, PerEstimand, from_mapping
-from probe.report.numbers import (
+from probe.digits import (
     NOT_RESOLVED,
     interval_text,
     number_text,
     plain_words,
     with_error,
 )
+from probe.estimand import ESTIMANDS, SEQUENCE, TOKEN, Estimand, Number, Numbers, PerEstimand, from_mapping
 from probe.results import diagnostic_keys, keys
 from probe.results.quantity import Form, Shown
 from probe.text import percent
@@ -37,7 +37,7 @@ ESTIMATORS = {
 }
 """The estimators of `estimates` in words."""
 PHASES = {
-    "make_demo": "demo policy trained (once; then it is reused)",
+    "demo_policy": "trained (once; from now on it is reused)",
     "load": "policy and optimizer state read from the checkpoint",
     "sample": "responses drawn, rewarded and scored",
     "entropy_gradient": "gradient of the entropy on E",

@@ -39,9 +39,9 @@ SHOWN = {
 }
 """Columns of the HPARAMS tab that a result has, by its keys."""
 VARIED = {
+    "Seed": (None, "seed_everything"),
     "loss": ("probe_rework", "loss"),
     "max_new_tokens": ("generation", "max_new_tokens"),
-    "seed": (None, "seed_everything"),
     "temperature": ("generation", "temperature"),
 }
 """Columns of the HPARAMS tab that are settings: what one varies between runs, by section and key."""
@@ -97,10 +97,10 @@ def interval_charts(scalars: Mapping[str, float]) -> dict[str, dict[str, list[An
 
 
 def hyperparameter_metrics(scalars: Mapping[str, float]) -> dict[str, float]:
-    """The scalars that the HPARAMS tab shows, as far as they are there."""
+    """The scalars that the HPARAMS tab shows, as far as they are there; the verdict is a word among its settings."""
     found = _by_metric(keys.QUANTITIES)
     changes = [estimand.key(one.key) for estimand in ESTIMANDS for one in found if estimand in one.estimands]
-    tags = [f"{PREFIX}/{VERDICT_CODE}", *(f"{PREFIX}{_group(name)}/{name}" for name in changes)]
+    tags = [f"{PREFIX}{_group(name)}/{name}" for name in changes]
     tags += [f"{PREFIX}_diagnostics/{one.key}" for one in _by_metric(diagnostic_keys.DIAGNOSTICS)]
     return {tag: scalars[tag] for tag in tags if tag in scalars}
 
@@ -130,8 +130,8 @@ def varied_settings(result: ProbeResult) -> dict[str, int | float | str]:
     """The columns of TensorBoard's HPARAMS tab, which has a tick box for each: what one varies, and the verdict.
 
     TensorBoard takes the columns from one run. Hence every run has the same keys, null ones included. It sorts them by
-    name and shows five at first; the names are such that verdict, checkpoint and learning rate are among them. All
-    settings are in the log.
+    name and shows five at first; the names are such that verdict, checkpoint, learning rate and seed are among them.
+    All settings are in the log.
     """
     found = {name: result.values.get(key) for name, key in SHOWN.items()}
     found["checkpoint"] = result.checkpoint_name

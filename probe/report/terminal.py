@@ -130,7 +130,7 @@ class _Line:
 def _table(rows: Sequence[Row], heads: Sequence[str], width: int, shown: Callable[[str], str]) -> list[Text]:
     """Rows as lines, in the layout that takes the fewest of them.
 
-    The heads are those of the labels, of the cells, and of the meanings, as far as they are given.
+    The heads are those of the labels and of the cells, and how the cells are to be read, as far as they are given.
     """
     count = max(len(row.cells) for row in rows)
     heads = [*heads, *[""] * (2 + count - len(heads))]
@@ -197,7 +197,7 @@ def _beside(
     lines: Sequence[_Line], heads: Sequence[str], label: int, widths: Sequence[int], room: int
 ) -> Iterator[Text]:
     """Every meaning to the right of its numbers."""
-    yield _head(heads, label, widths)
+    yield from _heads(heads, label, widths)
     for line in lines:
         meaning = wrapped(line.meaning, max(room, 1)) if line.meaning else []
         yield from _numbers(line, label, widths, meaning)
@@ -208,9 +208,7 @@ def _beneath(
 ) -> Iterator[Text]:
     """Every meaning below its numbers; one that several rows share, above them, once."""
     start = " " * (label + 2 * GAP)
-    yield _head(heads[:-1], label, widths)
-    if heads[-1] and any(line.meaning for line in lines):
-        yield Text(f"{start}{heads[-1]}", MEANING)
+    yield from _heads(heads, label, widths)
     for meaning, group in groupby(lines, key=lambda line: line.meaning):
         same = list(group)
         if meaning and len(same) > 1:
@@ -221,10 +219,13 @@ def _beneath(
                 yield from (Text(part, MEANING) for part in wrapped(meaning, width, start))
 
 
-def _head(heads: Sequence[str], label: int, widths: Sequence[int]) -> Text:
-    """The heads of labels, cells and, where there is one, meanings."""
-    cells = (padded(head, width) for head, width in zip(heads[1:], [*widths, 0], strict=False))
-    return Text(f"{padded(heads[0], label + GAP)}{'  '.join(['', *cells])}".rstrip(), HEAD)
+def _heads(heads: Sequence[str], label: int, widths: Sequence[int]) -> Iterator[Text]:
+    """The heads of labels and cells; and below them, where it is given, how to read the cells."""
+    *columns, reading = heads
+    cells = (padded(head, width) for head, width in zip(columns[1:], widths, strict=True))
+    yield Text(f"{padded(columns[0], label + GAP)}{'  '.join(['', *cells])}".rstrip(), HEAD)
+    if reading:
+        yield Text(f"{' ' * (label + 2 * GAP)}{reading}", MEANING)
 
 
 def _numbers(line: _Line, label: int, widths: Sequence[int], meaning: Sequence[str] = ()) -> Iterator[Text]:

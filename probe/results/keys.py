@@ -110,8 +110,8 @@ QUANTITIES: tuple[Quantity, ...] = (
     ),
     Quantity(
         "residual",
-        "same-E difference deltaH1 (matched) - deltaH_true (snis), nats per response: curvature and code error only; "
-        "absent with step: preconditioned",
+        "same-E difference deltaH1 (matched) - deltaH_true (snis), nats per response: curvature and code error; "
+        "sampling errors of E mostly cancel; absent with step: preconditioned",
         per_token=True,
         parts=_errors("residual", "standard error of the residual over E, nats per response"),
         group="ground_truth",
@@ -121,10 +121,10 @@ QUANTITIES: tuple[Quantity, ...] = (
         row=Shown(
             "difference",
             "change",
-            "same E: predicted (matched) minus measured (snis); curvature only, no sampling error",
+            "same E: matched estimate minus snis, whichever stand above; their sampling errors mostly cancel",
             without_error="predicted minus measured",
         ),
-        live="same-E difference of the two: curvature and code error only",
+        live="same-E difference of the two: curvature and code error; sampling errors of E mostly cancel",
     ),
     Quantity(
         "deltaH2",

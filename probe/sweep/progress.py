@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from probe.digits import with_error
 from probe.estimand import SEQUENCE, TOKEN, from_mapping
-from probe.report.numbers import with_error
 from probe.sweep.grid import Grid, Point
 from probe.sweep.store import TABLES, Record
 from probe.text import duration

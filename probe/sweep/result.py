@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
+from probe.digits import with_error
 from probe.errors.exceptions import LogError
 from probe.estimand import TOKEN
 from probe.report.notebook import Figures, html_table
-from probe.report.numbers import with_error
 from probe.sweep.curves import SIZES, estimands, finished, numbers, varying
 from probe.sweep.plots.style import plot_style
 from probe.sweep.plots.write import figures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from probe.digits import interval_text
 from probe.errors.remedies import Remedy
 from probe.estimand import ESTIMANDS, Estimand
 from probe.estimators.step_check import HALF_ROUNDING, OWN_ERRORS, ROUNDING
@@ -56,8 +57,8 @@ def may_bend(facts: Facts, estimand: Estimand) -> Finding | None:
             continue
         if change.largest > MATERIAL * abs(whole.value):
             return caution(
-                f"The {what} is not shown to be small: it may be {share_text(change.largest, whole.value)} of "
-                f"{whole.key} (limit {percent(MATERIAL)}); raise ",
+                f"The {what} {estimand.per} is not shown to be small: it may be "
+                f"{share_text(change.largest, whole.value)} of {whole.key} (limit {percent(MATERIAL)}); raise ",
                 Remedy.B_E,
                 ".",
             )
@@ -88,8 +89,7 @@ def residual_stands_out(facts: Facts, estimand: Estimand) -> Finding | None:
     elif bends(facts, estimand) is not None:
         return None
     elif second.interval is not None and abs(left) > MATERIAL * abs(residual.value):
-        low, high = second.interval
-        cause = f"which curvature may explain or not (deltaH2 is {low:.3g} to {high:.3g})"
+        cause = f"which curvature may explain or not (deltaH2 is within {interval_text(second.interval)})"
     else:
         cause = f"which is curvature (deltaH2 = {second.value:.3g})"
     truth = facts.change("deltaH_true", estimand).value or 0.0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from probe.config.numbers import is_finite
+from probe.digits import interval_text
 from probe.estimand import ESTIMANDS, Estimand, Number, Numbers, from_mapping
 from probe.estimators.estimate import NORMAL_975
 from probe.estimators.importance_weights import PARETO_K_LIMIT, pareto_k_limit
@@ -52,9 +52,8 @@ class Change:
         return None if self.interval is None else (self.interval[1] - self.interval[0]) / 2
 
     def range(self) -> str:
-        """`The 95 % interval of NAME, LOW to HIGH UNIT`."""
-        low, high = self.interval if self.interval is not None else (math.nan, math.nan)
-        return f"The 95 % interval of {self.name}, {low:.3g} to {high:.3g} {self.estimand.unit}"
+        """`The 95 % interval of NAME, [LOW, HIGH] UNIT`, in the digits of the report."""
+        return f"The 95 % interval of {self.name}, {interval_text(self.interval)} {self.estimand.unit}"
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,12 @@ def verdict(values: Mapping[str, Any]) -> Verdict:
         >>> found.word
         'trustworthy'
         >>> print(found.reasons[0])
-        The 95 % interval of deltaH1, -0.12 to -0.04 nats per response, excludes 0.
+        The 95 % interval of deltaH1, [-0.120, -0.040] nats per response, excludes 0.
         >>> found = verdict({"deltaH1": -0.08, "deltaH1_ci95": [-0.18, 0.02], "B_E": 64})
         >>> found.word
         'unresolved'
         >>> print(found.reasons[0])  # doctest: +NORMALIZE_WHITESPACE
-        The 95 % interval of deltaH1, -0.18 to 0.02 nats per response, contains 0; if the change is as large as it
+        The 95 % interval of deltaH1, [-0.180, 0.020] nats per response, contains 0; if the change is as large as it
         seems, batch_config.B_E of about 100 (now 64) excludes 0, or raise probe_rework.learning_rate.
     """
     return judge(Facts.of(values))

@@ -57,6 +57,16 @@ def test_recall_sign_and_what_is_captured():
     assert unsigned.spearman.value == pytest.approx(spearman(score.abs(), truth.abs()))
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_equal_scores_rank_nothing(signed):
+    truth, member = torch.arange(1.0, 11.0, dtype=torch.float64), torch.arange(10)
+    assert _row("x", "own_state", torch.full_like(truth, -1.0), truth, signed, member, ()).spearman is None
+    signs = torch.ones_like(truth)
+    signs[::2] = -1.0
+    found = _row("x", "own_state", signs, truth, signed, member, ()).spearman
+    assert (found is not None) == signed  # sizes that are all 1 rank nothing either
+
+
 def test_errors_of_both_sources_add_up():
     a, b, both = (
         _scored(0.5, *left) for left in (([0.4, 0.6],), ([0.45, 0.55],), ([0.4, 0.6], [0.45, 0.55]))

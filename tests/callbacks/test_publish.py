@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers import TensorBoardLogger as PyTorchTensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
 from probe.callbacks.base import ProbeCallback
@@ -34,12 +35,14 @@ from probe.config.schema import ProbeConfig
 from probe.errors.exceptions import LogError
 from probe.files.log_files import load_log
 from probe.logs.document import build_log
+from probe.logs.own_logger import OwnLogger
 from probe.logs.write import log_name, safe_name, write_log
 from probe.phases.state import ProbeState
 from probe.report.tags import scalar_tags
 from probe.report.terminal import report
 from probe.runner import HOOKS
 from tests.support.helpers import name_of_ended_process, rendered
+from tests.support.live_loops import attach, small_loop
 from tests.support.synthetic_run import (
     estimate_rows,
     make_module,
@@ -356,6 +359,57 @@ def test_a_run_of_its_own_has_no_charts_of_a_single_point(state, tmp_path):
     assert "custom_scalars__config__" not in events(logger).Tags()["tensors"]
 
 
+def charts_of(found):
+    """The charts of bands in an events file, each its three tags."""
+    (config,) = found.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(config.tensor_proto.string_val[0])
+    return [
+        (series.value, series.lower, series.upper)
+        for category in layout.category
+        for chart in category.chart
+        for series in chart.margin.series
+    ]
+
+
+def without_measurement(values):
+    """What a run with `importance.enabled: false` has."""
+    of_it = ("deltaH_true", "H_upd", "residual")
+    return {key: value for key, value in values.items() if not key.startswith(of_it)}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_runs_and_a_training_have_the_tags_of_each_others_charts_or_none(state, tmp_path):
+    """TensorBoard says "Missing Tags" of every run that has one or two of the three tags of a band."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path / "training")) as writer:
+        loop = small_loop(steps=2)
+        attach(loop.model, loop.optimizers[0], log=writer)
+        loop.run()
+    found = {"training": EventAccumulator(str(tmp_path / "training")).Reload()}
+    whole = make_result(state)
+    for name, values in (("run", whole.values), ("prediction", without_measurement(whole.values))):
+        logger = PyTorchTensorBoardLogger(str(tmp_path / name))
+        publish(TensorBoardDiagnostics(), state, replace(whole, values=values), make_runner(state, (logger,)))
+        found[name] = events(logger)
+    charts = [chart for one in found.values() for chart in charts_of(one)]
+    shared = 0
+    for chart in charts:
+        for one in found.values():
+            there = [tag for tag in chart if tag in one.Tags()["scalars"]]
+            assert len(there) in (0, 3), (chart, there)
+            assert len({tuple(event.step for event in one.Scalars(tag)) for tag in there}) <= 1
+        shared += all(chart[0] in one.Tags()["scalars"] for one in (found["training"], found["run"]))
+    assert shared >= 3  # the entropy, the change predicted and the one measured
+
+
+@pytest.mark.parametrize("kind", [PyTorchTensorBoardLogger, FabricTensorBoardLogger, OwnLogger])
+def test_the_last_lines_name_tensorboard(state, tmp_path, kind):
+    logger = kind(tmp_path)
+    runner = publish(TensorBoardDiagnostics(), state, make_result(state), make_runner(state, (logger,)))
+    assert runner.written == {"TensorBoard": logger.log_dir}
+
+
 @pytest.mark.parametrize("kind", [PyTorchTensorBoardLogger, FabricTensorBoardLogger])
 def test_the_hparams_tab_has_settings_and_metrics(state, tmp_path, kind):
     logger = kind(str(tmp_path))
@@ -368,13 +422,14 @@ def test_the_hparams_tab_has_settings_and_metrics(state, tmp_path, kind):
     assert "entropy_probe/deltaH1_tok" in shown
     assert "entropy_probe_diagnostics/ESS" in shown
     assert "hp_metric" not in shown
+    assert "entropy_probe/verdict_code" not in shown  # the word stands among the settings
     session = parse(contents[metadata.SESSION_START_INFO_TAG]).session_start_info.hparams
     assert session["checkpoint"].string_value == "step_60"
     assert session["LR"].number_value == 1e-6
     assert session["loss"].string_value == "dapo"
     assert session["Verdict"].string_value == make_result(state).values["verdict"]
     # TensorBoard shows the first five at once, and has a tick box for every one
-    assert sorted(session)[:5] == ["B_E", "LR", "Verdict", "checkpoint", "group_size_G"]
+    assert sorted(session)[:5] == ["B_E", "LR", "Seed", "Verdict", "checkpoint"]
     assert len(session) <= 12
 
 

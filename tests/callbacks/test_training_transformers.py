@@ -373,7 +373,8 @@ def test_results_reach_the_log_and_tensorboard(tmp_path, caplog):
     assert {tag for tag in tags if tag.startswith("entropy_probe/")} <= {
         f"entropy_probe/{name}" for name in MAIN
     }
-    prefixes = ("entropy_probe/", "entropy_probe_curves/", "entropy_probe_details/")
+    groups = ("", "_curves", "_details", "_ground_truth", "_prediction")
+    prefixes = tuple(f"entropy_probe{group}/" for group in groups)
     assert all(tag.startswith(prefixes) for tag in tags)
     for name in ("H_orig_tok", "deltaH_true_tok"):
         points = [(e.step, e.value) for e in reader.Scalars(f"entropy_probe/{name}")]

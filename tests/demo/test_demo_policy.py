@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from probe.config.checkpoint import CheckpointConfig
+from probe.config.schema import ProbeConfig
 from probe.data.arithmetic import (
     PROMPT_TEMPLATE,
     SPLITS,
@@ -22,10 +24,12 @@ from probe.data.arithmetic import (
     vocabulary_texts,
 )
 from probe.demo import DemoRecipe, build, cache, ensure_demo_checkpoint
+from probe.demo.cache import demo_is_cached
 from probe.demo.pretraining import IGNORED, encode_corpus
 from probe.demo.tokenizer import build_tokenizer
 from probe.errors.exceptions import CheckpointError
 from probe.loading import load_policy_model, locate_checkpoint
+from probe.module import EntropyProbe
 from tests.support.helpers import name_of_ended_process
 from tests.support.terminal import Terminal
 
@@ -195,8 +199,14 @@ def test_global_state_is_left_alone(tmp_path):
 def test_progress_is_on_stderr_or_nowhere(tmp_path, capfd, monkeypatch):
     short = replace(TINY, pretrain_steps=3, grpo_steps=2)
     make(tmp_path / "quiet", short)
+    assert capfd.readouterr() == ("", "")
     ensure_demo_checkpoint(tmp_path / "in a file", recipe=short)
-    assert capfd.readouterr() == ("", "")  # it is over too soon for a line
+    out, lines = capfd.readouterr()
+    assert out == ""
+    assert [re.sub(r"[\d.]+", "#", line.replace(" ", "")) for line in lines.splitlines()] == [
+        "pre-training#sdemopolicy:#steps,loss#",
+        "GRPO#sdemopolicy:#steps,reward#",
+    ]
     with Terminal() as terminal:
         terminal.take_over(monkeypatch)
         monkeypatch.setattr("probe.progress.REDRAW_SECONDS", 0.0)
@@ -205,7 +215,19 @@ def test_progress_is_on_stderr_or_nowhere(tmp_path, capfd, monkeypatch):
     assert "demo: pre-training, loss " in raw
     assert "2/3" in raw
     assert "demo: GRPO, reward " in raw
-    assert terminal.lines == []
+    assert [line.split()[0] for line in terminal.lines] == ["pre-training", "GRPO"]  # the bars are gone
+
+
+def test_whether_it_is_there(copied, tmp_path, monkeypatch):
+    assert demo_is_cached(copied)
+    assert not demo_is_cached(copied, seed=1)
+    assert not demo_is_cached(tmp_path / "empty")
+    config = ProbeConfig(checkpoint=CheckpointConfig(checkpoint_path="demo"))
+    monkeypatch.setenv("ENTROPY_PROBE_CACHE", str(copied))
+    assert not EntropyProbe(config).make_demo()  # reused
+    monkeypatch.setenv("ENTROPY_PROBE_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("probe.module.ensure_demo_checkpoint", lambda: make(tmp_path / "empty"))
+    assert EntropyProbe(config).make_demo()  # trained
 
 
 @pytest.mark.slow

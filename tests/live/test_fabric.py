@@ -115,7 +115,8 @@ def test_numbers_go_to_fabrics_loggers(tmp_path):
     rows = [line.split(",") for line in lines[1:]]
     assert [int(row[steps]) for row in rows] == [step for _, step in with_names] == [1, 3, 5]
     assert [float(row[column]) for row in rows] == [entry["H_orig_tok"] for entry in watch.history]
-    prefixes = ("entropy_probe/", "entropy_probe_curves/", "entropy_probe_details/")
+    groups = ("", "_curves", "_details", "_ground_truth", "_prediction")
+    prefixes = tuple(f"entropy_probe{group}/" for group in groups)
     assert all(name.startswith(prefixes) for names, _ in with_names for name in names)
 
 

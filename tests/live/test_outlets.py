@@ -32,6 +32,22 @@ def test_the_first_reason_is_said_when_the_verdict_changes(caplog):
     assert [watch.history[0]["verdict_reasons"][0] in line for line in lines] == [True, False, False, False]
 
 
+def test_a_reason_of_another_kind_is_said_too(caplog):
+    caplog.set_level(logging.INFO, "probe.live")
+    loop = small_loop()
+    outlets = attach(loop.model, loop.optimizers[0])._outlets
+    reasons = (
+        "E is worth 9.5 responses.",
+        "E is worth 12 responses.",
+        "The step bends by 20 %.",
+        "E is worth 8 responses.",
+    )
+    for step, reason in enumerate(reasons, 1):
+        outlets._say_probe({"step": step, "verdict": "caution", "verdict_reasons": [reason]})
+    lines = [r.message for r in caplog.records if "entropy probe: step" in r.message]
+    assert [reason in line for line, reason in zip(lines, reasons, strict=True)] == [True, False, True, False]
+
+
 class WithLog:
     def __init__(self) -> None:
         self.seen: list[tuple[dict[str, float], int]] = []

@@ -65,6 +65,20 @@ def test_a_watch_that_has_seen_nothing():
         assert "0 of 0 steps" in watch._repr_html_()
         with pytest.raises(ConfigError, match="plot: expected at least one probed step"):
             watch.plot()
+    assert repr(watch) == "Watch: 0 of 0 steps probed; detached"
+
+
+def test_a_probe_that_an_error_has_switched_off_says_so(monkeypatch):
+    loop = small_loop()
+    watch = attach(loop.model, loop.optimizers[0], strict=False)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no E to be had\nat all")
+
+    monkeypatch.setattr(watch._probe, "before", fail)
+    with watch:
+        loop.run(1)
+        assert repr(watch) == "Watch: 0 of 1 steps probed; switched off by no E to be had"
 
 
 def test_a_page_at_every_alarm_and_in_the_end(tmp_path):

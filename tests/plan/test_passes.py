@@ -50,7 +50,7 @@ def test_every_second_is_counted_once():
             Pass("score E after the step", "ground_truth", 1.0, 24),
         ],
         {
-            "make_demo": 99.0,
+            "demo_policy": 99.0,
             "load": 5.0,
             "sample": 6.5,
             "update": 3.5,

@@ -87,6 +87,21 @@ def texts(figure):
     return [one.get_text() for one in (*canvas, *ticks)]
 
 
+def test_numbers_keep_their_signs_in_small_cards(values):
+    """A hyphen, or a minus that the zero line crosses, is lost there."""
+    figure = changes_figure(values)
+    labels = [text for axis in figure.axes for text in axis.texts if "\u00b1" in text.get_text()]
+    assert labels
+    assert any("\u2212" in label.get_text() for label in labels)
+    lines = [
+        line.get_zorder() for axis in figure.axes for line in axis.lines if set(line.get_xdata()) == {0.0}
+    ]
+    for label in labels:
+        assert "-" not in label.get_text()
+        assert label.get_bbox_patch().get_facecolor() == (1.0, 1.0, 1.0, 1.0)
+        assert label.get_zorder() > min(lines)
+
+
 def test_every_figure_of_a_whole_result_is_drawn(values):
     figures = result_figures(values)
     assert list(figures) == sorted(figures)

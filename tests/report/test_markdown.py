@@ -22,4 +22,8 @@ def test_the_report_as_markdown_has_a_verdict(state):
     assert "Verdict: <strong>resolved</strong>" in page
     assert "<li>ESS is *high*</li>" in html.unescape(page)
     assert page.count("<table>") == 4
+    # how to read the numbers is no head of the column of explanations
+    heads = re.findall(r"<th>(.*?)</th>", page, re.DOTALL)
+    assert [head for head in heads if "standard error" in head] == []
+    assert "standard error, [95 % interval]" in html.unescape(page)
     assert re.search(r"<td><pre>deltaH1</pre></td>\n<td><pre>[^<]*<br>.*?</pre></td>", page)

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from probe.report.attribution import attribution_tables
-from probe.report.rows import entropy_rows, estimator_rows, settings_rows, time_rows, trust_rows
+from probe.report.rows import ERRORS, entropy_rows, estimator_rows, settings_rows, time_rows, trust_rows
 from probe.report.terminal import closing, report, styled_report
 from tests.support.synthetic_run import as_result, make_result
 from tests.support.terminal import seen
@@ -22,10 +22,19 @@ WIDTHS = (80, 100, 120, 200)
 def test_columns_are_aligned(state):
     parts = report(make_result(state), 120).split("\n\n")
     for part, head in ((parts[2], "nats per response"), (parts[3], "variance ratio")):
-        lines = part.splitlines()
+        lines = [line for line in part.splitlines() if line.strip() != ERRORS]
         column = lines[0].index(head)
         assert all(line[column - 1] == " " and line[column] != " " for line in lines if column < len(line))
-    assert len(parts[2].splitlines()) == 12
+    assert len(parts[2].splitlines()) == 13
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_how_to_read_the_numbers_stands_over_the_numbers(state, width):
+    """And not over the explanations beside them."""
+    head, reading, first, *_ = report(make_result(state), width).split("\n\n")[2].splitlines()
+    assert reading.strip() == ERRORS
+    assert ERRORS not in head
+    assert reading.index(ERRORS) == head.index("nats per token") == first.index(first.split()[2])
 
 
 def test_the_verdict_comes_first(state):

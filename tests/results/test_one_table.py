@@ -77,7 +77,7 @@ def test_it_is_in_the_report(result):
         assert "left hand" in text
     assert "deltaH3          0.00250 +/- 0.00050" in report(result)
     assert "[0.00100, 0.00400]" in report(result)
-    assert re.search(r"^  left hand +3 of 6 +responses written", report(result), re.MULTILINE)
+    assert re.search(r"^  left hand +3 of 6\s+responses written", report(result), re.MULTILINE)
 
 
 def test_it_is_on_tensorboard(result, state, tmp_path):

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from probe.estimators.importance_weights import PARETO_K_LIMIT
+from probe.report.rows import entropy_rows
 from probe.verdict.agreement import DERIVATIVE_LIMITS, DERIVATIVE_LIMITS_HALF
 from probe.verdict.sample import ESS_COLLAPSE, ESS_LEAST, ESS_LOW, FEW_RESPONSES
 from probe.verdict.sentences import round_up
@@ -29,7 +30,7 @@ def test_a_good_run_is_trustworthy_and_says_why():
     assert found.word == "trustworthy"
     (reason,) = found.reasons
     assert reason == (
-        "The 95 % interval of deltaH_true, -0.00139 to -0.000568 nats per token, excludes 0; the weights are even "
+        "The 95 % interval of deltaH_true, [-0.00139, -0.00057] nats per token, excludes 0; the weights are even "
         "(ESS 1000 of 1024, Pareto k 0.21 below 0.67); the second order is 2 % of the first."
     )
 
@@ -38,19 +39,19 @@ RULES = {
     "measured interval": (
         both("deltaH_true_se", 0.0501),
         "unresolved",
-        "deltaH_true, -0.00196 to 1.96e-06 nats per token, contains 0",
+        r"deltaH_true, \[-0\.00196, 0\.00000\] nats per token, contains 0",
     ),
     "its end is 0": ({"deltaH_true_tok_ci95": [-0.002, 0.0]}, "unresolved", r"contains 0 \(per response it"),
     "its end is nearly 0": ({"deltaH_true_tok_ci95": [-0.002, -1e-12]}, "trustworthy", "excludes 0"),
     "only per response": (
         {"deltaH_true_se": 0.06},
         "caution",
-        r"-0\.216 to 0\.0196 nats per response, contains 0 \(per token it excludes 0\)",
+        r"\[-0\.216, 0\.020\] nats per response, contains 0 \(per token it excludes 0\)",
     ),
     "predicted interval": (
         {"deltaH1_tok_se": 0.0006},
         "caution",
-        "interval of deltaH1, -0.00218 to 0.000176 nats per token, contains 0",
+        r"interval of deltaH1, \[-0\.00218, 0\.00018\] nats per token, contains 0",
     ),
     "prediction null": ({"deltaH1_tok": None}, "caution", "deltaH1 per token could not be resolved"),
     "measurement null": (
@@ -104,7 +105,7 @@ RULES = {
     "curvature not resolved": (
         {"deltaH2_tok": 0.0002, "deltaH2_tok_se": 0.00011},
         "caution",
-        "deltaH2 is not shown to be small: it may be 42 % of deltaH1_tok",
+        "deltaH2 per token is not shown to be small: it may be 42 % of deltaH1_tok",
     ),
     "curvature null": (
         {"deltaH2": None, "deltaH2_tok": None, "eta_10": None, "eta_10_tok": None},
@@ -139,7 +140,7 @@ RULES = {
     "residual not significant": (
         {"residual_tok": -0.0002, "residual_tok_se": 0.00011},
         "caution",
-        "measurement is not shown to be small: it may be 42 % of deltaH_true_tok",
+        "measurement per token is not shown to be small: it may be 42 % of deltaH_true_tok",
     ),
     "residual shown to be small": ({"residual_tok": -0.00002, "residual_tok_se": 0.00002}, "trustworthy", ""),
     "disagreement": (
@@ -423,6 +424,22 @@ def test_rounding_up(x, rounded):
 # ---------------------------------------------------------------- partial results
 
 
+def test_two_sentences_on_the_second_order_say_of_what_they_are():
+    found = verdict(make_values(deltaH2_tok=0.0003, deltaH2_tok_se=0.00001, deltaH2=0.02, deltaH2_se=0.011))
+    reasons = [reason for reason in found.reasons if "deltaH2" in reason]
+    assert len(reasons) == 2
+    assert ["per token" in reason for reason in reasons] == [True, False]
+    assert ["per response" in reason for reason in reasons] == [False, True]
+
+
+def test_an_interval_is_shown_as_in_the_report():
+    values = make_values()
+    shown = [line for row in entropy_rows(values) for line in row.cells[0].split("\n") if line[:1] == "["]
+    sentence = re.search(r"\[[^]]*\]", verdict(values).reasons[0])
+    assert sentence is not None
+    assert sentence[0] in shown
+
+
 def test_the_prediction_alone_is_judged():
     alone = {
         "deltaH1": -0.1,
@@ -433,7 +450,7 @@ def test_the_prediction_alone_is_judged():
     }
     found = verdict(alone)
     assert found.word == "unresolved"
-    assert "interval of deltaH1, -0.00218 to 0.000176 nats per token" in found.reasons[0]
+    assert "interval of deltaH1, [-0.00218, 0.00018] nats per token" in found.reasons[0]
     assert verdict({**alone, "deltaH1_tok_se": 0.0003}).word == "caution"
     assert verdict({**alone, "deltaH1_tok_se": 0.00025}).word == "trustworthy"
     assert verdict({**alone, "deltaH1_tok": None}).word == "unresolved"

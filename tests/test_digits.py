@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from probe.report.numbers import interval_text, with_error
+from probe.digits import interval_text, with_error
 
 
 @pytest.mark.parametrize(
