@@ -10,6 +10,7 @@ from typing import Any
 from probe.digits import with_error
 from probe.forecast.forecast import Forecast, calls_for_alarm
 from probe.live.schedule import Schedule
+from probe.report.summary import WORTH_SAYING
 
 IN_SIGHT, FEW_PROBES = 10, 50
 """Horizons within which a collapse is in sight; steps between probes from which on a hint says how to get more."""
@@ -17,8 +18,6 @@ MEAN_INTERVAL = ("mean_deltaH_true_tok_ci95_low", "mean_deltaH_true_tok_ci95_hig
 """Ends of the interval of the mean change over the last probes."""
 ROUNDING = 1.05
 """A share of time up to so many times the budget keeps it."""
-WORTH_SAYING = 0.05
-"""Chance within the horizon from which on it is said, where nothing nearer is."""
 
 
 @dataclass(frozen=True)

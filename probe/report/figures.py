@@ -20,17 +20,14 @@ from probe.estimators.estimate import NORMAL_975
 from probe.report.attribution import TARGETS, TERMS
 from probe.report.drawing import ERROR_BARS, drawn, few_ticks, zero_line
 from probe.report.palette import CURVES, DIFFERENCE, FAINT, FALLING, MEASURED, NEUTRAL, PREDICTED, RISING
+from probe.report.words import CHANGES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CHANGES = (
-    ("deltaH1", "predicted", PREDICTED),
-    ("deltaH_true", "measured", MEASURED),
-    ("residual", "difference", DIFFERENCE),
-)
-"""The rows of `changes_figure`: keys, names and colours."""
+COLOURS = {"deltaH1": PREDICTED, "deltaH_true": MEASURED, "residual": DIFFERENCE}
+"""Of the rows of `changes_figure`."""
 LEADERS = 4
 """Predictors that `league_figure` shows against each target, beside the ceiling."""
 LONGEST_NAME = 30
@@ -47,7 +44,7 @@ def result_figures(values: Mapping[str, Any]) -> dict[str, Figure]:
         values: of a result.
     """
     makers: dict[str, tuple[Callable[[Mapping[str, Any]], Figure], bool]] = {
-        "1_prediction_and_measurement": (changes_figure, any(_has(values, key) for key, *_ in CHANGES)),
+        "1_prediction_and_measurement": (changes_figure, any(_has(values, key) for key in CHANGES)),
         "2_parts": (parts_figure, bool(values.get("attribution"))),
         "3_what_if": (what_if_figure, bool(_effective(values))),
         "4_coupling": (coupling_figure, _has_shares(values)),
@@ -68,7 +65,11 @@ def changes_figure(values: Mapping[str, Any]) -> Figure:
     Raises:
         DataError: no change was computed.
     """
-    rows = [row for row in CHANGES if row[0] in values or TOKEN.key(row[0]) in values]
+    rows = [
+        (key, name, COLOURS[key])
+        for key, name in CHANGES.items()
+        if key in values or TOKEN.key(key) in values
+    ]
     if not rows:
         raise DataError(
             "changes_figure: expected deltaH1 or deltaH_true among the values, found neither; run the phase first"

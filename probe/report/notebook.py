@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from probe.digits import interval_text, with_error
 from probe.report.figures import result_figures
-from probe.report.words import answer, verdict_meaning
+from probe.report.words import CHANGES, answer, verdict_meaning
 from probe.results.result import ProbeResult
 from probe.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-CHANGES = (("deltaH1", "predicted"), ("deltaH_true", "measured"), ("residual", "difference"))
-"""What a card shows of a result."""
 
 
 class Figures(dict[str, "Figure"]):
@@ -91,7 +88,7 @@ def result_card(values: Mapping[str, Any], title: str = "") -> str:
         title: what stands above it.
     """
     rows = []
-    for key, label in CHANGES:
+    for key, label in CHANGES.items():
         for name, unit in ((f"{key}_tok", "nats per token"), (key, "nats per response")):
             if name in values:
                 error, interval = values.get(f"{name}_se"), interval_text(values.get(f"{name}_ci95"))

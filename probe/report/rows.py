@@ -67,7 +67,12 @@ class Row:
 
 def headline(result: ProbeResult) -> str:
     """The first line: what was probed, with which sizes."""
-    values = result.values
+    sizes, what = size_texts(result.values), f"Entropy probe of {result.checkpoint_name}"
+    return f"{what}: {', '.join(sizes)}" if sizes else what
+
+
+def size_texts(values: Mapping[str, Any]) -> list[str]:
+    """The sizes of the batches and the learning rate, as far as they are known."""
     sizes = []
     if values.get("B_E") is not None:
         sizes.append(f"E = {values['B_E']} responses")
@@ -77,8 +82,7 @@ def headline(result: ProbeResult) -> str:
         sizes.append(f"U = {values['B_U']} prompts{group}")
     if values.get("learning_rate") is not None:
         sizes.append(f"learning rate {values['learning_rate']:.6g}")
-    what = f"Entropy probe of {result.checkpoint_name}"
-    return f"{what}: {', '.join(sizes)}" if sizes else what
+    return sizes
 
 
 def entropy_rows(values: Mapping[str, Any]) -> list[Row]:

@@ -11,6 +11,8 @@ from typing import Any
 from probe.report.numbers import with_error
 from probe.verdict.words import WORDS
 
+WORTH_SAYING = 0.05
+"""Chance of a collapse or explosion from which on it is said."""
 WORST = 3
 """Steps that a summary names."""
 LEAST_PROBES = 2

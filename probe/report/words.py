@@ -16,6 +16,8 @@ VERDICTS = {
     "invalid": "the numbers cannot be believed",
 }
 """What the words of a verdict mean."""
+CHANGES = {"deltaH1": "predicted", "deltaH_true": "measured", "residual": "difference"}
+"""The changes that pages, cards and figures show beside each other, with their labels."""
 PRECONDITIONED = "preconditioned_step"
 """The flag of a prediction that is not of the optimizer's step."""
 NAMED = {

@@ -11,15 +11,15 @@ from probe.estimand import Estimand
 from probe.report.attribution import PARTS, TARGETS, TERMS
 from probe.report.html.plots import Chart, Line, Mark, Tone
 from probe.report.numbers import NOT_RESOLVED, interval_text, number_text, with_error
-from probe.report.words import PRECONDITIONED
+from probe.report.words import CHANGES, PRECONDITIONED
 from probe.text import percent
 
-CHANGES: tuple[tuple[str, str, Tone, str], ...] = (
-    ("deltaH1", "predicted", "predicted", "deltaH1: the entropy's gradient times the optimizer's step"),
-    ("deltaH_true", "measured", "measured", "deltaH_true: E rescored after the step"),
-    ("residual", "difference", "difference", "predicted minus measured by plain estimators on the same E"),
-)
-"""What the first chart shows of a result: key, label, tone, meaning."""
+OF_CHANGES: dict[str, tuple[Tone, str]] = {
+    "deltaH1": ("predicted", "deltaH1: the entropy's gradient times the optimizer's step"),
+    "deltaH_true": ("measured", "deltaH_true: E rescored after the step"),
+    "residual": ("difference", "predicted minus measured by plain estimators on the same E"),
+}
+"""Tones and meanings of the changes."""
 SORTED_BY = {
     "by_outcome": "right and wrong responses (above the middle of the rewards)",
     "by_advantage": "the sign of the advantage",
@@ -43,7 +43,8 @@ def _meaning(values: Mapping[str, Any], key: str, meaning: str) -> str:
 def change_chart(values: Mapping[str, Any], estimand: Estimand) -> Chart | None:
     """Prediction against measurement, each with its 95 % interval; None where there is neither."""
     lines = []
-    for key, label, tone, words in CHANGES:
+    for key, label in CHANGES.items():
+        tone, words = OF_CHANGES[key]
         name, meaning = estimand.key(key), _meaning(values, key, words)
         if values.get(name) is not None:
             lines.append(_line(label, values, name, tone, meaning))

@@ -26,7 +26,14 @@ from probe.report.html.charts import (
 )
 from probe.report.html.render import rendered
 from probe.report.html.responses import MOST_TOKENS, response_data
-from probe.report.rows import entropy_rows, estimator_rows, settings_rows, time_rows, trust_rows
+from probe.report.rows import (
+    entropy_rows,
+    estimator_rows,
+    settings_rows,
+    size_texts,
+    time_rows,
+    trust_rows,
+)
 from probe.report.words import answer, verdict_meaning
 
 if TYPE_CHECKING:
@@ -143,13 +150,7 @@ def run_page(
 
 def _facts(document: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
     """What was probed, when, and with which sizes."""
-    sizes = [f"E = {values['B_E']} responses"] if values.get("B_E") is not None else []
-    if values.get("B_U") is not None:
-        # G is null where a rollout file has groups of several sizes
-        group = f" x {values['G']} responses" if values.get("G") is not None else ""
-        sizes.append(f"U = {values['B_U']} prompts{group}")
-    if values.get("learning_rate") is not None:
-        sizes.append(f"learning rate {values['learning_rate']:.6g}")
+    sizes = size_texts(values)
     if values.get("training_step") is not None:
         sizes.append(f"training step {values['training_step']}")
     about = [str(document[key]) for key in ("checkpoint_path", "started_at") if document.get(key)]

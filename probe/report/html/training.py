@@ -12,7 +12,7 @@ from probe.report.html.plots import Curve, CurveChart, Rule, Tone
 from probe.report.html.render import rendered
 from probe.report.numbers import NOT_RESOLVED, with_error
 from probe.report.rows import Row
-from probe.report.summary import collapse_of, is_resolved, summary_of
+from probe.report.summary import WORTH_SAYING, collapse_of, is_resolved, summary_of
 from probe.report.words import verdict_meaning
 from probe.verdict.words import WORDS
 
@@ -40,8 +40,6 @@ CLASSES: tuple[tuple[str, str, Tone], ...] = (
     ("deltaH1_high_entropy_tok", "highest fifth of entropy", "predicted"),
 )
 """Parts of deltaH1 per token that a training can know, with their tones."""
-WORTH_SAYING = 0.05
-"""Chance of a collapse or explosion within the horizon from which on it is said."""
 LARGEST = 10
 """Updates that the page lists on either side."""
 

@@ -334,7 +334,7 @@ def test_where_the_measurement_is_per_response_the_answer_is():
         **{"deltaH1": -0.06, "deltaH1_tok": -0.004, "deltaH_true": -0.05, "H_orig": 7.0, "H_orig_tok": 0.4},
     }
     assert answer(values)[0].startswith(
-        "This update lowers the policy's entropy by 0.714 % of its 7 nats per response: "
+        "This update lowers the policy's entropy by 0.7 % of its 7 nats per response: "
     )
     assert "measured -0.05" in answer(values)[0]
 
