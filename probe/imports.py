@@ -77,7 +77,7 @@ def current_directory_importable() -> Iterator[None]:
 
 @contextmanager
 def quiet_bitsandbytes() -> Iterator[None]:
-    """Let bitsandbytes, which peft imports where it is installed, log errors only: it warns of every kernel it lacks."""
+    """Let bitsandbytes, which peft imports where it is there, log errors only: it warns of each kernel it lacks."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)
