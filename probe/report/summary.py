@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from probe.report.numbers import with_error
+from probe.digits import with_error
 from probe.verdict.words import WORDS
 
 WORTH_SAYING = 0.05

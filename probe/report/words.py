@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from probe.report.numbers import interval_text, number_text, with_error
+from probe.digits import interval_text, number_text, with_error
 from probe.text import percent
 
 VERDICTS = {

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from probe.attribution.league import CEILING
+from probe.digits import NOT_RESOLVED, interval_text, number_text, with_error
 from probe.estimand import Estimand
 from probe.report.attribution import PARTS, TARGETS, TERMS
 from probe.report.html.plots import Chart, Line, Mark, Tone
-from probe.report.numbers import NOT_RESOLVED, interval_text, number_text, with_error
 from probe.report.words import CHANGES, PRECONDITIONED
 from probe.text import percent
 

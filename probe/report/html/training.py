@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+from probe.digits import NOT_RESOLVED, with_error
 from probe.report.attribution import Table
 from probe.report.html.plots import Curve, CurveChart, Rule, Tone
 from probe.report.html.render import rendered
-from probe.report.numbers import NOT_RESOLVED, with_error
 from probe.report.rows import Row
 from probe.report.summary import WORTH_SAYING, collapse_of, is_resolved, summary_of
 from probe.report.words import verdict_meaning
