@@ -234,7 +234,7 @@ def _forecast(history: Sequence[Mapping[str, Any]], alarms: Sequence[int]) -> Cu
         words = f"The entropy came to the threshold {came.words}."
     left_out = len(rows) - len(seen)
     if left_out:
-        words += f" {left_out} forecast{'s' if left_out > 1 else ''} beyond step {horizon:.0f} not drawn."
+        words += f" {left_out} forecast{'s are' if left_out > 1 else ' is'} beyond step {horizon:.0f} and not drawn."
     return CurveChart("Step at whose end a collapse was forecast", [today, curve], rules, words)
 
 
