@@ -17,7 +17,7 @@ from probe.live.outcome import Outcome
 from probe.live.say import say
 from probe.live.schedule import Schedule
 from probe.live.settings import WatchSettings
-from probe.report.boards import LIGHTNING_STEP, TensorBoardWriter, TrackedRun, board_of
+from probe.report.boards import TensorBoardWriter, TrackedRun, board_of, board_of_logger
 from probe.report.summary import Summary
 from probe.snapshot import isolated_rng
 from probe.text import error_text
@@ -140,9 +140,7 @@ def to_logger(logger: Any) -> LogTo:
     """A log to a Lightning logger."""
     return LogTo(
         lambda numbers, step: logger.log_metrics(dict(numbers), step=step),
-        lambda notes, step: notes.show_on(
-            board_of(getattr(logger, "experiment", None), LIGHTNING_STEP), step
-        ),
+        lambda notes, step: notes.show_on(board_of_logger(logger), step),
     )
 
 

@@ -1,4 +1,4 @@
-"""Where loggers take numbers, and beside them texts, pictures and alerts: TensorBoard, Weights & Biases, trackio."""
+"""Where loggers take numbers, texts, pictures and alerts: TensorBoard, Weights & Biases, trackio, MLflow."""
 
 from __future__ import annotations
 
@@ -117,6 +117,51 @@ class TrackedRun:
         summary = getattr(self.run, "summary", None)
         if summary is not None:
             summary.update(dict(facts))
+
+
+@dataclass(frozen=True)
+class MlflowRun:
+    """A run of MLflow: texts and pictures are artifacts of it, alarms and facts are tags.
+
+    Attributes:
+        client: an `MlflowClient`.
+        run_id: of the run.
+    """
+
+    client: Any
+    run_id: str
+
+    def numbers(self, numbers: Mapping[str, float], step: int) -> None:
+        """See `Board`."""
+        for name, value in numbers.items():
+            self.client.log_metric(self.run_id, name, value, step=step)
+
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        """See `Board`."""
+        self.client.log_text(self.run_id, markdown, f"{tag}/step_{step}.md")
+
+    def picture(self, tag: str, image: np.ndarray, step: int) -> None:
+        """See `Board`."""
+        self.client.log_image(self.run_id, image, artifact_file=f"{tag}/step_{step}.png")
+
+    def alert(self, title: str, text: str) -> None:
+        """See `Board`; MLflow tells nobody, and shows the tag with the run."""
+        self.client.set_tag(self.run_id, title, text)
+
+    def facts(self, facts: Mapping[str, str]) -> None:
+        """See `Board`."""
+        for name, fact in facts.items():
+            self.client.set_tag(self.run_id, name, fact)
+
+
+def board_of_logger(logger: Any) -> Board | None:
+    """The board that one of Lightning's loggers writes to; None for one that takes numbers alone."""
+    experiment, run_id = getattr(logger, "experiment", None), getattr(logger, "run_id", None)
+    if isinstance(run_id, str) and all(
+        callable(getattr(experiment, name, None)) for name in ("log_text", "log_image", "set_tag")
+    ):
+        return MlflowRun(experiment, run_id)
+    return board_of(experiment, LIGHTNING_STEP)
 
 
 def board_of(target: Any, step_name: str | None = None) -> Board | None:

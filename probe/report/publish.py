@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from probe.phases.state import ProbeState
-from probe.report.boards import LIGHTNING_STEP, board_of
+from probe.report.boards import board_of_logger
 from probe.report.drawing import pixels
 from probe.report.figures import result_figures
 from probe.report.markdown import examples_markdown, report_markdown, verdict_markdown
@@ -80,7 +80,7 @@ def _publish_to_tensorboard(logger: Any, state: ProbeState, result: ProbeResult,
 def _show(logger: Any, state: ProbeState, result: ProbeResult, shown: Shown) -> None:
     """Pictures, texts and the verdict in words, where the logger takes any."""
     board, step, values = (
-        board_of(getattr(logger, "experiment", None), LIGHTNING_STEP),
+        board_of_logger(logger),
         training_step(result),
         result.values,
     )

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from probe.report.boards import TensorBoardWriter, TrackedRun, board_of
+from probe.report.boards import TensorBoardWriter, TrackedRun, board_of, board_of_logger
 from probe.report.publish import Shown, publish
 from tests.support import trackers
 from tests.support.synthetic_run import make_result
-from tests.support.trackers import AlertLevel, TrackioRun, WandbRun, library, media_of
+from tests.support.trackers import AlertLevel, MlflowLogger, TrackioRun, WandbRun, library, media_of
 
 IMAGE = np.zeros((4, 6, 3), dtype=np.uint8)
 
@@ -88,3 +88,26 @@ def test_a_result_through_lightnings_logger_of_weights_and_biases(state, media):
     assert run.summary["entropy_probe/verdict"] == result.values["verdict"]
     assert result.values["verdict_reasons"][0] in run.summary["entropy_probe/verdict_reasons"]
     assert run.summary["settings/probe_rework/loss"] == "dapo"
+
+
+def test_mlflow_has_artifacts_and_tags():
+    logger = MlflowLogger()
+    board = board_of_logger(logger)
+    image = np.zeros((2, 3, 3), dtype=np.uint8)
+    board.numbers({"entropy_probe/H": 0.5}, 3)
+    board.text("entropy_probe/verdict", "**caution**", 3)
+    board.picture("entropy_probe/1_entropy", image, 3)
+    board.alert("entropy probe: alarm", "collapse in 3 steps")
+    board.facts({"entropy_probe/verdict": "caution"})
+    client = logger.experiment
+    assert client.metrics == [("3f", "entropy_probe/H", 0.5, 3)]
+    assert client.artifacts["entropy_probe/verdict/step_3.md"] == "**caution**"
+    assert client.artifacts["entropy_probe/1_entropy/step_3.png"] is image
+    assert client.tags == {"entropy probe: alarm": "collapse in 3 steps", "entropy_probe/verdict": "caution"}
+
+
+def test_loggers_that_take_numbers_alone_have_no_board():
+    class Numbers:
+        experiment, run_id = object(), "1"
+
+    assert board_of_logger(Numbers()) is None

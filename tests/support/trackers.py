@@ -88,3 +88,47 @@ def media_of(logged: list[tuple[dict[str, Any], int | None]]) -> dict[str, list[
                     assert isinstance(value.value, np.ndarray)
                     assert value.value.dtype == np.uint8
     return found
+
+
+class MlflowClient:
+    """`mlflow.MlflowClient`, as far as the probe uses it."""
+
+    def __init__(self) -> None:
+        self.metrics: list[tuple[str, str, float, int | None]] = []
+        self.artifacts: dict[str, Any] = {}
+        self.tags: dict[str, Any] = {}
+
+    def log_metric(
+        self, run_id: str, key: str, value: float, timestamp: int | None = None, step: int | None = None
+    ) -> None:
+        self.metrics.append((run_id, key, value, step))
+
+    def log_text(self, run_id: str, text: str, artifact_file: str) -> None:
+        self.artifacts[artifact_file] = text
+
+    def log_image(
+        self, run_id: str, image: Any, artifact_file: str | None = None, key: str | None = None
+    ) -> None:
+        assert artifact_file is not None
+        self.artifacts[artifact_file] = image
+
+    def set_tag(self, run_id: str, key: str, value: Any, synchronous: bool | None = None) -> None:
+        self.tags[key] = value
+
+
+class MlflowLogger:
+    """Lightning's `MLFlowLogger`."""
+
+    def __init__(self) -> None:
+        self.experiment, self.run_id = MlflowClient(), "3f"
+        self.name, self.version = "experiment", "3f"
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        for key, value in metrics.items():
+            self.experiment.log_metric(self.run_id, key, value, step=step)
+
+    def log_hyperparams(self, params: Any) -> None:
+        pass
+
+    def save(self) -> None:
+        pass
