@@ -794,7 +794,7 @@ def test_the_logs_have_the_sources(config, tmp_path, level):
     assert load_log(main_log)["results"]["settings"]["checkpoint"]["probe_rework.kl_coef"] == 0.1
     assert yaml.safe_load(written.read_text())["probe_rework"]["kl_coef"] == 0.1
     if level == "minimal":
-        assert main_log.stat().st_size < 4_000
+        assert main_log.stat().st_size < 4_400  # some 2 KB, and what the file has said
 
 
 @pytest.mark.parametrize("advantages", [True, False])

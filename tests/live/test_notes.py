@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from probe.live.summary import summary_of
+from probe.report.summary import summary_of
 
 from probe.live.notes import DRAWN_EVERY, NoteTaker
 from probe.live.settings import WatchSettings
