@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from probe.report.summary import summary_of
 
 from probe.live.notes import DRAWN_EVERY, NoteTaker
 from probe.live.settings import WatchSettings
+from probe.report.summary import summary_of
 from tests.live.test_alarm import logged_loop
 from tests.support import trackers
 from tests.support.helpers import rendered
