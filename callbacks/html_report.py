@@ -39,11 +39,11 @@ class HtmlReport(ProbeCallback):
 
     def on_report_end(self, runner: ProbeRunner, module: EntropyProbe, result: ProbeResult) -> None:
         """Write the file."""
-        writes, config = runner.fabric.is_global_zero, runner.config.detailed_logging
-        if not (writes or runner.state.sharded):
+        if not runner.fabric.is_global_zero:
             return
+        config = runner.config.detailed_logging
         try:
-            write_page(self.path, result, runner.state, config, token_decoder(module.tokenizer), writes)
+            write_page(self.path, result, runner.state, config, token_decoder(module.tokenizer))
         except LogError as error:
             runner.errors.append(error)
         except Exception as error:  # a fault of the page ends no run, and keeps nobody else from publishing

@@ -76,9 +76,9 @@ def current_directory_importable() -> Iterator[None]:
 
 
 @contextmanager
-def quiet_bitsandbytes() -> Iterator[None]:
-    """Let bitsandbytes, which peft imports where it is there, log errors only: it warns of every kernel it lacks."""
-    logger = logging.getLogger("bitsandbytes")
+def errors_only(name: str) -> Iterator[None]:
+    """Let the logger of a library log errors only while this lasts."""
+    logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -97,7 +97,8 @@ def at_first_use(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]
 
     def get(name: str) -> Any:
         if name in homes:
-            with quiet_bitsandbytes():
+            # peft imports it where it is there, and it warns of every kernel it lacks
+            with errors_only("bitsandbytes"):
                 return getattr(importlib.import_module(homes[name]), name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 

@@ -101,7 +101,7 @@ class OfflineEntropyProbe:
     def report(self, path: str | Path) -> Path:
         """Write the last run as one self-contained HTML page, as `output.report_path` does.
 
-        Of several processes the first one writes; all of them call it, as each may hold a part of the step.
+        Of several processes the first one writes.
 
         Args:
             path: the file, replaced as a whole.
@@ -115,8 +115,9 @@ class OfflineEntropyProbe:
         """
         result, config = self._last(), self.runner.config.detailed_logging
         tokenizer = None if self._module is None else self._module.tokenizer
-        first = self.runner.fabric.is_global_zero
-        return write_page(path, result, self.runner.state, config, token_decoder(tokenizer), first)
+        if not self.runner.fabric.is_global_zero:
+            return Path(path)
+        return write_page(path, result, self.runner.state, config, token_decoder(tokenizer))
 
     def _last(self) -> ProbeResult:
         """The last run's result.

@@ -254,8 +254,7 @@ class ProbeRunner(TrainerSection):
         """A logger of one's own for one run, where the user gives none; `run` is its name, once that is known."""
         if self.logger is True:
             folder = Path(self.config.detailed_logging.output_directory)
-            own = OwnLogger(folder, run, self.fabric.is_global_zero)
-            self.fabric._loggers = _loggers(True, lambda: own)
+            self.fabric._loggers = [OwnLogger(folder, run, self.fabric.is_global_zero)]
 
     def _timed(self, name: str) -> AbstractContextManager[None]:
         """Add the seconds of a block to the state's `timing`."""
@@ -298,13 +297,10 @@ def _seed_globals(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _loggers(
-    logger: Logger | list[Logger] | bool | None,
-    own: Callable[[], Logger] = lambda: OwnLogger(Path("lightning_logs")),
-) -> list[Logger]:
-    """Lightning's convention for the `logger` argument; `own` makes this runner's own."""
+def _loggers(logger: Logger | list[Logger] | bool | None) -> list[Logger]:
+    """Lightning's convention for the `logger` argument."""
     if logger is True:
-        return [own()]
+        return [OwnLogger(Path("lightning_logs"))]
     if logger is False or logger is None:
         return []
     return list(logger) if isinstance(logger, (list, tuple)) else [logger]

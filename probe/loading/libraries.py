@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from probe.imports import quiet_bitsandbytes
+from probe.imports import errors_only
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def quiet_libraries() -> Iterator[None]:
     hf_logging.disable_progress_bar()
     recorded: list[warnings.WarningMessage] = []
     try:
-        with quiet_bitsandbytes(), warnings.catch_warnings(record=True) as recorded:
+        with errors_only("bitsandbytes"), warnings.catch_warnings(record=True) as recorded:
             warnings.simplefilter("always")
             yield
     finally:

@@ -6,10 +6,8 @@ safe loading knows them.
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from probe.errors.exceptions import OptimizerStateError
+from probe.imports import errors_only
 from probe.loading.foreign import check_folder
 from probe.loading.rank_parts import check_total, of_another_kind, read_part
 
@@ -51,7 +50,8 @@ def read_rank_files(folder: Path, most: int) -> tuple[dict[str, Any], tuple[str,
         found = [file.name for file in files.values()][:8]
         raise OptimizerStateError(f"{folder}: expected a file of each rank, found {found}; {REMEDY}")
     check_total(folder, files.values(), most)
-    with _without_warnings():
+    # torch warns that nobody has connected the processes of a mesh, which nobody will
+    with errors_only("torch.distributed.device_mesh"):
         parts = [
             read_part(files[sizes[0], rank], most, "tensors and plain values", REMEDY)
             for rank in range(sizes[0])
@@ -68,18 +68,6 @@ def _files(folder: Path) -> dict[tuple[int, int], Path]:
         if (match := FILE.fullmatch(file.name)) is not None:
             found[int(match[1]), int(match[2])] = file
     return dict(sorted(found.items()))
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Torch warns that nobody has connected the processes of a mesh, which nobody will."""
-    logger = logging.getLogger("torch.distributed.device_mesh")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _whole(parts: Sequence[Any]) -> Any:

@@ -89,6 +89,32 @@ def build_log(
     return to_plain(log, "log")
 
 
+def page_log(
+    result: ProbeResult,
+    state: ProbeState,
+    log_sequences: bool | None = None,
+    token_text: Callable[[int], str] | None = None,
+) -> dict[str, Any]:
+    """What a page shows of a run: no statistics of parameters, and of tokens those of U alone.
+
+    One process can make it, also where others hold parts of the step.
+
+    Args:
+        result: what the run found.
+        state: what the run produced on the way.
+        log_sequences: see `build_log`.
+        token_text: see `build_log`.
+    """
+    texts = log_sequences is not False
+    log = _header(LOG_SCHEMA, result, "detailed") | {
+        "results": result.values if texts else _without_texts(result.values),
+        "environment": environment(),
+        "sequences": records.sequence_records(state, texts),
+        "tokens": records.token_records(state, texts, token_text, ("U",)),
+    }
+    return to_plain(log, "log")
+
+
 def summary(result: ProbeResult, level: LogLevel, files: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The quick overview of a run: core metrics only.
 

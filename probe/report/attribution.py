@@ -76,6 +76,21 @@ def beside_what_if(found: Mapping[str, Any]) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
+def summands(found: Mapping[str, Any]) -> list[tuple[str, bool, Mapping[str, Any]]]:
+    """What the reported deltaH1 is the sum of, in its order: key or class, whether it is a class of U's tokens, change.
+
+    The classes are right and wrong responses where rewards tell them apart, else the signs of the advantage.
+    """
+    classes: Sequence[Mapping[str, Any]] = found.get("by_outcome") or found.get("by_advantage") or ()
+    rows: list[tuple[str, bool, Mapping[str, Any]]] = []
+    for name in PARTS:
+        if name == "tokens" and classes:
+            rows += [(one["name"], True, one) for one in classes]
+        elif name != "total" and name in found:
+            rows.append((name, False, found[name]))
+    return rows
+
+
 def _parts(found: Mapping[str, Any], values: Mapping[str, Any]) -> Table:
     """What deltaH1 is the sum of, and sums of the tokens' part."""
     rows = [

@@ -11,13 +11,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from probe.attribution.contributions import PARTS
 from probe.attribution.league import CEILING
 from probe.digits import with_error
 from probe.errors.exceptions import DataError
 from probe.estimand import ESTIMANDS, TOKEN
 from probe.estimators.estimate import NORMAL_975
-from probe.report.attribution import TARGETS, TERMS
+from probe.report.attribution import TARGETS, TERMS, summands
 from probe.report.drawing import ERROR_BARS, drawn, few_ticks, zero_line
 from probe.report.palette import CURVES, DIFFERENCE, FAINT, FALLING, MEASURED, NEUTRAL, PREDICTED, RISING
 from probe.report.words import CHANGES
@@ -385,15 +384,11 @@ def _beyond(axis: Axes, change: float, end: float, place: int) -> None:
 
 def _waterfall(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """The parts of deltaH1 in their order, by name; those of exactly 0 are left out."""
-    rows: list[tuple[str, Mapping[str, Any]]] = []
-    outcome: Sequence[Mapping[str, Any]] = found.get("by_outcome") or ()
-    classes = outcome or found.get("by_advantage") or ()
-    ending = " responses" if outcome else ""
-    for name in (*PARTS, "control_variates"):
-        if name == "tokens" and classes:
-            rows += [(f"tokens: {one['name']}{ending}", one) for one in classes]
-        elif name in found:
-            rows.append((name.replace("_", " "), found[name]))
+    ending = " responses" if found.get("by_outcome") else ""
+    rows = [
+        (f"tokens: {name}{ending}" if of_tokens else name.replace("_", " "), one)
+        for name, of_tokens, one in summands(found)
+    ]
     return [(name, one) for name, one in rows if one["deltaH1_tok"]]
 
 

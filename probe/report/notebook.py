@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +57,10 @@ class ShownResult(ProbeResult):
 
     @classmethod
     def of(cls, result: ProbeResult) -> ShownResult:
-        """The same result, to be shown."""
-        return cls(**{one.name: getattr(result, one.name) for one in fields(ProbeResult)})
+        """The same result, to be shown, with what was already worked out of it: verdict and values."""
+        shown = cls.__new__(cls)
+        vars(shown).update(vars(result))
+        return shown
 
     def plot(self) -> Figures:
         """The figures of the result, see `Results.plot`."""

@@ -39,6 +39,11 @@ class Collapse:
         return f"between steps {self.above} and {self.by}"
 
 
+def alarms_of(history: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The steps after which alarms were raised."""
+    return [step for entry in history for step in entry.get("alarms", ())]
+
+
 def collapse_of(history: Sequence[Mapping[str, Any]]) -> Collapse | None:
     """When a training's entropy has collapsed; None where no probe has found it at the threshold.
 
@@ -153,7 +158,7 @@ def summary_of(history: Sequence[Mapping[str, Any]], steps: int, cost_share: flo
         measured=_pair(last, "cumulative_deltaH_true_tok"),
         worst=tuple(falls[:WORST]),
         rises=tuple(rises[:WORST]),
-        alarms=tuple(step for entry in history for step in entry.get("alarms", ())),
+        alarms=tuple(alarms_of(history)),
         verdicts={word: counted[word] for word in WORDS if counted[word]},
         cost_share=cost_share,
         outlook=last.get("outlook", ""),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from probe.errors.exceptions import DataError
 from probe.report.drawing import drawn, few_ticks
 from probe.report.palette import ALARM, DIFFERENCE, MEASURED, PREDICTED, TRACKED
-from probe.report.summary import Collapse, collapse_of
+from probe.report.summary import Collapse, alarms_of, collapse_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -161,7 +161,7 @@ def _curve(axis: Axes, rows: History, name: str, color: str, label: str) -> None
 
 def _mark_alarms(axis: Axes, history: History) -> None:
     """A line at every step after which an alarm was raised."""
-    alarms = [step for entry in history for step in entry.get("alarms", ())]
+    alarms = alarms_of(history)
     for index, step in enumerate(alarms):
         label = f"alarm, step {', '.join(map(str, alarms[:3]))}{', ...' if len(alarms) > 3 else ''}"
         axis.axvline(step, color=ALARM, linewidth=2.0, zorder=1, label="" if index else label)

@@ -18,8 +18,6 @@ VERDICTS = {
 """What the words of a verdict mean."""
 CHANGES = {"deltaH1": "predicted", "deltaH_true": "measured", "residual": "difference"}
 """The changes that pages, cards and figures show beside each other, with their labels."""
-PRECONDITIONED = "preconditioned_step"
-"""The flag of a prediction that is not of the optimizer's step."""
 NAMED = {
     "decay": "weight decay",
     "kl": "the KL penalty",
@@ -37,6 +35,11 @@ MOST_UPDATES = 1000
 def verdict_meaning(word: str | None) -> str:
     """What a verdict means in a few words; empty for none, and for one that is not known."""
     return VERDICTS.get(word or "", "")
+
+
+def is_preconditioned(values: Mapping[str, Any]) -> bool:
+    """Whether the prediction is of the preconditioned gradient, and not of the optimizer's step."""
+    return "preconditioned_step" in ((values.get("diagnostics") or {}).get("bias_flags") or ())
 
 
 def answer(values: Mapping[str, Any]) -> list[str]:
@@ -84,8 +87,7 @@ def _change(values: Mapping[str, Any], told: list[tuple[str, str]], level: str, 
     by = f" by {percent(abs(value / H))} of its {number_text(H)} {per}" if H else ""
     unit = "" if H else f" {per}"
     sentence = f"This update {way} the policy's entropy{by}: {verb} {with_error(value, error)}{unit}{others}."
-    flags = (values.get("diagnostics") or {}).get("bias_flags") or ()
-    if key.startswith("deltaH1") and PRECONDITIONED in flags:
+    if key.startswith("deltaH1") and is_preconditioned(values):
         return f"{sentence} It is the preconditioned gradient's: no step that an optimizer takes."
     ahead = _so_many(value / H) if H else ""
     return f"{sentence} {ahead}" if ahead else sentence

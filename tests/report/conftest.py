@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from tests.support.runs import run
+from tests.support.runs import number_prompts, run, small_config
 from tests.support.synthetic_run import make_state
 from tests.support.tiny_models import lora_checkpoint, save_base
 
@@ -21,24 +19,8 @@ def with_attribution(tmp_path_factory):
     """The values of a real run with attribution and all interventions, one of them measured, and a target."""
     folder = tmp_path_factory.mktemp("attributed")
     checkpoint, *_ = lora_checkpoint(folder / "step_60", save_base(folder / "base"))
-    rows = [json.dumps({"prompt": f"{i} apples", "answer": str(i)}) for i in range(40)]
-    (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
     return run(
-        {
-            "checkpoint": {"checkpoint_path": str(checkpoint)},
-            "batch_config": {
-                "dataset_name": str(folder / "prompts.jsonl"),
-                "split": "train",
-                "reward": "tests.support.runs:digits",
-                "B_E": 24,
-                "B_U": 4,
-                "G": 4,
-            },
-            "generation": {"max_new_tokens": 8, "batch_size": 64},
-            "memory_config": {"microbatch_size": 8},
-            "attribution": {"enabled": True, "blocks": 4, "states": 6, "responses": 3, "top": 4},
-            "whatif": {"enabled": True, "exact": ["positive_advantage"], "target_deltaH": -0.001},
-            "detailed_logging": {"enabled": False},
-            "trainer": {"accelerator": "cpu", "logger": False},
-        }
+        small_config(checkpoint, number_prompts(folder)),
+        attribution={"enabled": True, "blocks": 4, "states": 6, "responses": 3, "top": 4},
+        whatif={"enabled": True, "exact": ["positive_advantage"], "target_deltaH": -0.001},
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 
 from probe import OfflineEntropyProbe
@@ -10,6 +12,34 @@ from probe import OfflineEntropyProbe
 def digits(prompts, completions, **columns):
     """A reward: how many digits the completion has."""
     return [float(sum(c.isdigit() for c in text)) for text in completions]
+
+
+def number_prompts(folder):
+    """A file of 40 prompts with their answers in a folder."""
+    path = folder / "prompts.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{i} apples", "answer": str(i)}) + "\n" for i in range(40))
+    )
+    return path
+
+
+def small_config(checkpoint, prompts):
+    """A run of a tiny checkpoint that takes a second and writes nothing."""
+    return {
+        "checkpoint": {"checkpoint_path": str(checkpoint)},
+        "batch_config": {
+            "dataset_name": str(prompts),
+            "split": "train",
+            "reward": "tests.support.runs:digits",
+            "B_E": 24,
+            "B_U": 4,
+            "G": 4,
+        },
+        "generation": {"max_new_tokens": 8, "batch_size": 64},
+        "memory_config": {"microbatch_size": 8},
+        "detailed_logging": {"enabled": False},
+        "trainer": {"accelerator": "cpu", "logger": False},
+    }
 
 
 def changed(config, **sections):

@@ -9,9 +9,9 @@ from typing import Any
 from probe.attribution.league import CEILING
 from probe.digits import NOT_RESOLVED, interval_text, number_text, with_error
 from probe.estimand import Estimand
-from probe.report.attribution import PARTS, TARGETS, TERMS
+from probe.report.attribution import PARTS, TARGETS, TERMS, summands
 from probe.report.html.plots import Chart, Line, Mark, Tone
-from probe.report.words import CHANGES, PRECONDITIONED
+from probe.report.words import CHANGES, is_preconditioned
 from probe.text import percent
 
 OF_CHANGES: dict[str, tuple[Tone, str]] = {
@@ -34,8 +34,7 @@ SORTED_BY = {
 
 def _meaning(values: Mapping[str, Any], key: str, meaning: str) -> str:
     """What a change means; a prediction of the preconditioned gradient is not of a step."""
-    flags = (values.get("diagnostics") or {}).get("bias_flags") or ()
-    if key == "deltaH1" and PRECONDITIONED in flags:
+    if key == "deltaH1" and is_preconditioned(values):
         return "deltaH1: the entropy's gradient times the preconditioned gradient, no step that an optimizer takes"
     return meaning
 
@@ -62,24 +61,11 @@ def parts_chart(values: Mapping[str, Any]) -> Chart | None:
     found: Mapping[str, Any] = values.get("attribution") or {}
     if "total" not in found:
         return None
-    steps: list[tuple[str, Mapping[str, Any], str]] = []
-    for name, meaning in PARTS.items():
-        classes = found.get("by_outcome") or found.get("by_advantage") if name == "tokens" else None
-        if name == "total" or name not in found:
-            continue
-        if classes:
-            steps += [
-                (
-                    one["name"],
-                    one,
-                    f"tokens of U: {one.get('tokens', 0)}{_share_of_sum(one, found)}",
-                )
-                for one in classes
-            ]
-        else:
-            steps.append((name.replace("_", " "), found[name], meaning))
     at, lines = 0.0, []
-    for label, one, meaning in steps:
+    for name, of_tokens, one in summands(found):
+        label, meaning = name.replace("_", " "), PARTS.get(name, "")
+        if of_tokens:
+            label, meaning = name, f"tokens of U: {one.get('tokens', 0)}{_share_of_sum(one, found)}"
         value = one["deltaH1_tok"]
         low, high = (None if end is None else at + end for end in one.get("deltaH1_tok_ci95") or (None, None))
         tone: Tone = "falls" if value < 0 else "rises"

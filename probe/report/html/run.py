@@ -13,8 +13,7 @@ from probe.config.output import DetailedLoggingConfig
 from probe.estimand import ESTIMANDS
 from probe.files.atomic import atomic_write_bytes
 from probe.files.log_files import SUMMARY_SCHEMA
-from probe.logs.document import build_log
-from probe.logs.records import token_records
+from probe.logs.document import page_log
 from probe.report.attribution import Table, beside_what_if, top_tokens_table
 from probe.report.html.charts import (
     change_chart,
@@ -60,11 +59,8 @@ def write_page(
     state: ProbeState,
     config: DetailedLoggingConfig,
     token_text: Callable[[int], str] | None,
-    writes: bool = True,
 ) -> Path:
     """Write a run as one page, with everything that a log of the level `debug` has for people.
-
-    Where processes hold parts of the step, all of them call this together.
 
     Args:
         path: the file, replaced as a whole.
@@ -72,7 +68,6 @@ def write_page(
         state: what it produced on the way.
         config: says whether texts are left out.
         token_text: the text of a token id; None where there is no tokenizer.
-        writes: whether this process writes.
 
     Returns:
         The path.
@@ -80,12 +75,8 @@ def write_page(
     Raises:
         LogError: the file cannot be written.
     """
-    # of the level debug only U's tokens: those of E may be many more, and a page does not show them
-    document = build_log(result, state, level="detailed", log_sequences=config.log_sequences)
-    document["tokens"] = token_records(state, config.log_sequences is not False, token_text, ("U",))
-    if writes:
-        atomic_write_bytes(path, run_page(document, result.config).encode("utf-8"))
-    return Path(path)
+    document = page_log(result, state, config.log_sequences, token_text)
+    return atomic_write_bytes(path, run_page(document, result.config).encode("utf-8"))
 
 
 def run_page(

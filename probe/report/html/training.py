@@ -12,7 +12,7 @@ from probe.report.attribution import Table
 from probe.report.html.plots import Curve, CurveChart, Rule, Tone
 from probe.report.html.render import rendered
 from probe.report.rows import Row
-from probe.report.summary import WORTH_SAYING, collapse_of, is_resolved, summary_of
+from probe.report.summary import WORTH_SAYING, alarms_of, collapse_of, is_resolved, summary_of
 from probe.report.words import verdict_meaning
 from probe.verdict.words import WORDS
 
@@ -66,7 +66,7 @@ def training_page(
         The text of the page. It loads nothing, and every text of the history is shown as text.
     """
     last = history[-1]
-    alarms = [step for entry in history for step in entry.get("alarms", ())]
+    alarms = alarms_of(history)
     charts = {
         "entropy": [_entropy(history, alarms)],
         "forecast": [chart for chart in (_forecast(history, alarms),) if chart is not None],
@@ -139,7 +139,7 @@ def _answer(history: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{number_of(first, 'H_orig_tok')} to {H} nats per token: {levels} by its levels, {measured} by the "
             f"changes measured step by step, {predicted} by those predicted."
         )
-    alarms = [step for entry in history for step in entry.get("alarms", ())]
+    alarms = alarms_of(history)
     if alarms:
         listed = ", ".join(str(step) for step in alarms)
         sentences.append(f"Alarm after step{'s' if len(alarms) > 1 else ''} {listed}.")
